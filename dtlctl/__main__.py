@@ -1,0 +1,3 @@
+from dtlctl.cli import main
+
+main()

@@ -1,0 +1,169 @@
+"""The command line: parse, dispatch, print. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dtlctl import __version__
+from dtlctl.errors import DtlError, Stopped
+
+HELP = """Disposable transfer learning: pre-train on private data, fine-tune on a small task, dispose of the rest.
+
+One TOML recipe describes an experiment. `dtlctl run RECIPE` does all of it: pretrain, finetune, dispose, piggyback,
+audit, report. Every stage is a command of its own, skips what is up to date, and runs unchanged on many processes:
+torchrun --nproc_per_node N -m dtlctl run RECIPE.
+
+Exit codes: 0 done; 2 the recipe or the call is wrong; 3 training diverged; 4 data or checkpoint unusable; 130 or 143
+stopped by a signal.
+"""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The experiment, a TOML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one key of the recipe, e.g. finetune.lr=0.02."),
+]
+Out = Annotated[Path, typer.Option("--out", help="Where runs are kept; the run's folder is OUT/<name>.")]
+Only = Annotated[
+    list[str] | None, typer.Option("--only", metavar="MODEL", help="Only this model or variant; repeatable.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Redo what is up to date.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results and errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+RUNS = Path("runs")
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+    os.environ["DTLCTL_DEBUG"] = "1" if debug else os.environ.get("DTLCTL_DEBUG", "")
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = RUNS,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Do everything the recipe asks for, in order, and print the table. What is up to date is skipped."""
+    from dtlctl.plan import STAGES
+
+    lab, done = _perform(STAGES, recipe, overrides, out, None, force, quiet)
+    if not _is_main():
+        return
+    from dtlctl import report
+
+    folder = lab.folder / "report"
+    text = report.write([lab.folder], folder) if done else report.markdown(report.summarise([lab.folder]))
+    print((folder / "table.json").read_text(encoding="utf-8") if as_json else text, end="")
+    if not quiet:
+        from dtlctl.progress import say
+
+        say(f"report: {folder}")
+
+
+def _stage_command(stage: str, summary: str) -> None:
+    def command(
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        out: Out = RUNS,
+        only: Only = None,
+        force: Force = False,
+        quiet: Quiet = False,
+        as_json: Json = False,
+    ) -> None:
+        lab, _ = _perform((stage,), recipe, overrides, out, only, force, quiet)
+        if _is_main():
+            chosen = [job for job in lab.jobs if job.stage == stage and (not only or job.model in only)]
+            paths = [str(lab.folder / job.path) for job in chosen]
+            print(json.dumps([json.loads(Path(p).read_text()) for p in paths]) if as_json else "\n".join(paths))
+
+    app.command(stage, help=summary)(command)
+
+
+_stage_command("pretrain", "Train a new network on the source data. Prints the sidecar's path.")
+_stage_command("finetune", "Adapt the pre-trained network to the target (TL), and train TGT from scratch.")
+_stage_command("dispose", "Dispose of the source knowledge in TL, once for every [dispose.NAME] table.")
+_stage_command("piggyback", "Attack: fine-tune every model on every piggyback dataset and measure accuracy.")
+_stage_command("audit", "Attack: infer which source images were in the training set.")
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None, out: Out = RUNS, as_json: Json = False) -> None:
+    """Validate the recipe and show its plan: stages, steps, data, what is cached. Nothing is trained or fetched."""
+    from dtlctl import preview
+    from dtlctl.recipe import load
+
+    document = preview.plan(load(recipe, overrides), out)
+    print(json.dumps(document, indent=1, ensure_ascii=False) if as_json else preview.text(document))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs that differ in the seed only.")],
+    to: Annotated[Path | None, typer.Option("--to", help="Folder for the report; default: RUN/report.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tables and plots from the sidecars of one run, or means and intervals over several seeds."""
+    from dtlctl import report as reports
+    from dtlctl.errors import RecipeError
+
+    if to is None and len(runs) > 1:
+        raise RecipeError("report: with several runs say where the report goes: --to DIR")
+    folder = to or runs[0] / "report"
+    text = reports.write(runs, folder)
+    print((folder / "table.json").read_text(encoding="utf-8") if as_json else text, end="")
+
+
+def _perform(stages, recipe: Path, overrides, out: Path, only, force: bool, quiet: bool):
+    from dtlctl import stages as work
+    from dtlctl.experiment import Experiment
+    from dtlctl.recipe import load
+
+    lab = Experiment(load(recipe, overrides), out, source=str(recipe), quiet=quiet)
+    lab.begin(only)
+    done = work.run(lab, stages, only=only or (), force=force)
+    if not done and not quiet:
+        from dtlctl.progress import say
+
+        say(f"everything is up to date in {lab.folder}; nothing was done (--force redoes it)")
+    return lab, done
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _stop(signum: int, frame: object) -> None:
+    raise Stopped(signum)
+
+
+def main() -> None:
+    """Run the command line; every foreseen failure becomes one or two lines on stderr and an exit code."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _stop)
+    try:
+        app(prog_name="dtlctl")
+    except DtlError as error:
+        if os.environ.get("DTLCTL_DEBUG"):
+            raise
+        where = "" if _is_main() else f"[process {os.environ['RANK']}] "
+        print(f"{where}error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,116 @@
+"""Datasets that need no network: printed letters, printed Greek, handwritten digits.
+
+Letters are drawn from the TrueType fonts that ship inside matplotlib, so every installation has them; digits are
+the 1,797 real handwritten images of scikit-learn (UCI, 8x8 pixels). Drawing is deterministic: the random numbers of
+image i of a split depend on the dataset, the split and i alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Changing how images are drawn must change this number: it is part of the cache key.
+VERSION = 1
+
+# The merged classes of EMNIST: capitals, and the lower-case letters that look different from their capital.
+LATIN = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abdefghnqrt"
+GREEK = "αβγδεζηθικλμνξοπρστυφχψω"
+
+_SANS_SERIF_MONO = [
+    f"DejaVu{family}{style}"
+    for family, styles in {
+        "Sans": ("", "-Bold", "-Oblique", "-BoldOblique"),
+        "SansMono": ("", "-Bold", "-Oblique", "-BoldOblique"),
+        "Serif": ("", "-Bold", "-Italic", "-BoldItalic"),
+    }.items()
+    for style in styles
+]
+_STIX = ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"]
+_COMPUTER_MODERN = ["cmr10", "cmb10", "cmss10", "cmtt10", "cmti10"]
+
+_CANVAS = 64  # glyphs are drawn at this size, then reduced: smooth edges at any image size
+
+
+def load(name: str, split: str, image_size: int) -> tuple[list[Image.Image], list[int], list[str]]:
+    """One split of a builtin dataset as RGB pictures of image_size x image_size, integer labels, and class names.
+
+    `split` is "train" or "test". Raises KeyError for an unknown name; `NAMES` lists the known ones.
+    """
+    return _BUILTIN[name](split, image_size)
+
+
+def _letters(split: str, size: int) -> tuple[list[Image.Image], list[int], list[str]]:
+    return _printed("letters", LATIN, _SANS_SERIF_MONO + _STIX + _COMPUTER_MODERN, split, size)
+
+
+def _greek(split: str, size: int) -> tuple[list[Image.Image], list[int], list[str]]:
+    return _printed("greek", GREEK, _SANS_SERIF_MONO + _STIX, split, size)
+
+
+def _printed(name: str, alphabet: str, fonts: list[str], split: str, size: int):
+    """200 training and 40 test images a class."""
+    each = {"train": 200, "test": 40}[split]
+    faces = _fonts(tuple(fonts))
+    pictures, labels = [], []
+    for label, letter in enumerate(alphabet):
+        for index in range(each):
+            rng = np.random.default_rng([zlib.crc32(f"{name}/{split}".encode()), label, index])
+            pictures.append(_draw(letter, faces[rng.integers(len(faces))], size, rng))
+            labels.append(label)
+    return pictures, labels, list(alphabet)
+
+
+def _fonts(names: tuple[str, ...]) -> list[ImageFont.FreeTypeFont]:
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return [ImageFont.truetype(str(folder / f"{name}.ttf"), _CANVAS * 2 // 3) for name in names]
+
+
+def _draw(letter: str, font: ImageFont.FreeTypeFont, size: int, rng: np.random.Generator) -> Image.Image:
+    """One glyph under random size, slant, rotation, shift, ink, paper and noise."""
+    half = _CANVAS / 2
+    glyph = Image.new("L", (_CANVAS, _CANVAS))
+    ImageDraw.Draw(glyph).text((half, half), letter, font=font, fill=255, anchor="mm")
+
+    scale = rng.uniform(0.8, 1.3)
+    angle, slant = rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3)
+    shift = rng.uniform(-0.1, 0.1, 2) * _CANVAS
+    cos, sin = np.cos(angle), np.sin(angle)
+    # PIL wants the map from output to input pixels, about the centre.
+    inverse = np.linalg.inv(scale * np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, slant], [0, 1]]))
+    offset = half - inverse @ (half + shift)
+    coefficients = (*inverse[0], offset[0], *inverse[1], offset[1])
+    glyph = glyph.transform(glyph.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
+
+    mask = np.asarray(glyph.resize((size, size), Image.Resampling.BOX), np.float32)[..., None] / 255
+    paper, ink = rng.uniform(0, 70, 3), rng.uniform(150, 255, 3)
+    pixels = paper + mask * (ink - paper) + rng.normal(0, rng.uniform(5, 25), (size, size, 1))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _digits(split: str, size: int) -> tuple[list[Image.Image], list[int], list[str]]:
+    """About 1,000 training and 797 test images: the two parts are drawn once, stratified, with a fixed seed."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images, labels, test_size=797, stratify=labels, random_state=0)
+    values, labels = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
+    pixels = (values.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+    # Two pixels of paper around the 6x6 ink, as the printed letters have it, then one smooth enlargement.
+    pictures = [Image.fromarray(np.pad(p, 1)).resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for p in pixels]
+    return pictures, labels.tolist(), [str(d) for d in range(10)]
+
+
+_BUILTIN: dict[str, Callable[[str, int], tuple[list[Image.Image], list[int], list[str]]]] = {
+    "letters": _letters,
+    "greek": _greek,
+    "digits": _digits,
+}
+NAMES = tuple(_BUILTIN)

@@ -1,0 +1,42 @@
+"""Everything that can go wrong in a way a user can mend. The command line catches `DtlError` and nothing else.
+
+A message is one or two lines: what is wrong, where (file, key, row), what to do.
+"""
+
+
+class DtlError(Exception):
+    """The root; `exit_code` is what the shell sees."""
+
+    exit_code = 1
+
+
+class RecipeError(DtlError):
+    """The recipe or the call is wrong; nothing was loaded or trained."""
+
+    exit_code = 2
+
+
+class DivergedError(DtlError):
+    """Training met a loss, gradient or weight that is not finite; nothing was published."""
+
+    exit_code = 3
+
+
+class DataError(DtlError):
+    """A dataset cannot be read as the recipe says."""
+
+    exit_code = 4
+
+
+class CheckpointError(DtlError):
+    """A checkpoint is missing, damaged, stale, or cannot be written."""
+
+    exit_code = 4
+
+
+class Stopped(DtlError):
+    """A signal asked the run to end; finished results are kept."""
+
+    def __init__(self, signum: int):
+        super().__init__("stopped by a signal; finished results are kept, the same command goes on from them")
+        self.exit_code = 128 + signum

@@ -1,0 +1,254 @@
+"""One run of a recipe: its folder, its data, its models, and which results are up to date."""
+
+from __future__ import annotations
+
+import platform
+import time
+import zlib
+from collections.abc import Collection, Iterator
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dtlctl import __version__, checkpoint, models
+from dtlctl.data import cache as decoded
+from dtlctl.data.cache import Images
+from dtlctl.data.sources import Dataset
+from dtlctl.data.subset import balanced, digest
+from dtlctl.data.tensors import Batch, Batches, evaluation_batches
+from dtlctl.errors import CheckpointError, RecipeError
+from dtlctl.plan import Job, jobs
+from dtlctl.progress import Progress, say
+from dtlctl.recipe import Recipe
+
+if TYPE_CHECKING:
+    from dtlctl.engine import Engine, History, Objective
+
+
+class Experiment:
+    """Everything a stage needs besides its own settings. Data and the engine are loaded when first asked for."""
+
+    def __init__(self, recipe: Recipe, out: Path, *, source: str = "RECIPE", quiet: bool = False):
+        self.recipe, self.folder, self.source, self.quiet = recipe, out / recipe.name, source, quiet
+        self.jobs = jobs(recipe)
+        self.images = cache(self._images)
+        self.index = cache(self._index)
+
+    def begin(self, only: Collection[str] | None = None) -> None:
+        """Open the run's folder and write the resolved recipe there.
+
+        Raises RecipeError for a model in `only` that the recipe does not have, CheckpointError where nothing can be
+        written.
+        """
+        known = dict.fromkeys(job.model for job in self.jobs)
+        for model in only or ():
+            if model not in known:
+                raise RecipeError(f"--only {model}: no such model in {self.source} (it has {', '.join(known)})")
+        document = self.recipe.resolved()
+        path = self.folder / "recipe.json"
+        if not path.exists() or path.read_text(encoding="utf-8") != checkpoint.dump(document):
+            checkpoint.publish_json(path, document)
+
+    @cached_property
+    def engine(self) -> Engine:
+        from dtlctl.engine import Engine
+
+        engine = Engine()
+        if not self.quiet:
+            count = f"{engine.processes} process" + ("es" if engine.processes > 1 else "")
+            say(f"dtlctl {__version__}: {self.folder} on {count}, {engine.device.type}")
+        return engine
+
+    # Data -------------------------------------------------------------------------------------------------------
+
+    def dataset(self, role: str) -> Dataset:
+        """The recipe's table for `source`, `target` or `piggyback.NAME`."""
+        kind, _, name = role.partition(".")
+        return self.recipe.data.piggyback[name] if name else getattr(self.recipe.data, kind)
+
+    def classes(self, role: str) -> tuple[str, ...]:
+        return self.images(role, "train").classes
+
+    def batches(self, role: str, batch_size: int, tag: str) -> Batches:
+        """Training batches of the role's subset; `tag` names an independent stream of randomness."""
+        train = self.images(role, "train")
+        return Batches(
+            train.pixels,
+            train.labels,
+            self.index(role),
+            batch_size=batch_size,
+            augment=self.dataset(role).augment,
+            seed=self.seed(tag),
+            device=self.engine.device,
+            share=self.engine.share,
+        )
+
+    def accuracy(self, model: models.Classifier, head: str, role: str) -> float:
+        """Accuracy in % of one head on the role's test split."""
+        return self.engine.accuracy(model, head, self.split(role, "test"))
+
+    def split(self, role: str, split: str, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        """This process's share of a split, or of some rows of it, not augmented."""
+        images = self.images(role, split)
+        pixels, labels = (images.pixels, images.labels) if rows is None else (images.pixels[rows], images.labels[rows])
+        return evaluation_batches(pixels, labels, device=self.engine.device, share=self.engine.share)
+
+    def identity(self, role: str) -> dict[str, Any]:
+        """What the role's data is, by content: for keys and sidecars."""
+        train, test = self.images(role, "train"), self.images(role, "test")
+        return {
+            "train": train.fingerprint,
+            "test": test.fingerprint,
+            "index": digest(self.index(role)),
+            "images": len(self.index(role)),
+            "test_images": len(test.labels),
+            "dropped": train.dropped + test.dropped,
+            "augment": self.dataset(role).augment,
+        }
+
+    def seed(self, tag: str) -> int:
+        """An independent 32-bit seed for every use of randomness in this run."""
+        return zlib.crc32(f"{self.recipe.seed}/{tag}".encode())
+
+    def progress(self, title: str, total: int) -> Progress:
+        return Progress(title, total, enabled=not self.quiet and self.engine.is_main)
+
+    def _images(self, role: str, split: str) -> Images:
+        dataset, size = self.dataset(role), self.recipe.model.image_size
+        found = decoded.cached(dataset, split, size)
+        if found is not None:
+            return found
+        with self.engine.accelerator.main_process_first(), self.progress(f"decode {role} {split}", 1) as bar:
+            return decoded.load(dataset, split, size, role=role, progress=bar.at)
+
+    def _index(self, role: str) -> np.ndarray:
+        train = self.images(role, "train")
+        return balanced(train.labels, len(train.classes), self.dataset(role).fraction, self.seed(f"subset/{role}"))
+
+    # Models and training ----------------------------------------------------------------------------------------
+
+    def new_model(self, heads: dict[str, int], tag: str, *, global_batch_norm: bool = True) -> models.Classifier:
+        """A freshly initialised model, the same for every use of the tag.
+
+        With several processes its batch statistics are global, or else each process's own.
+        """
+        torch.manual_seed(self.seed(tag))
+        spec = self.recipe.model
+        model = models.build(spec.arch, heads, stem=spec.stem, width=spec.width)
+        return self.engine.place(model, global_batch_norm=global_batch_norm)
+
+    def load_model(self, name: str, *, global_batch_norm: bool = True) -> models.Classifier:
+        """The published model of that name, which must be up to date with the recipe."""
+        sidecar = self.require(name)
+        model = self.new_model(sidecar["heads"], "load", global_batch_norm=global_batch_norm)
+        checkpoint.load_weights(self._path(self._job(name)).parent, sidecar, model)
+        return model
+
+    def attach_head(self, model: models.Classifier, name: str, classes: int, tag: str) -> None:
+        """Give the model a fresh head, the same for every use of the tag."""
+        torch.manual_seed(self.seed(tag))
+        model.add_head(name, classes)
+
+    def train(
+        self,
+        job: Job,
+        model: models.Classifier,
+        objective: Objective,
+        batches: Batches,
+        measures: dict[str, tuple[str, str]],
+    ) -> tuple[History, dict[str, float]]:
+        """Train as the job's settings say, measuring {name: (head, role)} accuracies on the way and at the end."""
+        steps = job.settings.total_steps(batches.images)
+
+        def evaluate() -> dict[str, float]:
+            return {name: self.accuracy(model, head, role) for name, (head, role) in measures.items()}
+
+        with self.progress(job.title, steps) as bar:
+            history = self.engine.train(model, objective, job.settings, steps, batches.batch_size, bar, evaluate)
+        return history, {name: history.epochs[-1][name] for name in measures}
+
+    def require(self, name: str) -> dict[str, Any]:
+        """The sidecar of an up-to-date model; else CheckpointError with the command that makes it."""
+        job = self._job(name)
+        sidecar = checkpoint.read_sidecar(self._path(job))
+        remedy = f"run: dtlctl {job.stage} {self.source}"
+        if sidecar is None:
+            raise CheckpointError(f"{self._path(job)}: {name} has not been made yet; {remedy}")
+        if sidecar["key"] != self.key(job):
+            raise CheckpointError(f"{self._path(job)}: {name} was made from other settings or data; {remedy}")
+        return sidecar
+
+    def _job(self, model: str) -> Job:
+        return next(job for job in self.jobs if job.model == model and job.stage not in ("piggyback", "audit"))
+
+    # Results ----------------------------------------------------------------------------------------------------
+
+    def key(self, job: Job) -> str:
+        return checkpoint.key(self._inputs(job))
+
+    def done(self, job: Job) -> bool:
+        """Whether the result exists and was made from exactly this recipe, data and parent."""
+        sidecar = checkpoint.read_sidecar(self._path(job))
+        return sidecar is not None and sidecar["key"] == self.key(job)
+
+    def publish(self, job: Job, metrics: dict[str, Any], history: History, model: models.Classifier | None = None):
+        """Publish a result from the main process, once all processes are there. Returns the sidecar's path."""
+        from accelerate import __version__ as accelerate_version
+
+        engine = self.engine
+        sidecar = {
+            "format": checkpoint.FORMAT,
+            "stage": job.stage,
+            "model": job.model,
+            "key": self.key(job),
+            **self._inputs(job),
+            "metrics": metrics,
+            "history": history.epochs,
+            "wall_seconds": round(history.seconds, 3),
+            "images_per_second": round(history.images_per_second, 1),
+            "peak_memory_bytes": engine.peak_memory(),
+            "processes": engine.processes,
+            "device": _device_name(engine.device),
+            "precision": "float32",
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": {
+                "dtlctl": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "accelerate": accelerate_version,
+            },
+        }
+        engine.barrier()
+        if engine.is_main:
+            if model is None:
+                checkpoint.publish_json(self._path(job), sidecar)
+            else:
+                heads = {name: head.out_features for name, head in model.heads.items()}
+                checkpoint.publish(self._path(job).parent, model, {**sidecar, "heads": heads})
+        engine.barrier()
+
+    def summary(self, job: Job) -> str:
+        """One line of what a finished job measured."""
+        sidecar = checkpoint.read_sidecar(self._path(job)) or {}
+        numbers = {k: v for k, v in sidecar.get("metrics", {}).items() if isinstance(v, int | float)}
+        return ", ".join(f"{k} {v:.1f}" for k, v in numbers.items()) + f" ({sidecar.get('wall_seconds', 0):.0f} s)"
+
+    def _path(self, job: Job) -> Path:
+        return self.folder / job.path
+
+    def _inputs(self, job: Job) -> dict[str, Any]:
+        """Everything a result depends on."""
+        return {
+            "settings": job.settings.model_dump(mode="json", by_alias=True),
+            "architecture": self.recipe.model.model_dump(mode="json"),
+            "seed": self.recipe.seed,
+            "data": {role: self.identity(role) for role in job.roles},
+            "parent": {job.parent: self.require(job.parent)["weights_sha256"]} if job.parent else {},
+        }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.processor() or device.type)

@@ -1,0 +1,137 @@
+"""Image classifiers: one torchvision backbone, any number of named linear heads."""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import Tensor, nn
+
+# CIFAR ResNets of He et al. 2016 (arXiv:1512.03385, section 4.2) have 6n+2 layers: three stages of n basic blocks.
+_CIFAR_RESNETS = {f"resnet{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # 8, 20, 32, 44, 56, 110
+# Names that need no look into torchvision, so that checking a recipe stays quick.
+_KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *_CIFAR_RESNETS}
+
+# ImageNet statistics: what every torchvision classifier expects.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Classifier(nn.Module):
+    """`heads[name](backbone(normalised x))`.
+
+    Input x: float [B, 3, H, W] in [0, 1]; the model normalises it, so a published model carries its own
+    preprocessing and an attack can work on pixels. Output: logits [B, classes of the head].
+    """
+
+    def __init__(self, backbone: nn.Module, features: int, heads: dict[str, int]):
+        super().__init__()
+        self.backbone = backbone
+        self.features = features
+        self.heads = nn.ModuleDict({name: nn.Linear(features, classes) for name, classes in heads.items()})
+        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Features [B, features] of images [B, 3, H, W] in [0, 1]."""
+        return self.backbone((x - self.mean) / self.std)
+
+    def forward(self, x: Tensor, head: str) -> Tensor:
+        return self.heads[head](self.embed(x))
+
+    def add_head(self, name: str, classes: int) -> None:
+        """Attach (or replace) a freshly initialised head."""
+        device = next(self.parameters()).device
+        self.heads[name] = nn.Linear(self.features, classes).to(device)
+
+
+def build(arch: str, heads: dict[str, int], *, stem: str = "small", width: int | None = None) -> Classifier:
+    """A freshly initialised classifier.
+
+    `arch`: a torchvision classifier's name, `resnet10`, or a CIFAR ResNet (`resnet8`, `resnet20`, ...).
+    `stem`: "imagenet" is torchvision's own first layers; "small" is a 3x3 stride-1 convolution without max-pool, for
+    32-pixel images (ResNets only). `width`: channels of a CIFAR ResNet's first stage (He et al.: 16).
+    Raises ValueError for a combination that does not exist.
+    """
+    if arch in _CIFAR_RESNETS:
+        width = width or 16
+        return Classifier(CifarResNet(_CIFAR_RESNETS[arch], width), 4 * width, heads)
+    backbone = _torchvision(arch)
+    features = _behead(backbone, arch)
+    if stem == "small":
+        _shrink_stem(backbone, arch)
+    return Classifier(backbone, features, heads)
+
+
+class CifarResNet(nn.Module):
+    """3x3 stem, three stages of n basic blocks with w, 2w, 4w channels, global mean: [B, 3, H, W] -> [B, 4w]."""
+
+    def __init__(self, n: int, width: int):
+        from torchvision.models.resnet import BasicBlock
+
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True))
+        blocks, channels = [], width
+        for stage in range(3):
+            for block in range(n):
+                out, stride = width << stage, 2 if stage and not block else 1
+                down = None
+                if stride != 1 or channels != out:
+                    down = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+                blocks.append(BasicBlock(channels, out, stride, down))
+                channels = out
+        self.stages = nn.Sequential(*blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages(self.stem(x)).mean((2, 3))
+
+
+def check(arch: str, stem: str, width: int | None) -> None:
+    """Raise ValueError, with the nearest valid name, unless `build` can make this model."""
+    if arch not in _KNOWN and arch not in (names := architectures()):
+        near = difflib.get_close_matches(arch, names, 1)
+        raise ValueError(
+            f"unknown architecture {arch!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            + " (any torchvision classifier, resnet10, or a CIFAR ResNet: resnet8, resnet20, resnet32, ...)"
+        )
+    if width is not None and arch not in _CIFAR_RESNETS:
+        raise ValueError(f"width belongs to the CIFAR ResNets (resnet8, resnet20, ...), not to {arch}")
+    if stem == "small" and not arch.startswith(("resnet", "resnext", "wide_resnet")):
+        raise ValueError(f'stem = "small" is for ResNets; {arch} needs stem = "imagenet"')
+    if stem == "imagenet" and arch in _CIFAR_RESNETS:
+        raise ValueError(f'{arch} is a CIFAR ResNet and has only stem = "small"')
+
+
+def architectures() -> list[str]:
+    """Every architecture that `build` knows by name."""
+    import torchvision
+
+    # Inception and GoogLeNet have auxiliary outputs, SqueezeNet no linear head.
+    names = torchvision.models.list_models(module=torchvision.models)
+    return sorted({n for n in names if not n.startswith(("inception", "googlenet", "squeezenet"))} | _KNOWN)
+
+
+def _torchvision(arch: str) -> nn.Module:
+    import torchvision
+
+    if arch == "resnet10":
+        from torchvision.models.resnet import BasicBlock, ResNet
+
+        return ResNet(BasicBlock, [1, 1, 1, 1])
+    return torchvision.models.get_model(arch, weights=None)
+
+
+def _behead(backbone: nn.Module, arch: str) -> int:
+    """Replace the last linear layer by the identity; return its input width."""
+    name, last = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)][-1]
+    parent, _, attribute = name.rpartition(".")
+    setattr(backbone.get_submodule(parent), attribute, nn.Identity())
+    return last.in_features
+
+
+def _shrink_stem(backbone: nn.Module, arch: str) -> None:
+    conv = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    backbone.conv1, backbone.maxpool = conv, nn.Identity()

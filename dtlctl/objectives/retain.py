@@ -1,0 +1,90 @@
+"""Retaining losses: what keeps the target task (Koh et al., ICCV 2023, sections 3.2.1 and 4.6).
+
+Each kind is one class: its recipe fields, its loss, and `guard`, which may bend the unlearning loss before the two
+are mixed. A new one is a class here and its name in `Retain`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from dtlctl.objectives.collision import dot
+from dtlctl.objectives.step import Step
+from dtlctl.strict import Strict
+
+
+class _Retain(Strict):
+    def guard(self, unlearn: Tensor, retain: Tensor, step: Step) -> Tensor:
+        """The unlearning scalar to mix in: here, as it is."""
+        return unlearn
+
+
+class Distill(_Retain):
+    """SRC-KD and TGT-KD, Eq. 2: D_KL(P(y|x; TL) || P(y|x; student)) through the target head, in nats.
+
+    With a temperature T both distributions are softened and the loss is scaled by T^2 (Hinton et al.,
+    arXiv:1503.02531); T = 1 is Eq. 2.
+    """
+
+    kind: Literal["distill"] = "distill"
+    on: Literal["source", "target"] = Field("source", description="images to distil on: SRC-KD or TGT-KD")
+    temperature: float = Field(1.0, gt=0, description="softens teacher and student alike")
+
+    @property
+    def needs_target(self) -> bool:
+        return self.on == "target"
+
+    def loss(self, step: Step) -> Tensor:
+        views = step.chunks if self.on == "source" else step.target
+        return torch.stack([self._divergence(step.teacher(v.x), v.target) for v in views]).mean()
+
+    def _divergence(self, teacher: Tensor, student: Tensor) -> Tensor:
+        t = self.temperature
+        student, teacher = (student / t).log_softmax(1), (teacher / t).log_softmax(1)
+        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * t**2
+
+
+class TargetCrossEntropy(_Retain):
+    """TGT-CE: cross-entropy on the target's training images."""
+
+    kind: Literal["target-ce"] = "target-ce"
+    needs_target: ClassVar[bool] = True
+
+    def loss(self, step: Step) -> Tensor:
+        return _target_cross_entropy(step)
+
+
+class AveragedGem(_Retain):
+    """TGT-A-GEM (Chaudhry et al., arXiv:1812.00420): the unlearning gradient g may not oppose the target's, g_ref.
+
+    Where <g, g_ref> < 0, g is replaced by g - (<g, g_ref> / |g_ref|^2) g_ref. The loss is the target's cross-entropy.
+    """
+
+    kind: Literal["a-gem"] = "a-gem"
+    needs_target: ClassVar[bool] = True
+
+    def loss(self, step: Step) -> Tensor:
+        return _target_cross_entropy(step)
+
+    def guard(self, unlearn: Tensor, retain: Tensor, step: Step) -> Tensor:
+        # Subtracting a constant times the target loss subtracts that constant times its gradient: the projection.
+        ours, reference = (self._global_gradient(scalar, step) for scalar in (unlearn, retain))
+        share = dot(ours, reference).clamp(max=0) / dot(reference, reference).clamp(min=1e-12)
+        return unlearn - share * retain
+
+    @staticmethod
+    def _global_gradient(scalar: Tensor, step: Step) -> list[Tensor]:
+        grads = torch.autograd.grad(scalar, step.parameters, retain_graph=True, materialize_grads=True)
+        return [g / step.processes for g in step.all_reduce(grads)]
+
+
+def _target_cross_entropy(step: Step) -> Tensor:
+    return torch.stack([F.cross_entropy(view.target, view.y) for view in step.target]).mean()
+
+
+Retain = Annotated[Distill | TargetCrossEntropy | AveragedGem, Field(discriminator="kind")]

@@ -1,0 +1,57 @@
+"""What a recipe asks for, in order, and what each result depends on. Pure data: nothing here trains or loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dtlctl.recipe import Recipe
+from dtlctl.strict import Strict
+
+Stage = Literal["pretrain", "finetune", "dispose", "piggyback", "audit"]
+STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "dispose", "piggyback", "audit")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One result: a model, or one attack on one model."""
+
+    stage: Stage
+    model: str
+    """The model that is made or attacked: scratch, TGT, pre, TL or a variant's name."""
+    path: str
+    """Its sidecar, relative to the run's folder."""
+    settings: Strict
+    roles: tuple[str, ...]
+    """Datasets it reads: source, target, or piggyback.NAME."""
+    parent: str | None
+    """The model it starts from, if any."""
+
+    @property
+    def dataset(self) -> str:
+        """The first dataset: the one it trains on."""
+        return self.roles[0]
+
+    @property
+    def title(self) -> str:
+        return self.path.removesuffix(".json").removesuffix("/model")
+
+
+def jobs(recipe: Recipe) -> list[Job]:
+    """Every result of the recipe, each after what it depends on."""
+    plan = [
+        Job("pretrain", "pre", "pretrain/model.json", recipe.pretrain, ("source",), None),
+        Job("finetune", "TGT", "target-only/model.json", recipe.target_only or recipe.finetune, ("target",), None),
+        Job("finetune", "TL", "finetune/model.json", recipe.finetune, ("target", "source"), "pre"),
+    ]
+    for variant, settings in recipe.dispose.items():
+        plan.append(Job("dispose", variant, f"dispose/{variant}/model.json", settings, ("source", "target"), "TL"))
+    for name in recipe.data.piggyback:
+        for model in recipe.piggyback_models:
+            parent = None if model == "scratch" else model
+            path = f"piggyback/{model}/{name}.json"
+            plan.append(Job("piggyback", model, path, recipe.piggyback, (f"piggyback.{name}",), parent))
+    for model in recipe.audit_models:
+        if model not in ("scratch", "TGT"):
+            plan.append(Job("audit", model, f"audit/{model}.json", recipe.audit, ("source",), model))
+    return plan

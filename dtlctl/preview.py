@@ -1,0 +1,115 @@
+"""What `dtlctl check` shows: the plan of a recipe and its cost, without training or fetching anything."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from dtlctl.data.cache import Images, cached
+from dtlctl.data.sources import is_hub
+from dtlctl.data.subset import balanced
+from dtlctl.plan import Job, jobs
+from dtlctl.recipe import Recipe
+
+# A step of gradient collision in units of a step of plain training on the same images: three forward passes against
+# about nine (a gradient with its graph, and its derivative).
+COLLISION_COST = 4.0
+
+
+def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """{"recipe", "parameters", "data": [...], "jobs": [...], "minutes"}: counts are None where data is not decoded.
+
+    Times are rough: a few steps of this model on this machine's CPU or GPU, multiplied up.
+    """
+    data = {role: _describe(recipe, role) for role in _roles(recipe)}
+    parameters, seconds = _measure(recipe)
+    rows = [_job(recipe, out, job, data, seconds) for job in jobs(recipe)]
+    known = [row["seconds"] for row in rows if row["seconds"] is not None]
+    return {
+        "recipe": recipe.name,
+        "parameters": parameters,
+        "data": list(data.values()),
+        "jobs": rows,
+        "minutes": round(sum(known) / 60, 1) if len(known) == len(rows) else None,
+    }
+
+
+def text(document: dict[str, Any]) -> str:
+    """The plan for a person."""
+    lines = [f"recipe {document['recipe']}: valid; {document['parameters']:,} parameters", "", "data"]
+    for row in document["data"]:
+        size = "not decoded yet" if row["images"] is None else f"{row['images']} images, {row['classes']} classes"
+        pinned = "" if row["pinned"] else " (revision not pinned)"
+        lines.append(f"  {row['role']:<24} {row['path']}{pinned}: {size}")
+    lines += ["", "stages"]
+    for row in document["jobs"]:
+        steps = "?" if row["steps"] is None else row["steps"]
+        cost = "" if row["seconds"] is None else f", about {row['seconds']:.0f} s"
+        state = "done" if row["exists"] else f"{steps} steps of {row['batch_size']}{cost}" if row["batch_size"] else "attack"
+        lines.append(f"  {row['title']:<32} {state}")
+    total = document["minutes"]
+    lines += ["", "rough time: " + (f"{total} min on this machine" if total is not None else "known once data is decoded")]
+    return "\n".join(lines)
+
+
+def _roles(recipe: Recipe) -> list[str]:
+    return ["source", "target", *(f"piggyback.{name}" for name in recipe.data.piggyback)]
+
+
+def _dataset(recipe: Recipe, role: str):
+    kind, _, name = role.partition(".")
+    return recipe.data.piggyback[name] if name else getattr(recipe.data, kind)
+
+
+def _describe(recipe: Recipe, role: str) -> dict[str, Any]:
+    dataset = _dataset(recipe, role)
+    train: Images | None = cached(dataset, "train", recipe.model.image_size)
+    chosen = None if train is None else len(balanced(train.labels, len(train.classes), dataset.fraction, 0))
+    return {
+        "role": role,
+        "path": dataset.path,
+        "pinned": not is_hub(dataset) or dataset.revision is not None,
+        "images": chosen,
+        "classes": None if train is None else len(train.classes),
+    }
+
+
+def _measure(recipe: Recipe, rounds: int = 3) -> tuple[int, float]:
+    """Number of parameters, and seconds that one image costs in a step of training here."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from dtlctl import models
+
+    spec, batch = recipe.model, 32
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = models.build(spec.arch, {"source": 100}, stem=spec.stem, width=spec.width).to(device)
+    x = torch.rand(batch, 3, spec.image_size, spec.image_size, device=device)
+    y = torch.zeros(batch, dtype=torch.int64, device=device)
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        cross_entropy(model(x, "source"), y).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return sum(p.numel() for p in model.parameters()), min(times) / batch
+
+
+def _job(recipe: Recipe, out: Path, job: Job, data: dict[str, Any], seconds: float) -> dict[str, Any]:
+    images = data[job.dataset]["images"]
+    size = getattr(job.settings, "batch_size", None)
+    steps = None if images is None or size is None else job.settings.total_steps(images)
+    cost = None if steps is None else steps * min(size, images) * seconds
+    if cost is not None and job.stage == "dispose" and job.settings.unlearn.chunks > 1:
+        share = 1 - job.settings.repair
+        cost *= 1 + share * (COLLISION_COST - 1)
+    return {
+        "title": job.title,
+        "stage": job.stage,
+        "exists": (out / recipe.name / job.path).exists(),
+        "steps": steps,
+        "batch_size": size and (size if images is None else min(size, images)),
+        "seconds": 0.0 if size is None else cost,
+    }

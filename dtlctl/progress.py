@@ -1,0 +1,70 @@
+"""Progress on stderr: a live bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+_stderr = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """One line of talk on stderr, from the main process only."""
+    if os.environ.get("RANK", "0") == "0":
+        _stderr.print(text, markup=False, soft_wrap=True)
+
+
+class Progress:
+    """A long piece of work: `with Progress("pretrain", total=300) as p: p.advance(1)`.
+
+    `enabled` is false in quiet runs and on all processes but the main one: then nothing is printed.
+    """
+
+    def __init__(self, title: str, total: int, *, enabled: bool = True):
+        self.title, self.total, self.enabled = title, total, enabled
+        self._done = self._images = 0
+        self._started = self._said = time.monotonic()
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> Progress:
+        if self.enabled and _stderr.is_terminal:
+            columns = (MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+            self._bar = RichProgress(TextColumn("{task.description}"), BarColumn(20), *columns, console=_stderr)
+            self._task = self._bar.add_task(self.title, total=self.total, note="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, count: int = 1, images: int = 0) -> None:
+        self._done += count
+        self._images += images
+        if self._bar is not None:
+            self._bar.advance(self._task, count)
+
+    def at(self, done: int, total: int) -> None:
+        """Set the absolute place, for work that knows its length only once begun."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total, completed=done)
+        self._done = done
+        if self._bar is None:
+            self.show({})
+
+    def show(self, metrics: dict[str, float]) -> None:
+        """Say where the work stands; without a terminal at most every ten seconds."""
+        note = " ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "step")
+        if self._images:
+            note += f" {self._images / max(time.monotonic() - self._started, 1e-9):.0f} images/s"
+        if self._bar is not None:
+            self._bar.update(self._task, note=note)
+        elif self.enabled and time.monotonic() - self._said > 10:
+            self._said = time.monotonic()
+            say(f"{self.title} {self._done}/{self.total} {note}")

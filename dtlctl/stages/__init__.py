@@ -1,0 +1,32 @@
+"""The stages of disposable transfer learning, each a function of (experiment, job) in a file that tells its story."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from importlib import import_module
+
+from dtlctl.experiment import Experiment
+from dtlctl.plan import Job, Stage
+from dtlctl.progress import say
+
+
+def run(lab: Experiment, stages: Collection[Stage], *, only: Collection[str] = (), force: bool = False) -> list[Job]:
+    """Do the jobs of these stages that are not up to date, in order; return those that were done.
+
+    `only` restricts to some models; `force` redoes what is up to date. Raises DtlError of whatever kind stops it.
+    """
+    chosen = [job for job in lab.jobs if job.stage in stages and (not only or job.model in only)]
+    done = []
+    for job in chosen:
+        if lab.done(job) and not force:
+            continue
+        _stage(job.stage)(lab, job)
+        done.append(job)
+        if not lab.quiet and lab.engine.is_main:
+            say(f"{job.title}: {lab.summary(job)}")
+    return done
+
+
+def _stage(name: Stage) -> Callable[[Experiment, Job], None]:
+    """Imported when there is work to do: looking whether everything is up to date needs no training code."""
+    return getattr(import_module(f"dtlctl.stages.{name}"), name)

@@ -1,0 +1,127 @@
+"""theta_dtl = TRAIN(theta_tl, (1 - lambda) L_retain + lambda L_unlearn): dispose of the source (Eq. 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dtlctl.data.tensors import Batch, Batches, Share
+from dtlctl.engine import Objective
+from dtlctl.errors import RecipeError
+from dtlctl.experiment import Experiment
+from dtlctl.models import Classifier
+from dtlctl.objectives.step import Step, View
+from dtlctl.plan import Job
+from dtlctl.recipe import Dispose
+
+Momenta = list[tuple[nn.BatchNorm2d, float]]
+"""Every batch normalisation with the momentum it was built with."""
+
+
+def dispose(lab: Experiment, job: Job) -> None:
+    settings = job.settings
+    chunks = _local_chunks(settings, lab.engine.processes, job.title)
+    teacher = lab.load_model("TL").eval().requires_grad_(False)
+    # Collisions need each chunk's own batch statistics; one chunk means the statistics of the global batch.
+    own_statistics = settings.unlearn.chunks > 1
+    if settings.init == "TL":
+        student = lab.load_model("TL", global_batch_norm=not own_statistics)
+    else:
+        heads = {name: head.out_features for name, head in teacher.heads.items()}
+        student = lab.new_model(heads, "dispose/init", global_batch_norm=not own_statistics)
+    source, target = (_batches(lab, role, settings) for role in ("source", "target"))
+    objective = _objective(lab, job, settings, student, teacher, source, target, chunks)
+    measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
+    history, metrics = lab.train(job, student, objective, source, measures)
+    lab.publish(job, metrics, history, student)
+
+
+def _objective(
+    lab: Experiment,
+    job: Job,
+    settings: Dispose,
+    student: Classifier,
+    teacher: Classifier,
+    source: Batches,
+    target: Batches,
+    chunks: int,
+) -> Objective:
+    unlearn, retain, parameters = settings.unlearn, settings.retain, list(student.parameters())
+    momenta = [(m, m.momentum) for m in student.modules() if isinstance(m, nn.BatchNorm2d) and m.momentum is not None]
+    statistics = [tensor for norm, _ in momenta for tensor in (norm.running_mean, norm.running_var)]
+    repair_from = round(settings.total_steps(source.images) * (1 - settings.repair))
+    images = len(lab.images("source", "train").labels)
+
+    @torch.no_grad()
+    def answers(x: Tensor) -> Tensor:
+        return teacher(x, "target")
+
+    def objective(number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        _set_mode(student, momenta, settings.batch_norm)
+        step = Step(
+            chunks=_views(student, source[number], chunks, momenta),
+            target=_views(student, target[number], chunks, momenta) if retain.needs_target else [],
+            teacher=answers,
+            parameters=parameters,
+            images=images,
+            seed=lab.seed("dispose/labels"),
+            processes=lab.engine.processes,
+            all_reduce=lab.engine.all_reduce,
+        )
+        lab.engine.average_(statistics)
+        keep = retain.loss(step)
+        if number >= repair_from:
+            return keep, {"retain": keep.detach()}
+        drive, value = unlearn.loss(step)
+        total = (1 - settings.lam) * keep + settings.lam * retain.guard(drive, keep, step)
+        return total, {"retain": keep.detach(), "unlearn": value}
+
+    return objective
+
+
+def _local_chunks(settings: Dispose, processes: int, title: str) -> int:
+    chunks = settings.unlearn.chunks
+    if chunks > 1 and chunks % processes:
+        raise RecipeError(
+            f"{title}: unlearn.chunks = {chunks} cannot be shared by {processes} processes (rest {chunks % processes}); "
+            f"make chunks a multiple of {processes}"
+        )
+    return max(1, chunks // processes)
+
+
+def _batches(lab: Experiment, role: str, settings: Dispose) -> Batches:
+    """Batches that the chunks divide: of a dataset smaller than a batch, as many images as make equal chunks."""
+    images, chunks = len(lab.index(role)), settings.unlearn.chunks
+    size = min(settings.batch_size, images) // chunks * chunks
+    if role == "source" and size < 2 * chunks:
+        raise RecipeError(f"data.source: {images} images make no {chunks} chunks of at least 2")
+    return lab.batches(role, max(size, chunks), f"dispose/{role}")
+
+
+def _views(student: Classifier, batch: Batch, chunks: int, momenta: Momenta) -> list[View]:
+    """The student's answers chunk by chunk, so that batch statistics are each chunk's own."""
+    views = []
+    for number in range(chunks):
+        share = Share(number, chunks)
+        x, y, rows = share.of(batch.x), share.of(batch.y), share.of(batch.rows)
+        _weigh_running_statistics(momenta, number, chunks)
+        features = student.embed(x)
+        views.append(View(x, y, rows, student.heads["source"](features), student.heads["target"](features)))
+    return views
+
+
+def _weigh_running_statistics(momenta: Momenta, number: int, chunks: int) -> None:
+    """Make a sequence of chunks move the running statistics as their average would.
+
+    With momentum a_k = (m/c) / (1 - (c-k) m/c) for chunk k of c, each chunk weighs m/c in the end; so it does not
+    matter how many processes share the chunks.
+    """
+    for norm, momentum in momenta:
+        norm.momentum = (momentum / chunks) / (1 - (chunks - 1 - number) * momentum / chunks)
+
+
+def _set_mode(student: Classifier, momenta: Momenta, batch_norm: str) -> None:
+    student.train()
+    if batch_norm == "frozen":
+        for norm, _ in momenta:
+            norm.eval()

@@ -1,0 +1,22 @@
+"""theta_tl = TRAIN(theta_pre, L(theta; D_t)): adapt to the target (section 3.1); without a parent, TGT."""
+
+from __future__ import annotations
+
+from dtlctl.experiment import Experiment
+from dtlctl.objectives.supervised import cross_entropy
+from dtlctl.plan import Job
+
+
+def finetune(lab: Experiment, job: Job) -> None:
+    classes = len(lab.classes("target"))
+    measures = {"acc_t": ("target", "target")}
+    if job.parent:
+        model = lab.load_model(job.parent)
+        lab.attach_head(model, "target", classes, "finetune/head")
+        measures["acc_s"] = ("source", "source")
+    else:
+        model = lab.new_model({"target": classes}, "target-only/init")
+    batches = lab.batches("target", job.settings.batch_size, "finetune/batches")
+    objective = cross_entropy(model, "target", batches)
+    history, metrics = lab.train(job, model, objective, batches, measures)
+    lab.publish(job, metrics, history, model)

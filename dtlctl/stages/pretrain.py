@@ -1,0 +1,15 @@
+"""theta_pre = TRAIN(theta_0, L(theta; D_s)): learn the source from scratch (section 3.1)."""
+
+from __future__ import annotations
+
+from dtlctl.experiment import Experiment
+from dtlctl.objectives.supervised import cross_entropy
+from dtlctl.plan import Job
+
+
+def pretrain(lab: Experiment, job: Job) -> None:
+    model = lab.new_model({"source": len(lab.classes("source"))}, "pretrain/init")
+    batches = lab.batches("source", job.settings.batch_size, "pretrain/batches")
+    objective = cross_entropy(model, "source", batches)
+    history, metrics = lab.train(job, model, objective, batches, {"acc_s": ("source", "source")})
+    lab.publish(job, metrics, history, model)

@@ -1,0 +1,75 @@
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtlctl.data.subset import balanced, digest
+
+labels = st.lists(st.integers(1, 30), min_size=1, max_size=6).flatmap(
+    lambda counts: st.permutations([label for label, count in enumerate(counts) for _ in range(count)])
+)
+fractions = st.floats(1e-6, 1)
+
+
+@given(labels, fractions, st.integers(0, 2**32 - 1))
+def test_every_class_has_the_same_share_for_any_fraction(labels, fraction, seed):
+    labels = np.array(labels)
+    counts = np.bincount(labels)
+    index = balanced(labels, len(counts), fraction, seed)
+    assert index.dtype == np.int64 and (np.diff(index) > 0).all()
+    drawn = np.bincount(labels[index], minlength=len(counts))
+    if fraction == 1:
+        assert (drawn == counts).all()
+    else:
+        assert (drawn == drawn[0]).all() and 1 <= drawn[0] <= counts.min()
+        assert drawn[0] == counts.min() or abs(drawn[0] - max(1, fraction * len(labels) / len(counts))) <= 0.5 + 1e-6
+
+
+@given(labels, fractions, fractions, st.integers(0, 2**32 - 1))
+def test_a_smaller_fraction_is_part_of_a_larger_one(labels, one, other, seed):
+    labels = np.array(labels)
+    small, large = (balanced(labels, labels.max() + 1, f, seed) for f in sorted((one, other)))
+    assert set(small) <= set(large)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "each"), [(0.01, 1), (0.014, 1), (0.015, 2), (0.145, 15), (0.1, 10), (0.5, 50), (1e-9, 1)]
+)
+def test_the_share_is_rounded_half_up_as_the_recipe_writes_it(fraction, each):
+    """1,000 rows of 10 classes: 100 a class, so 0.015 is 1.5 -> 2, and 0.145 is 14.5 -> 15 (float: 14.499...)."""
+    labels = np.tile(np.arange(10), 100)
+    assert (np.bincount(labels[balanced(labels, 10, fraction, 0)]) == each).all()
+
+
+def test_a_draw_depends_on_the_seed_and_its_own_class_alone():
+    labels = np.repeat([0, 1], 50)
+    first = balanced(labels, 2, 0.2, 1)
+    assert (first == balanced(labels, 2, 0.2, 1)).all()
+    assert (first != balanced(labels, 2, 0.2, 2)).any()
+    assert (first[:10] != first[10:] - 50).any()
+    three = np.repeat([0, 1, 2], 50)
+    assert (balanced(three, 3, 0.2, 1)[:20] == first).all()
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "fraction", "message"),
+    [
+        ([0, 1], 2, 0.0, r"fraction 0.0 is not in \(0, 1\]"),
+        ([0, 1], 2, 1.5, r"fraction 1.5 is not in \(0, 1\]"),
+        ([0, 2], 2, 0.5, r"labels are not in \[0, 2\)"),
+        ([-1, 0], 2, 0.5, r"labels are not in \[0, 2\)"),
+        ([0, 0], 2, 0.5, "class 1 has no rows"),
+        ([], 1, 0.5, "class 0 has no rows"),
+    ],
+)
+def test_what_cannot_be_balanced_is_refused(labels, classes, fraction, message):
+    with pytest.raises(ValueError, match=message):
+        balanced(np.array(labels, np.int64), classes, fraction, 0)
+
+
+def test_digest_is_of_little_endian_int64():
+    """1 and 258 = 0x0102 in eight bytes each, least significant first."""
+    expected = hashlib.sha256(b"\1\0\0\0\0\0\0\0\2\1\0\0\0\0\0\0").hexdigest()
+    assert digest(np.array([1, 258])) == digest(np.array([1, 258], ">i4")) == expected
