@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-import torch.distributed.nn.functional as across
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -70,7 +69,7 @@ class Engine:
         tensors = list(tensors)
         if self.processes == 1:
             return tensors
-        flat = nn.utils.parameters_to_vector(tensors)
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         torch.distributed.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
@@ -94,7 +93,7 @@ class Engine:
         batch_size: int,
         progress: Progress,
         evaluate: Callable[[], dict[str, float]],
-        reports: int = 10,
+        reports: int = 8,
     ) -> History:
         """Minimise `objective` over `steps` steps of SGD with momentum, as `plan` says.
 
@@ -102,6 +101,7 @@ class Engine:
         in the history. Raises DivergedError before a gradient that is not finite reaches the weights.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
+        statistics = [b for b in model.buffers() if b.is_floating_point()]
         optimizer = torch.optim.SGD(parameters, plan.lr, plan.momentum, weight_decay=plan.weight_decay)
         schedule = _scheduler(optimizer, plan, steps)
         history, started = History(), time.perf_counter()
@@ -116,6 +116,7 @@ class Engine:
                 raise _diverged(step, norm, history)
             optimizer.step()
             schedule.step()
+            self.average_(statistics)
             for name, value in {**parts, "gradient_norm": norm}.items():
                 sums[name] = sums.get(name, 0) + value.detach()
             if (step + 1) % every == 0 or step + 1 == steps:
@@ -176,16 +177,34 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        count = across.all_reduce(torch.tensor(float(input.numel() // input.shape[1]), device=input.device))
-        mean = across.all_reduce(input.sum((0, 2, 3))) / count
+        count = _sum_over_processes(torch.tensor(float(input.numel() // input.shape[1]), device=input.device))
+        mean = _sum_over_processes(input.sum((0, 2, 3))) / count
         centred = input - mean[:, None, None]
-        variance = across.all_reduce((centred**2).sum((0, 2, 3))) / count
+        variance = _sum_over_processes((centred**2).sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None])
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce whose derivative is all-reduce: every process's sum feeds every process's loss."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:
+        total = value.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _SumOverProcesses.forward(ctx, gradient)
+
+
+def _sum_over_processes(value: Tensor) -> Tensor:
+    return _SumOverProcesses.apply(value)  # type: ignore[return-value]
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, plan: Training, steps: int) -> torch.optim.lr_scheduler.LRScheduler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 import zlib
@@ -118,9 +119,9 @@ class Experiment:
 
     def _images(self, role: str, split: str) -> Images:
         dataset, size = self.dataset(role), self.recipe.model.image_size
-        found = decoded.cached(dataset, split, size)
-        if found is not None:
-            return found
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        if alone and (found := decoded.cached(dataset, split, size, role=role)) is not None:
+            return found  # no engine is started to find that everything is up to date
         with self.engine.accelerator.main_process_first(), self.progress(f"decode {role} {split}", 1) as bar:
             return decoded.load(dataset, split, size, role=role, progress=bar.at)
 
@@ -233,7 +234,7 @@ class Experiment:
     def summary(self, job: Job) -> str:
         """One line of what a finished job measured."""
         sidecar = checkpoint.read_sidecar(self._path(job)) or {}
-        numbers = {k: v for k, v in sidecar.get("metrics", {}).items() if isinstance(v, int | float)}
+        numbers = {k: v for k, v in sidecar.get("metrics", {}).items() if isinstance(v, float)}
         return ", ".join(f"{k} {v:.1f}" for k, v in numbers.items()) + f" ({sidecar.get('wall_seconds', 0):.0f} s)"
 
     def _path(self, job: Job) -> Path:

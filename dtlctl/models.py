@@ -52,6 +52,7 @@ def build(arch: str, heads: dict[str, int], *, stem: str = "small", width: int |
     32-pixel images (ResNets only). `width`: channels of a CIFAR ResNet's first stage (He et al.: 16).
     Raises ValueError for a combination that does not exist.
     """
+    check(arch, stem, width)
     if arch in _CIFAR_RESNETS:
         width = width or 16
         return Classifier(CifarResNet(_CIFAR_RESNETS[arch], width), 4 * width, heads)

@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dtlctl.data.cache import Images, cached
+from dtlctl.data.cache import cached
 from dtlctl.data.sources import is_hub
 from dtlctl.data.subset import balanced
+from dtlctl.errors import DataError
 from dtlctl.plan import Job, jobs
 from dtlctl.recipe import Recipe
 
@@ -40,8 +41,8 @@ def text(document: dict[str, Any]) -> str:
     lines = [f"recipe {document['recipe']}: valid; {document['parameters']:,} parameters", "", "data"]
     for row in document["data"]:
         size = "not decoded yet" if row["images"] is None else f"{row['images']} images, {row['classes']} classes"
-        pinned = "" if row["pinned"] else " (revision not pinned)"
-        lines.append(f"  {row['role']:<24} {row['path']}{pinned}: {size}")
+        lines.append(f"  {row['role']:<24} {row['path']}: {size}")
+        lines += [f"  {'':<24} note: {row['problem']}"] if row["problem"] else []
     lines += ["", "stages"]
     for row in document["jobs"]:
         steps = "?" if row["steps"] is None else row["steps"]
@@ -64,12 +65,15 @@ def _dataset(recipe: Recipe, role: str):
 
 def _describe(recipe: Recipe, role: str) -> dict[str, Any]:
     dataset = _dataset(recipe, role)
-    train: Images | None = cached(dataset, "train", recipe.model.image_size)
+    try:
+        train = cached(dataset, "train", recipe.model.image_size, role=role)
+    except DataError as error:
+        return {"role": role, "path": dataset.path, "problem": str(error), "images": None, "classes": None}
     chosen = None if train is None else len(balanced(train.labels, len(train.classes), dataset.fraction, 0))
     return {
         "role": role,
         "path": dataset.path,
-        "pinned": not is_hub(dataset) or dataset.revision is not None,
+        "problem": "revision not pinned" if is_hub(dataset) and dataset.revision is None else None,
         "images": chosen,
         "classes": None if train is None else len(train.classes),
     }

@@ -183,15 +183,19 @@ def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"--set {text}: write key.path=value, for example --set finetune.lr=0.02")
-    for candidate in (value, json.dumps(value)):
+    plain_word = not value.strip().startswith(("{", "[", '"', "'"))
+    for candidate in (value, json.dumps(value)) if plain_word else (value,):
         try:
             return tomllib.loads(f"{key.strip()} = {candidate}")
-        except tomllib.TOMLDecodeError:
-            continue
-    raise RecipeError(f"--set {text}: {key.strip()!r} is not a key of dotted names")
+        except tomllib.TOMLDecodeError as failure:
+            reason = failure
+    raise RecipeError(f"--set {text}: not valid TOML: {reason}")
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
+    # One length in two units: whoever sets the one means to replace the other.
+    if ("epochs" in changes) != ("steps" in changes):
+        base.pop("steps" if "epochs" in changes else "epochs", None)
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             _merge(base[key], value)

@@ -10,7 +10,7 @@ from typing import Any
 from dtlctl import checkpoint
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.plan import jobs
-from dtlctl.recipe import Recipe
+from dtlctl.recipe import REFERENCES, Recipe
 
 Row = dict[str, Any]
 
@@ -114,10 +114,10 @@ def _recipe(run: Path) -> Recipe:
 
 
 def _rows(run: Path, recipe: Recipe) -> dict[str, Row]:
-    """Measured numbers by model, in the order of the plan; scratch, which has no model file, first."""
+    """Measured numbers by model, the references first."""
     rows: dict[str, Row] = {}
     plan = jobs(recipe)
-    for model in ["scratch", *(job.model for job in plan if job.stage not in ("piggyback", "audit"))]:
+    for model in [*REFERENCES, *recipe.dispose]:
         rows[model] = {"model": model, "piggyback": {}}
     for job in plan:
         sidecar = checkpoint.read_sidecar(run / job.path)

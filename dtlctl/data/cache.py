@@ -16,7 +16,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,9 +62,9 @@ def load(
         work = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
         try:
             (work / "scratch").mkdir(parents=True)
-            _decode(
-                rows(dataset, split, image_size, role, work / "scratch"), dataset, split, image_size, work, progress
-            )
+            source = rows(dataset, split, image_size, role, work / "scratch")
+            _check_classes(source, dataset, split)
+            _decode(source, image_size, work, partial(where, dataset, split), progress)
             shutil.rmtree(work / "scratch")
             images = _publish(work, place, image_size)
         except OSError as error:
@@ -125,7 +126,8 @@ def _publish(work: Path, place: Path, image_size: int) -> Images:
                 raise
             # Renamed first: a reader must never see half a folder.
             damaged = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
-            os.rename(place, damaged)
+            with suppress(FileNotFoundError):  # another process did it
+                os.rename(place, damaged)
             shutil.rmtree(damaged, ignore_errors=True)
         else:
             _sync(place.parent)
@@ -134,18 +136,18 @@ def _publish(work: Path, place: Path, image_size: int) -> Images:
             return images
 
 
-def _decode(source: Rows, dataset: Dataset, split: Split, size: int, work: Path, progress: Progress | None) -> None:
-    """Write a whole entry into the folder `work`."""
+def _decode(source: Rows, size: int, work: Path, name: Callable[..., str], progress: Progress | None) -> None:
+    """Write a whole entry into the folder `work`. `name(row)` is how an error calls a row."""
     kept = np.flatnonzero(source.labels >= 0)
     labels = source.labels[kept]
-    _check_classes(labels, source.classes, dataset, split)
     shape = (len(kept), 3, size, size)
     digest = hashlib.sha256(json.dumps([source.classes, shape]).encode())
     digest.update(labels.astype("<i8").tobytes())
 
     def batch(start: int) -> np.ndarray:
         numbers = kept[start : start + _BATCH].tolist()
-        return np.stack([_pixels(p, size, where(dataset, split, n)) for n, p in zip(numbers, source.pictures(numbers))])
+        pictures = source.pictures(numbers)
+        return np.stack([_pixels(p, size, name(n)) for n, p in zip(numbers, pictures, strict=True)])
 
     # Plain writes, not stores into a map: on a full disk a store is a SIGBUS.
     with open(work / "pixels.npy", "wb") as file, closing(_parallel(batch, range(0, len(kept), _BATCH))) as batches:
@@ -162,14 +164,15 @@ def _decode(source: Rows, dataset: Dataset, split: Split, size: int, work: Path,
         "classes": source.classes,
         "fingerprint": digest.hexdigest(),
         "dropped": len(source.labels) - len(kept),
-        "dataset": dataset.model_dump(),
+        "source": name(),
     }
     (work / "meta.json").write_text(json.dumps(meta, indent=1))
     for path in [*work.glob("*.*"), work]:
         _sync(path)
 
 
-def _check_classes(labels: np.ndarray, classes: tuple[str, ...], dataset: Dataset, split: Split) -> None:
+def _check_classes(source: Rows, dataset: Dataset, split: Split) -> None:
+    labels, classes = source.labels[source.labels >= 0], source.classes
     if not len(labels):
         raise DataError(f"{where(dataset, split)}: no row has a label")
     if split == "test":

@@ -257,4 +257,4 @@ def _reader(dataset: Dataset, split: Split, role: str, table: Any, column: str) 
         except OSError as error:
             raise DataError(f"{where(dataset, split, row)}: {value['path']}: {error.strerror}") from error
 
-    return lambda numbers: [read(n, value) for n, value in zip(numbers, table[list(numbers)][column])]
+    return lambda numbers: [read(n, value) for n, value in zip(numbers, table[list(numbers)][column], strict=True)]

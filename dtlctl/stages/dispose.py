@@ -48,7 +48,6 @@ def _objective(
 ) -> Objective:
     unlearn, retain, parameters = settings.unlearn, settings.retain, list(student.parameters())
     momenta = [(m, m.momentum) for m in student.modules() if isinstance(m, nn.BatchNorm2d) and m.momentum is not None]
-    statistics = [tensor for norm, _ in momenta for tensor in (norm.running_mean, norm.running_var)]
     repair_from = round(settings.total_steps(source.images) * (1 - settings.repair))
     images = len(lab.images("source", "train").labels)
 
@@ -68,7 +67,6 @@ def _objective(
             processes=lab.engine.processes,
             all_reduce=lab.engine.all_reduce,
         )
-        lab.engine.average_(statistics)
         keep = retain.loss(step)
         if number >= repair_from:
             return keep, {"retain": keep.detach()}
@@ -113,8 +111,8 @@ def _views(student: Classifier, batch: Batch, chunks: int, momenta: Momenta) -> 
 def _weigh_running_statistics(momenta: Momenta, number: int, chunks: int) -> None:
     """Make a sequence of chunks move the running statistics as their average would.
 
-    With momentum a_k = (m/c) / (1 - (c-k) m/c) for chunk k of c, each chunk weighs m/c in the end; so it does not
-    matter how many processes share the chunks.
+    With momentum a_k = (m/c) / (1 - (c-k) m/c) for chunk k of c, each chunk weighs m/c in the end; averaged
+    over processes after the step, it does not matter how many processes share the chunks.
     """
     for norm, momentum in momenta:
         norm.momentum = (momentum / chunks) / (1 - (chunks - 1 - number) * momentum / chunks)

@@ -1,0 +1,83 @@
+"""What every test shares: no network, a cache of its own, and a recipe that trains in a second."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before anything imports a Hugging Face library: no test may touch the network.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="1")
+
+TINY = """
+name = "tiny"
+[model]
+arch = "resnet8"
+width = 4
+image_size = 8
+[data.source]
+path = "builtin:digits"
+fraction = 0.1
+augment = "none"
+[data.target]
+path = "builtin:digits"
+fraction = 0.02
+augment = "crop"
+[data.piggyback.again]
+like = "source"
+fraction = 0.03
+[pretrain]
+steps = 12
+batch_size = 20
+[finetune]
+steps = 4
+batch_size = 10
+[dispose.gc]
+steps = 6
+batch_size = 8
+lr = 0.02
+repair = 0.5
+unlearn = { kind = "gradient-collision", chunks = 2 }
+[dispose.rand]
+steps = 4
+batch_size = 8
+lr = 0.02
+unlearn = { kind = "random-labels" }
+[piggyback]
+steps = 3
+batch_size = 10
+models = ["scratch", "TL", "gc"]
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory):
+    """Decoded images are shared by all tests of a session and by nobody else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DTLCTL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    """The tiny recipe as a file."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def dtlctl(tmp_path: Path):
+    """Run the command line in a fresh process, in an empty folder."""
+
+    def call(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable, "-m"]
+        if processes > 1:
+            launcher += ["torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "-m"]
+        command = [*launcher, "dtlctl", *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+
+    return call

@@ -1,0 +1,164 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dtlctl.data.tensors import Batches, Share, crop_and_flip, evaluation_batches
+
+SIDE = 8
+CPU = torch.device("cpu")
+
+
+def dataset(images):
+    """Image i is labelled 3i mod 7; at row r, column c it has 1 + 8r + c in the first channel, i in the second."""
+    pixels = np.zeros((images, 3, SIDE, SIDE), np.uint8)
+    pixels[:, 0] = 1 + SIDE * np.arange(SIDE)[:, None] + np.arange(SIDE)
+    pixels[:, 1] = np.arange(images)[:, None, None]
+    return pixels, 3 * np.arange(images) % 7
+
+
+def make(images=20, index=None, **more):
+    options = {"batch_size": 5, "augment": "none", "seed": 0, "device": CPU} | more
+    return Batches(*dataset(images), np.arange(images) if index is None else np.array(index), **options)
+
+
+def equal(one, other):
+    return all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("x", "y", "rows"))
+
+
+def test_a_batch_depends_on_the_seed_and_its_number_alone():
+    forwards, backwards, other = (make(augment="crop-flip", seed=seed) for seed in (3, 3, 4))
+    batches = [forwards[step] for step in range(12)]
+    for step in (11, 0, 5, 5, 2, 9):
+        assert equal(batches[step], backwards[step])
+        assert not equal(batches[step], other[step])
+
+
+@pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
+def test_an_epoch_visits_every_row_once_in_a_new_order(augment):
+    batches = make(augment=augment)
+    orders = [torch.cat([batches[4 * epoch + place].rows for place in range(4)]).tolist() for epoch in range(3)]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_an_epoch_leaves_out_a_rest_smaller_than_a_batch():
+    """23 images in batches of 5: 4 batches of different images, and every image gets its turn in some epoch."""
+    batches = make(images=23)
+    rows = [torch.cat([batches[4 * epoch + place].rows for place in range(4)]).tolist() for epoch in range(10)]
+    assert all(len(set(epoch)) == 20 for epoch in rows)
+    assert set().union(*rows) == set(range(23))
+
+
+def test_batches_are_of_the_chosen_rows_only():
+    index = [2, 3, 5, 7, 11, 13, 17, 19]
+    batches = make(index=index, batch_size=4)
+    assert sorted(torch.cat([batches[0].rows, batches[1].rows]).tolist()) == index
+    assert batches.images == 8
+
+
+def test_without_augmentation_pixels_are_the_images_over_255():
+    batch, (pixels, labels) = make()[7], dataset(20)
+    assert batch.x.dtype == torch.float32 and batch.y.dtype == batch.rows.dtype == torch.int64
+    assert torch.equal(batch.x, torch.from_numpy(pixels)[batch.rows] / 255)
+    assert batch.y.tolist() == labels[batch.rows].tolist()
+
+
+def test_augmented_images_keep_their_labels_and_rows():
+    """The second channel says which image it is, in its middle, where no shift of 1 brings in black."""
+    batch = make(augment="crop-flip")[3]
+    assert (batch.x[:, 1, 4, 4] * 255).round().tolist() == batch.rows.tolist()
+    assert batch.y.tolist() == [3 * row % 7 for row in batch.rows.tolist()]
+
+
+def seen(augment, steps=200):
+    """(dy, dx, flipped) of every image of `steps` batches of 20, read from pixel (4, 4) and its right neighbour.
+
+    Unflipped it shows row 4 + dy, column 4 + dx; flipped, column 3 + dx, and columns fall to the right.
+    """
+    batches = make(augment=augment, batch_size=20)
+    x = torch.cat([batches[step].x for step in range(steps)])[:, 0]
+    value, right = (x[:, 4, 4:6] * 255).round().long().T - 1
+    flipped = right < value
+    return torch.stack([value // SIDE - 4, value % SIDE - torch.where(flipped, 3, 4), flipped.long()], 1)
+
+
+def test_crops_shift_by_an_eighth_at_most_evenly_and_never_flip():
+    """4,000 images over 9 shifts: 444 each, deviation sqrt(4000 · 1/9 · 8/9) = 20; five of them are allowed."""
+    moves, counts = seen("crop").unique(dim=0, return_counts=True)
+    assert moves.tolist() == [[dy, dx, 0] for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    assert (counts - 4000 / 9).abs().max() < 100
+
+
+def test_flips_mirror_half_of_the_images():
+    """4,000 images over 18 moves: 222 each, deviation 14.5; five of them are allowed."""
+    moves, counts = seen("crop-flip").unique(dim=0, return_counts=True)
+    assert moves.tolist() == [[dy, dx, flip] for dy in (-1, 0, 1) for dx in (-1, 0, 1) for flip in (0, 1)]
+    assert (counts - 4000 / 18).abs().max() < 73
+
+
+def test_images_of_a_batch_move_independently():
+    first = seen("crop-flip", steps=1)
+    assert len(first.unique(dim=0)) > 5
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+def test_the_shares_of_all_processes_are_the_batch(processes, augment):
+    whole = make(batch_size=10, augment=augment)
+    parts = [make(batch_size=10, augment=augment, share=Share(rank, processes)) for rank in range(processes)]
+    for step in (0, 1, 2, 5):
+        shares = [part[step] for part in parts]
+        sizes = [len(share.y) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+        for name in ("x", "y", "rows"):
+            assert torch.equal(torch.cat([getattr(s, name) for s in shares]), getattr(whole[step], name))
+
+
+def test_a_small_dataset_is_one_batch():
+    batches = make(images=3, batch_size=64)
+    assert batches.batch_size == 3
+    assert all(sorted(batches[step].rows.tolist()) == [0, 1, 2] for step in range(5))
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_evaluation_covers_a_split_in_order_as_it_is(processes):
+    pixels, labels = dataset(11)
+    shares = [
+        evaluation_batches(pixels, labels, device=CPU, share=Share(r, processes), batch_size=2)
+        for r in range(processes)
+    ]
+    batches = [batch for share in shares for batch in share]
+    assert max(len(batch.y) for batch in batches) == 2
+    x, y, rows = (torch.cat([getattr(b, name) for b in batches]) for name in ("x", "y", "rows"))
+    assert rows.tolist() == list(range(11)) and y.tolist() == labels.tolist()
+    assert torch.equal(x, torch.from_numpy(pixels) / 255)
+
+
+def slow_crop_and_flip(image, dy, dx, flip):
+    """Pad with as much black on every side, cut the window out, mirror it."""
+    size = image.shape[-1]
+    padded = np.pad(image, ((0, 0), (size, size), (size, size)))
+    window = padded[:, size + dy : 2 * size + dy, size + dx : 2 * size + dx]
+    return window[:, :, ::-1] if flip else window
+
+
+sizes = st.integers(1, 6)
+moves = sizes.flatmap(
+    lambda size: st.tuples(
+        st.just(size),
+        st.lists(st.tuples(*[st.integers(1 - size, size - 1)] * 2, st.booleans()), min_size=1, max_size=4),
+    )
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(moves, st.sampled_from([np.uint8, np.float32]))
+def test_crop_and_flip_agrees_with_one_image_at_a_time(moves, dtype):
+    size, each = moves
+    images = np.random.default_rng(size).integers(1, 256, (len(each), 2, size, size)).astype(dtype)
+    shifts, flips = torch.tensor([m[:2] for m in each]), torch.tensor([m[2] for m in each])
+    moved = crop_and_flip(torch.from_numpy(images), shifts, flips).numpy()
+    assert moved.dtype == dtype
+    np.testing.assert_array_equal(moved, [slow_crop_and_flip(i, *m) for i, m in zip(images, each, strict=True)])

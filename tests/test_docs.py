@@ -1,0 +1,263 @@
+"""Everything that can be said in a recipe or on the command line is documented, and what the documents say is true."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from dtlctl.cli import app
+from dtlctl.errors import RecipeError
+from dtlctl.plan import jobs
+from dtlctl.recipe import Recipe, load
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PAGES = [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
+SCHEMA = Recipe.model_json_schema(by_alias=True)
+MODELS = {**SCHEMA["$defs"], "Recipe": SCHEMA}
+UNLEARN, RETAIN = (sorted(MODELS["Dispose"]["properties"][k]["discriminator"]["mapping"]) for k in ("unlearn", "retain"))
+CLI = typer.main.get_command(app)
+# A recipe to which the fragments in the documents are added.
+BASE = {"name": "base", "data": {"source": {"path": "builtin:letters"}, "target": {"path": "builtin:digits"}}}
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def in_backticks(text: str) -> set[str]:
+    return set(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)))
+
+
+def everywhere(language: str) -> list[Any]:
+    """Every code block of that language in all pages, as parameters of a test."""
+    found = [(p, n, block) for p in PAGES for n, block in enumerate(blocks(page(p.name if p.parent == ROOT else f"docs/{p.name}"), language))]
+    return [pytest.param(block, id=f"{p.stem}-{n}") for p, n, block in found]
+
+
+# The recipe --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(model: str) -> dict[str, list[str]]:
+    """The table behind `<!-- schema: MODEL -->` in the recipe reference: key -> [key, type, range, default, meaning]."""
+    _, found, rest = page("docs/recipe.md").partition(f"<!-- schema: {model} -->")
+    assert found, f"docs/recipe.md has no table for {model}"
+    lines = itertools.takewhile(lambda line: line.startswith("|"), rest.strip().splitlines())
+    cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines][2:]
+    return {row[0].strip("`"): row for row in cells}
+
+
+def limits(node: dict[str, Any]) -> str:
+    """What the range column must say of a key."""
+    node = next((n for n in node.get("anyOf", ()) if n.get("type") != "null"), node)
+    items = node.get("items", {})
+    values = [v for n in (node, items) for v in ([n["const"]] if "const" in n else n.get("enum", []))]
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    parts = [f"{sign} {node[key]:g}".replace("e+0", "e") for key, sign in signs.items() if key in node and node[key] < 1e6]
+    parts += [f"{sign} {node[key]:.0f}" for key, sign in signs.items() if key in node and node[key] >= 1e6]
+    nonempty = "not empty" if "minItems" in node or "minLength" in node else ""
+    return "; ".join(filter(None, [", ".join([*(f"`{json.dumps(v)}`" for v in values), *parts]), nonempty]))
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_recipe_tables_are_the_schema(model: str):
+    """Every key has a row with its limits and its default; no row describes a key that does not exist."""
+    properties, own = MODELS[model].get("properties", {}), rows_of(model)
+    training = {"epochs", "schedule"} <= properties.keys()
+    rows = {**(rows_of("Training") if training else {}), **own}
+    assert rows.keys() == properties.keys()
+    for key, node in properties.items():
+        _, _, found, default, _ = rows[key]
+        assert found == limits(node), f"{model}.{key}: range"
+        if "default" not in node:
+            assert default == ("required" if key in MODELS[model].get("required", ()) else "none"), f"{model}.{key}"
+        elif node["default"] is None:
+            assert default == "none", f"{model}.{key}"
+        else:
+            said, true = tomllib.loads(f"x = {default.strip('`')}")["x"], node["default"]
+            agrees = said.items() <= true.items() if isinstance(true, dict) else said == true
+            assert agrees, f"{model}.{key}: default {said!r} is {true!r}"
+
+
+def test_every_key_and_kind_is_in_backticks():
+    keys = {key for model in MODELS.values() for key in model.get("properties", {})}
+    assert {"lambda", "self_pairs", "fraction", "target-only"} <= keys
+    assert not keys - in_backticks(page("docs/recipe.md"))
+    kinds = {k.strip('"') for k in in_backticks(page("docs/recipe.md"))}
+    assert not {*UNLEARN, *RETAIN} - kinds
+    spans = " ".join(in_backticks(page("docs/losses.md")))
+    for kind in (*UNLEARN, *RETAIN):
+        assert kind in re.findall(r"[\w-]+", spans), f"docs/losses.md does not explain {kind}"
+
+
+def merge(base: dict, changes: dict) -> dict:
+    mixed = {k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in changes.items()}
+    return {**base, **mixed}
+
+
+@pytest.mark.parametrize("block", everywhere("toml"))
+def test_recipes_in_the_documents_load(block: str, tmp_path: Path):
+    """A block with a name is a whole recipe; another one is a part, valid in a recipe that lacks nothing else."""
+    document = tomllib.loads(block)
+    file = tmp_path / "recipe.toml"
+    if "name" in document:
+        file.write_text(block, encoding="utf-8")
+        load(file)
+    else:
+        whole = merge(BASE, document)
+        file.write_text("\n".join(f"{key} = {inline(value)}" for key, value in whole.items()), encoding="utf-8")
+        load(file)
+
+
+def inline(value: Any) -> str:
+    """A TOML value on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {inline(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value)
+
+
+# The command line --------------------------------------------------------------------------------------------------
+
+
+def options() -> list[Any]:
+    top = [(CLI, CLI.make_context("dtlctl", [], resilient_parsing=True))]
+    every = top + [(c, c.make_context(n, [], resilient_parsing=True)) for n, c in CLI.commands.items()]
+    return sorted({o for c, context in every for p in c.get_params(context) for o in p.opts if o.startswith("--")})
+
+
+@pytest.mark.parametrize("word", [*sorted(CLI.commands), *options()])
+def test_every_command_and_option_is_mentioned(word: str):
+    text = "\n".join(p.read_text(encoding="utf-8") for p in PAGES)
+    said = in_backticks(text) | {line for block in blocks(text, "sh") for line in block.splitlines()}
+    assert any(re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", s) for s in said), f"{word} is documented nowhere"
+
+
+def calls(block: str) -> list[list[str]]:
+    """The arguments of every call of dtlctl in shell code, however it is launched; `$s` stands for 0."""
+    found = []
+    for line in block.replace("\\\n", " ").replace("$s", "0").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&<>")
+        lexer.whitespace_split = True
+        for is_end, words in itertools.groupby(lexer, lambda word: set(word) <= set(";|&<>")):
+            command = [] if is_end else list(words)
+            starts = [n for n, w in enumerate(command) if w == "dtlctl" and command[:n] in ([], ["do"]) or command[n - 1 : n + 1] == ["-m", "dtlctl"]]
+            found += [command[n + 1 :] for n in starts]
+    return found
+
+
+def test_calls_are_found():
+    shell = "for s in 1 2; do dtlctl run a.toml --set seed=$s; done\ntorchrun -m dtlctl check b.toml | cat\necho dtlctl"
+    assert calls(shell) == [["run", "a.toml", "--set", "seed=0"], ["check", "b.toml"]]
+
+
+@pytest.mark.parametrize("block", everywhere("sh"))
+def test_shell_lines_name_existing_commands_options_and_recipes(block: str, monkeypatch: pytest.MonkeyPatch):
+    """Parsed by the command line's own parser; a shipped recipe must load with the line's --set."""
+    monkeypatch.chdir(ROOT)
+    for arguments in calls(block):
+        while arguments and arguments[0].startswith("-"):
+            assert arguments[0] in {o for p in CLI.params for o in p.opts} | {"--help"}, arguments
+            arguments = arguments[1:]
+        if not arguments or "--help" in arguments:
+            continue
+        name, *rest = arguments
+        assert name in CLI.commands, f"dtlctl {name}: no such command"
+        given = CLI.commands[name].make_context(name, list(rest)).params
+        if "recipe" in given and given["recipe"].parts[0] == "recipes" and not is_mistake(block):
+            load(given["recipe"], list(given["overrides"] or []))
+
+
+def mistakes() -> list[tuple[str, str]]:
+    """Shell code in the recipe reference with the error that it is said to print."""
+    return re.findall(r"^```sh\n([^`]*)```\n\n```text\nerror: ([^`]*)\n```$", page("docs/recipe.md"), re.MULTILINE)
+
+
+def is_mistake(block: str) -> bool:
+    return block in [code for code, _ in mistakes()]
+
+
+def test_error_messages_are_quoted_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    assert len(mistakes()) >= 3
+    for code, message in mistakes():
+        ((_, recipe, *rest),) = calls(code)
+        with pytest.raises(RecipeError) as error:
+            load(Path(recipe), rest[1::2])
+        assert str(error.value) == message
+
+
+# Code, files, links ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["docs/losses.md", "docs/extending.md"])
+def test_python_in_the_documents_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The blocks of a page run one after the other, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    code = blocks(page(name), "python")
+    assert code
+    scope: dict[str, Any] = {"__name__": "document"}
+    for number, block in enumerate(code):
+        exec(compile(block, f"{name}, block {number}", "exec"), scope)
+
+
+def expand(path: str) -> list[str]:
+    """`a/{b,c}` as the shell expands it."""
+    parts = [part.strip("{}").split(",") for part in re.findall(r"\{[^}]*\}|[^{}]+", path)]
+    return ["".join(choice) for choice in itertools.product(*parts)]
+
+
+def test_the_tutorial_shows_the_files_of_the_quickstart():
+    _, _, rest = page("docs/tutorial.md").partition("<!-- tree: quickstart -->")
+    shown = [path for line in blocks(rest, "text")[0].splitlines()[1:] for path in expand(line.strip())]
+    plan = [job.path for job in jobs(load(ROOT / "recipes/quickstart.toml"))]
+    weights = [path.replace(".json", ".safetensors") for path in plan if path.endswith("model.json")]
+    report = ["table.md", "table.json", "piggyback.png", "piggyback.svg"]
+    assert sorted(shown) == sorted(["recipe.json", *plan, *weights, *(f"report/{name}" for name in report)])
+
+
+def test_every_field_of_a_sidecar_is_in_the_tutorial(recipe_file: Path, dtlctl):
+    done = dtlctl("pretrain", recipe_file, "--set", "pretrain.steps=1", "--quiet")
+    assert done.returncode == 0, done.stderr
+    sidecar = json.loads((recipe_file.parent / done.stdout.strip()).read_text())
+    _, _, section = page("docs/tutorial.md").partition("## Read a sidecar")
+    rows = [line.split("|")[1] for line in section.split("\n## ")[0].splitlines() if line.startswith("| `")]
+    assert set(sidecar) == {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def slugs(text: str) -> set[str]:
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_links_lead_somewhere(path: Path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        goal = (path.parent / name).resolve() if name else path
+        assert goal.exists(), f"{path.name}: {link}"
+        if anchor:
+            assert anchor in slugs(goal.read_text(encoding="utf-8")), f"{path.name}: {link}"
+
+
+def test_nothing_is_left_to_do():
+    for path in (p for p in (ROOT / "docs").rglob("*") if p.suffix in {".md", ".json", ".toml", ".svg"}):
+        assert "TODO" not in path.read_text(encoding="utf-8"), path

@@ -1,0 +1,175 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dtlctl import models
+from dtlctl.models import Classifier, architectures, build, check
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arch", "width", "parameters"), [("resnet8", 16, 78_042), ("resnet20", 16, 272_474), ("resnet8", 4, 5_214)]
+)
+def test_parameters_of_cifar_resnets(arch, width, parameters):
+    """6n + 2 layers. A convolution k x k from i to o channels and its norm: k²io + 2o. At width 16 and 10 classes:
+
+    stem                    3x3, 3 -> 16                                            464
+    stage 1   n blocks of   2 (9·16² + 32)                                        4,672
+    stage 2   first         (9·16·32 + 64) + (9·32² + 64) + (16·32 + 64)         14,528
+              n - 1 blocks  2 (9·32² + 64)                                       18,560
+    stage 3   first         (9·32·64 + 128) + (9·64² + 128) + (32·64 + 128)      57,728
+              n - 1 blocks  2 (9·64² + 128)                                      73,984
+    head                    64·10 + 10                                              650
+    n = 1: 78,042. n = 3: 272,474, the 0.27 M of He et al. At width 4, n = 1: 116 + 304 + 944 + 3,680 + 170.
+    """
+    assert count(build(arch, {"source": 10}, width=width)) == parameters
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "parameters"),
+    [
+        ("resnet18", "imagenet", 11_689_512),
+        ("resnet18", "small", 11_689_512 - 9_408 + 1_728),
+        ("resnet10", "imagenet", 4_905_792 + 513_000),
+        ("resnet50", "imagenet", 25_557_032),
+    ],
+)
+def test_parameters_of_imagenet_resnets(arch, stem, parameters):
+    """With 1,000 classes, the numbers that torchvision publishes. The small stem has 3·3·3·64 weights for 7·7·3·64.
+
+    resnet10: stem 9,536; one block a stage 73,984 + 230,144 + 919,040 + 3,673,088; head 512·1000 + 1000.
+    """
+    with torch.device("meta"):
+        assert count(build(arch, {"source": 1000}, stem=stem)) == parameters
+
+
+def test_depths_of_cifar_resnets_are_6n_plus_2():
+    """Counting convolutions of 3x3 and the linear layer, as He et al. do."""
+    for arch in ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"):
+        with torch.device("meta"):
+            layers = build(arch, {"source": 10}).modules()
+        weighted = [m for m in layers if isinstance(m, nn.Linear) or getattr(m, "kernel_size", None) == (3, 3)]
+        assert f"resnet{len(weighted)}" == arch
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "sides"),
+    [
+        ("resnet20", "small", [32, 16, 8]),
+        ("resnet18", "small", [32, 16, 8, 4]),
+        ("resnet10", "imagenet", [8, 4, 2, 1]),
+    ],
+)
+def test_stages_see_32_pixel_images_at_these_sizes(arch, stem, sides):
+    with torch.device("meta"):
+        backbone, x = build(arch, {"source": 10}, stem=stem).backbone, torch.zeros(2, 3, 32, 32)
+    seen = []
+    for module in backbone.modules():
+        if type(module).__name__ in ("BasicBlock", "Bottleneck"):
+            module.register_forward_hook(lambda module, args, out: seen.append(out.shape[-1]))
+    backbone(x)
+    assert list(dict.fromkeys(seen)) == sides
+
+
+FAMILIES = "alexnet convnext_tiny densenet121 efficientnet_b0 mnasnet0_5 mobilenet_v2 "
+FAMILIES += "mobilenet_v3_small resnet10 resnet18 resnext50_32x4d shufflenet_v2_x0_5 swin_t swin_v2_t vgg11_bn "
+FAMILIES += "vit_b_32 wide_resnet50_2"
+
+
+@pytest.mark.parametrize("arch", FAMILIES.split())
+def test_every_family_gives_logits_from_either_head(arch):
+    """On torch's meta device: shapes without arithmetic."""
+    with torch.device("meta"):
+        model, x = build(arch, {"source": 7, "target": 3}, stem="imagenet"), torch.zeros(2, 3, 224, 224)
+        assert model.embed(x).shape == (2, model.features)
+        assert model(x, "source").shape == (2, 7)
+        assert model(x, "target").shape == (2, 3)
+        assert not any(isinstance(m, nn.Linear) and m.out_features == 1000 for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem"),
+    [
+        ("resnet8", "small"),
+        ("resnet10", "small"),
+        ("mobilenet_v3_small", "imagenet"),
+        ("shufflenet_v2_x0_5", "imagenet"),
+        ("efficientnet_b0", "imagenet"),
+        ("regnet_y_400mf", "imagenet"),
+    ],
+)
+def test_small_images_give_finite_logits_that_train_every_weight(arch, stem):
+    torch.manual_seed(0)
+    model = build(arch, {"source": 5, "target": 2}, stem=stem)
+    logits = model(torch.rand(4, 3, 32, 32), "source")
+    assert logits.shape == (4, 5) and logits.isfinite().all()
+    logits.square().sum().backward()
+    idle = {name for name, p in model.named_parameters() if p.grad is None}
+    assert idle == {"heads.target.weight", "heads.target.bias"}
+
+
+def test_every_listed_architecture_passes_the_check():
+    names = architectures()
+    assert {"resnet8", "resnet10", "resnet18", "resnet110", "vit_b_16", "densenet121"} <= set(names)
+    assert not {"googlenet", "inception_v3", "squeezenet1_0"} & set(names)
+    for name in names:
+        check(name, "small" if name in models._CIFAR_RESNETS else "imagenet", None)
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "width", "message"),
+    [
+        ("resnet19", "small", None, "unknown architecture 'resnet19'; did you mean 'resnet18'?"),
+        ("mobilenet_v3_smal", "imagenet", None, "did you mean 'mobilenet_v3_small'?"),
+        ("zzz", "small", None, "unknown architecture 'zzz' (any torchvision classifier, resnet10, or a CIFAR ResNet"),
+        ("squeezenet1_0", "imagenet", None, "unknown architecture 'squeezenet1_0'"),
+        ("resnet18", "small", 32, "width belongs to the CIFAR ResNets (resnet8, resnet20, ...), not to resnet18"),
+        ("vgg11_bn", "small", None, 'stem = "small" is for ResNets; vgg11_bn needs stem = "imagenet"'),
+        ("resnet20", "imagenet", None, 'resnet20 is a CIFAR ResNet and has only stem = "small"'),
+    ],
+)
+def test_what_does_not_exist_is_refused(arch, stem, width, message):
+    for refuse in (check, lambda *call: build(arch, {"source": 2}, stem=stem, width=width)):
+        with pytest.raises(ValueError) as caught:
+            refuse(arch, stem, width)
+        assert message in str(caught.value)
+
+
+def test_the_model_normalises_its_input():
+    """(x - mean) / std with ImageNet's statistics: an image of mean + k·std becomes k."""
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    model = Classifier(nn.Flatten(), 3, {"source": 2})
+    for k in (-1, 0, 2):
+        x = torch.tensor(mean + k * std, dtype=torch.float32).view(1, 3, 1, 1)
+        torch.testing.assert_close(model.embed(x), torch.full((1, 3), float(k)))
+    assert set(model.state_dict()) == {"heads.source.weight", "heads.source.bias"}
+
+
+def test_forward_is_the_named_head_of_the_features():
+    model, x = Classifier(nn.Flatten(), 3, {"a": 2, "b": 4}), torch.rand(5, 3, 1, 1)
+    for name, head in model.heads.items():
+        torch.testing.assert_close(model(x, name), model.embed(x) @ head.weight.T + head.bias)
+
+
+def test_add_head_attaches_or_replaces():
+    model = Classifier(nn.Flatten(), 3, {"source": 2})
+    kept = model.heads["source"]
+    model.add_head("target", 4)
+    first = model.heads["target"]
+    model.add_head("target", 5)
+    assert model.heads["source"] is kept and model.heads["target"] is not first
+    assert model(torch.rand(1, 3, 1, 1), "target").shape == (1, 5)
+    assert list(model.heads) == ["source", "target"]
+
+
+def test_the_seed_decides_the_weights():
+    def weights(seed):
+        torch.manual_seed(seed)
+        return nn.utils.parameters_to_vector(build("resnet8", {"source": 2}, width=4).parameters())
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))

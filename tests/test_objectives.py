@@ -1,0 +1,232 @@
+from math import log
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dtlctl.data.tensors import Batch, Batches
+from dtlctl.models import Classifier
+from dtlctl.objectives.retain import AveragedGem, Distill, TargetCrossEntropy
+from dtlctl.objectives.step import Step, View
+from dtlctl.objectives.unlearn import (
+    GradientCollision,
+    NegativeCrossEntropy,
+    Nothing,
+    RandomLabels,
+    Uniform,
+    random_labels,
+)
+from dtlctl.recipe import Dispose
+from dtlctl.stages.dispose import _objective, _views, _weigh_running_statistics
+
+# Softmax of EVEN is (1/2, 1/2), of LEAN (1/4, 3/4), of STEEP (1/8, 2/8, 5/8).
+EVEN, LEAN, STEEP = [0.0, 0.0], [0.0, log(3)], [0.0, log(2), log(5)]
+FAR = [9.0, -9.0]  # what the head that must not matter says
+
+
+def view(*, source=(FAR,), target=(FAR,), teacher=(FAR,), y=(0,), rows=(0,)):
+    """Images whose pixels are the teacher's answer."""
+    x, source, target = (torch.tensor(logits, dtype=torch.float64) for logits in (teacher, source, target))
+    return View(x, torch.tensor(y), torch.tensor(rows), source, target)
+
+
+def step(chunks=(), target=(), parameters=(), processes=1, all_reduce=list):
+    return Step(chunks, target, lambda x: x, parameters, images=50, seed=7, processes=processes, all_reduce=all_reduce)
+
+
+def unlearned(objective, *chunks):
+    """The loss, which must be what is reported and what is back-propagated."""
+    scalar, value = objective.loss(step(chunks))
+    assert scalar.item() == value.item() and not value.requires_grad
+    return value.item()
+
+
+def test_random_labels_loss_by_hand():
+    """-log P of the labels drawn for rows 6 and 1, and 6 and 40, whatever the true labels are."""
+    labels = random_labels(50, 3, seed=7).tolist()
+    cost = [log(8), log(8 / 2), log(8 / 5)]
+    chunks = [view(source=[STEEP] * 2, y=[0, 1], rows=rows) for rows in ([6, 1], [6, 40])]
+    expected = (2 * cost[labels[6]] + cost[labels[1]] + cost[labels[40]]) / 4
+    assert unlearned(RandomLabels(), *chunks) == pytest.approx(expected)
+    one_by_one = [unlearned(RandomLabels(), view(source=[STEEP], rows=[row])) for row in range(50)]
+    assert one_by_one == pytest.approx([cost[label] for label in labels])
+
+
+def test_random_labels_are_uniform_and_fixed_by_the_seed():
+    """10,000 draws of 10 classes: 1,000 each with deviation sqrt(10000 · 0.1 · 0.9) = 30; five of them are allowed."""
+    labels = random_labels(10_000, 10, 1)
+    random_labels.cache_clear()
+    assert torch.equal(labels, random_labels(10_000, 10, 1))
+    assert (labels != random_labels(10_000, 10, 2)).float().mean() > 0.8
+    assert (labels.bincount(minlength=10) - 1000).abs().max() <= 150
+    assert labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("logits", "loss"), [(EVEN, 0), (LEAN, log(4 / 3) / 2), (STEEP, log(512 / 270) / 3), ([5.0, 5.0, 5.0], 0)]
+)
+def test_uniform_by_hand(logits, loss):
+    """D_KL(U || P): (log 2 + log 2/3) / 2 of P = (1/4, 3/4), (log 8/3 + log 4/3 + log 8/15) / 3 of (1/8, 2/8, 5/8)."""
+    assert unlearned(Uniform(), view(source=[logits])) == pytest.approx(loss, abs=1e-15)
+
+
+def test_uniform_is_the_mean_over_chunks():
+    assert unlearned(Uniform(), view(source=[LEAN]), view(source=[EVEN])) == pytest.approx(log(4 / 3) / 4)
+
+
+def test_negative_cross_entropy_by_hand():
+    """log P of the true labels: 3/4 and 1/2 in one chunk, 1/4 and 1/2 in the other."""
+    chunks = view(source=[LEAN, EVEN], y=[1, 0]), view(source=[LEAN, EVEN], y=[0, 1])
+    assert unlearned(NegativeCrossEntropy(), *chunks) == pytest.approx(log(3 / 64) / 4)
+
+
+def test_nothing_is_zero_and_has_no_gradient():
+    weights = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    scalar, value = Nothing().loss(step([View(weights, weights, weights, weights * 3, weights)]))
+    scalar.backward()
+    assert value.item() == 0 and weights.grad.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("theta", "self_pairs", "value", "gradient"),
+    [(0, False, -1 / 4, 0), (log(3), False, -3 / 16, 3 / 32), (log(3), True, 1 / 8, 3 / 16)],
+)
+def test_gradient_collision_is_of_the_source_head(theta, self_pairs, value, gradient):
+    """Logits (0, θ) at θ = 0 have P = 1/2: a chunk labelled 1 has the gradient -1/2, one labelled 0 has +1/2, and both
+    the Hessian P(1 - P) = 1/4. So L_gc = -1/4 and its gradient is 1/4 · 1/2 - 1/4 · 1/2 = 0. At θ = log 3, P = 3/4:
+    g = -1/4 and 3/4, L_gc = -3/16, H = 3/16, gradient 3/16 · (3/4 - 1/4) = 3/32.
+    With self-pairs: G = 1/2, |G|²/2 = 1/8, and 2HG = 3/16.
+    """
+    theta = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
+    logits = torch.stack([theta * 0, theta])[None]
+    chunks = [View(logits, torch.tensor([y]), torch.tensor([0]), logits, logits * 5) for y in (1, 0)]
+    scalar, reported = GradientCollision(self_pairs=self_pairs).loss(step(chunks, parameters=[theta]))
+    scalar.backward()
+    assert reported.item() == pytest.approx(value)
+    assert theta.grad.item() == pytest.approx(gradient)
+
+
+@pytest.mark.parametrize("where", ["source", "target"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_distillation_by_hand(where, temperature):
+    """D_KL(teacher || student) through the target head: of (1/4, 3/4) to (1/2, 1/2) it is (log 1/2 + 3 log 3/2) / 4.
+
+    A second image on which both agree halves it. Logits twice as large at T = 2 are the same distributions, and T² = 4.
+    """
+    t = temperature
+    lean, even = [v * t for v in LEAN], EVEN
+    here = [view(teacher=[lean, lean], target=[even, lean])]
+    elsewhere = [view(teacher=[even], target=[FAR])]
+    chunks, target = (here, elsewhere) if where == "source" else (elsewhere, here)
+    loss = Distill(on=where, temperature=t).loss(step(chunks, target))
+    assert loss.item() == pytest.approx((log(1 / 2) + 3 * log(3 / 2)) / 4 / 2 * t**2)
+    assert Distill(on=where).needs_target == (where == "target")
+
+
+def test_distillation_is_the_mean_over_chunks():
+    chunks = [view(teacher=[LEAN], target=[student]) for student in (EVEN, LEAN)]
+    assert Distill().loss(step(chunks)).item() == pytest.approx((log(1 / 2) + 3 * log(3 / 2)) / 8)
+
+
+@pytest.mark.parametrize("retain", [TargetCrossEntropy(), AveragedGem()])
+def test_target_cross_entropy_by_hand(retain):
+    """-log of 3/4 and 1/2 in one chunk, of 1/4 and 1/2 in the other, on the target's images only."""
+    target = view(target=[LEAN, EVEN], y=[1, 0]), view(target=[LEAN, EVEN], y=[0, 1])
+    assert retain.needs_target
+    assert retain.loss(step([view()], target)).item() == pytest.approx(log(64 / 3) / 4)
+
+
+@pytest.mark.parametrize(
+    ("unlearn", "guarded"), [((3, 1), (3, 1)), ((-3, 1), (-2.8, 1.4)), ((2, -1), (2, -1)), ((-1, -2), (0, 0))]
+)
+def test_a_gem_projects_a_conflicting_gradient(unlearn, guarded):
+    """g_ref = (1, 2), |g_ref|² = 5. (-3, 1)·(1, 2) = -1, so 1/5 of g_ref is added; (-1, -2) is all conflict."""
+    theta = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    retain = theta[0] ** 2 / 2 + theta[1] ** 2
+    drive = unlearn[0] * theta[0] + unlearn[1] * theta[1] ** 2 / 2
+    (gradient,) = torch.autograd.grad(AveragedGem().guard(drive, retain, step(parameters=[theta])), theta)
+    assert gradient.tolist() == pytest.approx(guarded)
+    if guarded != unlearn:
+        assert gradient @ torch.tensor([1.0, 2.0], dtype=torch.float64) == pytest.approx(0)
+
+
+def test_a_gem_compares_the_gradients_of_all_processes():
+    """Here (-3, 1) against (1, 0) conflicts. With the other process's (1, 1) against (1, 0), the means (-1, 1) and
+    (1, 0) do too, and this process adds one of its own g_ref: -2 and not the 0 of a process by itself. With the
+    other's (5, 1), the mean (1, 1) does not conflict, and nothing is added.
+    """
+    for other, first in (1.0, -2), (5.0, -3):
+        theta = torch.ones(2, requires_grad=True)
+        elsewhere = [torch.tensor([other, 1.0]), torch.tensor([1.0, 0.0])]
+        two = step(parameters=[theta], processes=2, all_reduce=lambda own, more=elsewhere: [own[0] + more.pop(0)])
+        guarded = AveragedGem().guard(-3 * theta[0] + theta[1], theta[0], two)
+        assert torch.autograd.grad(guarded, theta)[0].tolist() == [first, 1]
+
+
+@pytest.mark.parametrize("retain", [Distill(), TargetCrossEntropy()])
+def test_only_a_gem_bends_the_unlearning_loss(retain):
+    drive = torch.tensor(2.0)
+    assert retain.guard(drive, torch.tensor(1.0), step()) is drive
+
+
+def student():
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Flatten())
+    return Classifier(backbone, 4, {"source": 3, "target": 2})
+
+
+def batches(classes, seed):
+    rng = np.random.default_rng(seed)
+    pixels, labels = rng.integers(0, 256, (8, 3, 2, 2), np.uint8), rng.integers(0, classes, 8)
+    more = {"batch_size": 8, "augment": "none", "seed": seed, "device": torch.device("cpu")}
+    return Batches(pixels, labels, np.arange(8), **more)
+
+
+def test_the_stage_mixes_as_equation_1_and_then_repairs():
+    """λ = 1/4: 3/4 retain + 1/4 unlearn; the last half of 4 steps is retaining alone."""
+    model, source, target = student().train(), batches(3, seed=1), batches(2, seed=2)
+    engine = SimpleNamespace(processes=1, all_reduce=list)
+    train = SimpleNamespace(labels=range(8))
+    lab = SimpleNamespace(engine=engine, images=lambda role, split: train, seed=lambda tag: 0)
+    variant = {"steps": 4, "batch_size": 8, "lambda": 0.25, "repair": 0.5}
+    plan = Dispose(**variant, unlearn={"kind": "negative-ce"}, retain={"kind": "target-ce"})
+    objective = _objective(lab, None, plan, model, student().eval(), source, target, 1)
+    for number in range(4):
+        ours, theirs = source[number], target[number]
+        unlearn = -F.cross_entropy(model(ours.x, "source"), ours.y)
+        retain = F.cross_entropy(model(theirs.x, "target"), theirs.y)
+        mixed, parts = objective(number)
+        if number < 2:
+            torch.testing.assert_close(mixed, 0.75 * retain + 0.25 * unlearn)
+            torch.testing.assert_close(parts, {"retain": retain.detach(), "unlearn": unlearn.detach()})
+        else:
+            torch.testing.assert_close(mixed, retain)
+            torch.testing.assert_close(parts, {"retain": retain.detach()})
+
+
+def test_chunks_are_the_batch_in_order_each_with_its_own_batch_statistics():
+    model = student().train()
+    x, y, rows = torch.rand(6, 3, 2, 2), torch.arange(6) % 3, torch.arange(6)
+    views = _views(model, Batch(x, y, rows), 3, [])
+    for number, chunk in enumerate(views):
+        here = slice(2 * number, 2 * number + 2)
+        torch.testing.assert_close((chunk.x, chunk.y, chunk.rows), (x[here], y[here], rows[here]))
+        torch.testing.assert_close(chunk.source, model(x[here], "source"))
+        torch.testing.assert_close(chunk.target, model(x[here], "target"))
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_chunks_in_sequence_move_running_statistics_as_their_average(chunks):
+    """(1 - m) r0 + m · mean over chunks of the chunk's mean, and the same of its variance."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(2, momentum=0.3).double()
+    nn.init.constant_(norm.running_mean, 5)
+    x = torch.randn(chunks, 3, 2, 2, 2, dtype=torch.float64)
+    for number in range(chunks):
+        _weigh_running_statistics([(norm, 0.3)], number, chunks)
+        norm(x[number])
+    torch.testing.assert_close(norm.running_mean, 0.7 * 5 + 0.3 * x.mean((1, 3, 4)).mean(0))
+    torch.testing.assert_close(norm.running_var, 0.7 * 1 + 0.3 * x.var((1, 3, 4)).mean(0))

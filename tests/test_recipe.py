@@ -1,0 +1,143 @@
+"""Every mistake in a recipe is one line that names the file, the key, the reason and the nearest valid name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dtlctl.errors import RecipeError
+from dtlctl.plan import jobs
+from dtlctl.recipe import Recipe, load
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_shipped_recipe_loads_and_keeps_its_name(path: Path):
+    recipe = load(path)
+    assert recipe.name == path.stem
+    assert Recipe.model_validate(recipe.resolved()) == recipe
+
+
+def test_defaults_are_resolved(recipe_file: Path):
+    recipe = load(recipe_file)
+    assert recipe.piggyback_models == ["scratch", "TL", "gc"]
+    assert recipe.audit_models == ["pre", "TL", "gc", "rand"]
+    assert recipe.dispose["gc"].retain.kind == "distill"
+    assert recipe.data.piggyback["again"].path == "builtin:digits"
+    assert recipe.data.piggyback["again"].fraction == 0.03
+
+
+def test_steps_of_epochs_drop_the_rest_of_an_epoch(recipe_file: Path):
+    """5 epochs of 103 images in batches of 20 are 5 * (103 // 20) = 25 steps; of 7 images, 5 steps of one batch."""
+    plan = load(recipe_file, ["pretrain={epochs=5, batch_size=20}"]).pretrain
+    assert plan.total_steps(103) == 25
+    assert plan.total_steps(7) == 5
+
+
+def test_override_is_typed_like_the_file(recipe_file: Path):
+    recipe = load(recipe_file, ["dispose.gc.lambda=0.25", "name=other", "data.source.augment=crop", "seed = 3"])
+    assert (recipe.dispose["gc"].lam, recipe.name, recipe.data.source.augment, recipe.seed) == (0.25, "other", "crop", 3)
+
+
+def test_an_override_may_add_a_variant(recipe_file: Path):
+    recipe = load(recipe_file, ['dispose.new={steps=5, unlearn={kind="uniform"}}'])
+    assert [job.model for job in jobs(recipe) if job.stage == "dispose"] == ["gc", "rand", "new"]
+
+
+MISTAKES = {
+    "finetune.lrr=0.1": "finetune.lrr: unknown key; did you mean 'lr'?",
+    "dispose.gc.unlearn.chunk=2": "dispose.gc.unlearn.chunk: unknown key; did you mean 'chunks'?",
+    "data.source.pth='x'": "data.source.pth: unknown key; did you mean 'path'?",
+    "pretran.epochs=1": "pretran: unknown key; did you mean 'pretrain'?",
+    "dispose.gc.lambda=1.5": "dispose.gc.lambda: Input should be less than or equal to 1 (it is 1.5)",
+    "dispose.gc.lambda=-0.1": "dispose.gc.lambda: Input should be greater than or equal to 0 (it is -0.1)",
+    "dispose.gc.lambda='x'": "dispose.gc.lambda: Input should be a valid number (it is 'x')",
+    "dispose.gc.lambda=nan": "dispose.gc.lambda: Input should be a finite number (it is nan)",
+    "dispose.gc.unlearn.chunks=3": "dispose.gc: unlearn.chunks = 3 does not divide batch_size = 8 (rest 2)",
+    "dispose.gc.unlearn.chunks=8": "dispose.gc: a chunk would hold 1 image; 2 are needed",
+    "dispose.gc.unlearn.chunks=1": "dispose.gc.unlearn.chunks: Input should be greater than or equal to 2 (it is 1)",
+    "dispose.gc.unlearn.kind='uniformm'": "dispose.gc.unlearn: unknown kind 'uniformm'; did you mean 'uniform'?",
+    "model.stem='smal'": "model.stem: 'smal' is not valid; did you mean 'small'?",
+    "model.arch='resnet9'": "model: unknown architecture 'resnet9'; did you mean",
+    "model.arch='vit_b_16'": "model: width belongs to the CIFAR ResNets",
+    "data.source.path='builtin:leters'": "no builtin dataset 'leters'; did you mean 'letters'?",
+    "data.piggyback.again.like='sauce'": "data.piggyback.again.like: 'sauce' is neither \"source\" nor \"target\"",
+    "finetune={epochs=3, steps=3}": "finetune: give either epochs or steps, not both",
+    "finetune.batch_size=1": "finetune.batch_size: Input should be greater than or equal to 2 (it is 1)",
+    "data.target.fraction=0": "data.target.fraction: Input should be greater than 0 (it is 0)",
+    "name='../x'": "name: a name is 1 to 64 of a-z A-Z 0-9 . _ - and starts with a letter or digit",
+    "name='con'": "name: this name is reserved on Windows",
+    "piggyback.models=['TLL']": "piggyback.models: unknown model 'TLL'; did you mean 'TL'?",
+    "seed=-1": "seed: Input should be greater than or equal to 0 (it is -1)",
+    "seed=1.5": "seed: Input should be a valid integer (it is 1.5)",
+    "pretrain=3": "pretrain: Input should be a valid dictionary or instance of Pretrain (it is 3)",
+    "dispose.tl.steps=5": "dispose.tl: the name belongs to a reference model; choose another",
+    "audit.attacks=['los']": "audit.attacks.0: 'los' is not valid; did you mean 'loss'?",
+}
+
+
+@pytest.mark.parametrize("change", MISTAKES)
+def test_every_mistake_names_file_key_and_reason(recipe_file: Path, change: str):
+    with pytest.raises(RecipeError) as caught:
+        load(recipe_file, [change])
+    message = str(caught.value)
+    assert message.startswith(f"{recipe_file}: ")
+    assert MISTAKES[change] in message
+    assert message.count("\n") <= 1
+
+
+def test_several_mistakes_are_all_named(recipe_file: Path):
+    with pytest.raises(RecipeError, match=r"seed: .*\nalso wrong: finetune\.lr"):
+        load(recipe_file, ["seed=-1", "finetune.lr=0"])
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "a b=1", "seed..x=1"])
+def test_an_override_that_is_none_is_refused(recipe_file: Path, override: str):
+    with pytest.raises(RecipeError, match="--set"):
+        load(recipe_file, [override])
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("name = [")
+    with pytest.raises(RecipeError, match=r"broken\.toml: not valid TOML"):
+        load(tmp_path / "broken.toml")
+    (tmp_path / "latin.toml").write_bytes(b"name = '\xe9'")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load(tmp_path / "latin.toml")
+
+
+KEYS = st.sampled_from(["name", "seed", "model", "data", "source", "path", "dispose", "gc", "unlearn", "kind", "like", "x"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(KEYS, VALUES, max_size=6))
+def test_any_document_is_a_recipe_or_a_recipe_error(tmp_path: Path, document: dict):
+    """Never another exception, whatever the document holds."""
+    text = "\n".join(f"{key} = {_toml(value)}" for key, value in document.items())
+    (tmp_path / "any.toml").write_text(text, encoding="utf-8")
+    try:
+        load(tmp_path / "any.toml")
+    except RecipeError as error:
+        assert str(error).count("\n") <= 1
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps("" if value is None else value)

@@ -1,0 +1,200 @@
+"""The command line from end to end on a recipe that trains in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtlctl import checkpoint, models
+from dtlctl.cli import main
+from dtlctl.errors import CheckpointError, DivergedError
+from dtlctl.experiment import Experiment
+from dtlctl.recipe import load
+from dtlctl.stages import run
+
+
+def lab(recipe_file: Path, *overrides: str) -> Experiment:
+    return Experiment(load(recipe_file, list(overrides)), recipe_file.parent / "runs", quiet=True)
+
+
+def weights(experiment: Experiment, folder: str) -> str:
+    return json.loads((experiment.folder / folder / "model.json").read_text())["weights_sha256"]
+
+
+def test_run_makes_every_artefact_and_prints_the_table(recipe_file: Path, dtlctl):
+    first = dtlctl("run", recipe_file)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("Accuracies in %, seed 0.\n\n| Model ")
+    folder = recipe_file.parent / "runs" / "tiny"
+    made = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert made == {
+        "recipe.json",
+        *(f"{m}/model.{s}" for m in ("pretrain", "finetune", "target-only", "dispose/gc", "dispose/rand")
+          for s in ("safetensors", "json")),
+        *(f"piggyback/{m}/again.json" for m in ("scratch", "TL", "gc")),
+        *(f"audit/{m}.json" for m in ("pre", "TL", "gc", "rand")),
+        *(f"report/{n}" for n in ("table.json", "table.md", "piggyback.png", "piggyback.svg")),
+    }  # fmt: skip
+    table = json.loads((folder / "report" / "table.json").read_text())
+    assert [row["model"] for row in table["rows"]] == ["scratch", "TGT", "pre", "TL", "gc", "rand"]
+    tl = json.loads((folder / "finetune" / "model.json").read_text())
+    assert table["rows"][3]["acc_t"] == tl["metrics"]["acc_t"]
+    assert tl["parent"] == {"pre": json.loads((folder / "pretrain" / "model.json").read_text())["weights_sha256"]}
+    assert tl["data"]["target"]["images"] == 20  # 1,000 training digits, 2 %: two a class
+    assert tl["processes"] == 1
+
+    started = time.monotonic()
+    again = dtlctl("run", recipe_file)
+    assert time.monotonic() - started < 15  # 5 s on a quiet machine
+    assert again.returncode == 0
+    assert again.stdout == first.stdout
+    assert "everything is up to date" in again.stderr
+    assert "dtlctl 0" not in again.stderr  # no engine was started
+
+
+def test_a_stage_names_the_command_that_is_missing(recipe_file: Path, dtlctl):
+    result = dtlctl("dispose", recipe_file)
+    assert result.returncode == 4
+    assert f"run: dtlctl finetune {recipe_file}" in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2
+    assert result.stdout == ""
+
+
+def test_a_change_redoes_only_what_depends_on_it(recipe_file: Path):
+    everything = run(lab(recipe_file), ("pretrain", "finetune", "dispose", "piggyback"))
+    assert len(everything) == 8
+    assert run(lab(recipe_file), ("pretrain", "finetune", "dispose", "piggyback")) == []
+    changed = run(lab(recipe_file, "dispose.gc.lambda=0.2"), ("pretrain", "finetune", "dispose", "piggyback"))
+    assert [job.title for job in changed] == ["dispose/gc", "piggyback/gc/again"]
+    stale = lab(recipe_file, "pretrain.lr=0.05")
+    with pytest.raises(CheckpointError, match="pre was made from other settings or data; run: dtlctl pretrain"):
+        run(stale, ("finetune",), only=("TL",))
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(recipe_file: Path):
+    results = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        experiment = lab(recipe_file, f"name={name}", f"seed={seed}")
+        run(experiment, ("pretrain", "finetune", "dispose"))
+        results.append([weights(experiment, f) for f in ("pretrain", "finetune", "dispose/gc", "dispose/rand")])
+    assert results[0] == results[1]
+    assert not set(results[0]) & set(results[2])
+
+
+def test_repair_ends_with_the_retaining_loss_alone(recipe_file: Path):
+    """6 steps with repair = 0.5: the unlearning loss is reported for the first three only."""
+    experiment = lab(recipe_file)
+    run(experiment, ("pretrain", "finetune", "dispose"), only=("pre", "TL", "gc"))
+    history = json.loads((experiment.folder / "dispose/gc/model.json").read_text())["history"]
+    assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 6]
+    assert ["unlearn" in row for row in history] == [True, True, True, False, False, False]
+
+
+def test_lambda_zero_and_no_unlearning_are_the_same(recipe_file: Path):
+    """Eq. 1 at lambda = 0 is the retaining loss, whatever the unlearning loss; chunks = 1 on both sides."""
+    changes = 'dispose={rand={lambda=0.0}, none={steps=4, batch_size=8, lr=0.02, lambda=0.0, unlearn={kind="none"}}}'
+    experiment = lab(recipe_file, changes)
+    run(experiment, ("pretrain", "finetune", "dispose"))
+    assert weights(experiment, "dispose/rand") == weights(experiment, "dispose/none")
+
+
+@pytest.mark.parametrize("retain", ['{kind="distill", on="target"}', '{kind="target-ce"}', '{kind="a-gem"}'])
+@pytest.mark.parametrize("unlearn", ["gradient-collision", "uniform", "negative-ce"])
+def test_every_pair_of_losses_trains(recipe_file: Path, retain: str, unlearn: str):
+    change = f'dispose={{rand={{unlearn={{kind="{unlearn}"}}, retain={retain}}}}}'
+    experiment = lab(recipe_file, change)
+    done = run(experiment, ("pretrain", "finetune", "dispose"), only=("pre", "TL", "rand"))
+    assert [job.model for job in done] == ["pre", "TL", "rand"]
+
+
+def test_divergence_publishes_nothing(recipe_file: Path):
+    experiment = lab(recipe_file, "pretrain.lr=100", "pretrain.steps=200", "pretrain.schedule=constant")
+    with pytest.raises(DivergedError, match=r"diverged at step \d+.*\n.*smaller lr"):
+        run(experiment, ("pretrain",))
+    assert not list(experiment.folder.rglob("model.*"))
+
+
+def test_a_damaged_checkpoint_is_refused_with_both_hashes(recipe_file: Path):
+    experiment = lab(recipe_file)
+    run(experiment, ("pretrain",))
+    file = experiment.folder / "pretrain" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match=r"SHA-256 [0-9a-f]{64} where model.json says [0-9a-f]{64}"):
+        run(lab(recipe_file), ("finetune",), only=("TL",))
+
+
+def test_a_sidecar_that_is_no_json_is_named(recipe_file: Path):
+    experiment = lab(recipe_file)
+    run(experiment, ("pretrain",))
+    (experiment.folder / "pretrain" / "model.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"model\.json: not a readable sidecar"):
+        run(lab(recipe_file), ("pretrain",))
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path):
+    small = models.build("resnet8", {"source": 10}, width=4)
+    checkpoint.publish(tmp_path, small, {"format": checkpoint.FORMAT})
+    sidecar = checkpoint.read_sidecar(tmp_path / "model.json")
+    assert sidecar is not None
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        checkpoint.load_weights(tmp_path, sidecar, models.build("resnet8", {"source": 10}, width=8))
+    same = models.build("resnet8", {"source": 10}, width=4)
+    checkpoint.load_weights(tmp_path, sidecar, same)
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(tensor, same.state_dict()[name])
+
+
+def test_publishing_leaves_no_temporary_file_and_removes_the_old_sidecar_first(tmp_path: Path, monkeypatch):
+    model = models.build("resnet8", {"source": 10}, width=4)
+    checkpoint.publish(tmp_path, model, {"format": checkpoint.FORMAT})
+    assert sorted(os.listdir(tmp_path)) == ["model.json", "model.safetensors"]
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        checkpoint.publish(tmp_path, model, {"format": checkpoint.FORMAT})
+    assert "model.json" not in os.listdir(tmp_path)
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_unwritable_output_and_bad_options_have_their_exit_codes(recipe_file: Path, dtlctl):
+    (recipe_file.parent / "file").write_text("")
+    blocked = dtlctl("run", recipe_file, "--out", "file/below")
+    assert blocked.returncode == 4
+    assert "cannot be written" in blocked.stderr
+    assert len(blocked.stderr.strip().splitlines()) == 1
+    assert dtlctl("run", recipe_file, "--set", "dispose.gc.lambda=1.5").returncode == 2
+    assert dtlctl("run", recipe_file, "--set", "name=../x").returncode == 2
+    assert dtlctl("dispose", recipe_file, "--only", "gcc").returncode == 2
+    assert dtlctl("run", recipe_file, "--nonsense").returncode == 2
+    assert dtlctl("run", "missing.toml").returncode == 2
+    missing = dtlctl("pretrain", recipe_file, "--set", "data.source.path=./nowhere")
+    assert missing.returncode == 4
+    assert "nowhere" in missing.stderr
+
+
+def test_check_plans_without_training(recipe_file: Path, dtlctl):
+    result = dtlctl("check", recipe_file, "--json")
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["parameters"] > 4000
+    assert [row["title"] for row in plan["jobs"]][:4] == ["pretrain", "target-only", "finetune", "dispose/gc"]
+    assert not (recipe_file.parent / "runs").exists()
+    assert "stages" in dtlctl("check", recipe_file).stdout
+
+
+def test_help_answers_without_torch(monkeypatch, capsys):
+    import subprocess
+    import sys
+
+    code = "import sys; sys.argv=['dtlctl','--help']\nfrom dtlctl.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch','datasets','accelerate','matplotlib'} & sys.modules.keys(), 'heavy import'"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["dtlctl", "dispose", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert "--only" in capsys.readouterr().out
