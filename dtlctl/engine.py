@@ -153,10 +153,9 @@ class Engine:
 
     def _share_gradients(self, parameters: list[nn.Parameter], clip: float | None) -> Tensor:
         """Average gradients over processes, clip them, and return their norm from before clipping."""
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        grads = [p.grad for p in parameters]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
         self.average_(grads)
         norm = nn.utils.get_total_norm(grads)
         if clip is not None:
@@ -182,9 +181,9 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         centred = input - mean[:, None, None]
         variance = _sum_over_processes((centred**2).sum((0, 2, 3))) / count
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            for running, now in ((self.running_mean, mean), (self.running_var, variance * count / (count - 1))):
+                if running is not None and self.momentum is not None:
+                    running.lerp_(now, self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None])
 
@@ -199,12 +198,12 @@ class _SumOverProcesses(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
         return _SumOverProcesses.forward(ctx, gradient)
 
 
 def _sum_over_processes(value: Tensor) -> Tensor:
-    return _SumOverProcesses.apply(value)  # type: ignore[return-value]
+    return _SumOverProcesses.apply(value)
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, plan: Training, steps: int) -> torch.optim.lr_scheduler.LRScheduler:

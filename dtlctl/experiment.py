@@ -17,7 +17,7 @@ import torch
 from dtlctl import __version__, checkpoint, models
 from dtlctl.data import cache as decoded
 from dtlctl.data.cache import Images
-from dtlctl.data.sources import Dataset
+from dtlctl.data.sources import Dataset, Split
 from dtlctl.data.subset import balanced, digest
 from dtlctl.data.tensors import Batch, Batches, evaluation_batches
 from dtlctl.errors import CheckpointError, RecipeError
@@ -91,7 +91,7 @@ class Experiment:
         """Accuracy in % of one head on the role's test split."""
         return self.engine.accuracy(model, head, self.split(role, "test"))
 
-    def split(self, role: str, split: str, rows: np.ndarray | None = None) -> Iterator[Batch]:
+    def split(self, role: str, split: Split, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """This process's share of a split, or of some rows of it, not augmented."""
         images = self.images(role, split)
         pixels, labels = (images.pixels, images.labels) if rows is None else (images.pixels[rows], images.labels[rows])
@@ -117,7 +117,7 @@ class Experiment:
     def progress(self, title: str, total: int) -> Progress:
         return Progress(title, total, enabled=not self.quiet and self.engine.is_main)
 
-    def _images(self, role: str, split: str) -> Images:
+    def _images(self, role: str, split: Split) -> Images:
         dataset, size = self.dataset(role), self.recipe.model.image_size
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
         if alone and (found := decoded.cached(dataset, split, size, role=role)) is not None:
@@ -155,7 +155,7 @@ class Experiment:
 
     def train(
         self,
-        job: Job,
+        job: Job[Any],
         model: models.Classifier,
         objective: Objective,
         batches: Batches,
@@ -182,20 +182,20 @@ class Experiment:
             raise CheckpointError(f"{self._path(job)}: {name} was made from other settings or data; {remedy}")
         return sidecar
 
-    def _job(self, model: str) -> Job:
+    def _job(self, model: str) -> Job[Any]:
         return next(job for job in self.jobs if job.model == model and job.stage not in ("piggyback", "audit"))
 
     # Results ----------------------------------------------------------------------------------------------------
 
-    def key(self, job: Job) -> str:
+    def key(self, job: Job[Any]) -> str:
         return checkpoint.key(self._inputs(job))
 
-    def done(self, job: Job) -> bool:
+    def done(self, job: Job[Any]) -> bool:
         """Whether the result exists and was made from exactly this recipe, data and parent."""
         sidecar = checkpoint.read_sidecar(self._path(job))
         return sidecar is not None and sidecar["key"] == self.key(job)
 
-    def publish(self, job: Job, metrics: dict[str, Any], history: History, model: models.Classifier | None = None):
+    def publish(self, job: Job[Any], metrics: dict[str, Any], history: History, model: models.Classifier | None = None):
         """Publish a result from the main process, once all processes are there. Returns the sidecar's path."""
         from accelerate import __version__ as accelerate_version
 
@@ -227,20 +227,19 @@ class Experiment:
             if model is None:
                 checkpoint.publish_json(self._path(job), sidecar)
             else:
-                heads = {name: head.out_features for name, head in model.heads.items()}
-                checkpoint.publish(self._path(job).parent, model, {**sidecar, "heads": heads})
+                checkpoint.publish(self._path(job).parent, model, {**sidecar, "heads": model.classes})
         engine.barrier()
 
-    def summary(self, job: Job) -> str:
+    def summary(self, job: Job[Any]) -> str:
         """One line of what a finished job measured."""
         sidecar = checkpoint.read_sidecar(self._path(job)) or {}
         numbers = {k: v for k, v in sidecar.get("metrics", {}).items() if isinstance(v, float)}
         return ", ".join(f"{k} {v:.1f}" for k, v in numbers.items()) + f" ({sidecar.get('wall_seconds', 0):.0f} s)"
 
-    def _path(self, job: Job) -> Path:
+    def _path(self, job: Job[Any]) -> Path:
         return self.folder / job.path
 
-    def _inputs(self, job: Job) -> dict[str, Any]:
+    def _inputs(self, job: Job[Any]) -> dict[str, Any]:
         """Everything a result depends on."""
         return {
             "settings": job.settings.model_dump(mode="json", by_alias=True),

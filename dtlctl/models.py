@@ -28,8 +28,13 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.features = features
         self.heads = nn.ModuleDict({name: nn.Linear(features, classes) for name, classes in heads.items()})
-        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+        self.mean = nn.Buffer(torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.std = nn.Buffer(torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Number of classes by head."""
+        return {name: int(head.out_features) for name, head in self.heads.items() if isinstance(head, nn.Linear)}
 
     def embed(self, x: Tensor) -> Tensor:
         """Features [B, features] of images [B, 3, H, W] in [0, 1]."""
@@ -94,7 +99,8 @@ def check(arch: str, stem: str, width: int | None) -> None:
     if arch not in _KNOWN and arch not in (names := architectures()):
         near = difflib.get_close_matches(arch, names, 1)
         raise ValueError(
-            f"unknown architecture {arch!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            f"unknown architecture {arch!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
             + " (any torchvision classifier, resnet10, or a CIFAR ResNet: resnet8, resnet20, resnet32, ...)"
         )
     if width is not None and arch not in _CIFAR_RESNETS:
@@ -133,6 +139,10 @@ def _behead(backbone: nn.Module, arch: str) -> int:
 
 
 def _shrink_stem(backbone: nn.Module, arch: str) -> None:
-    conv = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
+    """torchvision's ResNets all call their first layers conv1, bn1, relu and maxpool."""
+    old = backbone.get_submodule("conv1")
+    assert isinstance(old, nn.Conv2d), arch
+    conv = nn.Conv2d(3, old.out_channels, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    backbone.conv1, backbone.maxpool = conv, nn.Identity()
+    backbone.register_module("conv1", conv)
+    backbone.register_module("maxpool", nn.Identity())

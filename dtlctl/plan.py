@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from dtlctl.recipe import Recipe
 from dtlctl.strict import Strict
@@ -12,8 +12,11 @@ Stage = Literal["pretrain", "finetune", "dispose", "piggyback", "audit"]
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "dispose", "piggyback", "audit")
 
 
+Settings = TypeVar("Settings", bound=Strict)
+
+
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[Settings]):
     """One result: a model, or one attack on one model."""
 
     stage: Stage
@@ -21,7 +24,7 @@ class Job:
     """The model that is made or attacked: scratch, TGT, pre, TL or a variant's name."""
     path: str
     """Its sidecar, relative to the run's folder."""
-    settings: Strict
+    settings: Settings
     roles: tuple[str, ...]
     """Datasets it reads: source, target, or piggyback.NAME."""
     parent: str | None
@@ -37,9 +40,9 @@ class Job:
         return self.path.removesuffix(".json").removesuffix("/model")
 
 
-def jobs(recipe: Recipe) -> list[Job]:
+def jobs(recipe: Recipe) -> list[Job[Any]]:
     """Every result of the recipe, each after what it depends on."""
-    plan = [
+    plan: list[Job[Any]] = [
         Job("pretrain", "pre", "pretrain/model.json", recipe.pretrain, ("source",), None),
         Job("finetune", "TGT", "target-only/model.json", recipe.target_only or recipe.finetune, ("target",), None),
         Job("finetune", "TL", "finetune/model.json", recipe.finetune, ("target", "source"), "pre"),

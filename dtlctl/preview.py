@@ -47,10 +47,19 @@ def text(document: dict[str, Any]) -> str:
     for row in document["jobs"]:
         steps = "?" if row["steps"] is None else row["steps"]
         cost = "" if row["seconds"] is None else f", about {row['seconds']:.0f} s"
-        state = "done" if row["exists"] else f"{steps} steps of {row['batch_size']}{cost}" if row["batch_size"] else "attack"
+        state = (
+            "done"
+            if row["exists"]
+            else f"{steps} steps of {row['batch_size']}{cost}"
+            if row["batch_size"]
+            else "attack"
+        )
         lines.append(f"  {row['title']:<32} {state}")
     total = document["minutes"]
-    lines += ["", "rough time: " + (f"{total} min on this machine" if total is not None else "known once data is decoded")]
+    lines += [
+        "",
+        "rough time: " + (f"{total} min on this machine" if total is not None else "known once data is decoded"),
+    ]
     return "\n".join(lines)
 
 
@@ -101,7 +110,7 @@ def _measure(recipe: Recipe, rounds: int = 3) -> tuple[int, float]:
     return sum(p.numel() for p in model.parameters()), min(times) / batch
 
 
-def _job(recipe: Recipe, out: Path, job: Job, data: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _job(recipe: Recipe, out: Path, job: Job[Any], data: dict[str, Any], seconds: float) -> dict[str, Any]:
     images = data[job.dataset]["images"]
     size = getattr(job.settings, "batch_size", None)
     steps = None if images is None or size is None else job.settings.total_steps(images)

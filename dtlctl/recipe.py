@@ -54,7 +54,7 @@ class Model(Strict):
 class Data(Strict):
     source: Dataset
     target: Dataset
-    piggyback: dict[Name, Dataset] = {}
+    piggyback: dict[Name, Dataset] = Field({}, description="any number of named datasets")
 
 
 class Training(Strict):
@@ -77,7 +77,7 @@ class Training(Strict):
 
     def total_steps(self, images: int) -> int:
         """Optimiser steps over a training set of that many images."""
-        return self.steps or self.epochs * max(1, images // self.batch_size)
+        return self.steps or (self.epochs or 0) * max(1, images // self.batch_size)
 
 
 class Pretrain(Training):
@@ -127,7 +127,7 @@ class Recipe(Strict):
     pretrain: Pretrain = Pretrain(epochs=100)
     finetune: Finetune = Finetune(epochs=50)
     target_only: Finetune | None = Field(None, alias="target-only", description="TGT; default: as finetune")
-    dispose: dict[Name, Dispose] = {}
+    dispose: dict[Name, Dispose] = Field({}, description="any number of named variants")
     piggyback: Piggyback = Piggyback(epochs=50)
     audit: Audit = Audit()
 
@@ -206,8 +206,7 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
 def _resolve_like(raw: dict[str, Any]) -> None:
     """Replace `like = "source"` by a copy of that table with this table's changes."""
     data = raw.get("data")
-    sets = data.get("piggyback") if isinstance(data, dict) else None
-    if not isinstance(sets, dict):
+    if not isinstance(data, dict) or not isinstance(sets := data.get("piggyback"), dict):
         return
     for name, table in sets.items():
         if not isinstance(table, dict) or "like" not in table:

@@ -62,7 +62,10 @@ def markdown(table: dict[str, Any]) -> str:
         + ([_number(row, "audit_auc", ".3f")] if audited else [])
         for row in rows
     ]
-    parts = [f"Accuracies in %, seed {seeds[0]}." if len(seeds) == 1 else f"Accuracies in %. {note}", _grid(columns, lines)]
+    parts = [
+        f"Accuracies in %, seed {seeds[0]}." if len(seeds) == 1 else f"Accuracies in %. {note}",
+        _grid(columns, lines),
+    ]
 
     if {"TL", "TGT"} <= by_name.keys():
         tl, tgt = by_name["TL"], by_name["TGT"]
@@ -171,7 +174,9 @@ def _grid(columns: list[str], lines: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
 
     def show(line: list[str]) -> str:
-        first, *rest = (text.ljust(w) if not i else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths)))
+        first, *rest = (
+            text.ljust(w) if not i else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))
+        )
         return "| " + " | ".join([first, *rest]) + " |"
 
     rule = "|" + "|".join(":" + "-" * (w + 1) if not i else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"

@@ -27,35 +27,40 @@ ROOT = Path(__file__).parents[1]
 PAGES = [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
 SCHEMA = Recipe.model_json_schema(by_alias=True)
 MODELS = {**SCHEMA["$defs"], "Recipe": SCHEMA}
-UNLEARN, RETAIN = (sorted(MODELS["Dispose"]["properties"][k]["discriminator"]["mapping"]) for k in ("unlearn", "retain"))
+KINDS = [k for loss in ("unlearn", "retain") for k in MODELS["Dispose"]["properties"][loss]["discriminator"]["mapping"]]
 CLI = typer.main.get_command(app)
 # A recipe to which the fragments in the documents are added.
 BASE = {"name": "base", "data": {"source": {"path": "builtin:letters"}, "target": {"path": "builtin:digits"}}}
 
 
-def page(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
+def page(path: str | Path) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
 
 
 def blocks(text: str, language: str) -> list[str]:
+    """The fenced code of that language, in order."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
+def prose(text: str) -> str:
+    """A page without its fenced code."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
 def in_backticks(text: str) -> set[str]:
-    return set(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)))
+    return set(re.findall(r"`([^`\n]+)`", prose(text)))
 
 
 def everywhere(language: str) -> list[Any]:
     """Every code block of that language in all pages, as parameters of a test."""
-    found = [(p, n, block) for p in PAGES for n, block in enumerate(blocks(page(p.name if p.parent == ROOT else f"docs/{p.name}"), language))]
-    return [pytest.param(block, id=f"{p.stem}-{n}") for p, n, block in found]
+    return [pytest.param(b, id=f"{p.stem}-{n}") for p in PAGES for n, b in enumerate(blocks(page(p), language))]
 
 
 # The recipe --------------------------------------------------------------------------------------------------------
 
 
 def rows_of(model: str) -> dict[str, list[str]]:
-    """The table behind `<!-- schema: MODEL -->` in the recipe reference: key -> [key, type, range, default, meaning]."""
+    """The table behind `<!-- schema: MODEL -->` in the recipe reference: {key: its cells}."""
     _, found, rest = page("docs/recipe.md").partition(f"<!-- schema: {model} -->")
     assert found, f"docs/recipe.md has no table for {model}"
     lines = itertools.takewhile(lambda line: line.startswith("|"), rest.strip().splitlines())
@@ -69,8 +74,7 @@ def limits(node: dict[str, Any]) -> str:
     items = node.get("items", {})
     values = [v for n in (node, items) for v in ([n["const"]] if "const" in n else n.get("enum", []))]
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    parts = [f"{sign} {node[key]:g}".replace("e+0", "e") for key, sign in signs.items() if key in node and node[key] < 1e6]
-    parts += [f"{sign} {node[key]:.0f}" for key, sign in signs.items() if key in node and node[key] >= 1e6]
+    parts = [f"{sign} {node[key]:.12g}" for key, sign in signs.items() if key in node]
     nonempty = "not empty" if "minItems" in node or "minLength" in node else ""
     return "; ".join(filter(None, [", ".join([*(f"`{json.dumps(v)}`" for v in values), *parts]), nonempty]))
 
@@ -100,29 +104,26 @@ def test_every_key_and_kind_is_in_backticks():
     assert {"lambda", "self_pairs", "fraction", "target-only"} <= keys
     assert not keys - in_backticks(page("docs/recipe.md"))
     kinds = {k.strip('"') for k in in_backticks(page("docs/recipe.md"))}
-    assert not {*UNLEARN, *RETAIN} - kinds
+    assert not set(KINDS) - kinds
     spans = " ".join(in_backticks(page("docs/losses.md")))
-    for kind in (*UNLEARN, *RETAIN):
+    for kind in KINDS:
         assert kind in re.findall(r"[\w-]+", spans), f"docs/losses.md does not explain {kind}"
 
 
 def merge(base: dict, changes: dict) -> dict:
-    mixed = {k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in changes.items()}
-    return {**base, **mixed}
+    both = {k: merge(base[k], v) for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **changes, **both}
 
 
 @pytest.mark.parametrize("block", everywhere("toml"))
 def test_recipes_in_the_documents_load(block: str, tmp_path: Path):
     """A block with a name is a whole recipe; another one is a part, valid in a recipe that lacks nothing else."""
     document = tomllib.loads(block)
+    if "name" not in document:
+        block = "\n".join(f"{key} = {inline(value)}" for key, value in merge(BASE, document).items())
     file = tmp_path / "recipe.toml"
-    if "name" in document:
-        file.write_text(block, encoding="utf-8")
-        load(file)
-    else:
-        whole = merge(BASE, document)
-        file.write_text("\n".join(f"{key} = {inline(value)}" for key, value in whole.items()), encoding="utf-8")
-        load(file)
+    file.write_text(block, encoding="utf-8")
+    load(file)
 
 
 def inline(value: Any) -> str:
@@ -143,7 +144,7 @@ def options() -> list[Any]:
 
 @pytest.mark.parametrize("word", [*sorted(CLI.commands), *options()])
 def test_every_command_and_option_is_mentioned(word: str):
-    text = "\n".join(p.read_text(encoding="utf-8") for p in PAGES)
+    text = "\n".join(map(page, PAGES))
     said = in_backticks(text) | {line for block in blocks(text, "sh") for line in block.splitlines()}
     assert any(re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", s) for s in said), f"{word} is documented nowhere"
 
@@ -156,8 +157,9 @@ def calls(block: str) -> list[list[str]]:
         lexer.whitespace_split = True
         for is_end, words in itertools.groupby(lexer, lambda word: set(word) <= set(";|&<>")):
             command = [] if is_end else list(words)
-            starts = [n for n, w in enumerate(command) if w == "dtlctl" and command[:n] in ([], ["do"]) or command[n - 1 : n + 1] == ["-m", "dtlctl"]]
-            found += [command[n + 1 :] for n in starts]
+            place = command.index("dtlctl") if "dtlctl" in command else None
+            if place is not None and (command[:place] in ([], ["do"]) or command[place - 1] == "-m"):
+                found.append(command[place + 1 :])
     return found
 
 
@@ -170,15 +172,15 @@ def test_calls_are_found():
 def test_shell_lines_name_existing_commands_options_and_recipes(block: str, monkeypatch: pytest.MonkeyPatch):
     """Parsed by the command line's own parser; a shipped recipe must load with the line's --set."""
     monkeypatch.chdir(ROOT)
+    known = {o for p in CLI.params for o in p.opts} | {"--help"}
     for arguments in calls(block):
-        while arguments and arguments[0].startswith("-"):
-            assert arguments[0] in {o for p in CLI.params for o in p.opts} | {"--help"}, arguments
-            arguments = arguments[1:]
-        if not arguments or "--help" in arguments:
+        before = list(itertools.takewhile(lambda word: word.startswith("-"), arguments))
+        assert known.issuperset(before), arguments
+        if "--help" in arguments or len(arguments) == len(before):
             continue
-        name, *rest = arguments
+        name, *rest = arguments[len(before) :]
         assert name in CLI.commands, f"dtlctl {name}: no such command"
-        given = CLI.commands[name].make_context(name, list(rest)).params
+        given = CLI.commands[name].make_context(name, rest).params
         if "recipe" in given and given["recipe"].parts[0] == "recipes" and not is_mistake(block):
             load(given["recipe"], list(given["overrides"] or []))
 
@@ -242,20 +244,20 @@ def test_every_field_of_a_sidecar_is_in_the_tutorial(recipe_file: Path, dtlctl):
 
 def slugs(text: str) -> set[str]:
     """The anchors of a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_links_lead_somewhere(path: Path):
-    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page(path))):
         if re.match(r"[a-z]+:", link):
             continue
         name, _, anchor = link.partition("#")
         goal = (path.parent / name).resolve() if name else path
         assert goal.exists(), f"{path.name}: {link}"
         if anchor:
-            assert anchor in slugs(goal.read_text(encoding="utf-8")), f"{path.name}: {link}"
+            assert anchor in slugs(page(goal)), f"{path.name}: {link}"
 
 
 def test_nothing_is_left_to_do():

@@ -41,7 +41,12 @@ def test_steps_of_epochs_drop_the_rest_of_an_epoch(recipe_file: Path):
 
 def test_override_is_typed_like_the_file(recipe_file: Path):
     recipe = load(recipe_file, ["dispose.gc.lambda=0.25", "name=other", "data.source.augment=crop", "seed = 3"])
-    assert (recipe.dispose["gc"].lam, recipe.name, recipe.data.source.augment, recipe.seed) == (0.25, "other", "crop", 3)
+    assert (recipe.dispose["gc"].lam, recipe.name, recipe.data.source.augment, recipe.seed) == (
+        0.25,
+        "other",
+        "crop",
+        3,
+    )
 
 
 def test_an_override_may_add_a_variant(recipe_file: Path):
@@ -66,7 +71,7 @@ MISTAKES = {
     "model.arch='resnet9'": "model: unknown architecture 'resnet9'; did you mean",
     "model.arch='vit_b_16'": "model: width belongs to the CIFAR ResNets",
     "data.source.path='builtin:leters'": "no builtin dataset 'leters'; did you mean 'letters'?",
-    "data.piggyback.again.like='sauce'": "data.piggyback.again.like: 'sauce' is neither \"source\" nor \"target\"",
+    "data.piggyback.again.like='sauce'": 'data.piggyback.again.like: \'sauce\' is neither "source" nor "target"',
     "finetune={epochs=3, steps=3}": "finetune: give either epochs or steps, not both",
     "finetune.batch_size=1": "finetune.batch_size: Input should be greater than or equal to 2 (it is 1)",
     "data.target.fraction=0": "data.target.fraction: Input should be greater than 0 (it is 0)",
@@ -113,7 +118,9 @@ def test_missing_and_broken_files_are_named(tmp_path: Path):
         load(tmp_path / "latin.toml")
 
 
-KEYS = st.sampled_from(["name", "seed", "model", "data", "source", "path", "dispose", "gc", "unlearn", "kind", "like", "x"])
+KEYS = st.sampled_from(
+    ["name", "seed", "model", "data", "source", "path", "dispose", "gc", "unlearn", "kind", "like", "x"]
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),

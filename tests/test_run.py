@@ -190,7 +190,9 @@ def test_help_answers_without_torch(monkeypatch, capsys):
     import subprocess
     import sys
 
-    code = "import sys; sys.argv=['dtlctl','--help']\nfrom dtlctl.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = (
+        "import sys; sys.argv=['dtlctl','--help']\nfrom dtlctl.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    )
     code += "assert not {'torch','datasets','accelerate','matplotlib'} & sys.modules.keys(), 'heavy import'"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     monkeypatch.setattr(sys, "argv", ["dtlctl", "dispose", "--help"])

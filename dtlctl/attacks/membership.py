@@ -25,10 +25,7 @@ def judge(members: np.ndarray, others: np.ndarray, seed: int, rounds: int = 1000
     """
     rng = np.random.default_rng(seed)
     members, others = rng.permutation(members), rng.permutation(others)
-    samples = [
-        _auc(rng.choice(members, len(members)), rng.choice(others, len(others)))
-        for _ in range(rounds)
-    ]
+    samples = [_auc(rng.choice(members, len(members)), rng.choice(others, len(others))) for _ in range(rounds)]
     low, high = np.quantile(samples, [0.025, 0.975])
     threshold = _best_threshold(members[::2], others[::2])
     accuracy = ((members[1::2] >= threshold).mean() + (others[1::2] < threshold).mean()) / 2

@@ -104,7 +104,9 @@ def _digits(split: str, size: int) -> tuple[list[Image.Image], list[int], list[s
     values, labels = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
     pixels = (values.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     # Two pixels of paper around the 6x6 ink, as the printed letters have it, then one smooth enlargement.
-    pictures = [Image.fromarray(np.pad(p, 1)).resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for p in pixels]
+    pictures = [
+        Image.fromarray(np.pad(p, 1)).resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for p in pixels
+    ]
     return pictures, labels.tolist(), [str(d) for d in range(10)]
 
 

@@ -217,7 +217,7 @@ def _labels(
     feature = table.features[column]
     values = table.data.column(column).to_pylist()
     if isinstance(feature, ClassLabel):
-        index = {number: number for number in range(len(feature.names))}
+        index: dict[Any, int] = {number: number for number in range(len(feature.names))}
         classes = tuple(feature.names)
     elif re.fullmatch(r"u?int\d+|(large_)?string", str(getattr(feature, "dtype", ""))):
         # A test split may lack a class, so the train split alone says which there are.
@@ -229,7 +229,7 @@ def _labels(
         raise DataError(
             f"data.{role}.label: {column!r} of {dataset.path} is {feature}, not ClassLabel, integer or text"
         )
-    index |= {None: -1, -1: -1}
+    index.update({None: -1, -1: -1})
     for row, value in enumerate(values):
         if value not in index:
             raise DataError(f"{where(dataset, split, row)}: label {value!r} is none of the {len(classes)} classes")

@@ -74,7 +74,7 @@ def _build(dataset: Dataset, role: str, hint: str, **arguments: Any) -> Mapping[
             builder = datasets.load_dataset_builder(**arguments)
             _check_builder(dataset, builder)
             builder.download_and_prepare()
-            return builder.as_dataset()  # type: ignore[return-value]
+            return builder.as_dataset()
     except DataError:
         raise
     # datasets, huggingface_hub, httpx, fsspec and pyarrow raise out of a dozen unrelated trees.

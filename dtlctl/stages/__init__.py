@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from importlib import import_module
+from typing import Any
 
 from dtlctl.experiment import Experiment
 from dtlctl.plan import Job, Stage
 from dtlctl.progress import say
 
 
-def run(lab: Experiment, stages: Collection[Stage], *, only: Collection[str] = (), force: bool = False) -> list[Job]:
+def run(
+    lab: Experiment, stages: Collection[Stage], *, only: Collection[str] = (), force: bool = False
+) -> list[Job[Any]]:
     """Do the jobs of these stages that are not up to date, in order; return those that were done.
 
     `only` restricts to some models; `force` redoes what is up to date. Raises DtlError of whatever kind stops it.
@@ -27,6 +30,6 @@ def run(lab: Experiment, stages: Collection[Stage], *, only: Collection[str] = (
     return done
 
 
-def _stage(name: Stage) -> Callable[[Experiment, Job], None]:
+def _stage(name: Stage) -> Callable[[Experiment, Job[Any]], None]:
     """Imported when there is work to do: looking whether everything is up to date needs no training code."""
     return getattr(import_module(f"dtlctl.stages.{name}"), name)

@@ -16,9 +16,10 @@ from dtlctl.errors import DataError
 from dtlctl.experiment import Experiment
 from dtlctl.models import Classifier
 from dtlctl.plan import Job
+from dtlctl.recipe import Audit
 
 
-def audit(lab: Experiment, job: Job) -> None:
+def audit(lab: Experiment, job: Job[Audit]) -> None:
     """The loss attack (Yeom et al., arXiv:1709.01604): the smaller an image's loss, the likelier a member.
 
     Members are as many images of the source's training subset as there are non-members, the source's test split.
@@ -31,12 +32,12 @@ def audit(lab: Experiment, job: Job) -> None:
     if count < 8:
         raise DataError(f"{job.title}: {count} members and non-members are too few; 8 of each are needed")
     rng = np.random.default_rng(seed)
-    groups = [np.sort(rng.permutation(rows)[:count]) for rows in (train, test)]
-    scores = [
-        -_losses(lab, model, lab.split("source", split, rows))
-        for split, rows in zip(("train", "test"), groups, strict=True)
-    ]
-    verdict = judge(*scores, seed)
+    members, others = (np.sort(rng.permutation(rows)[:count]) for rows in (train, test))
+    verdict = judge(
+        -_losses(lab, model, lab.split("source", "train", members)),
+        -_losses(lab, model, lab.split("source", "test", others)),
+        seed,
+    )
     history = History(seconds=time.perf_counter() - started)
     lab.publish(job, {"members": count, "others": count, "loss": verdict._asdict()}, history)
 

@@ -18,7 +18,7 @@ Momenta = list[tuple[nn.BatchNorm2d, float]]
 """Every batch normalisation with the momentum it was built with."""
 
 
-def dispose(lab: Experiment, job: Job) -> None:
+def dispose(lab: Experiment, job: Job[Dispose]) -> None:
     settings = job.settings
     chunks = _local_chunks(settings, lab.engine.processes, job.title)
     teacher = lab.load_model("TL").eval().requires_grad_(False)
@@ -27,10 +27,9 @@ def dispose(lab: Experiment, job: Job) -> None:
     if settings.init == "TL":
         student = lab.load_model("TL", global_batch_norm=not own_statistics)
     else:
-        heads = {name: head.out_features for name, head in teacher.heads.items()}
-        student = lab.new_model(heads, "dispose/init", global_batch_norm=not own_statistics)
+        student = lab.new_model(teacher.classes, "dispose/init", global_batch_norm=not own_statistics)
     source, target = (_batches(lab, role, settings) for role in ("source", "target"))
-    objective = _objective(lab, job, settings, student, teacher, source, target, chunks)
+    objective = _objective(lab, settings, (student, teacher), (source, target), chunks)
     measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
     history, metrics = lab.train(job, student, objective, source, measures)
     lab.publish(job, metrics, history, student)
@@ -38,14 +37,13 @@ def dispose(lab: Experiment, job: Job) -> None:
 
 def _objective(
     lab: Experiment,
-    job: Job,
     settings: Dispose,
-    student: Classifier,
-    teacher: Classifier,
-    source: Batches,
-    target: Batches,
+    models: tuple[Classifier, Classifier],
+    data: tuple[Batches, Batches],
     chunks: int,
 ) -> Objective:
+    """Eq. 1 with the settings' two losses; `chunks` is this process's number of them."""
+    (student, teacher), (source, target) = models, data
     unlearn, retain, parameters = settings.unlearn, settings.retain, list(student.parameters())
     momenta = [(m, m.momentum) for m in student.modules() if isinstance(m, nn.BatchNorm2d) and m.momentum is not None]
     repair_from = round(settings.total_steps(source.images) * (1 - settings.repair))
@@ -81,8 +79,8 @@ def _local_chunks(settings: Dispose, processes: int, title: str) -> int:
     chunks = settings.unlearn.chunks
     if chunks > 1 and chunks % processes:
         raise RecipeError(
-            f"{title}: unlearn.chunks = {chunks} cannot be shared by {processes} processes (rest {chunks % processes}); "
-            f"make chunks a multiple of {processes}"
+            f"{title}: unlearn.chunks = {chunks} cannot be shared by {processes} processes (rest {chunks % processes})"
+            f"; make chunks a multiple of {processes}"
         )
     return max(1, chunks // processes)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dtlctl.experiment import Experiment
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.plan import Job
+from dtlctl.recipe import Finetune
 
 
-def finetune(lab: Experiment, job: Job) -> None:
+def finetune(lab: Experiment, job: Job[Finetune]) -> None:
     classes = len(lab.classes("target"))
     measures = {"acc_t": ("target", "target")}
     if job.parent:

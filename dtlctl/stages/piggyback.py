@@ -5,9 +5,10 @@ from __future__ import annotations
 from dtlctl.experiment import Experiment
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.plan import Job
+from dtlctl.recipe import Piggyback
 
 
-def piggyback(lab: Experiment, job: Job) -> None:
+def piggyback(lab: Experiment, job: Job[Piggyback]) -> None:
     """Full fine-tuning of all weights under a new head. Head, batches and augmentation are the same for all models."""
     classes = len(lab.classes(job.dataset))
     tag = f"piggyback/{job.dataset}"

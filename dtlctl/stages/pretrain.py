@@ -5,9 +5,10 @@ from __future__ import annotations
 from dtlctl.experiment import Experiment
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.plan import Job
+from dtlctl.recipe import Pretrain
 
 
-def pretrain(lab: Experiment, job: Job) -> None:
+def pretrain(lab: Experiment, job: Job[Pretrain]) -> None:
     model = lab.new_model({"source": len(lab.classes("source"))}, "pretrain/init")
     batches = lab.batches("source", job.settings.batch_size, "pretrain/batches")
     objective = cross_entropy(model, "source", batches)
