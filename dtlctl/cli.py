@@ -70,8 +70,10 @@ def run(
     from dtlctl import report
 
     folder = lab.folder / "report"
-    text = report.write([lab.folder], folder) if done else report.markdown(report.summarise([lab.folder]))
-    print((folder / "table.json").read_text(encoding="utf-8") if as_json else text, end="")
+    table = report.summarise([lab.folder])
+    if done or not (folder / "table.json").exists():
+        report.write(table, folder)
+    print(report.dump(table) if as_json else report.markdown(table), end="")
     if not quiet:
         from dtlctl.progress import say
 
@@ -90,8 +92,7 @@ def _stage_command(stage: str, summary: str) -> None:
     ) -> None:
         lab, _ = _perform((stage,), recipe, overrides, out, only, force, quiet)
         if _is_main():
-            chosen = [job for job in lab.jobs if job.stage == stage and (not only or job.model in only)]
-            paths = [str(lab.folder / job.path) for job in chosen]
+            paths = [str(lab.folder / job.path) for job in lab.chosen((stage,), only or ())]
             print(json.dumps([json.loads(Path(p).read_text()) for p in paths]) if as_json else "\n".join(paths))
 
     app.command(stage, help=summary)(command)
@@ -99,7 +100,7 @@ def _stage_command(stage: str, summary: str) -> None:
 
 _stage_command("pretrain", "Train a new network on the source data. Prints the sidecar's path.")
 _stage_command("finetune", "Adapt the pre-trained network to the target (TL), and train TGT from scratch.")
-_stage_command("dispose", "Dispose of the source knowledge in TL, once for every [dispose.NAME] table.")
+_stage_command("dispose", "Dispose of the source knowledge in TL, once for every dispose.NAME table of the recipe.")
 _stage_command("piggyback", "Attack: fine-tune every model on every piggyback dataset and measure accuracy.")
 _stage_command("audit", "Attack: infer which source images were in the training set.")
 
@@ -126,9 +127,9 @@ def report(
 
     if to is None and len(runs) > 1:
         raise RecipeError("report: with several runs say where the report goes: --to DIR")
-    folder = to or runs[0] / "report"
-    text = reports.write(runs, folder)
-    print((folder / "table.json").read_text(encoding="utf-8") if as_json else text, end="")
+    table = reports.summarise(runs)
+    reports.write(table, to or runs[0] / "report")
+    print(reports.dump(table) if as_json else reports.markdown(table), end="")
 
 
 def _perform(stages, recipe: Path, overrides, out: Path, only, force: bool, quiet: bool):
@@ -137,7 +138,7 @@ def _perform(stages, recipe: Path, overrides, out: Path, only, force: bool, quie
     from dtlctl.recipe import load
 
     lab = Experiment(load(recipe, overrides), out, source=str(recipe), quiet=quiet)
-    lab.begin(only)
+    lab.begin(stages, only or ())
     done = work.run(lab, stages, only=only or (), force=force)
     if not done and not quiet:
         from dtlctl.progress import say

@@ -98,7 +98,8 @@ class Engine:
         """Minimise `objective` over `steps` steps of SGD with momentum, as `plan` says.
 
         `evaluate` runs at each of `reports` even intervals and at the end; what it and the objective return is kept
-        in the history. Raises DivergedError before a gradient that is not finite reaches the weights.
+        in the history. Raises DivergedError for a gradient that is not finite: on the CPU before it reaches the
+        weights, on an accelerator, where looking costs time, at the next report.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         statistics = [b for b in model.buffers() if b.is_floating_point()]

@@ -38,16 +38,22 @@ class Experiment:
         self.images = cache(self._images)
         self.index = cache(self._index)
 
-    def begin(self, only: Collection[str] | None = None) -> None:
+    def chosen(self, stages: Collection[str], only: Collection[str]) -> list[Job[Any]]:
+        """The jobs of these stages, of some models only if any are named."""
+        return [job for job in self.jobs if job.stage in stages and (not only or job.model in only)]
+
+    def begin(self, stages: Collection[str], only: Collection[str]) -> None:
         """Open the run's folder and write the resolved recipe there.
 
-        Raises RecipeError for a model in `only` that the recipe does not have, CheckpointError where nothing can be
-        written.
+        Raises RecipeError for a model in `only` that these stages do not make or attack, CheckpointError where
+        nothing can be written.
         """
-        known = dict.fromkeys(job.model for job in self.jobs)
-        for model in only or ():
+        known = dict.fromkeys(job.model for job in self.chosen(stages, ()))
+        for model in only:
             if model not in known:
-                raise RecipeError(f"--only {model}: no such model in {self.source} (it has {', '.join(known)})")
+                raise RecipeError(
+                    f"--only {model}: {self.source} has none here (it has {', '.join(known) or 'nothing'})"
+                )
         document = self.recipe.resolved()
         path = self.folder / "recipe.json"
         if not path.exists() or path.read_text(encoding="utf-8") != checkpoint.dump(document):
@@ -138,7 +144,7 @@ class Experiment:
         """
         torch.manual_seed(self.seed(tag))
         spec = self.recipe.model
-        model = models.build(spec.arch, heads, stem=spec.stem, width=spec.width)
+        model = models.build(spec.arch, heads, stem=spec.stem, width=spec.width, image_size=spec.image_size)
         return self.engine.place(model, global_batch_norm=global_batch_norm)
 
     def load_model(self, name: str, *, global_batch_norm: bool = True) -> models.Classifier:
@@ -242,9 +248,7 @@ class Experiment:
     def _inputs(self, job: Job[Any]) -> dict[str, Any]:
         """Everything a result depends on."""
         return {
-            "settings": job.settings.model_dump(mode="json", by_alias=True),
-            "architecture": self.recipe.model.model_dump(mode="json"),
-            "seed": self.recipe.seed,
+            **job.described(self.recipe),
             "data": {role: self.identity(role) for role in job.roles},
             "parent": {job.parent: self.require(job.parent)["weights_sha256"]} if job.parent else {},
         }

@@ -49,7 +49,9 @@ class Classifier(nn.Module):
         self.heads[name] = nn.Linear(self.features, classes).to(device)
 
 
-def build(arch: str, heads: dict[str, int], *, stem: str = "small", width: int | None = None) -> Classifier:
+def build(
+    arch: str, heads: dict[str, int], *, stem: str = "small", width: int | None = None, image_size: int = 32
+) -> Classifier:
     """A freshly initialised classifier.
 
     `arch`: a torchvision classifier's name, `resnet10`, or a CIFAR ResNet (`resnet8`, `resnet20`, ...).
@@ -57,11 +59,11 @@ def build(arch: str, heads: dict[str, int], *, stem: str = "small", width: int |
     32-pixel images (ResNets only). `width`: channels of a CIFAR ResNet's first stage (He et al.: 16).
     Raises ValueError for a combination that does not exist.
     """
-    check(arch, stem, width)
+    check(arch, stem, width, image_size)
     if arch in _CIFAR_RESNETS:
         width = width or 16
         return Classifier(CifarResNet(_CIFAR_RESNETS[arch], width), 4 * width, heads)
-    backbone = _torchvision(arch)
+    backbone = _torchvision(arch, image_size)
     features = _behead(backbone, arch)
     if stem == "small":
         _shrink_stem(backbone, arch)
@@ -94,7 +96,7 @@ class CifarResNet(nn.Module):
         return self.stages(self.stem(x)).mean((2, 3))
 
 
-def check(arch: str, stem: str, width: int | None) -> None:
+def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None:
     """Raise ValueError, with the nearest valid name, unless `build` can make this model."""
     if arch not in _KNOWN and arch not in (names := architectures()):
         near = difflib.get_close_matches(arch, names, 1)
@@ -107,6 +109,8 @@ def check(arch: str, stem: str, width: int | None) -> None:
         raise ValueError(f"width belongs to the CIFAR ResNets (resnet8, resnet20, ...), not to {arch}")
     if stem == "small" and not arch.startswith(("resnet", "resnext", "wide_resnet")):
         raise ValueError(f'stem = "small" is for ResNets; {arch} needs stem = "imagenet"')
+    if arch.startswith("vit_") and image_size % (patch := int(arch.rpartition("_")[2])):
+        raise ValueError(f"image_size = {image_size} is not a multiple of {arch}'s patches of {patch} pixels")
     if stem == "imagenet" and arch in _CIFAR_RESNETS:
         raise ValueError(f'{arch} is a CIFAR ResNet and has only stem = "small"')
 
@@ -120,14 +124,16 @@ def architectures() -> list[str]:
     return sorted({n for n in names if not n.startswith(("inception", "googlenet", "squeezenet"))} | _KNOWN)
 
 
-def _torchvision(arch: str) -> nn.Module:
+def _torchvision(arch: str, image_size: int) -> nn.Module:
     import torchvision
 
     if arch == "resnet10":
         from torchvision.models.resnet import BasicBlock, ResNet
 
         return ResNet(BasicBlock, [1, 1, 1, 1])
-    return torchvision.models.get_model(arch, weights=None)
+    # Only vision transformers are built for one image size.
+    size = {"image_size": image_size} if arch.startswith("vit_") else {}
+    return torchvision.models.get_model(arch, weights=None, **size)
 
 
 def _behead(backbone: nn.Module, arch: str) -> int:

@@ -30,6 +30,14 @@ class Job(Generic[Settings]):
     parent: str | None
     """The model it starts from, if any."""
 
+    def described(self, recipe: Recipe) -> dict[str, Any]:
+        """What the recipe says that this result depends on; who else is attacked does not matter to it."""
+        return {
+            "settings": self.settings.model_dump(mode="json", by_alias=True, exclude={"models"}),
+            "architecture": recipe.model.model_dump(mode="json"),
+            "seed": recipe.seed,
+        }
+
     @property
     def dataset(self) -> str:
         """The first dataset: the one it trains on."""
@@ -55,6 +63,5 @@ def jobs(recipe: Recipe) -> list[Job[Any]]:
             path = f"piggyback/{model}/{name}.json"
             plan.append(Job("piggyback", model, path, recipe.piggyback, (f"piggyback.{name}",), parent))
     for model in recipe.audit_models:
-        if model not in ("scratch", "TGT"):
-            plan.append(Job("audit", model, f"audit/{model}.json", recipe.audit, ("source",), model))
+        plan.append(Job("audit", model, f"audit/{model}.json", recipe.audit, ("source",), model))
     return plan

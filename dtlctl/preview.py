@@ -13,8 +13,8 @@ from dtlctl.errors import DataError
 from dtlctl.plan import Job, jobs
 from dtlctl.recipe import Recipe
 
-# A step of gradient collision in units of a step of plain training on the same images: three forward passes against
-# about nine (a gradient with its graph, and its derivative).
+# A step of gradient collision in units of a step of plain training on the same images. The floor by operation count
+# is 3; small chunks and second derivatives of small layers cost more.
 COLLISION_COST = 4.0
 
 
@@ -97,7 +97,9 @@ def _measure(recipe: Recipe, rounds: int = 3) -> tuple[int, float]:
 
     spec, batch = recipe.model, 32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = models.build(spec.arch, {"source": 100}, stem=spec.stem, width=spec.width).to(device)
+    model = models.build(spec.arch, {"source": 100}, stem=spec.stem, width=spec.width, image_size=spec.image_size).to(
+        device
+    )
     x = torch.rand(batch, 3, spec.image_size, spec.image_size, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
     times = []

@@ -47,7 +47,7 @@ class Model(Strict):
 
     @model_validator(mode="after")
     def _exists(self) -> Model:
-        models.check(self.arch, self.stem, self.width)
+        models.check(self.arch, self.stem, self.width, self.image_size)
         return self
 
 
@@ -141,6 +141,8 @@ class Recipe(Strict):
             for model in chosen or []:
                 if model not in known:
                     raise ValueError(f"{table}.models: unknown model {model!r}" + _nearest(model, known))
+                if table == "audit" and model in ("scratch", "TGT"):
+                    raise ValueError(f"audit.models: {model} never saw the source; there is nothing to infer")
         return self
 
     @property
@@ -196,6 +198,9 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
     # One length in two units: whoever sets the one means to replace the other.
     if ("epochs" in changes) != ("steps" in changes):
         base.pop("steps" if "epochs" in changes else "epochs", None)
+    # Another kind has other keys: those of the old one go with it.
+    if changes.get("kind", base.get("kind")) != base.get("kind"):
+        base.clear()
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             _merge(base[key], value)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dtlctl import checkpoint
 from dtlctl.errors import CheckpointError, RecipeError
-from dtlctl.plan import jobs
+from dtlctl.plan import Job, jobs
 from dtlctl.recipe import REFERENCES, Recipe
 
 Row = dict[str, Any]
@@ -32,19 +32,21 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
     return {"recipe": recipes[0].resolved(), "seeds": [r.seed for r in recipes], "rows": rows}
 
 
-def write(runs: list[Path], folder: Path) -> str:
-    """Write table.json, table.md and the chart into `folder`; return the Markdown table."""
-    table = summarise(runs)
-    text = markdown(table)
+def write(table: dict[str, Any], folder: Path) -> None:
+    """Write table.json, table.md and the chart into `folder`. Raises CheckpointError where that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / "table.md").write_text(text, encoding="utf-8")
+        (folder / "table.json").write_text(dump(table), encoding="utf-8")
+        (folder / "table.md").write_text(markdown(table), encoding="utf-8")
         if any(row["piggyback"] for row in table["rows"]):
             chart(table, folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
-    return text
+
+
+def dump(table: dict[str, Any]) -> str:
+    """The table as table.json has it."""
+    return json.dumps(table, indent=1, ensure_ascii=False) + "\n"
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -117,15 +119,18 @@ def _recipe(run: Path) -> Recipe:
 
 
 def _rows(run: Path, recipe: Recipe) -> dict[str, Row]:
-    """Measured numbers by model, the references first."""
+    """Measured numbers by model, the references first; stale results are left out."""
     rows: dict[str, Row] = {}
     plan = jobs(recipe)
+    weights: dict[str, str] = {}
     for model in [*REFERENCES, *recipe.dispose]:
         rows[model] = {"model": model, "piggyback": {}}
     for job in plan:
         sidecar = checkpoint.read_sidecar(run / job.path)
-        if sidecar is None:
+        if sidecar is None or not _belongs(sidecar, job, recipe, weights):
             continue
+        if "weights_sha256" in sidecar:
+            weights[job.model] = sidecar["weights_sha256"]
         row, metrics = rows[job.model], sidecar["metrics"]
         if job.stage == "piggyback":
             row["piggyback"][job.dataset.partition(".")[2]] = metrics["acc_pl"]
@@ -134,6 +139,12 @@ def _rows(run: Path, recipe: Recipe) -> dict[str, Row]:
         else:
             row.update(metrics)
     return {model: row for model, row in rows.items() if row["piggyback"] or len(row) > 2}
+
+
+def _belongs(sidecar: Row, job: Job[Any], recipe: Recipe, weights: dict[str, str]) -> bool:
+    """Whether the result was made as the run's recipe now says, from the model that is there now."""
+    described = all(sidecar.get(name) == value for name, value in job.described(recipe).items())
+    return described and (job.parent is None or sidecar["parent"].get(job.parent) == weights.get(job.parent))
 
 
 def _average(rows: list[Row]) -> Row:

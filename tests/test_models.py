@@ -84,7 +84,8 @@ FAMILIES += "vit_b_32 wide_resnet50_2"
 def test_every_family_gives_logits_from_either_head(arch):
     """On torch's meta device: shapes without arithmetic."""
     with torch.device("meta"):
-        model, x = build(arch, {"source": 7, "target": 3}, stem="imagenet"), torch.zeros(2, 3, 224, 224)
+        model = build(arch, {"source": 7, "target": 3}, stem="imagenet", image_size=224)
+        x = torch.zeros(2, 3, 224, 224)
         assert model.embed(x).shape == (2, model.features)
         assert model(x, "source").shape == (2, 7)
         assert model(x, "target").shape == (2, 3)
@@ -117,7 +118,7 @@ def test_every_listed_architecture_passes_the_check():
     assert {"resnet8", "resnet10", "resnet18", "resnet110", "vit_b_16", "densenet121"} <= set(names)
     assert not {"googlenet", "inception_v3", "squeezenet1_0"} & set(names)
     for name in names:
-        check(name, "small" if name in models._CIFAR_RESNETS else "imagenet", None)
+        check(name, "small" if name in models._CIFAR_RESNETS else "imagenet", None, 224)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,13 @@ def test_override_is_typed_like_the_file(recipe_file: Path):
     )
 
 
+def test_an_override_of_the_kind_or_the_length_replaces_what_it_contradicts(recipe_file: Path):
+    """The file says chunks = 2 and steps = 12; neither is a key of the uniform loss or goes with epochs."""
+    recipe = load(recipe_file, ["dispose.gc.unlearn.kind=uniform", "pretrain.epochs=3"])
+    assert recipe.dispose["gc"].unlearn.kind == "uniform"
+    assert (recipe.pretrain.epochs, recipe.pretrain.steps) == (3, None)
+
+
 def test_an_override_may_add_a_variant(recipe_file: Path):
     recipe = load(recipe_file, ['dispose.new={steps=5, unlearn={kind="uniform"}}'])
     assert [job.model for job in jobs(recipe) if job.stage == "dispose"] == ["gc", "rand", "new"]
@@ -81,6 +88,7 @@ MISTAKES = {
     "seed=-1": "seed: Input should be greater than or equal to 0 (it is -1)",
     "seed=1.5": "seed: Input should be a valid integer (it is 1.5)",
     "pretrain=3": "pretrain: Input should be a valid dictionary or instance of Pretrain (it is 3)",
+    "audit.models=['TGT']": "audit.models: TGT never saw the source; there is nothing to infer",
     "dispose.tl.steps=5": "dispose.tl: the name belongs to a reference model; choose another",
     "audit.attacks=['los']": "audit.attacks.0: 'los' is not valid; did you mean 'loss'?",
 }

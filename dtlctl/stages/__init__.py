@@ -18,9 +18,8 @@ def run(
 
     `only` restricts to some models; `force` redoes what is up to date. Raises DtlError of whatever kind stops it.
     """
-    chosen = [job for job in lab.jobs if job.stage in stages and (not only or job.model in only)]
     done = []
-    for job in chosen:
+    for job in lab.chosen(stages, only):
         if lab.done(job) and not force:
             continue
         _stage(job.stage)(lab, job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtlctl.data.tensors import Batch, Batches, Share
 from dtlctl.engine import Objective
@@ -28,7 +29,8 @@ def dispose(lab: Experiment, job: Job[Dispose]) -> None:
         student = lab.load_model("TL", global_batch_norm=not own_statistics)
     else:
         student = lab.new_model(teacher.classes, "dispose/init", global_batch_norm=not own_statistics)
-    source, target = (_batches(lab, role, settings) for role in ("source", "target"))
+    source = _batches(lab, "source", settings)
+    target = _batches(lab, "target", settings) if settings.retain.needs_target else None
     objective = _objective(lab, settings, (student, teacher), (source, target), chunks)
     measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
     history, metrics = lab.train(job, student, objective, source, measures)
@@ -39,7 +41,7 @@ def _objective(
     lab: Experiment,
     settings: Dispose,
     models: tuple[Classifier, Classifier],
-    data: tuple[Batches, Batches],
+    data: tuple[Batches, Batches | None],
     chunks: int,
 ) -> Objective:
     """Eq. 1 with the settings' two losses; `chunks` is this process's number of them."""
@@ -57,7 +59,7 @@ def _objective(
         _set_mode(student, momenta, settings.batch_norm)
         step = Step(
             chunks=_views(student, source[number], chunks, momenta),
-            target=_views(student, target[number], chunks, momenta) if retain.needs_target else [],
+            target=_views(student, target[number], chunks, momenta) if target else [],
             teacher=answers,
             parameters=parameters,
             images=images,
@@ -86,12 +88,14 @@ def _local_chunks(settings: Dispose, processes: int, title: str) -> int:
 
 
 def _batches(lab: Experiment, role: str, settings: Dispose) -> Batches:
-    """Batches that the chunks divide: of a dataset smaller than a batch, as many images as make equal chunks."""
-    images, chunks = len(lab.index(role)), settings.unlearn.chunks
-    size = min(settings.batch_size, images) // chunks * chunks
-    if role == "source" and size < 2 * chunks:
-        raise RecipeError(f"data.source: {images} images make no {chunks} chunks of at least 2")
-    return lab.batches(role, max(size, chunks), f"dispose/{role}")
+    """Batches of equal chunks on equal processes: of a dataset smaller than a batch, as many images as divide."""
+    images, parts = len(lab.index(role)), max(settings.unlearn.chunks, lab.engine.processes)
+    size = min(settings.batch_size, images) // parts * parts
+    if size < 2 * parts:
+        raise RecipeError(
+            f"data.{role}: {images} images make no {parts} equal parts (chunks or processes) of 2 or more"
+        )
+    return lab.batches(role, size, f"dispose/{role}")
 
 
 def _views(student: Classifier, batch: Batch, chunks: int, momenta: Momenta) -> list[View]:
@@ -101,7 +105,8 @@ def _views(student: Classifier, batch: Batch, chunks: int, momenta: Momenta) -> 
         share = Share(number, chunks)
         x, y, rows = share.of(batch.x), share.of(batch.y), share.of(batch.rows)
         _weigh_running_statistics(momenta, number, chunks)
-        features = student.embed(x)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            features = student.embed(x)
         views.append(View(x, y, rows, student.heads["source"](features), student.heads["target"](features)))
     return views
 
