@@ -130,6 +130,7 @@ def test_every_listed_architecture_passes_the_check():
         ("squeezenet1_0", "imagenet", None, "unknown architecture 'squeezenet1_0'"),
         ("resnet18", "small", 32, "width belongs to the CIFAR ResNets (resnet8, resnet20, ...), not to resnet18"),
         ("vgg11_bn", "small", None, 'stem = "small" is for ResNets; vgg11_bn needs stem = "imagenet"'),
+        ("vit_h_14", "imagenet", None, "image_size = 32 is not a multiple of vit_h_14's patches of 14 pixels"),
         ("resnet20", "imagenet", None, 'resnet20 is a CIFAR ResNet and has only stem = "small"'),
     ],
 )

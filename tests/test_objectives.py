@@ -193,7 +193,7 @@ def test_the_stage_mixes_as_equation_1_and_then_repairs():
     lab = SimpleNamespace(engine=engine, images=lambda role, split: train, seed=lambda tag: 0)
     variant = {"steps": 4, "batch_size": 8, "lambda": 0.25, "repair": 0.5}
     plan = Dispose(**variant, unlearn={"kind": "negative-ce"}, retain={"kind": "target-ce"})
-    objective = _objective(lab, None, plan, model, student().eval(), source, target, 1)
+    objective = _objective(lab, plan, (model, student().eval()), (source, target), 1)
     for number in range(4):
         ours, theirs = source[number], target[number]
         unlearn = -F.cross_entropy(model(ours.x, "source"), ours.y)
@@ -216,6 +216,17 @@ def test_chunks_are_the_batch_in_order_each_with_its_own_batch_statistics():
         torch.testing.assert_close((chunk.x, chunk.y, chunk.rows), (x[here], y[here], rows[here]))
         torch.testing.assert_close(chunk.source, model(x[here], "source"))
         torch.testing.assert_close(chunk.target, model(x[here], "target"))
+
+
+def test_chunks_of_a_net_with_attention_collide():
+    """torch's fused attention has no second derivative; the stage's forward must not use it."""
+    layer = nn.TransformerEncoderLayer(4, nhead=2, dim_feedforward=4, dropout=0.0, batch_first=True)
+    model = Classifier(nn.Sequential(nn.Flatten(2), layer, nn.Flatten()), 12, {"source": 3, "target": 2})
+    batch = Batch(torch.rand(4, 3, 2, 2), torch.arange(4) % 3, torch.arange(4))
+    chunks, parameters = _views(model, batch, 2, []), list(model.parameters())
+    scalar, _ = GradientCollision().loss(step(chunks, parameters=parameters))
+    scalar.backward()
+    assert layer.self_attn.in_proj_weight.grad.norm() > 0
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 4])

@@ -1,0 +1,147 @@
+"""Bad data and bad calls: one line on stderr that says what, where and what to do, and the right exit code."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as Picture
+
+from dtlctl.cli import main
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path: Path):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what the test itself printed while it made its data
+        monkeypatch.setattr(sys, "argv", ["dtlctl", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    yield run
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+def pictures(folder: Path, *, names: list[str], labels: list[int], corrupt: int | None = None) -> Path:
+    """A parquet dataset of 8-pixel images, the same rows in both splits."""
+    folder.mkdir()
+    cells = []
+    for row in range(len(labels)):
+        path = folder / f"{row}.png"
+        Picture.fromarray(np.full((8, 8, 3), row, np.uint8)).save(path)
+        data = path.read_bytes()
+        path.unlink()
+        cells.append({"bytes": data[: len(data) // 2] if row == corrupt else data, "path": None})
+    features = Features({"picture": Image(), "kind": ClassLabel(names=names), "note": Value("string")})
+    columns = {"picture": cells, "kind": labels, "note": [""] * len(labels)}
+    for split in ("train", "test"):
+        Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def errors(err: str) -> list[str]:
+    return [line for line in err.splitlines() if not line.startswith(("dtlctl ", "decode "))]
+
+
+def test_a_wrong_label_column_lists_the_columns(call, recipe_file: Path, tmp_path: Path):
+    data = pictures(tmp_path / "p", names=["a", "b"], labels=[0, 1] * 4)
+    code, out, err = call(
+        "pretrain", recipe_file, "--set", f"data.source.path={data}", "--set", "data.source.label=knd"
+    )
+    assert (code, out) == (4, "")
+    assert "data.source.label" in err
+    assert "'knd'" in err
+    assert "kind" in err
+    assert len(errors(err)) == 1
+
+
+def test_a_class_without_images_is_named(call, recipe_file: Path, tmp_path: Path):
+    data = pictures(tmp_path / "p", names=["a", "b", "lonely"], labels=[0, 1] * 4)
+    code, _, err = call("pretrain", recipe_file, "--set", f"data.source.path={data}")
+    assert code == 4
+    assert "'lonely'" in err
+    assert len(errors(err)) == 1
+
+
+def test_a_corrupt_image_is_named_by_its_row(call, recipe_file: Path, tmp_path: Path):
+    data = pictures(tmp_path / "p", names=["a", "b"], labels=[0, 1] * 4, corrupt=5)
+    code, _, err = call("pretrain", recipe_file, "--set", f"data.source.path={data}")
+    assert code == 4
+    assert "row 5" in err
+    assert len(errors(err)) == 1
+
+
+def test_a_missing_dataset_is_named_with_its_key(call, recipe_file: Path):
+    code, _, err = call("pretrain", recipe_file, "--set", "data.source.path=./nowhere")
+    assert code == 4
+    assert "data.source.path" in err
+    assert "nowhere" in err
+    assert len(errors(err)) == 1
+
+
+def test_check_shows_a_missing_dataset_as_a_note(call, recipe_file: Path):
+    code, out, _ = call("check", recipe_file, "--set", "data.source.path=./nowhere")
+    assert code == 0
+    assert "note: data.source.path: ./nowhere does not exist" in out
+
+
+def test_a_truncated_checkpoint_stops_what_depends_on_it(call, recipe_file: Path, tmp_path: Path):
+    assert call("pretrain", recipe_file, "--quiet")[0] == 0
+    weights = tmp_path / "runs" / "tiny" / "pretrain" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    code, out, err = call("finetune", recipe_file, "--quiet", "--only", "TL")
+    assert (code, out) == (4, "")
+    assert "model.safetensors" in err
+    assert "--force" in err
+    assert len(err.splitlines()) == 2
+    assert call("pretrain", recipe_file, "--quiet", "--force")[0] == 0  # the remedy works
+    assert call("finetune", recipe_file, "--quiet", "--only", "TL")[0] == 0
+
+
+def test_wrong_recipes_end_with_2_before_data_is_touched(call, recipe_file: Path, tmp_path: Path):
+    for change in ("dispose.gc.lambda=1.5", "dispose.gc.unlearn.chunks=3", "finetune.lrr=1", "name=../x"):
+        code, out, err = call("run", recipe_file, "--set", change)
+        assert (code, out) == (2, ""), change
+        assert len(err.splitlines()) == 1, err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_divergence_ends_with_3(call, recipe_file: Path, tmp_path: Path):
+    changes = ("--set", "pretrain.lr=100", "--set", "pretrain.steps=300", "--set", "pretrain.schedule=constant")
+    code, out, err = call("pretrain", recipe_file, "--quiet", *changes)
+    assert (code, out) == (3, "")
+    assert "diverged at step" in err
+    assert not list((tmp_path / "runs").rglob("model.json"))
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_its_code_and_keeps_finished_results(recipe_file: Path, signum: int, code: int):
+    command = [sys.executable, "-m", "dtlctl", "run", recipe_file, "--set", "finetune.steps=1000000"]
+    process = subprocess.Popen(command, cwd=recipe_file.parent, stderr=subprocess.PIPE, text=True)
+    finished = recipe_file.parent / "runs" / "tiny" / "pretrain" / "model.json"
+    deadline = time.monotonic() + 120
+    while not finished.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert "stopped by a signal" in err
+    assert "Traceback" not in err
+    assert finished.exists()
