@@ -64,7 +64,7 @@ def build(
         width = width or 16
         return Classifier(CifarResNet(_CIFAR_RESNETS[arch], width), 4 * width, heads)
     backbone = _torchvision(arch, image_size)
-    features = _behead(backbone, arch)
+    features = _behead(backbone)
     if stem == "small":
         _shrink_stem(backbone, arch)
     return Classifier(backbone, features, heads)
@@ -136,7 +136,7 @@ def _torchvision(arch: str, image_size: int) -> nn.Module:
     return torchvision.models.get_model(arch, weights=None, **size)
 
 
-def _behead(backbone: nn.Module, arch: str) -> int:
+def _behead(backbone: nn.Module) -> int:
     """Replace the last linear layer by the identity; return its input width."""
     name, last = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)][-1]
     parent, _, attribute = name.rpartition(".")

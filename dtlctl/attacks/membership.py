@@ -40,7 +40,9 @@ def _auc(members: np.ndarray, others: np.ndarray) -> float:
 
 def _best_threshold(members: np.ndarray, others: np.ndarray) -> float:
     """The score at and above which calling an image a member has the best balanced accuracy."""
-    candidates = np.unique(np.concatenate([members, others]))
+    scores = np.unique(np.concatenate([members, others]))
+    # Half-way between neighbours, so that scores never seen before fall on the nearer side.
+    candidates = np.concatenate([scores[:1], (scores[:-1] + scores[1:]) / 2])
     hits = 1 - np.searchsorted(np.sort(members), candidates, "left") / len(members)
     false_alarms = 1 - np.searchsorted(np.sort(others), candidates, "left") / len(others)
     return float(candidates[np.argmax(hits - false_alarms)])
