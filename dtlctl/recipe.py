@@ -235,6 +235,8 @@ def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
     elif first["type"] == "union_tag_invalid":
         kinds = re.findall(r"'([^']+)'", first["ctx"]["expected_tags"])
         reason = f"unknown kind {first['ctx']['tag']!r}" + _nearest(first["ctx"]["tag"], kinds)
+    elif first["type"] == "union_tag_not_found":
+        reason = 'the table needs a kind, as in { kind = "..." }'
     elif first["type"] == "literal_error":
         choices = re.findall(r"'([^']+)'", first["ctx"]["expected"])
         reason = f"{first['input']!r} is not valid" + _nearest(str(first["input"]), choices)

@@ -74,6 +74,7 @@ MISTAKES = {
     "dispose.gc.unlearn.chunks=8": "dispose.gc: a chunk would hold 1 image; 2 are needed",
     "dispose.gc.unlearn.chunks=1": "dispose.gc.unlearn.chunks: Input should be greater than or equal to 2 (it is 1)",
     "dispose.gc.unlearn.kind='uniformm'": "dispose.gc.unlearn: unknown kind 'uniformm'; did you mean 'uniform'?",
+    "dispose.rand.retain={on='target'}": "dispose.rand.retain: the table needs a kind",
     "model.stem='smal'": "model.stem: 'smal' is not valid; did you mean 'small'?",
     "model.arch='resnet9'": "model: unknown architecture 'resnet9'; did you mean",
     "model.arch='vit_b_16'": "model: width belongs to the CIFAR ResNets",

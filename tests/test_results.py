@@ -1,0 +1,29 @@
+"""Published tables are what the sidecars in the repository say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtlctl import report
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted({path.parent.parent for path in (ROOT / "docs" / "results").glob("*/*/recipe.json")})
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_a_study_shows_the_table_of_its_sidecars(study: Path):
+    runs = sorted(path.parent for path in study.glob("*/recipe.json"))
+    page = study.with_suffix(".md").read_text(encoding="utf-8")
+    for part in report.markdown(report.summarise(runs)).strip().split("\n\n"):
+        assert part in page, f"{study.name}: the page does not show\n{part}"
+
+
+def test_there_are_studies():
+    assert {study.name for study in STUDIES} >= {"quickstart"}
+
+
+def test_the_readme_shows_one_of_the_runs():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.markdown(report.summarise([ROOT / "docs/results/quickstart/seed-0"])).strip() in page
