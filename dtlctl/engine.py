@@ -92,13 +92,13 @@ class Engine:
         steps: int,
         batch_size: int,
         progress: Progress,
-        evaluate: Callable[[], dict[str, float]],
+        evaluate: Callable[[int], dict[str, float]],
         reports: int = 8,
     ) -> History:
         """Minimise `objective` over `steps` steps of SGD with momentum, as `plan` says.
 
-        `evaluate` runs at each of `reports` even intervals and at the end; what it and the objective return is kept
-        in the history. Raises DivergedError for a gradient that is not finite: on the CPU before it reaches the
+        At each of `reports` even intervals and at the end, the means of what the objective reported and what
+        `evaluate(steps done)` returns go into the history. Raises DivergedError for a gradient that is not finite: on the CPU before it reaches the
         weights, on an accelerator, where looking costs time, at the next report.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -125,7 +125,7 @@ class Engine:
                 if not all(map(math.isfinite, row.values())):
                     raise _diverged(step, norm, history)
                 sums = {}
-                history.epochs.append({**row, **evaluate()})
+                history.epochs.append({**row, **evaluate(step + 1)})
                 progress.show(history.epochs[-1])
             progress.advance(1, images=batch_size)
         history.seconds = time.perf_counter() - started

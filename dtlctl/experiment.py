@@ -167,10 +167,19 @@ class Experiment:
         batches: Batches,
         measures: dict[str, tuple[str, str]],
     ) -> tuple[History, dict[str, float]]:
-        """Train as the job's settings say, measuring {name: (head, role)} accuracies on the way and at the end."""
-        steps = job.settings.total_steps(batches.images)
+        """Train as the job's settings say, measuring {name: (head, role)} accuracies on the way and at the end.
 
-        def evaluate() -> dict[str, float]:
+        On the way only as often as no more images are tested than trained on.
+        """
+        steps = job.settings.total_steps(batches.images)
+        tested = sum(len(self.images(role, "test").labels) for _, role in measures.values())
+        last = 0
+
+        def evaluate(step: int) -> dict[str, float]:
+            nonlocal last
+            if step < steps and (step - last) * batches.batch_size < tested:
+                return {}
+            last = step
             return {name: self.accuracy(model, head, role) for name, (head, role) in measures.items()}
 
         with self.progress(job.title, steps) as bar:
