@@ -98,8 +98,8 @@ class Engine:
         """Minimise `objective` over `steps` steps of SGD with momentum, as `plan` says.
 
         At each of `reports` even intervals and at the end, the means of what the objective reported and what
-        `evaluate(steps done)` returns go into the history. Raises DivergedError for a gradient that is not finite: on the CPU before it reaches the
-        weights, on an accelerator, where looking costs time, at the next report.
+        `evaluate(steps done)` returns go into the history. Raises DivergedError for a gradient that is not finite: on
+        the CPU before it reaches the weights, on an accelerator, where looking costs time, at the next report.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         statistics = [b for b in model.buffers() if b.is_floating_point()]

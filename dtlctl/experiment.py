@@ -249,7 +249,8 @@ class Experiment:
         """One line of what a finished job measured."""
         sidecar = checkpoint.read_sidecar(self._path(job)) or {}
         numbers = {k: v for k, v in sidecar.get("metrics", {}).items() if isinstance(v, float)}
-        return ", ".join(f"{k} {v:.1f}" for k, v in numbers.items()) + f" ({sidecar.get('wall_seconds', 0):.0f} s)"
+        text = ", ".join(f"{name} {value:.1f}" for name, value in numbers.items())
+        return f"{text or 'done'} ({sidecar.get('wall_seconds', 0):.0f} s)"
 
     def _path(self, job: Job[Any]) -> Path:
         return self.folder / job.path

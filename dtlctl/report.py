@@ -60,7 +60,7 @@ def markdown(table: dict[str, Any]) -> str:
     columns = ["Model", "Acc_s", "Acc_t", *(f"PL {s}" for s in sets), *(["MIA AUC"] if audited else [])]
     lines = [
         [row["model"], _number(row, "acc_s"), _number(row, "acc_t")]
-        + [_number(row["piggyback"], s) for s in sets]
+        + [_number({**row["piggyback"], **_intervals(row)}, s) for s in sets]
         + ([_number(row, "audit_auc", ".3f")] if audited else [])
         for row in rows
     ]
@@ -174,6 +174,10 @@ def _number(row: Row, name: str, form: str = ".1f") -> str:
     if name not in row:
         return "–"
     return f"{row[name]:{form}}" + (f" ± {row[f'{name}_ci']:{form}}" if f"{name}_ci" in row else "")
+
+
+def _intervals(row: Row) -> Row:
+    return {f"{name}_ci": half for name, half in row.get("piggyback_ci", {}).items()}
 
 
 def _difference(row: Row, reference: Row, name: str) -> str:

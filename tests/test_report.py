@@ -48,6 +48,8 @@ def test_means_and_intervals_over_seeds(recipe_file: Path):
     assert tl["piggyback"]["again"] == pytest.approx(36.5)
     assert tl["piggyback_ci"]["again"] == pytest.approx(8.957 / 2, abs=1e-3)
     assert rows(table)["gc"]["acc_t_ci"] == 0
+    shown = next(line for line in report.markdown(table).splitlines() if line.startswith("| TL"))
+    assert [cell.strip() for cell in shown.split("|")[3:5]] == ["73.0 ± 9.0", "36.5 ± 4.5"]
 
 
 def test_one_run_has_no_intervals_and_differences_are_in_points(recipe_file: Path):
