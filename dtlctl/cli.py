@@ -7,12 +7,16 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dtlctl import __version__
 from dtlctl.errors import DtlError, Stopped
+
+if TYPE_CHECKING:
+    from dtlctl.experiment import Experiment
+    from dtlctl.plan import Job, Stage
 
 HELP = """Disposable transfer learning: pre-train on private data, fine-tune on a small task, dispose of the rest.
 
@@ -80,7 +84,7 @@ def run(
         say(f"report: {folder}")
 
 
-def _stage_command(stage: str, summary: str) -> None:
+def _stage_command(stage: Stage, summary: str) -> None:
     def command(
         recipe: RecipeFile,
         overrides: Overrides = None,
@@ -132,7 +136,16 @@ def report(
     print(reports.dump(table) if as_json else reports.markdown(table), end="")
 
 
-def _perform(stages, recipe: Path, overrides, out: Path, only, force: bool, quiet: bool):
+def _perform(
+    stages: tuple[Stage, ...],
+    recipe: Path,
+    overrides: list[str] | None,
+    out: Path,
+    only: list[str] | None,
+    force: bool,
+    quiet: bool,
+) -> tuple[Experiment, list[Job[Any]]]:
+    """Do what is not up to date of some stages; return the experiment and the jobs that were done."""
     from dtlctl import stages as work
     from dtlctl.experiment import Experiment
     from dtlctl.recipe import load

@@ -34,7 +34,8 @@ Objective = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 class History:
     """What a training run leaves behind besides the weights."""
 
-    epochs: list[dict[str, float]] = field(default_factory=list)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    """One a report: the step, means since the report before, and accuracies where they were measured."""
     seconds: float = 0.0
     images_per_second: float = 0.0
 
@@ -125,8 +126,8 @@ class Engine:
                 if not all(map(math.isfinite, row.values())):
                     raise _diverged(step, norm, history)
                 sums = {}
-                history.epochs.append({**row, **evaluate(step + 1)})
-                progress.show(history.epochs[-1])
+                history.rows.append({**row, **evaluate(step + 1)})
+                progress.show(history.rows[-1])
             progress.advance(1, images=batch_size)
         history.seconds = time.perf_counter() - started
         history.images_per_second = steps * batch_size / max(history.seconds, 1e-9)
@@ -216,7 +217,7 @@ def _scheduler(optimizer: torch.optim.Optimizer, plan: Training, steps: int) -> 
 
 
 def _diverged(step: int, norm: Tensor, history: History) -> DivergedError:
-    last = ", ".join(f"{k} {v:.4g}" for k, v in history.epochs[-1].items()) if history.epochs else "none yet"
+    last = ", ".join(f"{k} {v:.4g}" for k, v in history.rows[-1].items()) if history.rows else "none yet"
     return DivergedError(
         f"training diverged at step {step + 1}: the gradient norm is {float(norm)}; last finite report: {last}\n"
         "nothing was published; try a smaller lr, clip = 1.0, or another lambda"

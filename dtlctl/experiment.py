@@ -184,7 +184,7 @@ class Experiment:
 
         with self.progress(job.title, steps) as bar:
             history = self.engine.train(model, objective, job.settings, steps, batches.batch_size, bar, evaluate)
-        return history, {name: history.epochs[-1][name] for name in measures}
+        return history, {name: history.rows[-1][name] for name in measures}
 
     def require(self, name: str) -> dict[str, Any]:
         """The sidecar of an up-to-date model; else CheckpointError with the command that makes it."""
@@ -222,7 +222,7 @@ class Experiment:
             "key": self.key(job),
             **self._inputs(job),
             "metrics": metrics,
-            "history": history.epochs,
+            "history": history.rows,
             "wall_seconds": round(history.seconds, 3),
             "images_per_second": round(history.images_per_second, 1),
             "peak_memory_bytes": engine.peak_memory(),
