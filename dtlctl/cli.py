@@ -113,7 +113,7 @@ _stage_command("audit", "Attack: infer which source images were in the training 
 def check(recipe: RecipeFile, overrides: Overrides = None, out: Out = RUNS, as_json: Json = False) -> None:
     """Validate the recipe and show its plan: stages, steps, data, what is cached. Nothing is trained or fetched."""
     from dtlctl import preview
-    from dtlctl.recipe import load
+    from dtlctl.loading import load
 
     document = preview.plan(load(recipe, overrides), out)
     print(json.dumps(document, indent=1, ensure_ascii=False) if as_json else preview.text(document))
@@ -148,7 +148,7 @@ def _perform(
     """Do what is not up to date of some stages; return the experiment and the jobs that were done."""
     from dtlctl import stages as work
     from dtlctl.experiment import Experiment
-    from dtlctl.recipe import load
+    from dtlctl.loading import load
 
     lab = Experiment(load(recipe, overrides), out, source=str(recipe), quiet=quiet)
     lab.begin(stages, only or ())

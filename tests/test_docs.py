@@ -15,8 +15,9 @@ import typer.main
 
 from dtlctl.cli import app
 from dtlctl.errors import RecipeError
+from dtlctl.loading import load
 from dtlctl.plan import jobs
-from dtlctl.recipe import Recipe, load
+from dtlctl.recipe import Recipe
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dtlctl.errors import RecipeError
+from dtlctl.loading import load
 from dtlctl.plan import jobs
-from dtlctl.recipe import Recipe, load
+from dtlctl.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 

@@ -9,8 +9,8 @@ import pytest
 
 from dtlctl import report
 from dtlctl.errors import CheckpointError, RecipeError
+from dtlctl.loading import load
 from dtlctl.plan import jobs
-from dtlctl.recipe import load
 
 
 def fake_run(recipe_file: Path, name: str, seed: int, acc_t: float) -> Path:

@@ -14,7 +14,7 @@ from dtlctl import checkpoint, models
 from dtlctl.cli import main
 from dtlctl.errors import CheckpointError, DivergedError
 from dtlctl.experiment import Experiment
-from dtlctl.recipe import load
+from dtlctl.loading import load
 from dtlctl.stages import run
 
 
