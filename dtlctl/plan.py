@@ -31,9 +31,11 @@ class Job(Generic[Settings]):
     """The model it starts from, if any."""
 
     def described(self, recipe: Recipe) -> dict[str, Any]:
-        """What the recipe says that this result depends on; who else is attacked does not matter to it."""
+        """What the recipe says that this result depends on; not who else is attacked, nor where graphs are held."""
         return {
-            "settings": self.settings.model_dump(mode="json", by_alias=True, exclude={"models"}),
+            "settings": self.settings.model_dump(
+                mode="json", by_alias=True, exclude={"models": True, "unlearn": {"memory"}}
+            ),
             "architecture": recipe.model.model_dump(mode="json"),
             "seed": recipe.seed,
         }

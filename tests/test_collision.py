@@ -10,7 +10,12 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dtlctl.objectives.collision import collide
+from dtlctl.objectives import collision
+
+
+def collide(losses, parameters, **options):
+    """Of losses that are there already."""
+    return collision.collide(lambda loss: loss, parameters, losses, **options)
 
 
 def pairwise(losses, parameters):
@@ -50,10 +55,10 @@ def test_two_parameters_by_hand(losses, self_pairs, value, gradient):
     """
     theta = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
     x, y = theta
-    collision = collide([x**2 * y, x + y**2, x * y][:losses], [theta], self_pairs=self_pairs)
-    assert collision.value.item() == pytest.approx(value, rel=1e-14)
-    assert collision.surrogate.item() == pytest.approx(2 * value, rel=1e-14)
-    collision.surrogate.backward()
+    found = collide([x**2 * y, x + y**2, x * y][:losses], [theta], self_pairs=self_pairs)
+    assert found.value.item() == pytest.approx(value, rel=1e-14)
+    assert found.surrogate.item() == pytest.approx(2 * value, rel=1e-14)
+    found.surrogate.backward()
     assert theta.grad.tolist() == pytest.approx(gradient, rel=1e-14)
 
 
@@ -130,10 +135,10 @@ def test_agrees_with_the_double_loop_over_pairs(net, chunks):
     with sdpa_kernel(SDPBackend.MATH):
         _, losses, parameters = setting(net, chunks)
         value, gradient = pairwise(losses, parameters)
-        collision = collide(losses, parameters)
-        assert_equal(collision.value, value)
-        assert_equal(collision.surrogate.detach(), 2 * value)
-        assert_equal(derivative(collision.surrogate, parameters), gradient)
+        found = collide(losses, parameters)
+        assert_equal(found.value, value)
+        assert_equal(found.surrogate.detach(), 2 * value)
+        assert_equal(derivative(found.surrogate, parameters), gradient)
 
 
 def test_agrees_with_central_finite_differences():
@@ -143,17 +148,17 @@ def test_agrees_with_central_finite_differences():
     net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     parameters, epsilon = list(net.parameters()), 1e-5
 
-    def collision():
+    def collided():
         return collide([F.cross_entropy(net(a), b) for a, b in zip(x, y, strict=True)], parameters)
 
-    gradient = nn.utils.parameters_to_vector(derivative(collision().surrogate, parameters))
+    gradient = nn.utils.parameters_to_vector(derivative(collided().surrogate, parameters))
     start = nn.utils.parameters_to_vector(parameters).detach()
     numeric = []
     for direction in epsilon * torch.eye(len(start), dtype=torch.float64):
         values = []
         for moved in (start + direction, start - direction):
             nn.utils.vector_to_parameters(moved, parameters)
-            values.append(collision().value)
+            values.append(collided().value)
         numeric.append((values[0] - values[1]) / (2 * epsilon))
     torch.testing.assert_close(gradient, torch.stack(numeric), rtol=1e-7, atol=1e-9)
 
@@ -206,8 +211,8 @@ def test_the_same_for_any_number_of_processes(processes, self_pairs):
     assert len(sent) == processes
     heard = [sum(tensors) for tensors in zip(*sent, strict=True)]
     collisions = processes_collide(lambda tensors: heard)
-    for collision in collisions:
-        assert_equal(collision.value, whole.value)
+    for found in collisions:
+        assert_equal(found.value, whole.value)
     gradients = zip(*(derivative(c.surrogate, parameters) for c in collisions), strict=True)
     mean = tuple(sum(shares) / processes for shares in gradients)
     assert_equal(mean, derivative(whole.surrogate, parameters))

@@ -9,6 +9,7 @@ from torch import nn
 
 from dtlctl.data.tensors import Batch, Batches
 from dtlctl.models import Classifier
+from dtlctl.objectives import views
 from dtlctl.objectives.retain import AveragedGem, Distill, TargetCrossEntropy
 from dtlctl.objectives.step import Step, View
 from dtlctl.objectives.unlearn import (
@@ -20,7 +21,7 @@ from dtlctl.objectives.unlearn import (
     random_labels,
 )
 from dtlctl.recipe import Dispose
-from dtlctl.stages.dispose import _objective, _views, _weigh_running_statistics
+from dtlctl.stages.dispose import _objective
 
 # Softmax of EVEN is (1/2, 1/2), of LEAN (1/4, 3/4), of STEEP (1/8, 2/8, 5/8).
 EVEN, LEAN, STEEP = [0.0, 0.0], [0.0, log(3)], [0.0, log(2), log(5)]
@@ -210,8 +211,7 @@ def test_the_stage_mixes_as_equation_1_and_then_repairs():
 def test_chunks_are_the_batch_in_order_each_with_its_own_batch_statistics():
     model = student().train()
     x, y, rows = torch.rand(6, 3, 2, 2), torch.arange(6) % 3, torch.arange(6)
-    views = _views(model, Batch(x, y, rows), 3, [])
-    for number, chunk in enumerate(views):
+    for number, chunk in enumerate(views.apart(model, Batch(x, y, rows), 3, [])):
         here = slice(2 * number, 2 * number + 2)
         torch.testing.assert_close((chunk.x, chunk.y, chunk.rows), (x[here], y[here], rows[here]))
         torch.testing.assert_close(chunk.source, model(x[here], "source"))
@@ -223,7 +223,7 @@ def test_chunks_of_a_net_with_attention_collide():
     layer = nn.TransformerEncoderLayer(4, nhead=2, dim_feedforward=4, dropout=0.0, batch_first=True)
     model = Classifier(nn.Sequential(nn.Flatten(2), layer, nn.Flatten()), 12, {"source": 3, "target": 2})
     batch = Batch(torch.rand(4, 3, 2, 2), torch.arange(4) % 3, torch.arange(4))
-    chunks, parameters = _views(model, batch, 2, []), list(model.parameters())
+    chunks, parameters = views.apart(model, batch, 2, []), list(model.parameters())
     scalar, _ = GradientCollision().loss(step(chunks, parameters=parameters))
     scalar.backward()
     assert layer.self_attn.in_proj_weight.grad.norm() > 0
@@ -233,11 +233,11 @@ def test_chunks_of_a_net_with_attention_collide():
 def test_chunks_in_sequence_move_running_statistics_as_their_average(chunks):
     """(1 - m) r0 + m · mean over chunks of the chunk's mean, and the same of its variance."""
     torch.manual_seed(0)
-    norm = nn.BatchNorm2d(2, momentum=0.3).double()
+    norm = nn.BatchNorm2d(3, momentum=0.3).double()
     nn.init.constant_(norm.running_mean, 5)
-    x = torch.randn(chunks, 3, 2, 2, 2, dtype=torch.float64)
-    for number in range(chunks):
-        _weigh_running_statistics([(norm, 0.3)], number, chunks)
-        norm(x[number])
-    torch.testing.assert_close(norm.running_mean, 0.7 * 5 + 0.3 * x.mean((1, 3, 4)).mean(0))
-    torch.testing.assert_close(norm.running_var, 0.7 * 1 + 0.3 * x.var((1, 3, 4)).mean(0))
+    x = torch.randn(3 * chunks, 3, 2, 2, dtype=torch.float64)
+    model = Classifier(nn.Sequential(norm, nn.Flatten()), 12, {"source": 3, "target": 2}).double()
+    views.apart(model, Batch(x, *2 * [torch.zeros(3 * chunks)]), chunks, views.momenta(model))
+    seen = ((x - model.mean) / model.std).view(chunks, 3, 3, 2, 2)
+    torch.testing.assert_close(norm.running_mean, 0.7 * 5 + 0.3 * seen.mean((1, 3, 4)).mean(0))
+    torch.testing.assert_close(norm.running_var, 0.7 * 1 + 0.3 * seen.var((1, 3, 4)).mean(0))

@@ -2,82 +2,190 @@
 
 This file needs nothing but torch and can be used on its own:
 
-    value, surrogate = collide([loss(chunk) for chunk in chunks], parameters)
+    value, surrogate = collide(loss, parameters, chunks)      # loss(chunk) -> the mean loss of the chunk's images
     surrogate.backward()          # adds the gradient of Eq. 10 to every parameter's .grad
 
 Notation: g_m is the gradient of chunk m's mean loss, H_m its Hessian, G the sum of all g_m over the c chunks of the
-*global* batch, C(c,2) = c(c-1)/2 the number of unordered pairs.
+*global* batch, C(c,2) = c(c-1)/2 the number of unordered pairs. `batched.py` computes the same faster for some nets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Tensors = Sequence[Tensor]
+AllReduce = Callable[[Tensors], Tensors]
 
 
 class Collision(NamedTuple):
-    """What `collide` returns: two scalars, never to be mixed up."""
+    """What a collision returns: two scalars, never to be mixed up."""
 
     value: Tensor
     """L_gc of Eq. 8 (detached): the mean inner product over unordered pairs of chunk gradients."""
     surrogate: Tensor
-    """A scalar whose *gradient* is that of L_gc; its own value is 2 L_gc."""
+    """A scalar whose *gradient* is that of L_gc. Its own value means nothing (2 L_gc on one process, or 0)."""
 
 
 def collide(
-    losses: Sequence[Tensor],
+    loss: Callable[[Any], Tensor],
     parameters: Sequence[Tensor],
+    chunks: Sequence[Any],
     *,
     self_pairs: bool = False,
+    recompute: bool = False,
     processes: int = 1,
-    all_reduce: Callable[[Tensors], Tensors] | None = None,
+    all_reduce: AllReduce | None = None,
 ) -> Collision:
     """The gradient-collision loss of the chunks and a surrogate to back-propagate (Eq. 8, Eq. 10).
 
-    losses: this process's chunk losses, each a scalar with its graph (the mean loss of the chunk's images).
+    loss: chunk -> scalar with its graph, the mean loss of the chunk's images; called once a chunk, in order, or with
+        `recompute` twice: then it must be a function of chunk and parameters (no dropout, no moving statistics).
     parameters: what is differentiated; one that a loss does not use counts as zero.
+    chunks: this process's chunks, of whatever type `loss` takes. All chunks of all processes weigh the same.
     self_pairs: also collide every chunk with itself: each g_m meets G rather than G - g_m, which is Algorithm 1 of
         the paper (up to the factor 1 / C(c,2) that the paper's listing leaves out).
+    recompute: build each chunk's graph twice, hold one at a time.
     processes, all_reduce: with chunks spread over processes, their number and a function that sums tensors over them.
         The surrogate is scaled so that the *mean* of its gradient over processes is the gradient of L_gc.
 
-    L_gc = (|G|^2 - sum_m |g_m|^2) / (c (c-1)). The surrogate is sum_m <g_m, stop_grad(G - g_m)> / C(c,2), whose
-    gradient is sum_m H_m (G - g_m) / C(c,2) exactly, since the Hessian is symmetric and each unordered pair appears
-    from both sides. Cost: c gradients and c Hessian-vector products; memory: the graphs of this process's chunks.
+    L_gc = (|G|^2 - sum_m |g_m|^2) / (c (c-1)); its gradient is sum_m H_m (G - g_m) / C(c,2).
+    Cost, in forward passes of the whole batch: 9 (a step of cross-entropy costs 3); with `recompute` 12. Memory: the
+    graphs and gradients of this process's chunks; with `recompute` of one chunk, and three times the parameters.
 
-    Raises ValueError for fewer than two chunks: nothing collides.
+    Raises ValueError for fewer than two chunks: nothing collides; and for parameters that have no second derivative.
     """
-    c = len(losses) * processes
-    if c < 2:
-        raise ValueError(f"gradient collision needs at least 2 chunks, got {c}")
-    pairs = c * (c - 1) / 2
-    grads = [gradient(loss, parameters) for loss in losses]
-    detached = [[g.detach() for g in chunk] for chunk in grads]
+    pairs = pairs_of(len(chunks) * processes)
+    refuse_sharded(parameters)
+    if recompute:
+        return _one_at_a_time(loss, parameters, chunks, self_pairs, pairs, processes, all_reduce)
+    grads = [gradient(loss(chunk), parameters) for chunk in chunks]
+    whole = [torch.stack(parts).sum(0) for parts in zip(*grads, strict=True)]
+    squares = torch.stack([dot(chunk, chunk) for chunk in grads]).sum()
+    return assemble(whole, squares, self_pairs, pairs, processes, all_reduce)
 
-    total = [torch.stack(parts).sum(0) for parts in zip(*detached, strict=True)]
-    squares = torch.stack([dot(chunk, chunk) for chunk in detached]).sum()
+
+def assemble(
+    whole: Tensors, squares: Tensor, self_pairs: bool, pairs: float, processes: int, all_reduce: AllReduce | None
+) -> Collision:
+    """The collision of gradients that carry their graphs.
+
+    whole: this process's sum of g_m, by parameter; squares: its sum of |g_m|^2. The surrogate is
+    (<G, stop_grad(G)> - sum_m |g_m|^2 / 2) / C(c,2), with the gradient sum_m H_m (G - g_m) / C(c,2): the derivative
+    of |g_m|^2 / 2 is H_m g_m, since the Hessian is symmetric.
+    """
+    *total, all_squares = [g.detach() for g in (*whole, squares)]
+    if all_reduce is not None:
+        *total, all_squares = all_reduce([*total, all_squares])
+    surrogate, norm = dot(whole, total), dot(total, total)
+    if self_pairs:
+        return Collision(norm / (2 * pairs), surrogate * (processes / pairs))
+    surrogate = surrogate - (squares + squares.detach()) / 2  # so that on one process its value is 2 L_gc
+    return Collision((norm - all_squares) / (2 * pairs), surrogate * (processes / pairs))
+
+
+def _one_at_a_time(
+    loss: Callable[[Any], Tensor],
+    parameters: Sequence[Tensor],
+    chunks: Sequence[Any],
+    self_pairs: bool,
+    pairs: float,
+    processes: int,
+    all_reduce: AllReduce | None,
+) -> Collision:
+    """As `collide`, holding one chunk's graph at a time: first all g_m to sum them, then each again for its product."""
+    total = [torch.zeros_like(p) for p in parameters]
+    squares = total[0].new_zeros(())
+    for chunk in chunks:
+        own = torch.autograd.grad(loss(chunk), parameters, materialize_grads=True)
+        torch._foreach_add_(total, own)
+        squares = squares + dot(own, own)
     if all_reduce is not None:
         *total, squares = all_reduce([*total, squares])
-
-    surrogate = losses[0].new_zeros(())
-    for chunk, own in zip(grads, detached, strict=True):
-        against = total if self_pairs else torch._foreach_sub(total, own)
-        surrogate = surrogate + dot(chunk, against)
+    result = [torch.zeros_like(p) for p in parameters]
+    for chunk in chunks:
+        grads = gradient(loss(chunk), parameters)
+        against = total if self_pairs else torch._foreach_sub(total, [g.detach() for g in grads])
+        product = torch.autograd.grad(dot(grads, against), parameters, materialize_grads=True)
+        torch._foreach_add_(result, product)
+        del grads, against, product  # or the next chunk's graph is built beside this one
+    torch._foreach_mul_(result, processes / pairs)
     norm = dot(total, total)
     value = (norm if self_pairs else norm - squares) / (2 * pairs)
-    return Collision(value, surrogate * (processes / pairs))
+    return Collision(value, _Known.apply(result, *parameters))
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradient is known: zero, with the given gradient for every parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *(g * scales[0] for g in ctx.gradient))
+
+
+def pairs_of(chunks: int) -> float:
+    """C(c,2), the number of unordered pairs. Raises ValueError where there is none."""
+    if chunks < 2:
+        raise ValueError(f"gradient collision needs at least 2 chunks, got {chunks}")
+    return chunks * (chunks - 1) / 2
 
 
 def gradient(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """d loss / d parameters with its own graph; zeros where the loss does not depend on a parameter."""
+    refuse_graph(loss)
     return torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
 
 
 def dot(left: Tensors, right: Tensors) -> Tensor:
     """<left, right> over lists of tensors of equal shapes: a scalar."""
     return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
+
+
+def refuse_sharded(parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError for parameters of which this process holds a part only."""
+    for parameter in parameters:
+        kind = type(parameter).__name__
+        if kind in ("DTensor", "FlatParameter") or type(parameter.data).__name__ == "DTensor":
+            raise ValueError(
+                f"gradient collision cannot differentiate twice through sharded parameters ({kind}, as FSDP makes); "
+                "give every process the whole model"
+            )
+
+
+def refuse(model: nn.Module) -> None:
+    """Raise ValueError, naming the module, for what has no (or a silently wrong) second derivative in torch."""
+    for name, module in model.named_modules():
+        where = f"{name or 'the model'} ({type(module).__name__})"
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(f"{where} has no second derivative; use BatchNorm2d: chunks have their own statistics")
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(f"{where} does not support torch.autograd.grad; pass its .module, and `all_reduce`")
+        if hasattr(module, "_orig_mod"):
+            raise ValueError(f"{where} is compiled, and torch.compile has no double backward; pass its ._orig_mod")
+    refuse_sharded(list(model.parameters()))
+
+
+def refuse_graph(loss: Tensor) -> None:
+    """Raise ValueError where the graph of a loss holds a step that torch cannot differentiate twice."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting.extend(parent for parent, _ in node.next_functions)
+        if node.name().startswith("ScaledDotProduct"):
+            raise ValueError(
+                "fused attention has no second derivative; run the forward pass under "
+                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            )
+        if node.name().startswith("CompiledFunction"):
+            raise ValueError("torch.compile has no double backward; run the forward pass uncompiled")

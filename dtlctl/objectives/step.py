@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dtlctl.objectives.batched import Tape
+
 
 @dataclass(frozen=True)
 class View:
@@ -44,3 +46,7 @@ class Step:
     processes: int
     all_reduce: Callable[[Sequence[Tensor]], list[Tensor]]
     """Sums tensors over processes."""
+    tape: Tape | None = None
+    """Where `chunks` came out of one pass: its record, for `collide_batched`."""
+    again: Callable[[int], View] | None = None
+    """Where graphs are not to be held: makes one chunk's view anew."""

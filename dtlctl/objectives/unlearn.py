@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from dtlctl.objectives.batched import collide_batched
 from dtlctl.objectives.collision import collide
-from dtlctl.objectives.step import Step
+from dtlctl.objectives.step import Step, View
 from dtlctl.strict import Strict
 
 
@@ -25,16 +26,26 @@ class GradientCollision(Strict):
     kind: Literal["gradient-collision"] = "gradient-collision"
     chunks: int = Field(2, ge=2, description="parts of the global batch whose gradients collide")
     self_pairs: bool = Field(False, description="collide a chunk with itself too, as Algorithm 1 does")
+    memory: Literal["auto", "batched", "keep", "recompute"] = Field(
+        "auto", description="all chunks in one pass, one by one with their graphs kept, or one graph at a time"
+    )
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
-        losses = [F.cross_entropy(chunk.source, chunk.y) for chunk in step.chunks]
-        value, surrogate = collide(
-            losses,
-            step.parameters,
-            self_pairs=self.self_pairs,
-            processes=step.processes,
-            all_reduce=step.all_reduce,
-        )
+        options: dict[str, Any] = {
+            "self_pairs": self.self_pairs,
+            "processes": step.processes,
+            "all_reduce": step.all_reduce,
+        }
+        if step.tape is not None:
+            losses = [_source_loss(chunk) for chunk in step.chunks]
+            value, surrogate = collide_batched(losses, step.parameters, step.tape, **options)
+        elif (again := step.again) is not None:
+            numbers = range(len(step.chunks))
+            value, surrogate = collide(
+                lambda m: _source_loss(again(m)), step.parameters, numbers, recompute=True, **options
+            )
+        else:
+            value, surrogate = collide(_source_loss, step.parameters, step.chunks, **options)
         return surrogate, value
 
 
@@ -43,6 +54,7 @@ class RandomLabels(Strict):
 
     kind: Literal["random-labels"] = "random-labels"
     chunks: ClassVar[int] = 1
+    memory: ClassVar[Literal["keep"]] = "keep"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         classes = step.chunks[0].source.shape[1]
@@ -57,6 +69,7 @@ class Uniform(Strict):
 
     kind: Literal["uniform"] = "uniform"
     chunks: ClassVar[int] = 1
+    memory: ClassVar[Literal["keep"]] = "keep"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         # D_KL(U || P) = sum_y 1/K (log 1/K - log P(y)) = -log K - mean_y log P(y)
@@ -69,6 +82,7 @@ class NegativeCrossEntropy(Strict):
 
     kind: Literal["negative-ce"] = "negative-ce"
     chunks: ClassVar[int] = 1
+    memory: ClassVar[Literal["keep"]] = "keep"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         loss = _mean([-F.cross_entropy(c.source, c.y) for c in step.chunks])
@@ -80,6 +94,7 @@ class Nothing(Strict):
 
     kind: Literal["none"] = "none"
     chunks: ClassVar[int] = 1
+    memory: ClassVar[Literal["keep"]] = "keep"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         zero = step.chunks[0].source.sum() * 0
@@ -90,6 +105,10 @@ class Nothing(Strict):
 def random_labels(images: int, classes: int, seed: int) -> Tensor:
     """The labels of D-tilde in Eq. 11: int64 [images], the same for the whole disposal."""
     return torch.randint(classes, (images,), generator=torch.Generator().manual_seed(seed))
+
+
+def _source_loss(chunk: View) -> Tensor:
+    return F.cross_entropy(chunk.source, chunk.y)
 
 
 def _mean(losses: list[Tensor]) -> Tensor:

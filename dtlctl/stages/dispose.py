@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
-from dtlctl.data.tensors import Batch, Batches, Share
+from dtlctl.data.tensors import Batch, Batches
 from dtlctl.engine import Objective
 from dtlctl.errors import RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.models import Classifier
-from dtlctl.objectives.step import Step, View
+from dtlctl.objectives import views
+from dtlctl.objectives.batched import batchable
+from dtlctl.objectives.step import Step
 from dtlctl.plan import Job
 from dtlctl.recipe import Dispose
-
-Momenta = list[tuple[nn.BatchNorm2d, float]]
-"""Every batch normalisation with the momentum it was built with."""
 
 
 def dispose(lab: Experiment, job: Job[Dispose]) -> None:
@@ -47,7 +45,7 @@ def _objective(
     """Eq. 1 with the settings' two losses; `chunks` is this process's number of them."""
     (student, teacher), (source, target) = models, data
     unlearn, retain, parameters = settings.unlearn, settings.retain, list(student.parameters())
-    momenta = [(m, m.momentum) for m in student.modules() if isinstance(m, nn.BatchNorm2d) and m.momentum is not None]
+    norms, memory = views.momenta(student), _memory(settings, student, source[0], chunks)
     repair_from = round(settings.total_steps(source.images) * (1 - settings.repair))
     images = len(lab.images("source", "train").labels)
 
@@ -56,16 +54,20 @@ def _objective(
         return teacher(x, "target")
 
     def objective(number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        _set_mode(student, momenta, settings.batch_norm)
+        _set_mode(student, norms, settings.batch_norm)
+        batch = source[number]
+        seen, tape = views.together(student, batch, chunks) if memory == "batched" else (None, None)
         step = Step(
-            chunks=_views(student, source[number], chunks, momenta),
-            target=_views(student, target[number], chunks, momenta) if target else [],
+            chunks=seen or views.apart(student, batch, chunks, norms),
+            target=views.apart(student, target[number], chunks, norms) if target else [],
             teacher=answers,
             parameters=parameters,
             images=images,
             seed=lab.seed("dispose/labels"),
             processes=lab.engine.processes,
             all_reduce=lab.engine.all_reduce,
+            tape=tape,
+            again=views.again(student, batch, chunks, norms) if memory == "recompute" else None,
         )
         keep = retain.loss(step)
         if number >= repair_from:
@@ -75,6 +77,17 @@ def _objective(
         return total, {"retain": keep.detach(), "unlearn": value}
 
     return objective
+
+
+def _memory(settings: Dispose, student: Classifier, batch: Batch, chunks: int) -> views.Memory:
+    """How the chunks' graphs are held; without collisions there is one chunk, and nothing to choose."""
+    wanted = settings.unlearn.memory
+    if wanted == "batched" and not batchable(student):
+        raise RecipeError(
+            'unlearn.memory = "batched" is for networks of convolutions, linear layers and batch norms alone; '
+            'this one has others; write "auto", "keep" or "recompute"'
+        )
+    return views.choose(student, batch.x, chunks) if wanted == "auto" else wanted
 
 
 def _local_chunks(settings: Dispose, processes: int, title: str) -> int:
@@ -98,31 +111,8 @@ def _batches(lab: Experiment, role: str, settings: Dispose) -> Batches:
     return lab.batches(role, size, f"dispose/{role}")
 
 
-def _views(student: Classifier, batch: Batch, chunks: int, momenta: Momenta) -> list[View]:
-    """The student's answers chunk by chunk, so that batch statistics are each chunk's own."""
-    views = []
-    for number in range(chunks):
-        share = Share(number, chunks)
-        x, y, rows = share.of(batch.x), share.of(batch.y), share.of(batch.rows)
-        _weigh_running_statistics(momenta, number, chunks)
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            features = student.embed(x)
-        views.append(View(x, y, rows, student.heads["source"](features), student.heads["target"](features)))
-    return views
-
-
-def _weigh_running_statistics(momenta: Momenta, number: int, chunks: int) -> None:
-    """Make a sequence of chunks move the running statistics as their average would.
-
-    With momentum a_k = (m/c) / (1 - (c-k) m/c) for chunk k of c, each chunk weighs m/c in the end; averaged
-    over processes after the step, it does not matter how many processes share the chunks.
-    """
-    for norm, momentum in momenta:
-        norm.momentum = (momentum / chunks) / (1 - (chunks - 1 - number) * momentum / chunks)
-
-
-def _set_mode(student: Classifier, momenta: Momenta, batch_norm: str) -> None:
+def _set_mode(student: Classifier, norms: views.Momenta, batch_norm: str) -> None:
     student.train()
     if batch_norm == "frozen":
-        for norm, _ in momenta:
+        for norm, _ in norms:
             norm.eval()

@@ -1,0 +1,215 @@
+"""Gradient collision of all chunks in one pass, for networks of convolutions, linear layers and batch norms.
+
+Taking each chunk's gradient by itself re-reads and re-writes all weights c times. But the gradient of Eq. 10 is
+
+    sum_m H_m (G - g_m)  =  H G - grad( sum_m |g_m|^2 / 2 ),        H = sum_m H_m,
+
+where H G is one ordinary double backward of the whole batch, and |g_m|^2 needs no gradient the size of the weights: a
+linear layer with the chunk's inputs A [rows, K] and output gradients D [rows, O] has g_m = D'A, so
+
+    |g_m|^2  =  <A A', D D'>,        with two matrices of [rows, rows].
+
+A convolution is the same with its unfolded input; its rows are images times places. Where there are too many rows for
+that to pay, g_m is formed, with small weights. The result is exact, at a cost that hardly depends on c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.grad import conv2d_weight
+
+from dtlctl.objectives.collision import AllReduce, Collision, assemble, gradient, pairs_of, refuse_graph
+
+Layer = nn.Conv2d | nn.Linear
+
+
+class Call(NamedTuple):
+    """One use of a convolution or linear layer."""
+
+    x: Tensor
+    """Its input, with its graph: [images, features] or [images, channels, height, width]."""
+    edge: GradientEdge
+    """Where the gradient of its output is found, also when a later step overwrites the output in place."""
+    rows: int
+    """Images times positions of the output: how many vectors the layer saw."""
+
+
+class Tape:
+    """What one forward pass of all chunks left behind, by module."""
+
+    def __init__(self, chunks: int):
+        self.chunks = chunks
+        self.calls: dict[Layer, list[Call]] = {}
+        self.spread: list[tuple[Tensor, Tensor]] = []
+        """(parameter [C], its copy by chunk [c, C], of which the network was computed)."""
+
+
+def batchable(model: nn.Module) -> bool:
+    """Whether every parameter belongs to a layer that `record` knows."""
+    known: set[Tensor] = set()
+    for module in model.modules():
+        if _known(module):
+            known.update(module.parameters(recurse=False))
+    return known == set(model.parameters())
+
+
+def _known(module: nn.Module) -> bool:
+    if type(module) is nn.Conv2d:
+        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    if type(module) is nn.BatchNorm2d:
+        return module.affine and module.momentum is not None
+    return type(module) is nn.Linear
+
+
+@contextmanager
+def record(model: nn.Module, chunks: int) -> Iterator[Tape]:
+    """Within, the model treats a batch of `chunks` equal parts as it would treat the parts one by one.
+
+    Batch norms in train mode take each chunk's own statistics; their running statistics move once, by the mean over
+    chunks of where each chunk alone would have moved them. One forward pass a tape. Needs `batchable(model)`.
+    """
+    tape, hooks, norms = Tape(chunks), [], []
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            norms.append(module)
+            module.__dict__["forward"] = partial(_batch_norm, module, tape)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            tape.calls[module] = []
+            hooks.append(module.register_forward_hook(partial(_remember, tape)))
+    try:
+        yield tape
+    finally:
+        for norm in norms:
+            del norm.__dict__["forward"]
+        for hook in hooks:
+            hook.remove()
+
+
+def collide_batched(
+    losses: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    tape: Tape,
+    *,
+    self_pairs: bool = False,
+    processes: int = 1,
+    all_reduce: AllReduce | None = None,
+) -> Collision:
+    """What `collision.collide` returns, from the chunk losses of one forward pass under `record`.
+
+    losses: this process's mean losses, by chunk, in the order of the batch. parameters: those of the recorded model.
+    Cost: about 9 forward passes of the whole batch for any c. Memory: its second-order graph, once.
+    Raises ValueError for fewer than two chunks.
+    """
+    pairs = pairs_of(len(losses) * processes)
+    total = torch.stack(list(losses)).sum()
+    if self_pairs:  # all pairs, own ones too: the whole batch's gradient is enough
+        return assemble(gradient(total, parameters), total.new_zeros(()), True, pairs, processes, all_reduce)
+    whole, squares = _differentiate(total, parameters, tape)
+    return assemble(whole, squares, False, pairs, processes, all_reduce)
+
+
+def _differentiate(total: Tensor, parameters: Sequence[Tensor], tape: Tape) -> tuple[list[Tensor], Tensor]:
+    """By parameter the sum of g_m over chunks; and the sum of |g_m|^2 over chunks. Both with their graphs."""
+    refuse_graph(total)
+    layers = {module: calls for module, calls in tape.calls.items() if calls}
+    products = [m.weight for m, calls in layers.items() if _few_rows(m, calls, tape.chunks)]
+    edges = [call.edge for calls in layers.values() for call in calls]
+    copies = [copy for _, copy in tape.spread]
+    wanted: list[Any] = [*edges, *copies, *products]
+    found = iter(torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True))
+    outputs = {m: [(call.x, d) for call in calls if (d := next(found)) is not None] for m, calls in layers.items()}
+    by_chunk: dict[Tensor, Tensor] = {p: parts for p, _ in tape.spread if (parts := next(found)) is not None}
+    whole: dict[Tensor, Tensor] = {weight: g for weight in products if (g := next(found)) is not None}
+
+    squares = [total.new_zeros(())]
+    for module, seen in outputs.items():
+        if seen and module.weight in whole:
+            squares.append(_squares(module, *seen[0], tape.chunks))
+        elif seen:
+            by_chunk[module.weight] = _sum(_weight_gradients(module, x, d, tape.chunks) for x, d in seen)
+        if seen and module.bias is not None:
+            by_chunk[module.bias] = _sum(_rows(d, tape.chunks).sum(1) for _, d in seen).to(module.bias.dtype)
+    for parameter, parts in by_chunk.items():
+        whole[parameter] = parts.sum(0)
+        squares.append(parts.square().sum())
+    return [whole[p] if p in whole else torch.zeros_like(p) for p in parameters], torch.stack(squares).sum()
+
+
+def _few_rows(module: Layer, calls: Sequence[Call], chunks: int) -> bool:
+    """Whether the two matrices of [rows, rows] cost less than the weights' gradient of a chunk."""
+    outputs, inputs = module.weight.shape[0], module.weight[0].numel()
+    rows = calls[0].rows // chunks
+    return len(calls) == 1 and getattr(module, "groups", 1) == 1 and rows * (inputs + outputs) < inputs * outputs
+
+
+def _squares(module: Layer, x: Tensor, d: Tensor, chunks: int) -> Tensor:
+    """sum_m |g_m|^2 = sum_m <A_m A_m', D_m D_m'> of a layer's weight, from its input x and output gradient d."""
+    if isinstance(module, nn.Conv2d):
+        assert not isinstance(module.padding, str)
+        x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # [images, K, places]
+    left, right = (_rows(t, chunks).to(module.weight.dtype) for t in (x, d))
+    return (torch.bmm(left, left.mT) * torch.bmm(right, right.mT)).sum()
+
+
+def _weight_gradients(module: Layer, x: Tensor, d: Tensor, chunks: int) -> Tensor:
+    """g_m of a layer's weight, formed: [chunks, *weight.shape]."""
+    weight = module.weight
+    if isinstance(module, nn.Linear):
+        return torch.bmm(_rows(d, chunks).mT, _rows(x, chunks)).to(weight.dtype)
+    settings = (module.stride, module.padding, module.dilation, module.groups)
+    pairs = zip(x.to(weight.dtype).chunk(chunks), d.to(weight.dtype).chunk(chunks), strict=True)
+    return torch.stack([conv2d_weight(a, weight.shape, b, *settings) for a, b in pairs])
+
+
+def _rows(t: Tensor, chunks: int) -> Tensor:
+    """[images, F], or [images, F, ...places] -> [chunks, rows of the chunk, F]."""
+    return t.flatten(2).mT.reshape(chunks, -1, t.shape[1]) if t.dim() > 2 else t.reshape(chunks, -1, t.shape[1])
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(0)
+
+
+def _remember(tape: Tape, module: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
+    if isinstance(module, nn.Linear) and output.dim() != 2:
+        raise ValueError(
+            f"{module} got an input of shape {list(inputs[0].shape)}, not [images, features]; use `collide`"
+        )
+    tape.calls[module].append(Call(inputs[0], get_gradient_edge(output), output.numel() // module.weight.shape[0]))
+
+
+def _batch_norm(module: nn.BatchNorm2d, tape: Tape, x: Tensor) -> Tensor:
+    """The module's output, with the statistics of each chunk and a copy of weight and bias for each.
+
+    The chunks of a channel become channels of their own, [images of a chunk, chunks x channels, height, width], so
+    that torch's own kernel does the work.
+    """
+    c, (images, channels, *size) = tape.chunks, x.shape
+    if images % c:
+        raise ValueError(f"{images} images are not {c} equal chunks (rest {images % c})")
+    weight, bias = module.weight.expand(c, channels), module.bias.expand(c, channels)
+    tape.spread += [(module.weight, weight), (module.bias, bias)]
+    mean, variance = (r if r is None else r.repeat(c) for r in (module.running_mean, module.running_var))
+    y = F.batch_norm(
+        x.reshape(c, images // c, channels, *size).transpose(0, 1).reshape(images // c, c * channels, *size),
+        mean,
+        variance,
+        weight.reshape(-1),
+        bias.reshape(-1),
+        module.training or mean is None,
+        module.momentum or 0.0,
+        module.eps,
+    )
+    if module.training:
+        for old, new in ((module.running_mean, mean), (module.running_var, variance)):
+            if old is not None and new is not None:
+                old.copy_(new.view(c, channels).mean(0))
+    return y.reshape(images // c, c, channels, *size).transpose(0, 1).reshape(images, channels, *size)

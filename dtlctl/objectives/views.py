@@ -1,0 +1,115 @@
+"""How the student looks at a batch in chunks: all in one pass, one after the other, or one again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dtlctl.data.tensors import Batch, Share
+from dtlctl.models import Classifier
+from dtlctl.objectives.batched import Tape, batchable, record
+from dtlctl.objectives.step import View
+
+Memory = Literal["batched", "keep", "recompute"]
+Momenta = Sequence[tuple[nn.BatchNorm2d, float]]
+"""Every batch normalisation with the momentum it was built with."""
+
+
+def momenta(student: nn.Module) -> Momenta:
+    return [(m, m.momentum) for m in student.modules() if isinstance(m, nn.BatchNorm2d) and m.momentum is not None]
+
+
+def together(student: Classifier, batch: Batch, chunks: int) -> tuple[list[View], Tape]:
+    """The views of all chunks from one pass, and its tape for `collide_batched`."""
+    with record(student, chunks) as tape:
+        whole = _view(student, batch)
+    parts = zip(*(t.chunk(chunks) for t in (whole.x, whole.y, whole.rows, whole.source, whole.target)), strict=True)
+    return [View(*part) for part in parts], tape
+
+
+def apart(student: Classifier, batch: Batch, chunks: int, norms: Momenta) -> list[View]:
+    """The views of the chunks one by one, so that batch statistics are each chunk's own, in any network.
+
+    The running statistics move as the average of the chunks would move them. With momentum
+    a_k = (m/c) / (1 - (c-k) m/c) for chunk k of c, each chunk weighs m/c in the end; averaged over processes after
+    the step, it does not matter how many processes share the chunks.
+    """
+    views = []
+    for number in range(chunks):
+        for norm, momentum in norms:
+            norm.momentum = (momentum / chunks) / (1 - (chunks - 1 - number) * momentum / chunks)
+        views.append(_view(student, _chunk(batch, number, chunks)))
+    _restore(norms)
+    return views
+
+
+def again(student: Classifier, batch: Batch, chunks: int, norms: Momenta) -> Callable[[int], View]:
+    """A function that makes the view of one chunk anew, and moves no running statistics."""
+
+    def one(number: int) -> View:
+        for norm, _ in norms:
+            norm.momentum = 0.0
+        view = _view(student, _chunk(batch, number, chunks))
+        _restore(norms)
+        return view
+
+    return one
+
+
+def choose(student: Classifier, x: Tensor, chunks: int) -> Memory:
+    """The fastest way whose graphs fit into half of the memory of this device.
+
+    x: this process's share of a batch. A second-order graph holds about three times what a forward pass saves; kept
+    chunk by chunk it holds a gradient a chunk too. The device's whole memory counts, not what is free of it now, so
+    that a run that is taken up again takes the same way.
+    """
+    saved = chunks * _saved_bytes(student, x[: len(x) // chunks])
+    weights = sum(p.nbytes for p in student.parameters())
+    room = _memory_bytes(x.device) / 2
+    if batchable(student):
+        return "batched" if 3 * saved + 4 * weights < room else "recompute"
+    return "keep" if 3 * saved + (2 * chunks + 4) * weights < room else "recompute"
+
+
+def _view(student: Classifier, batch: Batch) -> View:
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        features = student.embed(batch.x)
+    return View(batch.x, batch.y, batch.rows, student.heads["source"](features), student.heads["target"](features))
+
+
+def _chunk(batch: Batch, number: int, chunks: int) -> Batch:
+    share = Share(number, chunks)
+    return Batch(share.of(batch.x), share.of(batch.y), share.of(batch.rows))
+
+
+def _saved_bytes(student: Classifier, x: Tensor) -> int:
+    """What a forward pass keeps for its backward pass, weights aside."""
+    sizes = {p.data_ptr(): 0 for p in student.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes.setdefault(tensor.data_ptr(), tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), sdpa_kernel(SDPBackend.MATH):
+        for norm, _ in (norms := momenta(student)):
+            norm.momentum = 0.0
+        features = student.embed(x)  # held until the sizes are summed: freed memory would be counted as reused
+    _restore(norms)
+    del features
+    return sum(sizes.values())
+
+
+def _restore(norms: Momenta) -> None:
+    for norm, momentum in norms:
+        norm.momentum = momentum
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,344 @@
+"""Gradient collision in one pass, and with one graph at a time: the same numbers as chunk by chunk."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import weakref
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from dtlctl import models
+from dtlctl.data.tensors import Batch
+from dtlctl.objectives import batched, collision, views
+
+
+def pairwise(losses, parameters):
+    """Eq. 8 as it is written, a double loop that autograd differentiates: (value, gradient)."""
+    grads = [torch.autograd.grad(m, parameters, create_graph=True, materialize_grads=True) for m in losses]
+    products = [sum((a * b).sum() for a, b in zip(g, h, strict=True)) for g, h in combinations(grads, 2)]
+    value = sum(products) / len(products)
+    return value.detach(), torch.autograd.grad(value, parameters, materialize_grads=True)
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+class Twice(nn.Module):
+    """One convolution used twice, and one linear layer that the loss does not see."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.last, self.unused = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(48, 3), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.shared(torch.tanh(self.shared(x)))).flatten(1))
+
+
+def net(*layers):
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
+
+
+NETS = {
+    "linear": lambda: net(nn.Flatten(), nn.Linear(48, 40), nn.Tanh(), nn.Linear(40, 40, bias=False), nn.Tanh()),
+    "conv": lambda: net(nn.Conv2d(3, 40, 3, bias=False), nn.Tanh(), nn.Conv2d(40, 50, 2), nn.SiLU()),
+    "strided": lambda: net(nn.Conv2d(3, 30, 3, stride=2, padding=2, dilation=2), nn.ReLU(inplace=True)),
+    "grouped": lambda: net(nn.Conv2d(3, 6, 3, groups=3), nn.GELU()),
+    "batch-norm": lambda: net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
+    "batch-norm-eval": lambda: net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)).eval(),
+    "no-statistics": lambda: net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Tanh()).eval(),
+    "twice": Twice,
+}
+
+
+def setting(name, chunks, images=3):
+    """A float64 net, and x [chunks * images, 3, 4, 4], y of its batch."""
+    torch.manual_seed(0)
+    x, y = torch.randn(chunks * images, 3, 4, 4, dtype=torch.float64), torch.randint(3, (chunks * images,))
+    model = NETS[name]()
+    model(x.float())  # sizes the lazy layer
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            nn.init.uniform_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.double(), x, y
+
+
+def chunk_losses(logits, y, chunks):
+    return [F.cross_entropy(a, b) for a, b in zip(logits.chunk(chunks), y.chunk(chunks), strict=True)]
+
+
+def in_one_pass(model, x, y, chunks, **options):
+    with batched.record(model, chunks) as tape:
+        logits = model(x)
+    losses = chunk_losses(logits, y, chunks)
+    found = batched.collide_batched(losses, list(model.parameters()), tape, **options)
+    return found, torch.autograd.grad(found.surrogate, list(model.parameters()), materialize_grads=True)
+
+
+def chunk_by_chunk(model, x, y, chunks):
+    pairs = zip(x.chunk(chunks), y.chunk(chunks), strict=True)
+    return pairwise([F.cross_entropy(model(a), b) for a, b in pairs], list(model.parameters()))
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 8])
+@pytest.mark.parametrize("name", NETS)
+def test_one_pass_agrees_with_the_double_loop_over_pairs(name, chunks):
+    model, x, y = setting(name, chunks)
+    assert batched.batchable(model)
+    value, gradient = chunk_by_chunk(model, x, y, chunks)
+    found, ours = in_one_pass(model, x, y, chunks)
+    assert_equal(found.value, value)
+    assert_equal(found.surrogate.detach(), 2 * value)
+    assert_equal(ours, gradient)
+
+
+def test_both_ways_to_a_layer_s_squares_are_taken():
+    """12 rows a chunk. 48 -> 40 and 40 -> 40: 12 · 88 < 1920, 12 · 80 < 1600. 40 -> 3: 12 · 43 > 120, formed."""
+    model, x, _ = setting("linear", 2, images=12)
+    with batched.record(model, 2) as tape:
+        model(x)
+    few = {m: batched._few_rows(m, calls, 2) for m, calls in tape.calls.items()}
+    assert [few[m] for m in model.modules() if isinstance(m, nn.Linear)] == [True, True, False]
+
+
+def test_self_pairs_in_one_pass_are_the_square_of_the_whole():
+    """Algorithm 1: the gradient of |G|² / 2, divided by C(c,2); the batch norm still sees each chunk by itself."""
+    model, x, y = setting("batch-norm", 4)
+    parameters = list(model.parameters())
+    losses = [F.cross_entropy(model(a), b) for a, b in zip(x.chunk(4), y.chunk(4), strict=True)]
+    total = torch.autograd.grad(sum(losses), parameters, create_graph=True)
+    half = sum((g**2).sum() for g in total) / (4 * 3)
+    expected = torch.autograd.grad(half, parameters)
+    found, ours = in_one_pass(model, x, y, 4, self_pairs=True)
+    assert_equal(found.value, half.detach())
+    assert_equal(ours, expected)
+
+
+def test_one_pass_leaves_the_model_as_it_was():
+    model, x, _ = setting("batch-norm", 2)
+    before = model(x)
+    with batched.record(model, 2):
+        assert not torch.allclose(model(x), before)
+    assert_equal(model(x), before)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["batch-norm", "no-statistics"])
+def test_one_pass_moves_running_statistics_as_the_average_of_the_chunks(name):
+    """(1 - m) r0 + m · the mean over chunks of the chunk's mean, and the same of its unbiased variance; m = 0.1."""
+    model, x, _ = setting(name, 2)
+    convolution, norm = model[0], model[1]
+    start = None if norm.running_mean is None else (norm.running_mean.clone(), norm.running_var.clone())
+    with batched.record(model, 2):
+        model(x)
+    if start is None:
+        assert norm.running_mean is None
+        return
+    parts = convolution(x).view(2, 3, 4, 2, 2)
+    assert_equal(norm.running_mean, 0.9 * start[0] + 0.1 * parts.mean((1, 3, 4)).mean(0))
+    assert_equal(norm.running_var, 0.9 * start[1] + 0.1 * parts.var((1, 3, 4)).mean(0))
+
+
+def test_what_one_pass_cannot_do_is_refused():
+    assert not batched.batchable(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    assert not batched.batchable(nn.Conv2d(1, 1, 3, padding="same"))
+    assert not batched.batchable(nn.BatchNorm2d(2, momentum=None))
+    assert not batched.batchable(models.build("vit_b_16", {"source": 2}, stem="imagenet"))
+    assert batched.batchable(models.build("resnet18", {"source": 2}))
+    with pytest.raises(ValueError, match=r"not \[images, features\]"), batched.record(nn.Linear(2, 2), 2) as tape:
+        next(iter(tape.calls))(torch.ones(4, 3, 2))
+    with (
+        pytest.raises(ValueError, match="5 images are not 2 equal chunks"),
+        batched.record(norm := nn.BatchNorm2d(3), 2),
+    ):
+        norm(torch.ones(5, 3, 2, 2))
+
+
+@pytest.mark.parametrize("self_pairs", [False, True])
+def test_one_graph_at_a_time_gives_the_same(self_pairs):
+    model, x, y = setting("batch-norm", 4)
+    parameters, chunks = list(model.parameters()), list(zip(x.chunk(4), y.chunk(4), strict=True))
+
+    def loss(chunk):
+        return F.cross_entropy(model(chunk[0]), chunk[1])
+
+    kept = collision.collide(loss, parameters, chunks, self_pairs=self_pairs)
+    again = collision.collide(loss, parameters, chunks, self_pairs=self_pairs, recompute=True)
+    assert_equal(again.value, kept.value)
+    mixed = [torch.autograd.grad(3 * c.surrogate + loss(chunks[0]), parameters) for c in (kept, again)]
+    assert_equal(mixed[1], mixed[0])
+
+
+@pytest.mark.parametrize(("recompute", "alive"), [(False, 3), (True, 0)])
+def test_recomputing_holds_one_graph_at_a_time(recompute, alive):
+    """When the last of four losses is asked for, the three before it are held, or gone."""
+    graphs: list[weakref.ref] = []
+
+    class Token:
+        """Lives as long as the graph that holds it."""
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.token = Token()
+            graphs.append(weakref.ref(ctx.token))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    model, x, y = setting("conv", 4)
+
+    def loss(chunk):
+        held.append(sum(graph() is not None for graph in graphs))
+        return F.cross_entropy(Marked.apply(model(chunk[0])), chunk[1])
+
+    held: list[int] = []
+    chunks = list(zip(x.chunk(4), y.chunk(4), strict=True))
+    collision.collide(loss, list(model.parameters()), chunks, recompute=recompute)
+    assert held[3] == alive and max(held) == alive
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.SyncBatchNorm(2)), r"0 \(SyncBatchNorm\) has no second derivative; use BatchNorm2d"),
+        (torch.compile(nn.Linear(2, 2)), r"the model \(OptimizedModule\) is compiled, .* pass its ._orig_mod"),
+    ],
+)
+def test_modules_without_second_derivative_are_refused_by_name(model, message):
+    with pytest.raises(ValueError, match=message):
+        collision.refuse(model)
+
+
+def test_sharded_parameters_are_refused():
+    class FlatParameter(nn.Parameter):
+        """What FSDP calls its shards."""
+
+    with pytest.raises(ValueError, match=r"sharded parameters \(FlatParameter, as FSDP makes\)"):
+        collision.collide(lambda m: m, [FlatParameter(torch.ones(1))], [1, 2])
+
+
+def test_fused_attention_is_refused_before_anything_is_computed():
+    layer = nn.MultiheadAttention(4, 2, batch_first=True)
+    with pytest.raises(ValueError, match=r"fused attention has no second derivative; .*SDPBackend.MATH"):
+        collision.collide(
+            lambda x: layer(x, x, x, need_weights=False)[0].square().mean(),
+            list(layer.parameters()),
+            torch.randn(2, 3, 5, 4),
+        )
+
+
+def test_a_compiled_backward_is_refused():
+    class CompiledFunction(torch.autograd.Function):
+        """As torch.compile names the step that holds a compiled graph."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    weight = torch.ones(1, requires_grad=True)
+    with pytest.raises(ValueError, match=r"torch.compile has no double backward"):
+        collision.collide(lambda x: CompiledFunction.apply(weight * x).sum(), [weight], [1, 2])
+
+
+# The student's views --------------------------------------------------------------------------------------------
+
+
+def student(arch="resnet8"):
+    torch.manual_seed(0)
+    return models.build(arch, {"source": 3, "target": 2}, width=4, image_size=8).double()
+
+
+def batch(images=8):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(images, 3, 8, 8, dtype=torch.float64, generator=generator)
+    return Batch(x, torch.arange(images) % 3, torch.arange(images))
+
+
+def test_views_together_apart_and_again_are_the_same():
+    """Logits, images and labels of every chunk, and where the running statistics end; `again` moves none."""
+    one, other = student(), student()
+    norms = views.momenta(other)
+    ours, _ = views.together(one, batch(), 4)
+    theirs = views.apart(other, batch(), 4, norms)
+    assert {norm.momentum for norm, _ in norms} == {0.1}
+    after = {k: v.clone() for k, v in other.state_dict().items()}
+    for name, tensor in one.state_dict().items():
+        if "running" in name:
+            assert_equal(tensor, after[name])
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        c = views.again(other, batch(), 4, norms)(number)
+        for field in ("x", "y", "rows", "source", "target"):
+            assert_equal(getattr(a, field), getattr(b, field))
+            assert_equal(getattr(c, field), getattr(b, field))
+    for name, tensor in other.state_dict().items():
+        if "running" in name:
+            assert torch.equal(tensor, after[name])
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "arch", "expected"),
+    [
+        (16, "resnet8", "batched"),
+        (0.0001, "resnet8", "recompute"),
+        (64, "vit_b_16", "keep"),
+        (1, "vit_b_16", "recompute"),
+    ],
+)
+def test_the_way_is_chosen_by_size(gigabytes, arch, expected, monkeypatch):
+    monkeypatch.setattr(views, "_memory_bytes", lambda device: int(gigabytes * 1e9))
+    if arch == "resnet8":
+        model, x = student(), batch().x
+    else:
+        model, x = models.build(arch, {"source": 3}, stem="imagenet", image_size=16), torch.rand(4, 3, 16, 16)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert views.choose(model, x, 2) == expected
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "running" in k)
+
+
+# Real processes -------------------------------------------------------------------------------------------------
+
+PROGRAM = Path(__file__).parent / "collide_in_processes.py"
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    return run_processes(1, tmp_path_factory.mktemp("processes"))
+
+
+def run_processes(count, folder):
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", "--standalone"] if count > 1 else []
+    command = [sys.executable, *launcher, str(PROGRAM), str(folder / f"{count}.safetensors"), str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / f"{count}.safetensors")
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_eight_chunks_on_any_number_of_processes(count, one_process, tmp_path):
+    """Value and gradient of the first step, and the weights after 20 steps, to 1e-5: 1x8, 2x4, 4x2 and 8x1 chunks."""
+    found = run_processes(count, tmp_path)
+    assert found.keys() == one_process.keys() and len(found) > 40
+    for name, tensor in found.items():
+        difference = (tensor - one_process[name]).norm() / one_process[name].norm().clamp(min=1e-6)
+        assert difference < 1e-5, f"{name} differs by {difference:.1e} on {count} processes"
+    moved = [
+        name
+        for name in found
+        if name.startswith("after/") and not torch.equal(found[name], found[f"before/{name[6:]}"])
+    ]
+    assert moved
