@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -134,6 +134,26 @@ def report(
     table = reports.summarise(runs)
     reports.write(table, to or runs[0] / "report")
     print(reports.dump(table) if as_json else reports.markdown(table), end="")
+
+
+@app.command()
+def bench(
+    arch: Annotated[str, typer.Option(help="A torchvision classifier, resnet10, or a CIFAR ResNet.")] = "resnet18",
+    stem: Annotated[str, typer.Option(help='"imagenet" or "small", as in a recipe.')] = "imagenet",
+    image_size: Annotated[int, typer.Option(min=8, max=1024, help="Pixels.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=4, help="Images of a step.")] = 128,
+    chunks: Annotated[str, typer.Option(help="Numbers of chunks, with commas.")] = "2,4,8,16,32",
+    ways: Annotated[str | None, typer.Option(help="Ways to measure beside ce, with commas; default: all.")] = None,
+    precision: Annotated[Literal["float32", "tf32", "bfloat16"], typer.Option(help="Of the forward pass.")] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; the median is shown.")] = 5,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what a step of gradient collision costs here, in every way, beside a step of cross-entropy."""
+    from dtlctl import bench as benchmark
+
+    document = benchmark.run(arch, stem, image_size, batch_size, chunks, ways, precision, repeats, quiet=quiet)
+    print(json.dumps(document, indent=1) if as_json else benchmark.text(document))
 
 
 def _perform(

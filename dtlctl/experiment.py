@@ -64,6 +64,7 @@ class Experiment:
         from dtlctl.engine import Engine
 
         engine = Engine()
+        models.set_matmul_precision(self.recipe.precision)
         if not self.quiet:
             count = f"{engine.processes} process" + ("es" if engine.processes > 1 else "")
             say(f"dtlctl {__version__}: {self.folder} on {count}, {engine.device.type}")
@@ -145,6 +146,7 @@ class Experiment:
         torch.manual_seed(self.seed(tag))
         spec = self.recipe.model
         model = models.build(spec.arch, heads, stem=spec.stem, width=spec.width, image_size=spec.image_size)
+        model.precision = self.recipe.precision
         return self.engine.place(model, global_batch_norm=global_batch_norm)
 
     def load_model(self, name: str, *, global_batch_norm: bool = True) -> models.Classifier:
@@ -228,7 +230,7 @@ class Experiment:
             "peak_memory_bytes": engine.peak_memory(),
             "processes": engine.processes,
             "device": _device_name(engine.device),
-            "precision": "float32",
+            "precision": self.recipe.precision,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": {
                 "dtlctl": __version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ _KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet15
 
 # ImageNet statistics: what every torchvision classifier expects.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+def set_matmul_precision(precision: Precision) -> None:
+    """Allow TF32 in products and convolutions on a GPU, or forbid it: left alone, cuDNN uses it unasked."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 class Classifier(nn.Module):
@@ -30,6 +39,7 @@ class Classifier(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(features, classes) for name, classes in heads.items()})
         self.mean = nn.Buffer(torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
         self.std = nn.Buffer(torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+        self.precision: Precision = "float32"
 
     @property
     def classes(self) -> dict[str, int]:
@@ -37,8 +47,12 @@ class Classifier(nn.Module):
         return {name: int(head.out_features) for name, head in self.heads.items() if isinstance(head, nn.Linear)}
 
     def embed(self, x: Tensor) -> Tensor:
-        """Features [B, features] of images [B, 3, H, W] in [0, 1]."""
-        return self.backbone((x - self.mean) / self.std)
+        """Features [B, features] of images [B, 3, H, W] in [0, 1], in the parameters' type whatever the precision."""
+        normalised = (x - self.mean) / self.std
+        if self.precision != "bfloat16":
+            return self.backbone(normalised)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.backbone(normalised).to(x.dtype)
 
     def forward(self, x: Tensor, head: str) -> Tensor:
         return self.heads[head](self.embed(x))

@@ -38,6 +38,7 @@ class Job(Generic[Settings]):
             ),
             "architecture": recipe.model.model_dump(mode="json"),
             "seed": recipe.seed,
+            **({} if recipe.precision == "float32" else {"precision": recipe.precision}),
         }
 
     @property

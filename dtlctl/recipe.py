@@ -6,7 +6,7 @@ import difflib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dtlctl import models
 from dtlctl.data.sources import Dataset
@@ -119,6 +119,7 @@ class Audit(Strict):
 class Recipe(Strict):
     name: Name
     seed: int = Field(0, ge=0, lt=2**31)
+    precision: models.Precision = "float32"
     model: Model = Model()
     data: Data
     pretrain: Pretrain = Pretrain(epochs=100)
@@ -127,6 +128,13 @@ class Recipe(Strict):
     dispose: dict[Name, Dispose] = Field({}, description="any number of named variants")
     piggyback: Piggyback = Piggyback(epochs=50)
     audit: Audit = Audit()
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_half(cls, value: object) -> object:
+        if value in ("float16", "fp16", "half"):
+            raise ValueError("float16 needs its loss scaled, which a product of two gradients squares; use bfloat16")
+        return value
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:

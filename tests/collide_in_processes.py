@@ -1,9 +1,8 @@
-"""Twenty steps of gradient collision with eight chunks, shared by the processes; each way in turn.
+"""Steps of gradient collision with eight chunks, shared by the processes; each way in turn.
 
-Run alone or by torchrun: `collide_in_processes.py FILE PROCESSES` writes value, gradient and weights.
+`collide_in_processes.py FOLDER` runs it on 1, 2, 4 and 8 processes (gloo), and writes value, gradient and weights.
 """
 
-import os
 import sys
 
 import torch
@@ -16,14 +15,17 @@ from dtlctl.objectives import views
 from dtlctl.objectives.step import Step
 from dtlctl.objectives.unlearn import GradientCollision
 
-CHUNKS, STEPS = 8, 20
+CHUNKS = 8
+STEPS = {"batched": 20, "keep": 4, "recompute": 4}
 
 
 def all_reduce(tensors):
-    tensors = [t.clone() for t in tensors]
-    for tensor in tensors if dist.is_initialized() else ():
-        dist.all_reduce(tensor)
-    return tensors
+    """Sums over processes, by one message."""
+    tensors = list(tensors)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def train(memory, share, out):
@@ -32,7 +34,7 @@ def train(memory, share, out):
     parameters, norms = list(student.parameters()), views.momenta(student)
     out.update(weights(student, f"before/{memory}"))
     local = CHUNKS // share.processes
-    for number in range(STEPS):
+    for number in range(STEPS[memory]):
         generator = torch.Generator().manual_seed(number)
         x, y = torch.rand(32, 3, 8, 8, generator=generator), torch.randint(3, (32,), generator=generator)
         batch = Batch(share.of(x), share.of(y), share.of(torch.arange(32)))
@@ -64,17 +66,24 @@ def weights(student, prefix):
     return {f"{prefix}/{name}": p.detach().clone() for name, p in student.named_parameters()}
 
 
-if __name__ == "__main__":
-    path, expected = sys.argv[1], int(sys.argv[2])
-    torch.set_num_threads(1)
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-    share = Share(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Share()
-    assert share.processes == expected, f"{share.processes} processes, not {expected}"
+def work(rank, processes, folder):
+    dist.init_process_group("gloo", f"file://{folder}/store-{processes}", rank=rank, world_size=processes)
+    assert dist.get_world_size() == processes
     found = {}
-    for memory in ("batched", "keep", "recompute"):
-        train(memory, share, found)
-    if share.rank == 0:
-        save_file(found, path)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    for memory in STEPS:
+        train(memory, Share(rank, processes), found)
+    if rank == 0:
+        save_file(found, f"{folder}/{processes}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    context = torch.multiprocessing.get_context("fork")  # importing torch anew costs far more than the work
+    for processes in (1, 2, 4, 8):
+        running = [context.Process(target=work, args=(rank, processes, sys.argv[1])) for rank in range(processes)]
+        for process in running:
+            process.start()
+        for process in running:
+            process.join()
+        assert [process.exitcode for process in running] == [0] * processes

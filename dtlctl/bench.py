@@ -1,0 +1,173 @@
+"""What a step of gradient collision costs on this machine, beside a step of cross-entropy, in one run."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dtlctl import models
+from dtlctl.bench_steps import WAYS, Bench, Step
+from dtlctl.errors import RecipeError
+from dtlctl.progress import Progress
+
+
+def run(
+    arch: str,
+    stem: str,
+    image_size: int,
+    batch_size: int,
+    chunks: str,
+    ways: str | None,
+    precision: models.Precision,
+    repeats: int,
+    *,
+    quiet: bool,
+) -> dict[str, Any]:
+    """The benchmark as the command line asks for it. Raises RecipeError for a call that is wrong."""
+    try:
+        counts = [int(c) for c in chunks.split(",")]
+        chosen = ways.split(",") if ways else list(WAYS)
+        for c in counts:
+            if c < 2 or batch_size % c or batch_size // c < 2:
+                raise ValueError(f"--chunks {c}: {batch_size} images make no {c} equal chunks of 2 or more")
+        for way in chosen:
+            if way not in WAYS:
+                raise ValueError(f"--ways {way}: unknown (valid: {', '.join(WAYS)})")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        bench = Bench(arch, stem, image_size, batch_size, precision, device)
+    except ValueError as error:
+        raise RecipeError(f"bench: {error}") from None
+    cells = cells_of(counts, repeats, chosen)
+    math = sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
+    with math, Progress("bench", cells, enabled=not quiet) as progress:
+        return measure(bench, counts, repeats, chosen, progress)
+
+
+def measure(
+    bench: Bench, chunks: Sequence[int], repeats: int, ways: Sequence[str], progress: Progress
+) -> dict[str, Any]:
+    """All ways, interleaved and warmed up: seconds (median), ratio to cross-entropy, peak bytes, and the
+    gradient's distance to that in float64, |g - r| / |r|, with its cosine.
+
+    Peak memory is what a step adds, in bytes, above what is held before it; None where the system does not tell.
+    """
+    cells = [("ce", 1)] + [(way, c) for c in chunks for way in ways if bench.can(way, c)]
+    steps = {cell: bench.step(*cell) for cell in cells}
+    seconds: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
+    peaks: dict[tuple[str, int], int | None] = {}
+    errors: dict[tuple[str, int], tuple[float, float]] = {}
+    references: tuple[int, list[Tensor]] = (0, [])
+    for turn in range(repeats + 1):
+        for cell in cells:
+            way, c = cell
+            bench.model.zero_grad()
+            if turn:
+                seconds[cell].append(_timed(steps[cell], bench.device))
+            else:  # the first turn warms up, and measures what need not be repeated
+                peaks[cell] = _peak(steps[cell], bench.device)
+                if way.startswith("gc"):
+                    held = [p.grad for p in bench.parameters]
+                    if references[0] != c:
+                        bench.model.zero_grad()
+                        references = c, bench.reference(c)
+                    for parameter, grad in zip(bench.parameters, held, strict=True):
+                        parameter.grad = grad
+                    errors[cell] = bench.error(references[1])
+            progress.advance(1)
+    base = median(seconds["ce", 1])
+    rows = [
+        {
+            "way": way,
+            "chunks": c,
+            "seconds": median(seconds[way, c]),
+            "ratio": median(seconds[way, c]) / base,
+            "peak_bytes": peaks[way, c],
+            **dict(zip(("error", "cosine"), errors.get((way, c), (None, None)), strict=True)),
+        }
+        for way, c in cells
+    ]
+    return {"machine": _machine(bench), "repeats": repeats, "rows": rows}
+
+
+def cells_of(chunks: Sequence[int], repeats: int, ways: Sequence[str]) -> int:
+    """An upper bound of the steps that `measure` takes, for a progress bar."""
+    return (repeats + 1) * (1 + len(chunks) * len(ways))
+
+
+def text(document: dict[str, Any]) -> str:
+    """The rows as lines of text."""
+    machine = document["machine"]
+    lines = [f"{key} {machine[key]}" for key in ("device", "threads", "precision", "batch_size")]
+    lines = [", ".join(lines), f"{'way':24}{'c':>3}{'seconds':>10}{'x CE':>8}{'peak MiB':>10}{'error':>9}{'cosine':>9}"]
+    for row in document["rows"]:
+        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
+        error = "-" if row["error"] is None else f"{row['error']:.0e}"
+        cosine = "-" if row["cosine"] is None else f"{row['cosine']:.5f}"
+        lines.append(
+            f"{row['way']:24}{row['chunks']:3}{row['seconds']:10.3f}{row['ratio']:8.2f}{peak:>10}{error:>9}{cosine:>9}"
+        )
+    return "\n".join(lines)
+
+
+def _timed(step: Step, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _peak(step: Step, device: torch.device) -> int | None:
+    """Bytes that a step needs at most, beyond what is held already."""
+    gc.collect()
+    with suppress(AttributeError, OSError):  # glibc keeps what was freed, and a step would seem to need nothing
+        ctypes.CDLL(None).malloc_trim(0)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    status = Path("/proc/self/status")
+    try:  # Linux forgets the highest resident size when told so
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        step()
+        return None
+    before = _kilobytes(status, "VmRSS")
+    step()
+    return 1024 * max(0, _kilobytes(status, "VmHWM") - before)
+
+
+def _kilobytes(status: Path, field: str) -> int:
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+
+
+def _machine(bench: Bench) -> dict[str, Any]:
+    device = bench.device
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": bench.precision,
+        "batch_size": len(bench.y),
+        "image_size": bench.x.shape[-1],
+        "parameters": sum(p.numel() for p in bench.parameters),
+    }
