@@ -31,6 +31,7 @@ def run(
     ways: str | None,
     precision: models.Precision,
     repeats: int,
+    channels_last: bool,
     *,
     quiet: bool,
 ) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def run(
             if way not in WAYS:
                 raise ValueError(f"--ways {way}: unknown (valid: {', '.join(WAYS)})")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        bench = Bench(arch, stem, image_size, batch_size, precision, device)
+        bench = Bench(arch, stem, image_size, batch_size, precision, device, channels_last)
     except ValueError as error:
         raise RecipeError(f"bench: {error}") from None
     cells = cells_of(counts, repeats, chosen)
@@ -167,6 +168,7 @@ def _machine(bench: Bench) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": bench.precision,
+        "channels_last": bench.x.is_contiguous(memory_format=torch.channels_last),
         "batch_size": len(bench.y),
         "image_size": bench.x.shape[-1],
         "parameters": sum(p.numel() for p in bench.parameters),

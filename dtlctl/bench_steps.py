@@ -33,14 +33,16 @@ class Bench:
         batch_size: int,
         precision: models.Precision,
         device: torch.device,
+        channels_last: bool = False,
     ):
         self.device, self.precision = device, precision
         models.set_matmul_precision(precision)
         torch.manual_seed(0)
         self.x, self.y = torch.rand(batch_size, 3, size, size), torch.randint(100, (batch_size,))
         self.model = models.build(arch, {"source": 100, "target": 10}, stem=stem, image_size=size)
-        self.model.to(device).precision = precision
-        self.x, self.y = self.x.to(device), self.y.to(device)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.model.to(device, memory_format=layout).precision = precision
+        self.x, self.y = self.x.to(device, memory_format=layout), self.y.to(device)
         self.parameters = list(self.model.parameters())
         self.norms = views.momenta(self.model)
 

@@ -145,6 +145,7 @@ def bench(
     chunks: Annotated[str, typer.Option(help="Numbers of chunks, with commas.")] = "2,4,8,16,32",
     ways: Annotated[str | None, typer.Option(help="Ways to measure beside ce, with commas; default: all.")] = None,
     precision: Annotated[Literal["float32", "tf32", "bfloat16"], typer.Option(help="Of the forward pass.")] = "float32",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Keep a pixel's channels together.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; the median is shown.")] = 5,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -152,7 +153,9 @@ def bench(
     """Measure what a step of gradient collision costs here, in every way, beside a step of cross-entropy."""
     from dtlctl import bench as benchmark
 
-    document = benchmark.run(arch, stem, image_size, batch_size, chunks, ways, precision, repeats, quiet=quiet)
+    document = benchmark.run(
+        arch, stem, image_size, batch_size, chunks, ways, precision, repeats, channels_last, quiet=quiet
+    )
     print(json.dumps(document, indent=1) if as_json else benchmark.text(document))
 
 

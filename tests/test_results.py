@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from dtlctl import report
+from dtlctl import bench, report
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted({path.parent.parent for path in (ROOT / "docs" / "results").glob("*/*/recipe.json")})
@@ -27,3 +28,14 @@ def test_there_are_studies():
 def test_the_readme_shows_one_of_the_runs():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert report.markdown(report.summarise([ROOT / "docs/results/quickstart/seed-0"])).strip() in page
+
+
+BENCHES = sorted((ROOT / "docs/results/bench").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)
+def test_the_page_on_performance_shows_what_was_measured(path: Path):
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    _, found, rest = page.partition(f"<!-- bench: {path.stem} -->\n")
+    shown = rest.partition("<!-- end bench -->")[0]
+    assert found and shown.strip() == f"```text\n{bench.text(json.loads(path.read_text()))}\n```"
