@@ -41,7 +41,7 @@ class Bench:
         self.x, self.y = torch.rand(batch_size, 3, size, size), torch.randint(100, (batch_size,))
         self.model = models.build(arch, {"source": 100, "target": 10}, stem=stem, image_size=size)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.model.to(device, memory_format=layout).precision = precision
+        self.model.to(device).to(memory_format=layout).precision = precision
         self.x, self.y = self.x.to(device, memory_format=layout), self.y.to(device)
         self.parameters = list(self.model.parameters())
         self.norms = views.momenta(self.model)
