@@ -175,3 +175,22 @@ def test_the_seed_decides_the_weights():
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+def test_bfloat16_rounds_the_forward_pass_and_nothing_else():
+    """Logits in float32 that differ from the exact ones by less than a few of bfloat16's 2^-8; gradients in float32."""
+    torch.manual_seed(0)
+    model, x = models.build("resnet8", {"source": 5}, width=8).eval(), torch.rand(4, 3, 16, 16)
+    exact = model(x, "source")
+    model.precision = "bfloat16"
+    rounded = model(x, "source")
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
+    rounded.sum().backward()
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_tf32_is_used_when_asked_for_only():
+    for precision, allowed in (("tf32", True), ("float32", False), ("bfloat16", False)):
+        models.set_matmul_precision(precision)
+        assert torch.backends.cuda.matmul.allow_tf32 is allowed and torch.backends.cudnn.allow_tf32 is allowed

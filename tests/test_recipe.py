@@ -89,6 +89,9 @@ MISTAKES = {
     "piggyback.models=['TLL']": "piggyback.models: unknown model 'TLL'; did you mean 'TL'?",
     "seed=-1": "seed: Input should be greater than or equal to 0 (it is -1)",
     "seed=1.5": "seed: Input should be a valid integer (it is 1.5)",
+    "precision=float16": "precision: float16 needs its loss scaled, which a product of two gradients squares; use bfl",
+    "precision=bf16": "precision: 'bf16' is not valid",
+    "dispose.gc.unlearn.memory=kept": "dispose.gc.unlearn.memory: 'kept' is not valid; did you mean 'keep'?",
     "pretrain=3": "pretrain: Input should be a valid dictionary or instance of Pretrain (it is 3)",
     "audit.models=['TGT']": "audit.models: TGT never saw the source; there is nothing to infer",
     "dispose.tl.steps=5": "dispose.tl: the name belongs to a reference model; choose another",
@@ -158,3 +161,16 @@ def _toml(value: object) -> str:
     if isinstance(value, float):
         return repr(value)
     return json.dumps("" if value is None else value)
+
+
+def test_what_does_not_change_a_result_does_not_make_it_stale(recipe_file: Path):
+    """Where graphs are held changes nothing; bfloat16 does; float32 reads as results did that knew no precision."""
+
+    def described(*overrides: str) -> dict:
+        recipe = load(recipe_file, list(overrides))
+        return next(job for job in jobs(recipe) if job.model == "gc").described(recipe)
+
+    plain = described()
+    assert described('dispose.gc.unlearn.memory="recompute"') == plain
+    assert "precision" not in plain
+    assert described("precision=bfloat16") == {**plain, "precision": "bfloat16"}
