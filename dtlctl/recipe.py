@@ -111,9 +111,32 @@ class Piggyback(Training):
     models: list[str] | None = Field(None, min_length=1, description="default: scratch, TGT, pre, TL and all variants")
 
 
+AttackName = Literal["loss", "entropy", "modified-entropy", "max-softmax", "adv-dist", "grad-w", "grad-x", "wb", "rmia"]
+
+
 class Audit(Strict):
-    attacks: list[Literal["loss"]] = Field(["loss"], min_length=1)
+    """Membership inference, and two readouts beside it."""
+
+    attacks: list[AttackName] = Field(["loss", "modified-entropy", "grad-w", "grad-x"], min_length=1)
+    modes: list[Literal["as-is", "reprobe"]] = Field(
+        ["as-is", "reprobe"], min_length=1, description="attack the source head as it is, or one fitted anew"
+    )
+    images: int = Field(1000, ge=10, le=1_000_000, description="at most as many members and as many non-members")
+    repeats: int = Field(20, ge=1, le=1000, description="random splits into the attacker's images and judged ones")
+    wb_repeats: int = Field(3, ge=1, le=1000, description="repeats of wb, which trains a network each time")
+    adv_steps: int = Field(30, ge=1, le=10_000, description="steps of the search for an adversarial example")
+    references: int = Field(0, ge=0, le=1024, description="reference models of rmia, trained in pairs")
+    relearn_steps: int = Field(100, ge=0, le=1_000_000, description="budget of the relearning readout; 0 = none")
+    relearn_lr: float = Field(0.02, gt=0, le=100)
     models: list[str] | None = Field(None, min_length=1, description="default: pre, TL and all variants")
+
+    @model_validator(mode="after")
+    def _references(self) -> Audit:
+        if self.references % 2:
+            raise ValueError(f"references = {self.references} is odd; they are trained in pairs")
+        if ("rmia" in self.attacks) != (self.references > 0):
+            raise ValueError('the attack "rmia" and references > 0 belong together; give both or neither')
+        return self
 
 
 class Recipe(Strict):

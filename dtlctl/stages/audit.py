@@ -1,49 +1,184 @@
-"""What a model still tells about its source training set: membership inference (section 4.4)."""
+"""What a model still tells about its source training set: membership inference (section 4.4), and two readouts."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from dtlctl.attacks.membership import judge
+from dtlctl.attacks import membership, probe, readout, reference, signals
+from dtlctl.attacks.registry import ATTACKS, Attack
+from dtlctl.attacks.signals import View
 from dtlctl.data.tensors import Batch
 from dtlctl.engine import History
-from dtlctl.errors import DataError
+from dtlctl.errors import CheckpointError, DataError
 from dtlctl.experiment import Experiment
 from dtlctl.models import Classifier
 from dtlctl.plan import Job
+from dtlctl.progress import say
 from dtlctl.recipe import Audit
+
+LEAST = 20
+"""Members, and non-members, that can be split three ways."""
+HEAD_SHARE = 0.2
+"""Of the images of either group, those that the attacker fits a head on in reprobe mode. They are never attacked."""
+BLIND_LIMIT = 0.65
+"""An attacker who never asks the model must not be surer than this (lower end of his AUC's interval)."""
+
+
+class Groups(NamedTuple):
+    """Rows of the source's train split (members) and test split (others), all disjoint."""
+
+    members: np.ndarray
+    others: np.ndarray
+    head_members: np.ndarray
+    head_others: np.ndarray
 
 
 def audit(lab: Experiment, job: Job[Audit]) -> None:
-    """The loss attack (Yeom et al., arXiv:1709.01604): the smaller an image's loss, the likelier a member.
+    """Attack as many training images of the source as test images, through its source head and through a new one.
 
-    Members are as many images of the source's training subset as there are non-members, the source's test split.
-    The attacker knows the model with its source head and half of both groups.
+    Raises DataError for too few images and for groups that can be told apart without the model, CheckpointError for
+    a model without a source head in a recipe that attacks only that head.
     """
-    started = time.perf_counter()
-    model = lab.load_model(job.model).eval()
+    started, settings = time.perf_counter(), job.settings
+    groups = _groups(lab, job)
+    metrics: dict[str, Any] = {"members": len(groups.members), "others": len(groups.others)}
+    model = lab.load_model(job.model).eval().requires_grad_(False)
+    metrics["source_head"] = _head_state(lab, job, model)
+    metrics["blind"] = _blind(lab, job, groups, model)
+    costs: dict[str, Any] = {}
+    if metrics["source_head"] != "missing":
+        metrics["entropy_readout"] = readout.uncertainty(lab, model)
+        metrics["relearning"] = readout.relearning(lab, job.model, settings)
+        if "as-is" in settings.modes:
+            found, costs["as-is"] = _attack(lab, job, model, groups)
+            metrics.update(found)
+    if "reprobe" in settings.modes:
+        _refit(lab, model, groups)
+        metrics["reprobe"], costs["reprobe"] = _attack(lab, job, model, groups)
+    metrics["cost"] = costs
+    lab.publish(job, metrics, History(seconds=time.perf_counter() - started))
+
+
+def _groups(lab: Experiment, job: Job[Audit]) -> Groups:
+    """Equally many images of both groups, drawn at random; a fifth of them for the attacker's own head."""
     train, test = lab.index("source"), np.arange(len(lab.images("source", "test").labels))
-    count, seed = min(len(train), len(test)), lab.seed("audit")
-    if count < 8:
-        raise DataError(f"{job.title}: {count} members and non-members are too few; 8 of each are needed")
-    rng = np.random.default_rng(seed)
-    members, others = (np.sort(rng.permutation(rows)[:count]) for rows in (train, test))
-    verdict = judge(
-        -_losses(lab, model, lab.split("source", "train", members)),
-        -_losses(lab, model, lab.split("source", "test", others)),
-        seed,
-    )
-    history = History(seconds=time.perf_counter() - started)
-    lab.publish(job, {"members": count, "others": count, "loss": verdict._asdict()}, history)
+    count = min(len(train), len(test))
+    if count < LEAST:
+        raise DataError(
+            f"{job.title}: {len(train)} members and {len(test)} non-members are too few; {LEAST} of each are needed"
+        )
+    rng = np.random.default_rng(lab.seed("audit"))
+    head = round(HEAD_SHARE * count)
+    members, others = (rng.permutation(rows)[:count] for rows in (train, test))
+    attacked = min(count - head, job.settings.images)
+    parts = members[head:][:attacked], others[head:][:attacked], members[:head], others[:head]
+    return Groups(*map(np.sort, parts))
+
+
+def _head_state(lab: Experiment, job: Job[Audit], model: Classifier) -> str:
+    """Whether there is a source head to attack: "trained", "never trained" or "missing"."""
+    if "source" not in model.classes:
+        if "reprobe" not in job.settings.modes:
+            raise CheckpointError(
+                f'{job.title}: {job.model} has no source head to attack; set audit.modes = ["reprobe"] to attack its '
+                "features"
+            )
+        return "missing"
+    variant = lab.recipe.dispose.get(job.model)
+    if variant and variant.init == "fresh" and (variant.unlearn.kind == "none" or not variant.lam):
+        if "as-is" in job.settings.modes and not lab.quiet:
+            say(f"{job.title}: the source head of {job.model} was never trained; as-is attacks see noise")
+        return "never trained"
+    return "trained"
+
+
+def _blind(lab: Experiment, job: Job[Audit], groups: Groups, model: Classifier) -> dict[str, Any]:
+    found = _trials(lab, job, Attack(lambda view, _: signals.blind(view), signals.logistic), "blind", model, groups)
+    verdict = found["blind"]
+    if verdict["auc_low"] > BLIND_LIMIT:
+        raise DataError(
+            f"{job.title}: data.source: train and test images differ without any model (AUC {verdict['auc']:.2f} on "
+            "plain pixel statistics)\nprepare both splits in the same way, or every attack is credited with it"
+        )
+    return verdict
+
+
+def _attack(
+    lab: Experiment, job: Job[Audit], model: Classifier, groups: Groups
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every attack of the recipe on one source head: results by name, and what they cost."""
+    views = _views(lab, model, groups.members, groups.others)
+    found: dict[str, Any] = {}
+    costs: dict[str, Any] = {}
+    for name in job.settings.attacks:
+        started = time.perf_counter()
+        attack = ATTACKS.get(name) or _rmia(lab, job, groups)
+        seen = [_see(lab, attack, view, job.settings) for view in views]
+        observed = time.perf_counter() - started
+        found |= _judge(lab, job, attack, name, seen)
+        costs[name] = {"observe_seconds": round(observed, 3), "seconds": round(time.perf_counter() - started, 3)}
+    return found, costs
+
+
+def _trials(
+    lab: Experiment, job: Job[Audit], attack: Attack, name: str, model: Classifier, groups: Groups
+) -> dict[str, Any]:
+    views = _views(lab, model, groups.members, groups.others)
+    return _judge(lab, job, attack, name, [_see(lab, attack, view, job.settings) for view in views])
+
+
+def _judge(
+    lab: Experiment, job: Job[Audit], attack: Attack, name: str, seen: list[dict[str, np.ndarray]]
+) -> dict[str, Any]:
+    """Repeated trials of one attack: {name: numbers}; an attack that trains nothing has one for each thing it saw."""
+    members, others = seen
+    repeats, seed = job.settings.wb_repeats if attack.slow else job.settings.repeats, lab.seed("audit/trials")
+    if attack.attacker is not membership.single:
+        return {name: membership.trial(members, others, attack.attacker, repeats, seed)}
+    return {
+        result: membership.trial({result: members[result]}, {result: others[result]}, attack.attacker, repeats, seed)
+        for result in members
+    }
+
+
+def _see(lab: Experiment, attack: Attack, view: View, settings: Audit) -> dict[str, np.ndarray]:
+    """What the attack sees of every image of all processes' shares, in order."""
+    seen = attack.observe(view, settings)
+    return {name: lab.engine.gather(values.double()).cpu().numpy() for name, values in seen.items()}
+
+
+def _views(lab: Experiment, model: Classifier, members: np.ndarray, others: np.ndarray) -> tuple[View, View]:
+    return View(model, lab.split("source", "train", members)), View(model, lab.split("source", "test", others))
+
+
+def _rmia(lab: Experiment, job: Job[Audit], groups: Groups) -> Attack:
+    known = reference.confidences(lab, job.settings.references)
+    out = [
+        lab.engine.share.of(torch.tensor([table[int(row)] for row in rows]))
+        for table, rows in zip(known, (groups.members, groups.others), strict=True)
+    ]
+    waiting = iter(out)  # members are looked at first
+    return Attack(lambda view, _: reference.rmia(view, next(waiting)), membership.single)
 
 
 @torch.no_grad()
-def _losses(lab: Experiment, model: Classifier, batches: Iterable[Batch]) -> np.ndarray:
-    """The source cross-entropy of every image, in nats, from all processes."""
-    parts = [F.cross_entropy(model(batch.x, "source"), batch.y, reduction="none") for batch in batches]
-    return lab.engine.gather(torch.cat(parts)).double().cpu().numpy()
+def _refit(lab: Experiment, model: Classifier, groups: Groups) -> None:
+    """Give the model a source head fitted on the attacker's own images: reprobe mode."""
+
+    def embedded(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        parts = [(model.embed(batch.x), batch.y) for batch in batches]
+        features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+        return lab.engine.gather(features), lab.engine.gather(labels)
+
+    pairs = [
+        embedded(lab.split("source", "train", groups.head_members)),
+        embedded(lab.split("source", "test", groups.head_others)),
+    ]
+    features, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
+    probe.refit(model, features, labels, len(lab.classes("source")))

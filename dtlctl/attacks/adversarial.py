@@ -1,0 +1,78 @@
+"""Adversarial distance: a member lies further from the decision boundary (Del Grosso et al., arXiv:2203.09481).
+
+The attacker knows the weights, the image and its true label; nothing is trained.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtlctl.attacks.signals import View
+from dtlctl.models import Classifier
+
+
+def distance(view: View, steps: int) -> dict[str, Tensor]:
+    """The norm of the smallest change to each image [n] that changes its class; 0 for a misclassified image.
+
+    L∞ by FMN (Pintor et al., arXiv:2102.12827), L2 by DDN (Rony et al., arXiv:1811.09600), each of `steps` steps. An
+    image that no change within [0, 1] was found for gets the largest norm that there is room for.
+    """
+    parts = [minimal(view.model, batch.x, batch.y, steps) for batch in view.batches]
+    linf, l2 = (torch.cat(part) for part in zip(*parts, strict=True))
+    return {"adv-dist": linf, "adv-dist-l2": l2}
+
+
+def minimal(model: Classifier, x: Tensor, y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """The L∞ and L2 norms [B], of images x [B, 3, S, S] in [0, 1] with true labels y [B]."""
+    foolbox = _foolbox()
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)  # foolbox back-propagates into everything that asks for it
+    try:
+        with torch.no_grad():
+            right = (model(x, "source").argmax(1) == y).nonzero()[:, 0]
+        norms = [torch.zeros(len(x), device=x.device) for _ in range(2)]
+        if len(right):
+            bounded = foolbox.PyTorchModel(_Source(model).eval(), bounds=(0, 1), device=x.device)
+            # foolbox 3.3's own L2FMNAttack never projects: it divides a norm by itself.
+            attacks = foolbox.attacks.LInfFMNAttack(steps=steps), foolbox.attacks.DDNAttack(steps=steps)
+            for norm, attack, p in zip(norms, attacks, (float("inf"), 2.0), strict=True):
+                moved = attack.run(bounded, x[right], foolbox.Misclassification(y[right]))
+                norm[right] = _norms(model, x[right], moved, y[right], p)
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+    return norms[0], norms[1]
+
+
+@torch.no_grad()
+def _norms(model: Classifier, x: Tensor, moved: Tensor, y: Tensor, p: float) -> Tensor:
+    # An image that still has its class was not moved at all: foolbox returns it as it came.
+    found = model(moved, "source").argmax(1) != y
+    norm = torch.linalg.vector_norm((moved - x).flatten(1), p, dim=1)
+    return torch.where(found, norm, torch.linalg.vector_norm(torch.maximum(x, 1 - x).flatten(1), p, dim=1))
+
+
+class _Source(nn.Module):
+    """The classifier with its source head, as a module of one argument."""
+
+    def __init__(self, model: Classifier):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x, "source")
+
+
+def _foolbox() -> Any:
+    """foolbox, imported where there is no git: its model zoo wants one when it is imported."""
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it asks scipy for old names
+        import foolbox
+    return foolbox

@@ -1,0 +1,88 @@
+"""RMIA, offline (Zarifzadeh et al., arXiv:2312.03262): is the model surer of this image than models that never saw it?
+
+The attacker knows the model's source head, the images with their true labels, and how the model was pre-trained. He
+trains reference models himself, each on a random half of all images, members and non-members alike.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtlctl.attacks.signals import View
+from dtlctl.data.tensors import Batches, evaluation_batches
+from dtlctl.objectives.supervised import cross_entropy
+
+if TYPE_CHECKING:
+    from dtlctl.experiment import Experiment
+
+OFFLINE = 0.3
+"""The paper's a: Pr(x) ≈ ½ ((1 + a) Pr_out(x) + 1 - a) stands in for models that have seen x."""
+
+
+def ratio(own: Tensor, out: Tensor) -> Tensor:
+    """Pr(x | model) / Pr(x) of each image [n]: `own` and `out` are the model's and the references' confidence [n].
+
+    The paper's score is the share of other images z whose ratio is at most that of x, over γ. For one model that is
+    the same increasing function of this ratio for every x, so it ranks the images in the same way.
+    """
+    return own / (((1 + OFFLINE) * out + 1 - OFFLINE) / 2)
+
+
+def rmia(view: View, out: Tensor) -> dict[str, Tensor]:
+    """The ratio of every image in view; `out` [n]: the mean confidence of the references that never saw the image."""
+    own = view.logits.softmax(1).gather(1, view.labels[:, None])[:, 0]
+    return {"rmia": ratio(own, out.to(own))}
+
+
+@lru_cache(maxsize=1)
+def confidences(lab: Experiment, count: int) -> tuple[dict[int, float], dict[int, float]]:
+    """For rows of the source's train subset and of its test split: the confidence in the true class of references.
+
+    `count` (even) models are trained as `pretrain` says, in pairs on complementary random halves, so that each
+    image is unknown to half of them; only those are averaged. Kept for the next model of the same run.
+    """
+    train, test = lab.images("source", "train"), lab.images("source", "test")
+    rows = lab.index("source")
+    pixels = np.concatenate([train.pixels[rows], test.pixels])
+    labels = np.concatenate([train.labels[rows], test.labels])
+    sums, settings = np.zeros(len(labels)), lab.recipe.pretrain
+    for number in range(count):
+        order = np.random.default_rng(lab.seed(f"audit/references/{number // 2}")).permutation(len(labels))
+        inside, outside = np.split(order, [len(order) // 2])
+        if number % 2:
+            inside, outside = outside, inside
+        tag = f"audit/reference/{number}"
+        model = lab.new_model({"source": len(train.classes)}, tag)
+        batches = Batches(
+            pixels,
+            labels,
+            np.sort(inside),
+            batch_size=settings.batch_size,
+            augment=lab.dataset("source").augment,
+            seed=lab.seed(tag),
+            device=lab.engine.device,
+            share=lab.engine.share,
+        )
+        steps = settings.total_steps(batches.images)
+        with lab.progress(f"audit/reference {number + 1} of {count}", steps) as bar:
+            objective = cross_entropy(model, "source", batches)
+            lab.engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
+        outside = np.sort(outside)
+        sums[outside] += _confidence(lab, model.eval(), pixels[outside], labels[outside])
+    means = sums / max(1, count // 2)
+    known = dict(zip(rows.tolist(), means[: len(rows)].tolist(), strict=True))
+    return known, dict(enumerate(means[len(rows) :].tolist()))
+
+
+@torch.no_grad()
+def _confidence(lab: Experiment, model: torch.nn.Module, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    parts = [
+        model(batch.x, "source").softmax(1).gather(1, batch.y[:, None])[:, 0]
+        for batch in evaluation_batches(pixels, labels, device=lab.engine.device, share=lab.engine.share)
+    ]
+    return lab.engine.gather(torch.cat(parts)).double().cpu().numpy()
