@@ -124,7 +124,7 @@ class Audit(Strict):
     images: int = Field(1000, ge=10, le=1_000_000, description="at most as many members and as many non-members")
     repeats: int = Field(20, ge=1, le=1000, description="random splits into the attacker's images and judged ones")
     wb_repeats: int = Field(3, ge=1, le=1000, description="repeats of wb, which trains a network each time")
-    adv_steps: int = Field(30, ge=1, le=10_000, description="steps of the search for an adversarial example")
+    adv_steps: int = Field(20, ge=1, le=10_000, description="steps of the search for an adversarial example")
     references: int = Field(0, ge=0, le=1024, description="reference models of rmia, trained in pairs")
     relearn_steps: int = Field(100, ge=0, le=1_000_000, description="budget of the relearning readout; 0 = none")
     relearn_lr: float = Field(0.02, gt=0, le=100)

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from dtlctl import checkpoint
+from dtlctl import checkpoint, report_audit
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.plan import Job, jobs
 from dtlctl.recipe import REFERENCES, Recipe
@@ -32,14 +32,15 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
     return {"recipe": recipes[0].resolved(), "seeds": [r.seed for r in recipes], "rows": rows}
 
 
-def write(table: dict[str, Any], folder: Path) -> None:
-    """Write table.json, table.md and the chart into `folder`. Raises CheckpointError where that cannot be."""
+def write(table: dict[str, Any], folder: Path, runs: list[Path]) -> None:
+    """Write table.json, table.md, the chart and the audits into `folder`. Raises CheckpointError if that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "table.json").write_text(dump(table), encoding="utf-8")
         (folder / "table.md").write_text(markdown(table), encoding="utf-8")
         if any(row["piggyback"] for row in table["rows"]):
             chart(table, folder)
+        report_audit.write(runs, folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
 
@@ -135,7 +136,8 @@ def _rows(run: Path, recipe: Recipe) -> dict[str, Row]:
         if job.stage == "piggyback":
             row["piggyback"][job.dataset.partition(".")[2]] = metrics["acc_pl"]
         elif job.stage == "audit":
-            row["audit_auc"] = metrics["loss"]["auc"]
+            if "loss" in metrics:
+                row["audit_auc"] = metrics["loss"]["auc"]
         else:
             row.update(metrics)
     return {model: row for model, row in rows.items() if row["piggyback"] or len(row) > 2}
@@ -143,8 +145,17 @@ def _rows(run: Path, recipe: Recipe) -> dict[str, Row]:
 
 def _belongs(sidecar: Row, job: Job[Any], recipe: Recipe, weights: dict[str, str]) -> bool:
     """Whether the result was made as the run's recipe now says, from the model that is there now."""
-    described = all(sidecar.get(name) == value for name, value in job.described(recipe).items())
+    described = all(sidecar.get(name) == value for name, value in job.described(recipe).items() if name != "settings")
+    described = described and _as_settled(sidecar.get("settings"), job) == job.described(recipe)["settings"]
     return described and (job.parent is None or sidecar["parent"].get(job.parent) == weights.get(job.parent))
+
+
+def _as_settled(settings: Any, job: Job[Any]) -> Any:
+    """A result's settings with every key that is younger than the result at its default."""
+    try:
+        return type(job.settings).model_validate(settings).model_dump(mode="json", by_alias=True, exclude={"models"})
+    except ValueError:
+        return None
 
 
 def _average(rows: list[Row]) -> Row:

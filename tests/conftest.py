@@ -50,6 +50,11 @@ unlearn = { kind = "random-labels" }
 steps = 3
 batch_size = 10
 models = ["scratch", "TL", "gc"]
+[audit]
+attacks = ["loss"]
+modes = ["as-is"]
+repeats = 2
+relearn_steps = 0
 """
 
 

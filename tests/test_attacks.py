@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
-import numpy as np
 import pytest
-import scipy.stats
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
-from torch import Tensor, nn
+from torch import Tensor
 
 from dtlctl import models
-from dtlctl.attacks import adversarial, gradients, membership, probe, reference, signals, whitebox
+from dtlctl.attacks import membership, reference
 from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import View
 from dtlctl.data.tensors import Batch
@@ -74,9 +69,7 @@ def results(attack: Attack, name: str, model: Classifier, groups, sign: int = 1)
     repeats = 2 if attack.slow else 10
     if attack.attacker is not membership.single:
         return {name: membership.trial(members, others, attack.attacker, repeats, 0)}
-    return {
-        k: membership.trial({k: members[k]}, {k: others[k]}, attack.attacker, repeats, 0) for k in members
-    }
+    return {k: membership.trial({k: members[k]}, {k: others[k]}, attack.attacker, repeats, 0) for k in members}
 
 
 def rmia(images) -> Attack:
@@ -113,3 +106,195 @@ def test_a_network_that_knows_its_images_by_heart_is_caught(name, images, overfi
 def test_a_network_that_never_saw_an_image_gives_none_away(name, images, untrained):
     for result, numbers in results(chosen(name, images), name, untrained, images).items():
         assert numbers["auc_low"] <= 0.5 <= numbers["auc_high"], (result, numbers)
+
+
+@pytest.mark.parametrize("name", [n for n, attack in ATTACKS.items() if attack.attacker is membership.single])
+def test_a_score_with_its_sign_flipped_catches_nobody(name, images, overfitted):
+    """The mirror image of being caught: the AUC is one minus what it was, and no threshold helps."""
+    straight = results(ATTACKS[name], name, overfitted, images)
+    for result, numbers in results(ATTACKS[name], name, overfitted, images, sign=-1).items():
+        assert numbers["auc"] == pytest.approx(1 - straight[result]["auc"])
+        assert numbers["auc"] < 0.1
+
+
+# The head fitted anew -----------------------------------------------------------------------------------------------
+
+
+def reprobed(model: Classifier, images, ruin: bool) -> Classifier:
+    """A copy whose source head is, if asked, ruined, and then fitted on the first HEAD images of both groups."""
+    copy = network()
+    copy.load_state_dict(model.state_dict())
+    copy.eval()
+    if ruin:
+        nn.init.zeros_(copy.heads["source"].weight)
+        nn.init.zeros_(copy.heads["source"].bias)
+    features = torch.cat([copy.embed(batch.x[:HEAD]) for batch in images])
+    labels = torch.cat([batch.y[:HEAD] for batch in images])
+    probe.refit(copy, features, labels, CLASSES)
+    return copy
+
+
+def test_reprobe_catches_what_a_ruined_head_hides(images, overfitted):
+    """With a head of zeros every loss is log 4, so the AUC is 0.5; the features still group members by their label."""
+    ruined = network()
+    ruined.load_state_dict(overfitted.state_dict())
+    ruined.eval().requires_grad_(False)
+    for parameter in ruined.heads["source"].parameters():
+        parameter.zero_()
+    rest = [part(batch, slice(HEAD, None)) for batch in images]
+    assert results(ATTACKS["loss"], "loss", ruined, rest)["loss"]["auc"] == 0.5
+    again = reprobed(overfitted, images, ruin=True)
+    assert results(ATTACKS["loss"], "loss", again, rest)["loss"]["auc"] > 0.9
+
+
+def test_reprobe_finds_nothing_in_features_that_never_saw_the_images(images, untrained):
+    rest = [part(batch, slice(HEAD, None)) for batch in images]
+    numbers = results(ATTACKS["loss"], "loss", reprobed(untrained, images, ruin=False), rest)["loss"]
+    assert numbers["auc_low"] <= 0.5 <= numbers["auc_high"]
+
+
+def test_the_new_head_is_scikit_learns_logistic_regression(images, overfitted):
+    """Same objective, standardised features, C = 1: the same logits up to a constant, here compared as probabilities."""
+    x, y = images[1].x, images[1].y
+    with torch.no_grad():
+        features = overfitted.embed(x)
+    standard = ((features - features.mean(0)) / features.std(0).clamp(min=1e-6)).numpy()
+    oracle = LogisticRegression(C=1.0, max_iter=5000, tol=1e-8).fit(standard, y.numpy())
+    model = network()
+    probe.refit(model, features, y, CLASSES)
+    ours = model.heads["source"](features).softmax(1).numpy()
+    np.testing.assert_allclose(ours, oracle.predict_proba(standard), atol=5e-3)
+
+
+# The single attacks -------------------------------------------------------------------------------------------------
+
+
+def test_cheap_signals_by_hand():
+    """p = (1/2, 1/4, 1/4) and label 0: loss log 2, entropy 1.5 log 2,
+    Mentr = ½ log 2 + 2 · ¼ log(4/3) = 0.4904; for p = (0, 1, 0) nearly and label 0 Mentr is large.
+    """
+    view = View.__new__(View)
+    view.logits, view.labels = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([0])
+    log2 = float(np.log(2))
+    assert signals.loss(view)["loss"].item() == pytest.approx(-log2)
+    assert signals.entropy(view)["entropy"].item() == pytest.approx(-1.5 * log2)
+    assert signals.max_softmax(view)["max-softmax"].item() == pytest.approx(0.5)
+    assert signals.modified_entropy(view)["modified-entropy"].item() == pytest.approx(-0.4904, abs=1e-4)
+    view.logits = torch.tensor([[-20.0, 20.0, -20.0]])
+    assert signals.modified_entropy(view)["modified-entropy"].item() < -30
+    view.logits = torch.tensor([[500.0, 0.0, 0.0]])
+    assert torch.isfinite(signals.modified_entropy(view)["modified-entropy"]).all()
+
+
+def test_the_seven_statistics_are_those_of_scipy():
+    """Of three pieces that are never joined; scipy joins them."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(3, *shape, generator=generator) * 1e-9 for shape in ((4, 5), (7,), (2, 3, 2))]
+    flat = torch.cat([p.flatten(1) for p in parts], 1).double().numpy()
+    expected = np.stack(
+        [
+            np.abs(flat).sum(1),
+            np.sqrt((flat**2).sum(1)),
+            np.abs(flat).max(1),
+            flat.mean(1),
+            scipy.stats.skew(flat, axis=1),
+            scipy.stats.kurtosis(flat, axis=1),
+            np.abs(flat).min(1),
+        ],
+        1,
+    )
+    np.testing.assert_allclose(gradients.seven(parts).numpy(), expected, rtol=1e-6)
+    assert torch.isfinite(gradients.seven([torch.zeros(2, 5)])).all()
+
+
+def test_per_image_gradients_are_those_of_a_loop(images, overfitted):
+    """Statistics of both gradients, in chunks that do not divide the batch, against one backward pass an image."""
+    batch = part(images[1], slice(0, 7))
+    by_weights, by_pixels = gradients.per_image(overfitted, batch.x, batch.y, chunk=3)
+    model = network()
+    model.load_state_dict(overfitted.state_dict())
+    model.eval()
+    owners = [p for n, p in model.named_parameters() if not n.startswith("heads.target")]
+    for place in range(7):
+        x = batch.x[place : place + 1].clone().requires_grad_()
+        loss = F.cross_entropy(model(x, "source"), batch.y[place : place + 1])
+        *by_owner, by_x = torch.autograd.grad(loss, [*owners, x])
+        for ours, theirs in ((by_weights, by_owner), (by_pixels, [by_x[0]])):
+            expected = gradients.seven([g[None] for g in theirs])[0]
+            torch.testing.assert_close(ours[place], expected, rtol=2e-3, atol=1e-6)
+
+
+def test_per_image_gradients_are_faster_than_one_image_at_a_time():
+    """The quickstart's network at batch 64: at least five times the same function called image by image, in CPU time.
+
+    Against a plain backward pass an image, which spares torch.func's overhead, it is about three times.
+    """
+    torch.manual_seed(0)
+    model = models.build("resnet8", {"source": 37}, width=16, image_size=16).eval()
+    x, y = torch.rand(64, 3, 16, 16), torch.randint(37, (64,))
+
+    def cost(chunk: int) -> float:
+        started = time.process_time()
+        gradients.per_image(model, x, y, chunk=chunk)
+        return time.process_time() - started
+
+    cost(64)
+    assert cost(1) / min(cost(64) for _ in range(3)) > 4  # 6 and more on a quiet machine
+
+
+def test_adversarial_distance_of_a_linear_model_is_the_distance_to_its_plane():
+    """Logits ±w·(x - 1/2): the boundary is the plane w·(x - 1/2) = 0, at |w·(x - 1/2)| / ‖w‖₁ in L∞ and / ‖w‖₂ in L2.
+
+    The images lie so near the middle that [0, 1] does not bind. A misclassified image has distance 0.
+    """
+
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(12, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x: Tensor, head: str) -> Tensor:
+            score = (x.flatten(1) - 0.5) @ self.w
+            return torch.stack([score, -score], 1)
+
+    model = Linear()
+    x = 0.5 + 0.1 * torch.rand(8, 3, 2, 2, generator=torch.Generator().manual_seed(1)) - 0.05
+    score = ((x.flatten(1) - 0.5) @ model.w).detach()
+    y = (score < 0).long()
+    y[0] = 1 - y[0]
+    linf, l2 = adversarial.minimal(model, x, y, steps=100)  # type: ignore[arg-type]
+    assert linf[0] == l2[0] == 0
+    torch.testing.assert_close(linf[1:], (score.abs() / model.w.detach().abs().sum())[1:], rtol=0.1, atol=1e-4)
+    torch.testing.assert_close(l2[1:], (score.abs() / model.w.detach().norm())[1:], rtol=0.1, atol=1e-4)
+    assert model.w.requires_grad
+
+
+def test_every_branch_of_the_white_box_attacker_learns_and_nothing_moves_when_it_answers(images, overfitted):
+    """The defects of the public code: branches in plain lists are never trained; dropout stays on in evaluation."""
+    seen = {n: v.double().numpy() for n, v in whitebox.observe(View(overfitted, [images[0]])).items()}
+    assert sum(name.startswith("stage") for name in seen) == 4  # stem and three stages
+    net = whitebox.Network({n: v.shape[1] for n, v in seen.items()})
+    inputs = whitebox._tensors(seen, {n: (v.mean(0), v.std(0) + 1e-6) for n, v in seen.items() if n != "label"})
+    net(inputs).sum().backward()
+    assert {n.split(".")[1] for n, _ in net.branches.named_parameters(prefix="branches")} == {*seen, "gradient"}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+    assert torch.equal(whitebox._answer(net, inputs), whitebox._answer(net, inputs))
+
+
+def test_the_last_layers_gradient_is_the_outer_product(images, overfitted):
+    """∂CE/∂W = (softmax - one-hot) ⊗ embedding, what the white-box attacker forms in batches."""
+    batch = part(images[1], slice(0, 1))
+    model = network()
+    model.load_state_dict(overfitted.state_dict())
+    model.eval()
+    (expected,) = torch.autograd.grad(
+        F.cross_entropy(model(batch.x, "source"), batch.y), [model.heads["source"].weight]
+    )
+    seen = whitebox.observe(View(model, [batch]))
+    error = seen["logits"].softmax(1) - F.one_hot(batch.y, CLASSES)
+    torch.testing.assert_close(error.T @ seen["embedding"], expected)
+
+
+def test_the_rmia_ratio_by_hand():
+    """a = 0.3: own 0.9, out 0.5 gives 0.9 / (½ (1.3 · 0.5 + 0.7)) = 0.9 / 0.675."""
+    assert reference.ratio(torch.tensor([0.9]), torch.tensor([0.5])).item() == pytest.approx(0.9 / 0.675)

@@ -1,46 +1,55 @@
+"""From scores to numbers: AUC, balanced accuracy, rates at low FPR, and how often their intervals are right."""
+
+from __future__ import annotations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from dtlctl.attacks.membership import judge
+from dtlctl.attacks.membership import (
+    ATTACKERS_SHARE,
+    Guess,
+    Known,
+    Verdict,
+    best_threshold,
+    grid,
+    judge,
+    single,
+    tpr_at,
+    trial,
+)
 
 few = st.lists(st.integers(-3, 3).map(float), min_size=4, max_size=12).map(np.array)
 
 
+def verdict(members, others, threshold: float = 0.0, seed: int = 0, rounds: int = 200) -> Verdict:
+    return judge(np.asarray(members, float), np.asarray(others, float), threshold, np.random.default_rng(seed), rounds)
+
+
 def test_auc_by_hand_with_a_tie():
-    """Members 1, 3 against 1, 2: of four duels, 1-1 is half, 1-2 lost, 3-1 and 3-2 won: 2.5 / 4. Twice each is the
-    same.
-    """
-    assert judge(np.array([1.0, 3.0] * 2), np.array([1.0, 2.0] * 2), 0).auc == 2.5 / 4
+    """Members 1, 3 against 1, 2: of four duels, 1-1 is half, 1-2 lost, 3-1 and 3-2 won: 2.5 / 4."""
+    assert verdict([1, 3], [1, 2]).auc == 2.5 / 4
 
 
 def test_perfect_separation_has_no_spread():
-    """The wrong way round, the AUC is 0, and the best that an attacker can do is to call everybody a member."""
-    high, low = np.full(5, 2.0), np.full(7, 1.0)
-    assert judge(high, low, 0) == (1, 1, 1, 1)
-    assert judge(low, high, 0) == (0, 0, 0, 0.5)
-    assert judge(np.arange(5.0, 10), np.arange(-5.0, 0), 0)[:3] == (1, 1, 1)
+    """The wrong way round, the AUC is 0, and at that threshold every call is wrong."""
+    assert verdict([2] * 5, [1] * 7, 1.5)[:6] == (1, 1, 1, 1, 1, 1)
+    assert verdict([1] * 5, [2] * 7, 1.5)[:6] == (0, 0, 0, 0, 0, 0)
 
 
 def test_a_constant_score_is_chance():
-    assert judge(np.zeros(6), np.zeros(4), 0) == (0.5, 0.5, 0.5, 0.5)
+    assert verdict([0] * 6, [0] * 4)[:6] == (0.5, 0.5, 0.5, 0.5, 0.5, 0.5)
 
 
 @settings(deadline=None, max_examples=100)
 @given(few, few, st.integers(0, 9))
 def test_auc_agrees_with_scikit_learn(members, others, seed):
-    verdict = judge(members, others, seed, rounds=10)
+    found = verdict(members, others, seed=seed, rounds=20)
     truth = np.repeat([1, 0], [len(members), len(others)])
-    assert verdict.auc == pytest.approx(roc_auc_score(truth, np.concatenate([members, others])))
-    assert 0 <= verdict.auc_low <= verdict.auc_high <= 1 and 0 <= verdict.balanced_accuracy <= 1
-
-
-def test_swapping_the_groups_mirrors_the_auc():
-    rng = np.random.default_rng(0)
-    members, others = rng.normal(0.3, 1, 50), rng.normal(0, 1, 40)
-    assert judge(members, others, 0).auc == pytest.approx(1 - judge(others, members, 0).auc)
+    assert found.auc == pytest.approx(roc_auc_score(truth, np.concatenate([members, others])))
+    assert 0 <= found.auc_low <= found.auc_high <= 1
 
 
 @pytest.mark.parametrize(("shift", "auc"), [(0.0, 0.5), (1.0, 0.7602)])
@@ -49,45 +58,92 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(shift, auc):
     deviation 2.2; 88 and up is allowed, for bootstrap intervals of 40 scores are a little short.
     """
     rng = np.random.default_rng(0)
-    verdicts = [judge(rng.normal(shift, 1, 40), rng.normal(0, 1, 40), seed, rounds=200) for seed in range(100)]
-    assert 88 <= sum(v.auc_low <= auc <= v.auc_high for v in verdicts) <= 99
+    found = [verdict(rng.normal(shift, 1, 40), rng.normal(0, 1, 40), seed=seed) for seed in range(100)]
+    assert 88 <= sum(v.auc_low <= auc <= v.auc_high for v in found) <= 99
 
 
-def test_the_interval_is_the_quantiles_of_the_bootstrap():
-    """Hanley and McNeil: var = (A(1-A) + (m-1)(Q1-A²) + (n-1)(Q2-A²)) / mn; of two uniform groups, 1/12 (1/m + 1/n)
-    about. With m = n = 200 that is a deviation of 0.0289, and 2 · 1.96 of it is 0.113 wide.
+def test_the_intervals_are_as_wide_as_theory_says():
+    """Hanley and McNeil for two uniform groups: variance 1/12 (1/m + 1/n) about; m = n = 200 gives 0.0289, and 3.92 of
+    it is 0.113. Balanced accuracy at the median: variance (1/4)(1/4)(1/m + 1/n), deviation 0.025, width 0.098.
     """
     rng = np.random.default_rng(0)
-    verdict = judge(rng.random(200), rng.random(200), 0)
-    assert verdict.auc_low < verdict.auc < verdict.auc_high
-    assert verdict.auc_high - verdict.auc_low == pytest.approx(0.113, rel=0.1)
+    found = verdict(rng.random(200), rng.random(200), 0.5, rounds=2000)
+    assert found.auc_high - found.auc_low == pytest.approx(0.113, rel=0.1)
+    assert found.balanced_accuracy_high - found.balanced_accuracy_low == pytest.approx(0.098, rel=0.1)
 
 
-def test_the_verdict_depends_on_the_seed_alone():
-    rng = np.random.default_rng(0)
-    members, others = rng.normal(0.5, 1, 30), rng.normal(0, 1, 30)
-    assert judge(members, others, 1) == judge(members, others, 1) != judge(members, others, 2)
-
-
-def test_the_threshold_comes_from_the_attackers_half():
-    """After the shuffle, even places are the attacker's half and odd ones are judged.
-
-    Attacker: members 8, 9, others 0, 1: the best threshold is 8. Judged: members 4, 9, others 0, 3: at 8 one member of
-    two and both others are right, 3/4. Their own best threshold, 4, would have claimed 1.
+def test_tpr_at_fpr_by_hand():
+    """100 others 0..99 and 1 %: one may be called a member, so the threshold is 98. Of members 98, 98.5, 99.5, 200
+    three lie above it, of ties none. Clopper-Pearson for 3 of 4: 0.1941 to 0.9937.
     """
-    order = np.random.default_rng(5)
-    groups = []
-    for shuffled in ([8.0, 4, 9, 9], [0.0, 0, 1, 3]):
-        group = np.empty(4)
-        group[order.permutation(4)] = shuffled
-        groups.append(group)
-    assert judge(*groups, seed=5).balanced_accuracy == 0.75
+    point = tpr_at(np.array([98, 98.5, 99.5, 200]), np.arange(100.0), 0.01)
+    assert point == pytest.approx((0.75, 0.1941, 0.9937), abs=1e-4)
+
+
+def test_a_rate_that_the_others_cannot_resolve_is_none():
+    """Below 1/FPR non-members, not one false positive is allowed: there is nothing to measure."""
+    members = np.full(50, 1e9)
+    assert tpr_at(members, np.arange(99.0), 0.01) is None
+    assert tpr_at(members, np.arange(100.0), 0.01) is not None
+    assert tpr_at(members, np.arange(999.0), 0.001) is None
+    assert tpr_at(members, np.arange(1000.0), 0.001) is not None
+
+
+def test_the_roc_curve_meets_its_grid():
+    """10 others 0..9, members 0.5..9.5: above all but k of the others lie k + 1 members; at rate 1, everybody."""
+    found = verdict(np.arange(10) + 0.5, np.arange(10.0))
+    assert grid(10)[0] == 0.1
+    assert grid(10)[-1] == 1
+    assert found.roc[0] == pytest.approx(0.2)  # one other may pass: above 8 lie 8.5 and 9.5
+    assert found.roc[-1] == 1
+
+
+def test_the_threshold_maximises_balanced_accuracy():
+    """Members 8, 9, others 0, 1: half-way between 1 and 8."""
+    assert best_threshold(np.array([8.0, 9]), np.array([0.0, 1])) == 4.5
+
+
+def test_the_attacker_sees_his_share_and_is_judged_on_the_rest():
+    """20 members and 10 others: 8 and 4 are known, 12 and 6 judged, in new splits each time."""
+    met = []
+
+    def attacker(known: Known, seen: dict[str, np.ndarray], seed: int) -> Guess:
+        met.append((known, seen, seed))
+        assert not set(known.seen["id"]) & set(seen["id"])
+        return Guess(known.seen["id"], known.member, seen["id"])
+
+    found = trial({"id": np.arange(100.0, 120)}, {"id": np.arange(10.0)}, attacker, 3, 0)
+    assert ATTACKERS_SHARE == 0.4
+    for known, seen, _ in met:
+        assert known.member.sum() == 8
+        assert len(known.member) == 12
+        assert ((known.seen["id"] >= 100) == known.member).all()
+        assert len(seen["id"]) == 18
+        assert (seen["id"][:12] >= 100).all()
+    assert len({tuple(seen["id"]) for _, seen, _ in met}) == 3
+    assert len({seed for _, _, seed in met}) == 3
+    assert found["auc"] == found["balanced_accuracy"] == 1
+    assert found["repeats"] == 3
+    assert found["tpr_at_0.01"] is None
 
 
 def test_noise_gives_an_accuracy_of_one_half_in_the_mean():
-    """400 rounds of 8 against 8: four scores a group judge, deviation about 0.17 / sqrt(400) = 0.009. A threshold
-    fitted to the judged half would claim well above 0.6.
+    """400 repeats on 20 against 20, redrawn ten times: a threshold fitted to the judged images would claim well above
+    0.6.
     """
     rng = np.random.default_rng(0)
-    accuracies = [judge(rng.random(8), rng.random(8), seed, rounds=1).balanced_accuracy for seed in range(400)]
-    assert np.mean(accuracies) == pytest.approx(0.5, abs=0.035)
+    found = [trial({"s": rng.random(20)}, {"s": rng.random(20)}, single, 40, n)["balanced_accuracy"] for n in range(10)]
+    assert np.mean(found) == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_document_depends_on_the_seed_alone_and_is_json():
+    import json
+
+    rng = np.random.default_rng(0)
+    groups = {"s": rng.normal(0.5, 1, 300)}, {"s": rng.normal(0, 1, 300)}
+    first = trial(*groups, single, 4, 1)
+    assert json.loads(json.dumps(first, allow_nan=False)) == first
+    assert first == trial(*groups, single, 4, 1) != trial(*groups, single, 4, 2)
+    assert 0 < first["tpr_at_0.01"]["low"] < first["tpr_at_0.01"]["tpr"] < first["tpr_at_0.01"]["high"] < 1
+    assert first["tpr_at_0.001"] is None  # 180 others are judged
+    assert len(first["roc"]["fpr"]) == len(first["roc"]["tpr"])

@@ -96,6 +96,9 @@ MISTAKES = {
     "audit.models=['TGT']": "audit.models: TGT never saw the source; there is nothing to infer",
     "dispose.tl.steps=5": "dispose.tl: the name belongs to a reference model; choose another",
     "audit.attacks=['los']": "audit.attacks.0: 'los' is not valid; did you mean 'loss'?",
+    "audit.modes=['reprob']": "audit.modes.0: 'reprob' is not valid; did you mean 'reprobe'?",
+    "audit.attacks=['rmia']": 'audit: the attack "rmia" and references > 0 belong together; give both or neither',
+    "audit.references=3": "audit: references = 3 is odd; they are trained in pairs",
 }
 
 

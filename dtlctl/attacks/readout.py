@@ -37,7 +37,7 @@ def uncertainty(lab: Experiment, model: Classifier) -> dict[str, float]:
 def relearning(lab: Experiment, name: str, settings: Audit) -> dict[str, Any] | None:
     """Train the model on the source again and count steps until 95 % of the pre-trained model's Acc_s is back.
 
-    All weights, plain cross-entropy, a constant learning rate, batches of 64; Acc_s is that of at most 1,000 fixed test
+    All weights, plain cross-entropy, a constant learning rate, batches of 64; Acc_s is that of at most 500 fixed test
     images, ten times on the way. {"goal", "steps" (None: not within the budget), "budget", "curve": [[step, Acc_s],
     ...]}, accuracies in %; None when the recipe asks for no steps.
     """
@@ -48,7 +48,7 @@ def relearning(lab: Experiment, name: str, settings: Audit) -> dict[str, Any] | 
     plan = Training(steps=settings.relearn_steps, batch_size=64, lr=settings.relearn_lr, schedule="constant")
     batches = lab.batches("source", plan.batch_size, "audit/relearn")
     test = len(lab.images("source", "test").labels)
-    rows = np.sort(np.random.default_rng(lab.seed("audit/relearn/test")).permutation(test)[:1000])
+    rows = np.sort(np.random.default_rng(lab.seed("audit/relearn/test")).permutation(test)[:500])
 
     def accuracy(step: int) -> dict[str, float]:
         return {"acc_s": lab.engine.accuracy(model, "source", lab.split("source", "test", rows))}
