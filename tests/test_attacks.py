@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
+
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
 
 from dtlctl import models
-from dtlctl.attacks import membership, reference
+from dtlctl.attacks import adversarial, gradients, membership, probe, reference, signals, whitebox
 from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import View
 from dtlctl.data.tensors import Batch
@@ -154,7 +159,7 @@ def test_reprobe_finds_nothing_in_features_that_never_saw_the_images(images, unt
 
 
 def test_the_new_head_is_scikit_learns_logistic_regression(images, overfitted):
-    """Same objective, standardised features, C = 1: the same logits up to a constant, here compared as probabilities."""
+    """Same objective, standardised features, C = 1: the same probabilities."""
     x, y = images[1].x, images[1].y
     with torch.no_grad():
         features = overfitted.embed(x)
@@ -264,8 +269,8 @@ def test_adversarial_distance_of_a_linear_model_is_the_distance_to_its_plane():
     y[0] = 1 - y[0]
     linf, l2 = adversarial.minimal(model, x, y, steps=100)  # type: ignore[arg-type]
     assert linf[0] == l2[0] == 0
-    torch.testing.assert_close(linf[1:], (score.abs() / model.w.detach().abs().sum())[1:], rtol=0.1, atol=1e-4)
-    torch.testing.assert_close(l2[1:], (score.abs() / model.w.detach().norm())[1:], rtol=0.1, atol=1e-4)
+    torch.testing.assert_close(linf[1:], (score.abs() / model.w.detach().abs().sum())[1:], rtol=0.1, atol=1e-3)
+    torch.testing.assert_close(l2[1:], (score.abs() / model.w.detach().norm())[1:], rtol=0.1, atol=1e-3)
     assert model.w.requires_grad
 
 

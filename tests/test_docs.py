@@ -230,7 +230,7 @@ def test_the_tutorial_shows_the_files_of_the_quickstart():
     shown = [path for line in blocks(rest, "text")[0].splitlines()[1:] for path in expand(line.strip())]
     plan = [job.path for job in jobs(load(ROOT / "recipes/quickstart.toml"))]
     weights = [path.replace(".json", ".safetensors") for path in plan if path.endswith("model.json")]
-    report = ["table.md", "table.json", "piggyback.png", "piggyback.svg"]
+    report = ["table.md", "table.json", "piggyback.png", "piggyback.svg", "audit.md", "roc.png", "roc.svg"]
     assert sorted(shown) == sorted(["recipe.json", *plan, *weights, *(f"report/{name}" for name in report)])
 
 
