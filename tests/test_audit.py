@@ -1,0 +1,127 @@
+"""The audit stage from end to end, what it refuses, and what the report makes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dtlctl import report, report_audit
+from dtlctl.errors import CheckpointError, DataError
+from dtlctl.experiment import Experiment
+from dtlctl.loading import load
+from dtlctl.stages import run
+
+EVERYTHING = (
+    'audit={attacks=["loss", "entropy", "modified-entropy", "max-softmax", "adv-dist", "grad-w", "grad-x", "wb", '
+    '"rmia"], modes=["as-is", "reprobe"], repeats=2, '
+    " wb_repeats=1, adv_steps=2, references=2, relearn_steps=4, images=40}"
+)
+
+
+def lab(recipe_file: Path, *overrides: str) -> Experiment:
+    return Experiment(load(recipe_file, list(overrides)), recipe_file.parent / "runs", quiet=True)
+
+
+def pretrained(recipe_file: Path, *overrides: str) -> Experiment:
+    experiment = lab(recipe_file, *overrides)
+    experiment.begin(("pretrain",), ())
+    run(experiment, ("pretrain",))
+    return experiment
+
+
+def metrics(experiment: Experiment, model: str) -> dict:
+    return json.loads((experiment.folder / "audit" / f"{model}.json").read_text())["metrics"]
+
+
+def test_every_attack_in_both_modes(recipe_file: Path, tmp_path: Path):
+    """100 members and 797 others at hand: 100 of each, 20 for the head, 40 attacked, 24 judged a split."""
+    experiment = pretrained(recipe_file, EVERYTHING)
+    run(experiment, ("audit",), only=("pre",))
+    found = metrics(experiment, "pre")
+    names = {*experiment.recipe.audit.attacks, "adv-dist-l2"}
+    assert names == report_audit._results(found, "as-is").keys() == found["reprobe"].keys()
+    assert found["members"] == found["others"] == 40
+    assert found["source_head"] == "trained"
+    assert found["loss"]["tpr_at_0.01"] is None
+    assert found["relearning"]["steps"] == 0  # the pre-trained model has nothing to relearn
+    assert 0 < found["entropy_readout"]["share_of_log_k"] < 1
+    assert set(found["cost"]) == {"as-is", "reprobe", "cpu_seconds"}
+    report.write(report.summarise([experiment.folder]), tmp_path / "out", [experiment.folder])
+    page = (tmp_path / "out" / "audit.md").read_text()
+    assert "n/a (needs ≥ 1000)" in page
+    assert "nan" not in page.lower().replace("dominan", "")
+    for part in report_audit.tables(report_audit.read(experiment.folder)):
+        assert part in page
+    assert (tmp_path / "out" / "roc.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_too_few_images_are_counted(recipe_file: Path):
+    experiment = pretrained(recipe_file, "data.source.fraction=0.01", "pretrain.batch_size=4")
+    message = "audit/pre: 10 members and 797 non-members are too few; 20 of each are needed"
+    with pytest.raises(DataError, match=message):
+        run(experiment, ("audit",), only=("pre",))
+
+
+def test_a_model_without_a_source_head_is_refused_unless_one_is_fitted(recipe_file: Path, monkeypatch):
+    experiment = pretrained(recipe_file)
+    original = experiment.load_model
+
+    def headless(name: str, **settings):
+        model = original(name, **settings)
+        del model.heads["source"]
+        return model
+
+    monkeypatch.setattr(experiment, "load_model", headless)
+    with pytest.raises(CheckpointError, match="audit/pre: pre has no source head to attack"):
+        run(experiment, ("audit",), only=("pre",))
+    again = lab(recipe_file, 'audit.modes=["reprobe"]')
+    monkeypatch.setattr(again, "load_model", headless)
+    run(again, ("audit",), only=("pre",))
+    found = metrics(again, "pre")
+    assert found["source_head"] == "missing"
+    assert "loss" in found["reprobe"]
+    assert "loss" not in found
+
+
+def test_splits_that_were_prepared_differently_are_refused(recipe_file: Path, monkeypatch):
+    """Test images a third darker than training images: no attack on the model is needed to tell them apart."""
+    experiment = pretrained(recipe_file)
+    original = experiment.images
+
+    def darker(role: str, split: str):
+        images = original(role, split)
+        if split == "train":
+            return images
+        return images._replace(pixels=(np.asarray(images.pixels) * 0.67).astype(np.uint8))
+
+    monkeypatch.setattr(experiment, "images", darker)
+    with pytest.raises(DataError, match=r"train and test images differ without any model \(AUC (0\.[89]|1)") as error:
+        run(experiment, ("audit",), only=("pre",), force=True)
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_a_head_that_was_never_trained_is_said_to_be_so(recipe_file: Path):
+    change = 'dispose={rand={steps=2, init="fresh", lambda=0.0, unlearn={kind="none"}}}'
+    experiment = lab(recipe_file, change)
+    experiment.begin(("pretrain",), ())
+    run(experiment, ("pretrain", "finetune", "dispose", "audit"), only=("pre", "TL", "rand"))
+    assert metrics(experiment, "rand")["source_head"] == "never trained"
+    assert metrics(experiment, "TL")["source_head"] == "trained"
+
+
+def test_two_processes_find_what_one_finds(recipe_file: Path, dtlctl):
+    change = 'audit={attacks=["loss", "grad-w"], modes=["as-is", "reprobe"], repeats=2, relearn_steps=0}'
+    pretrained(recipe_file, change)
+    found = []
+    for processes in (1, 2):
+        result = dtlctl("audit", recipe_file, "--only", "pre", "--set", change, "--force", processes=processes)
+        assert result.returncode == 0, result.stderr
+        sidecar = json.loads((recipe_file.parent / result.stdout.strip()).read_text())
+        assert sidecar["processes"] == processes
+        found.append(sidecar["metrics"])
+    for one, two in ((m[0], m[1]) for m in (found, [f["reprobe"] for f in found])):
+        for attack in ("loss", "grad-w"):
+            assert two[attack]["auc"] == pytest.approx(one[attack]["auc"], abs=0.01)
