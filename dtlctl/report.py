@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -146,14 +147,14 @@ def _rows(run: Path, recipe: Recipe) -> dict[str, Row]:
 def _belongs(sidecar: Row, job: Job[Any], recipe: Recipe, weights: dict[str, str]) -> bool:
     """Whether the result was made as the run's recipe now says, from the model that is there now."""
     described = all(sidecar.get(name) == value for name, value in job.described(recipe).items() if name != "settings")
-    described = described and _as_settled(sidecar.get("settings"), job) == job.described(recipe)["settings"]
+    described = described and _described(sidecar, job, recipe) == job.described(recipe)
     return described and (job.parent is None or sidecar["parent"].get(job.parent) == weights.get(job.parent))
 
 
-def _as_settled(settings: Any, job: Job[Any]) -> Any:
-    """A result's settings with every key that is younger than the result at its default."""
+def _described(sidecar: Row, job: Job[Any], recipe: Recipe) -> Row | None:
+    """What the job would be with the result's settings; a key that is younger than the result is at its default."""
     try:
-        return type(job.settings).model_validate(settings).model_dump(mode="json", by_alias=True, exclude={"models"})
+        return replace(job, settings=type(job.settings).model_validate(sidecar.get("settings"))).described(recipe)
     except ValueError:
         return None
 
