@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dtlctl import bench, report
+from dtlctl import bench, report, report_audit
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted({path.parent.parent for path in (ROOT / "docs" / "results").glob("*/*/recipe.json")})
@@ -18,6 +18,8 @@ def test_a_study_shows_the_table_of_its_sidecars(study: Path):
     runs = sorted(path.parent for path in study.glob("*/recipe.json"))
     page = study.with_suffix(".md").read_text(encoding="utf-8")
     for part in report.markdown(report.summarise(runs)).strip().split("\n\n"):
+        assert part in page, f"{study.name}: the page does not show\n{part}"
+    for part in (p for run in runs if (audits := report_audit.read(run)) for p in report_audit.tables(audits)):
         assert part in page, f"{study.name}: the page does not show\n{part}"
 
 
