@@ -140,12 +140,15 @@ def _rows(run: Path, recipe: Recipe) -> dict[str, Row]:
         if "weights_sha256" in sidecar:
             weights[job.model] = sidecar["weights_sha256"]
         row, metrics = rows[job.model], sidecar["metrics"]
-        if job.stage == "piggyback":
-            row["piggyback"][job.dataset.partition(".")[2]] = metrics["acc_pl"]
-        elif job.stage == "audit":
-            row["audit_auc"] = metrics["loss"]["auc"]
-        else:
-            row.update(metrics)
+        try:
+            if job.stage == "piggyback":
+                row["piggyback"][job.dataset.partition(".")[2]] = float(metrics["acc_pl"])
+            elif job.stage == "audit":
+                row["audit_auc"] = float(metrics["loss"]["auc"])
+            else:
+                row.update({name: float(value) for name, value in metrics.items()})
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{run / job.path}: not the metrics of {job.stage}; delete it") from None
     return {model: row for model, row in rows.items() if row["piggyback"] or len(row) > 2}
 
 

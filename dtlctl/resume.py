@@ -50,7 +50,7 @@ class Document(Strict):
     processes: int = Field(ge=1)
     step: int = Field(ge=0)
     lrs: list[float]
-    rows: list[dict[str, float]]
+    rows: list[dict[str, int | float]]
     sums: list[str]
     seconds: float = Field(ge=0)
 
@@ -83,7 +83,7 @@ class Memory:
 
     def save(self, crew: Crew, state: State, model: nn.Module, optimizer: Optimizer) -> None:
         """Called by all processes, written by the main one. Raises CheckpointError; the earlier state is intact."""
-        names = sorted(state.sums)
+        names = list(state.sums)
         sums = torch.stack([state.sums[name] for name in names]) if names else torch.zeros(0, device=crew.device)
         tensors = {
             "random": crew.gather(_random(crew.device)[None]),
