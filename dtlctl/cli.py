@@ -208,3 +208,5 @@ def main() -> None:
         where = "" if _is_main() else f"[process {os.environ['RANK']}] "
         print(f"{where}error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    finally:
+        stop.finish()

@@ -73,7 +73,7 @@ class Engine:
         """
         if self.processes == 1:
             return code
-        flag, most = torch.tensor([code]), torch.distributed.ReduceOp.MAX
+        flag, most = torch.tensor([int(code)]), torch.distributed.ReduceOp.MAX
         work = torch.distributed.all_reduce(flag, most, group=self._control, async_op=True)
         assert work is not None
         while patient and not work.is_completed():

@@ -25,9 +25,14 @@ class _Now:
 
 def listen() -> None:
     """Take SIGINT and SIGTERM from here on."""
-    _Now.noted = 0
+    _Now.noted = _Now.depth = 0
     for signum in SIGNALS:
         signal.signal(signum, _note)
+
+
+def finish() -> None:
+    """From here on a signal changes nothing: the process is on its way out."""
+    _Now.depth += 1
 
 
 def pending() -> int:
