@@ -339,7 +339,7 @@ def main() -> None:
         import torch
 
         about = {
-            "command": "python -m tests.reliability.faults --json docs/results/reliability/faults.json",
+            "command": " ".join(["python -m tests.reliability.faults", *sys.argv[1:]]),
             "seed": options.seed,
             "torch": torch.__version__,
             "python": platform.python_version(),
