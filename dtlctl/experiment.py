@@ -205,19 +205,12 @@ class Experiment:
                 return {}
             return {name: self.accuracy(model, head, role) for name, (head, role) in measures.items()}
 
-        key = checkpoint.key({"job": self.key(job), "part": part})
-        memory = Memory(self.scratch(job) / f"{part or 'state'}.safetensors", key, self.recipe.checkpoint_minutes)
+        file = self.scratch(job) / f"{part or 'state'}.safetensors"
+        memory = Memory(file, checkpoint.key({self.key(job): part}), self.recipe.checkpoint_minutes)
         with self.progress(job.title, steps) as bar:
+            size = batches.batch_size
             history = self.engine.train(
-                model,
-                objective,
-                job.settings,
-                steps,
-                batches.batch_size,
-                bar,
-                evaluate,
-                memory=memory,
-                state=state,
+                model, objective, job.settings, steps, size, bar, evaluate, memory=memory, state=state
             )
         return history, {name: history.rows[-1][name] for name in measures}
 

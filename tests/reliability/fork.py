@@ -44,10 +44,10 @@ def call(*arguments: object, folder: Path, fault: str = "") -> Outcome:
 
 
 def _be(arguments: tuple[object, ...], folder: Path, fault: str, paths: list[Path]) -> None:
-    from dtlctl.cli import main
-
     code = 99
     try:
+        from dtlctl.cli import main
+
         os.chdir(folder)
         for number, path in enumerate(paths, 1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -73,6 +73,7 @@ def warm_up() -> None:
     import torch
     import torchvision  # noqa: F401
 
+    import dtlctl.cli
     import dtlctl.preview
     import dtlctl.report
     import dtlctl.stages.audit
