@@ -4,7 +4,8 @@
 
 Every fault is one entry {"group", "fault", "expected", "happened", "ok", "lost", "mixed", "traceback", "hang"}:
 `lost` a checkpoint or a state that was there and is gone, or a result that differs from the undisturbed one; `mixed`
-weights beside the sidecar of others. `--group NAME` does one group, `--every N` a part of it, drawn with `--seed`.
+weights beside the sidecar of others. `--group NAME` does one group, `--group NAME:N` one in N of its faults, drawn
+with `--seed`.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ Entry = dict[str, Any]
 class Bench:
     """A folder with the tiny recipe and a finished run of it, `ref`, to which everything is compared."""
 
-    def __init__(self, seed: int, every: int):
-        self.folder, self.random, self.every = Path(tempfile.mkdtemp()), random.Random(seed), every
+    def __init__(self, seed: int):
+        self.folder, self.random, self.every = Path(tempfile.mkdtemp()), random.Random(seed), 1
         self.count = 0
         (self.folder / "tiny.toml").write_text(TINY)
         made = call("run", "tiny.toml", "--set", "name=ref", "--quiet", folder=self.folder)
@@ -304,6 +305,22 @@ def own_lines(text: str) -> list[str]:
     return head.splitlines()
 
 
+def keep(path: Path, seed: int, entries: list[Entry]) -> None:
+    """Everything so far, as JSON."""
+    import torch
+
+    about = {
+        "command": " ".join(["python -m tests.reliability.faults", *sys.argv[1:]]),
+        "seed": seed,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": "cpu",
+        "faults": entries,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+
+
 GROUPS: dict[str, Callable[[Bench], Iterator[Entry]]] = {
     "kills": kills,
     "publishing": publishing,
@@ -317,37 +334,27 @@ GROUPS: dict[str, Callable[[Bench], Iterator[Entry]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group", choices=GROUPS, action="append")
-    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--group", metavar="|".join(GROUPS), action="append")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warm_up()
-    bench = Bench(options.seed, options.every)
+    bench = Bench(options.seed)
     entries: list[Entry] = []
     started = time.monotonic()
     try:
-        for group in options.group or GROUPS:
+        for wanted in options.group or GROUPS:
+            group, _, every = wanted.partition(":")
+            bench.every = int(every or 1)
             for made in GROUPS[group](bench):
                 entries.append(made)
                 print(("ok   " if made["ok"] else "WRONG"), made["group"], made["fault"], made["happened"], flush=True)
+                if options.json:
+                    keep(options.json, options.seed, entries)
     finally:
         shutil.rmtree(bench.folder)
     bad = [e for e in entries if not e["ok"]]
     print(f"{len(entries)} faults, {len(bad)} not as promised, {time.monotonic() - started:.0f} s")
-    if options.json:
-        import torch
-
-        about = {
-            "command": " ".join(["python -m tests.reliability.faults", *sys.argv[1:]]),
-            "seed": options.seed,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": "cpu",
-            "faults": entries,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     sys.exit(bool(bad))
 
 

@@ -56,12 +56,13 @@ def test_the_faults_are_many_and_nothing_was_lost():
     assert not [e for e in every if not e["ok"] or e["lost"] or e["mixed"] or e["traceback"] or e["hang"]]
 
 
-@pytest.mark.parametrize(("groups", "every"), [
-    (["kills", "publishing", "signals", "disk", "files", "recipes"], 25), (["processes"], 6),
-])  # fmt: skip
-def test_a_sample_of_the_faults(groups: list[str], every: int):
+CRASHES = ["kills:35", "publishing:30", "signals:20", "disk:12", "files:25", "recipes:25"]
+
+
+@pytest.mark.parametrize("groups", [CRASHES, ["processes:6"]], ids=["one process", "two processes"])
+def test_a_sample_of_the_faults(groups: list[str]):
     chosen = [word for group in groups for word in ("--group", group)]
-    command = [sys.executable, "-m", "tests.reliability.faults", *chosen, "--every", str(every), "--seed", "1"]
+    command = [sys.executable, "-m", "tests.reliability.faults", *chosen, "--seed", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("\nok ") + done.stdout.startswith("ok ") >= 1
+    assert done.stdout.startswith("ok ")
