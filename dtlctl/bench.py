@@ -86,6 +86,7 @@ def measure(
                         parameter.grad = grad
                     errors[cell] = bench.error(references[1])
             progress.advance(1)
+            progress.show({f"{way} c={c}": seconds[cell][-1] if turn else 0.0})
     base = median(seconds["ce", 1])
     rows = [
         {
