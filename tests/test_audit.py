@@ -27,8 +27,8 @@ def lab(recipe_file: Path, *overrides: str) -> Experiment:
 
 def pretrained(recipe_file: Path, *overrides: str) -> Experiment:
     experiment = lab(recipe_file, *overrides)
-    experiment.begin(("pretrain",), ())
-    run(experiment, ("pretrain",))
+    with experiment.opened(("pretrain",), ()):
+        run(experiment, ("pretrain",))
     return experiment
 
 
@@ -106,8 +106,8 @@ def test_splits_that_were_prepared_differently_are_refused(recipe_file: Path, mo
 def test_a_head_that_was_never_trained_is_said_to_be_so(recipe_file: Path):
     change = 'dispose={rand={steps=2, init="fresh", lambda=0.0, unlearn={kind="none"}}}'
     experiment = lab(recipe_file, change)
-    experiment.begin(("pretrain",), ())
-    run(experiment, ("pretrain", "finetune", "dispose", "audit"), only=("pre", "TL", "rand"))
+    with experiment.opened(("pretrain",), ()):
+        run(experiment, ("pretrain", "finetune", "dispose", "audit"), only=("pre", "TL", "rand"))
     assert metrics(experiment, "rand")["source_head"] == "never trained"
     assert metrics(experiment, "TL")["source_head"] == "trained"
 
