@@ -21,7 +21,8 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
 
     {"recipe": ..., "seeds": [...], "rows": [{"model", "acc_s", "acc_t", "piggyback": {name: %}, "audit_auc"}, ...]}:
     accuracies in %, means over seeds; with several seeds each number x has x_ci, the half width of its 95 % t
-    interval. A number that was not measured is left out.
+    interval. A number that was not measured is left out. "audits_sha256" stands for all that audit.md and the ROC
+    curves show besides.
     """
     recipes = [_recipe(run) for run in runs]
     plain = [{**r.resolved(), "seed": 0, "name": "", "checkpoint_minutes": 0} for r in recipes]
@@ -30,7 +31,13 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
             raise RecipeError(f"{run}: its recipe differs from {runs[0]} in more than the seed; report them separately")
     tables = [_rows(run, recipe) for run, recipe in zip(runs, recipes, strict=True)]
     rows = [_average([table[model] for table in tables]) for model in tables[0] if all(model in t for t in tables)]
-    return {"recipe": recipes[0].resolved(), "seeds": [r.seed for r in recipes], "rows": rows}
+    audits = checkpoint.key({run.name: report_audit.read(run) for run in runs})
+    return {
+        "recipe": recipes[0].resolved(),
+        "seeds": [r.seed for r in recipes],
+        "rows": rows,
+        "audits_sha256": audits,
+    }
 
 
 def write(table: dict[str, Any], folder: Path, runs: list[Path]) -> None:
@@ -47,7 +54,7 @@ def write(table: dict[str, Any], folder: Path, runs: list[Path]) -> None:
 
 
 def is_current(table: dict[str, Any], folder: Path) -> bool:
-    """Whether the folder holds the report of this table."""
+    """Whether the folder holds the report of this table, and of the same audits."""
     try:
         return (folder / "table.json").read_text(encoding="utf-8") == dump(table)
     except (OSError, ValueError):

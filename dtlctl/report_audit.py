@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from dtlctl import checkpoint
 from dtlctl.attacks.membership import RATES
 
 Audits = dict[str, dict[str, Any]]
@@ -22,20 +22,22 @@ def write(runs: list[Path], folder: Path) -> None:
     if not found:
         return
     parts = [text for run, audits in found for text in ([f"## {run.name}"] if len(found) > 1 else []) + tables(audits)]
-    (folder / "audit.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    checkpoint.write(folder / "audit.md", ("\n\n".join(parts) + "\n").encode())
     chart(found[0][1], folder)
 
 
 def read(run: Path) -> Audits:
-    """The audits under a run's folder whose models are still those that were audited."""
+    """The audits under a run's folder whose models are still those that were audited.
+
+    Raises CheckpointError for a file there that is no sidecar.
+    """
     found: Audits = {}
     for path in sorted((run / "audit").glob("*.json"), key=lambda p: (_rank(p.stem), p.stem)):
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
-        model = run / {"pre": "pretrain", "TL": "finetune"}.get(path.stem, f"dispose/{path.stem}") / "model.json"
-        if "blind" not in sidecar["metrics"] or not model.exists():
+        place = {"pre": "pretrain", "TL": "finetune"}.get(path.stem, f"dispose/{path.stem}")
+        sidecar, model = checkpoint.read_sidecar(path), checkpoint.read_sidecar(run / place / "model.json")
+        if not sidecar or not model or "blind" not in sidecar["metrics"]:
             continue
-        weights = json.loads(model.read_text(encoding="utf-8"))["weights_sha256"]
-        if weights == sidecar["parent"].get(path.stem):
+        if model.get("weights_sha256") == sidecar["parent"].get(path.stem):
             found[path.stem] = sidecar["metrics"]
     return found
 

@@ -125,3 +125,20 @@ def test_two_processes_find_what_one_finds(recipe_file: Path, dtlctl):
     for one, two in ((m[0], m[1]) for m in (found, [f["reprobe"] for f in found])):
         for attack in ("loss", "grad-w"):
             assert two[attack]["auc"] == pytest.approx(one[attack]["auc"], abs=0.01)
+
+
+def test_a_report_is_out_of_date_when_any_attack_says_something_else(recipe_file: Path, tmp_path: Path):
+    """The table holds the AUC of the loss alone; audit.md and the curves hold all attacks."""
+    experiment = pretrained(recipe_file)
+    run(experiment, ("audit",), only=("pre",))
+    report.write(table := report.summarise([experiment.folder]), tmp_path / "out", [experiment.folder])
+    assert report.is_current(report.summarise([experiment.folder]), tmp_path / "out")
+    path = experiment.folder / "audit" / "pre.json"
+    sidecar = json.loads(path.read_text())
+    sidecar["metrics"]["blind"]["auc"] = 0.123
+    path.write_text(json.dumps(sidecar))
+    changed = report.summarise([experiment.folder])
+    assert changed["rows"] == table["rows"]
+    assert not report.is_current(changed, tmp_path / "out")
+    report.write(changed, tmp_path / "out", [experiment.folder])
+    assert "0.123" in (tmp_path / "out" / "audit.md").read_text()
