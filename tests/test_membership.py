@@ -96,6 +96,7 @@ def test_the_roc_curve_meets_its_grid():
     assert grid(10)[-1] == 1
     assert found.roc[0] == pytest.approx(0.2)  # one other may pass: above 8 lie 8.5 and 9.5
     assert found.roc[-1] == 1
+    assert verdict(np.arange(7) + 0.5, np.arange(7.0)).roc[0] == pytest.approx(2 / 7)  # 1/7 has no end in decimals
 
 
 def test_the_threshold_maximises_balanced_accuracy():

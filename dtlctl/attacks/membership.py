@@ -102,7 +102,7 @@ def judge(
         float(low[1]),
         float(high[1]),
         tuple(tpr_at(members, others, rate) for rate in RATES),
-        tuple(float(_caught(members, others, int(rate * len(others))).mean()) for rate in grid(len(others))),
+        tuple(float(_caught(members, others, int(rate * len(others) + 1e-9)).mean()) for rate in grid(len(others))),
     )
 
 
@@ -122,7 +122,7 @@ def tpr_at(members: np.ndarray, others: np.ndarray, rate: float) -> tuple[float,
 
 def grid(others: int, points: int = 16) -> list[float]:
     """False positive rates that so many non-members resolve, evenly spaced on a logarithmic axis from 1/N to 1."""
-    return [round(float(rate), 6) for rate in np.geomspace(1 / others, 1, points)]
+    return np.geomspace(1 / others, 1, points).tolist()
 
 
 def summarise(verdicts: Sequence[Verdict], others: int) -> dict[str, Any]:
@@ -138,7 +138,10 @@ def summarise(verdicts: Sequence[Verdict], others: int) -> dict[str, Any]:
         mean = None if None in points else np.mean(np.array(points), axis=0).tolist()
         document[f"tpr_at_{rate:g}"] = mean and dict(zip(("tpr", "low", "high"), mean, strict=True))
     curve = np.mean([verdict.roc for verdict in verdicts], axis=0)
-    document["roc"] = {"fpr": grid(others), "tpr": [round(float(value), 4) for value in curve]}
+    document["roc"] = {
+        "fpr": [round(rate, 6) for rate in grid(others)],
+        "tpr": [round(float(value), 4) for value in curve],
+    }
     return document
 
 
