@@ -67,7 +67,7 @@ def audit(lab: Experiment, job: Job[Audit]) -> None:
 
 
 def _groups(lab: Experiment, job: Job[Audit]) -> Groups:
-    """Equally many images of both groups, drawn at random; a fifth of them for the attacker's own head."""
+    """Equally many images of both groups, drawn at random; in reprobe mode a fifth is for the attacker's own head."""
     train, test = lab.index("source"), np.arange(len(lab.images("source", "test").labels))
     count = min(len(train), len(test))
     if count < LEAST:
@@ -75,7 +75,7 @@ def _groups(lab: Experiment, job: Job[Audit]) -> Groups:
             f"{job.title}: {len(train)} members and {len(test)} non-members are too few; {LEAST} of each are needed"
         )
     rng = np.random.default_rng(lab.seed("audit"))
-    head = round(HEAD_SHARE * count)
+    head = round(HEAD_SHARE * count) if "reprobe" in job.settings.modes else 0
     members, others = (rng.permutation(rows)[:count] for rows in (train, test))
     attacked = min(count - head, job.settings.images)
     parts = members[head:][:attacked], others[head:][:attacked], members[:head], others[:head]
