@@ -17,7 +17,7 @@ _KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet15
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-Precision = Literal["float32", "tf32", "bfloat16"]
+Precision = Literal["float64", "float32", "tf32", "bfloat16"]
 
 
 def set_matmul_precision(precision: Precision) -> None:
@@ -59,8 +59,8 @@ class Classifier(nn.Module):
 
     def add_head(self, name: str, classes: int) -> None:
         """Attach (or replace) a freshly initialised head."""
-        device = next(self.parameters()).device
-        self.heads[name] = nn.Linear(self.features, classes).to(device)
+        like = next(self.parameters())
+        self.heads[name] = nn.Linear(self.features, classes).to(like.device, like.dtype)
 
 
 def build(
