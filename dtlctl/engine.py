@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -78,6 +78,10 @@ class Engine:
     def gather(self, values: Tensor) -> Tensor:
         """All processes' values [n], one after the other; their lengths may differ."""
         return values if self.processes == 1 else torch.cat(gather_object([values]))
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        """All processes' lists, one after the other; plain numbers and tuples only."""
+        return values if self.processes == 1 else gather_object(values)
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over processes, in place."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dtlctl import models
+from dtlctl.attacks.piggyback import Attacker
 from dtlctl.data.sources import Dataset
 from dtlctl.objectives.retain import Distill, Retain
 from dtlctl.objectives.unlearn import GradientCollision, Unlearn
@@ -109,6 +110,9 @@ class Piggyback(Training):
     lr: float = Field(0.05, gt=0, le=100)
     batch_size: int = Field(64, ge=2, le=65_536)
     models: list[str] | None = Field(None, min_length=1, description="default: scratch, TGT, pre, TL and all variants")
+    attackers: list[Attacker] = Field([], description="tuned attackers, besides the one setting of this table")
+    attack_seeds: int = Field(1, ge=1, le=100, description="repetitions of every tuned attacker")
+    held_out: float = Field(0.25, gt=0, lt=1, description="share of the attacker's own images that chooses settings")
 
 
 class Audit(Strict):
