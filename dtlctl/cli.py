@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def run(
     folder = lab.folder / "report"
     table = report.summarise([lab.folder])
     if done or not (folder / "table.json").exists():
-        report.write(table, folder)
+        report.write(table, folder, f"dtlctl run {recipe}")
     print(report.dump(table) if as_json else report.markdown(table), end="")
     if not quiet:
         from dtlctl.progress import say
@@ -132,7 +133,7 @@ def report(
     if to is None and len(runs) > 1:
         raise RecipeError("report: with several runs say where the report goes: --to DIR")
     table = reports.summarise(runs)
-    reports.write(table, to or runs[0] / "report")
+    reports.write(table, to or runs[0] / "report", shlex.join(["dtlctl", "report", *map(str, runs)]))
     print(reports.dump(table) if as_json else reports.markdown(table), end="")
 
 
