@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -19,7 +20,8 @@ h1 { font-size: 1.5rem; line-height: 1.2; margin: .5rem 0; } h2 { font-size: 1.1
 p, li { max-width: 44rem; } .soft { color: var(--soft); font-size: .9rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .card { background: var(--tint); border-radius: .5rem; padding: .6rem .8rem; }
-.card b { display: block; font-size: 1.5rem; font-weight: 600; } .card span { color: var(--soft); font-size: .85rem; }
+.card b { display: block; font-size: 1.5rem; font-weight: 600; }
+.card small { font-weight: 400; font-size: .6em; } .card span { color: var(--soft); font-size: .85rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; padding: .5rem; min-width: 0; }
 figure svg { width: 100%; height: auto; display: block; color: var(--ink); }
@@ -46,7 +48,7 @@ CAPTIONS = {
 }
 
 
-def of_table(table: dict[str, Any], drawn: dict[str, str], command: str) -> str:
+def of_table(table: dict[str, Any], drawn: dict[str, str], command: str, before: Sequence[str] = ()) -> str:
     """The page of one report. drawn: {figure's name: its SVG}; command: what makes it again."""
     name, seeds = table["recipe"]["name"], table["seeds"]
     attackers = table["recipe"]["piggyback"].get("attackers") or []
@@ -60,7 +62,7 @@ def of_table(table: dict[str, Any], drawn: dict[str, str], command: str) -> str:
         f"<p>{_who(attackers, table['recipe']['piggyback'])}</p>",
         "<h2>Figures</h2>",
         figures(drawn, command),
-        *_tables(report.markdown(table), command),
+        *tables("\n\n".join([*before, report.markdown(table)]), command),
     ]
     return document(name, parts)
 
@@ -92,9 +94,9 @@ def _cards(table: dict[str, Any]) -> str:
         shares = row.get("recovered_worst") or row.get("recovered") or {}
         said = [f"{share['share']:.0%} of {escape(name)}" for name, share in shares.items() if share]
         left = f"<br>recovered: {', '.join(said)}" if said and row["model"] != "TL" else ""
-        cards.append(
-            f"<div class=card>{escape(row['model'])}<b>{report.number(row, 'acc_t')}</b><span>target{left}</span></div>"
-        )
+        value, sign, half = report.number(row, "acc_t").partition(" ±")
+        shown = f"{value}<small>{sign}{half}</small>"
+        cards.append(f"<div class=card>{escape(row['model'])}<b>{shown}</b><span>target{left}</span></div>")
     return f"<div class=cards>{''.join(cards)}</div>"
 
 
@@ -114,13 +116,18 @@ def _who(attackers: list[dict[str, Any]], single: dict[str, Any]) -> str:
     )
 
 
-def _tables(markdown: str, command: str) -> list[str]:
+def title_of(paragraph: str) -> str:
+    kinds = {"Diff": "Against TGT and TL, as in Table 1", "Unde": "Under tuned attackers", "Who ": "Which λ"}
+    return kinds.get(paragraph[:4], "Accuracies, as in Table 3")
+
+
+def tables(markdown: str, command: str) -> list[str]:
     """The report's Markdown as HTML: paragraphs and pipe tables, the first in the form of Table 3, then Table 1."""
     parts = []
     for block in markdown.strip().split("\n\n"):
         lines = block.splitlines()
         if not lines[0].startswith("|"):
-            parts.append(f"<h2>Table</h2><p>{escape(block)} <code>{escape(command)}</code></p>")
+            parts.append(f"<h2>{title_of(block)}</h2><p>{escape(block)} <code>{escape(command)}</code></p>")
             continue
         head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
         rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in body]

@@ -120,6 +120,17 @@ class Audit(Strict):
     models: list[str] | None = Field(None, min_length=1, description="default: pre, TL and all variants")
 
 
+class Compare(Strict):
+    """Matched comparison: every unlearning loss at the λ that costs the same target accuracy (section 4.2)."""
+
+    target_drop: float = Field(2.0, gt=0, le=100, description="points of Acc_t below TL, on validation images")
+    tolerance: float = Field(0.5, gt=0, le=100, description="points; near enough to stop the search")
+    rounds: int = Field(6, ge=1, le=30, description="most values of λ to try for one loss")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
+        None, min_length=1, description="one λ for all these seeds; default: the recipe's seed"
+    )
+
+
 class Recipe(Strict):
     name: Name
     seed: int = Field(0, ge=0, lt=2**31)
@@ -132,6 +143,7 @@ class Recipe(Strict):
     dispose: dict[Name, Dispose] = Field({}, description="any number of named variants")
     piggyback: Piggyback = Piggyback(epochs=50)
     audit: Audit = Audit()
+    compare: Compare | None = Field(None, description="for the command compare")
 
     @field_validator("precision", mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -49,10 +50,10 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
     return {"recipe": recipes[0].resolved(), "seeds": [r.seed for r in recipes], "rows": rows}
 
 
-def write(table: dict[str, Any], folder: Path, command: str) -> None:
+def write(table: dict[str, Any], folder: Path, command: str, before: Sequence[str] = ()) -> None:
     """Write table.json, table.md, figures and report.html into `folder`; `command` is what the reader can repeat.
 
-    Raises CheckpointError where that cannot be.
+    before: Markdown parts to stand before the page's tables. Raises CheckpointError where that cannot be.
     """
     from dtlctl import figures, page
 
@@ -61,7 +62,7 @@ def write(table: dict[str, Any], folder: Path, command: str) -> None:
         (folder / "table.json").write_text(dump(table), encoding="utf-8")
         (folder / "table.md").write_text(markdown(table), encoding="utf-8")
         drawn = figures.save(figures.of_table(table), folder)
-        (folder / "report.html").write_text(page.of_table(table, drawn, command), encoding="utf-8")
+        (folder / "report.html").write_text(page.of_table(table, drawn, command, before), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
 
@@ -88,7 +89,7 @@ def markdown(table: dict[str, Any]) -> str:
     ]
     parts = [
         f"Accuracies in %, seed {seeds[0]}." if len(seeds) == 1 else f"Accuracies in %. {note}",
-        _grid(columns, lines),
+        grid(columns, lines),
     ]
 
     if {"TL", "TGT"} <= by_name.keys():
@@ -100,20 +101,25 @@ def markdown(table: dict[str, Any]) -> str:
             for row in rows
             if row["model"] not in ("scratch", "pre", "TGT")
         ]
-        parts += ["Differences in points (higher Acc_t is better, lower PL is better).", _grid(columns, lines)]
+        parts += ["Differences in points (higher Acc_t is better, lower PL is better).", grid(columns, lines)]
     if any(row.get("piggyback_worst") for row in rows):
         columns = [
             "Model",
             *(f"{s} {kind}" for s in sets for kind in ("one setting", "tuned", "best of all", "recovered")),
         ]
         lines = [[row["model"], *(cell for s in sets for cell in attacked(row, s))] for row in rows]
-        parts += [TUNED, _grid(columns, lines)]
+        parts += [TUNED, grid(columns, lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def attacked_number(row: Row, name: str, kind: str) -> str:
+    """One kind of Acc_pl (see ATTACKS) on one dataset, with its interval."""
+    return number({name: row.get(kind, {}).get(name), **_intervals(row, kind)}, name)
 
 
 def attacked(row: Row, name: str) -> list[str]:
     """PL of one setting, of the tuned attacker, of the best attacker by test accuracy, and the recovered share."""
-    cells = [number({name: row.get(kind, {}).get(name), **_intervals(row, kind)}, name) for kind in ATTACKS]
+    cells = [attacked_number(row, name, kind) for kind in ATTACKS]
     share = row.get("recovered_worst", {}).get(name)
     if share is None:
         return [*cells, "–"]
@@ -226,7 +232,7 @@ def _difference(row: Row, reference: Row, name: str) -> str:
     return f"{row[name] - reference[name]:+.1f}" if name in row and name in reference else "–"
 
 
-def _grid(columns: list[str], lines: list[list[str]]) -> str:
+def grid(columns: list[str], lines: list[list[str]]) -> str:
     """A Markdown table that also reads well as plain text."""
     widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
 

@@ -1,0 +1,158 @@
+"""`dtlctl compare`: every unlearning loss at the λ that costs the same target accuracy.
+
+The paper adjusts λ so that "the differently unlearned models are compared with similar target accuracy" (section 4.2).
+Here λ is found by bisection over real disposals. The target accuracy that steers it is that of images that nothing is
+trained or tested on: the part of the target's train split that the recipe's `fraction` leaves out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from dtlctl import report
+from dtlctl.errors import CheckpointError, RecipeError
+from dtlctl.experiment import Experiment
+from dtlctl.loading import load
+from dtlctl.progress import say
+from dtlctl.recipe import Compare, Dispose, Recipe
+from dtlctl.sweep import adopt, perform
+
+LOW, HIGH = 0.0005, 0.9995
+"""λ is looked for between these, with even steps of log(λ / (1 − λ)): what matters is the ratio of the two terms."""
+
+
+def compare(
+    path: Path, overrides: Sequence[str], out: Path, *, command: str, quiet: bool = False
+) -> tuple[dict[str, Any], Path]:
+    """The document of the comparison, and the folder of its report. Runs are kept below OUT/<name>-compare.
+
+    {"compare": settings, "variants": {name: {"lambda", "drop", "reached", "tried": [{"lambda", "drop", "drops"}]}},
+    "table": ...}: drops in points of validation accuracy below TL, means over seeds, with each seed's in "drops".
+    Raises RecipeError for a recipe with nothing to compare, or without target images to validate on.
+    """
+    base = load(path, list(overrides))
+    settings = base.compare or Compare()
+    seeds = settings.seeds or [base.seed]
+    variants = [name for name, one in base.dispose.items() if one.unlearn.kind != "none"]
+    if not variants:
+        raise RecipeError(f"{path}: compare needs a [dispose.NAME] table with an unlearning loss")
+    if base.data.target.fraction == 1:
+        raise RecipeError(
+            f"{path}: data.target.fraction = 1 leaves no target images to validate λ on; compare needs it below 1"
+        )
+    folder = out / f"{base.name}-compare"
+
+    def labs(name: str, dispose: dict[str, Dispose]) -> list[Experiment]:
+        changes = [{"seed": seed, "name": f"{name}-{seed}", "dispose": dispose} for seed in seeds]
+        recipes = [_changed(base, change) for change in changes]
+        return [Experiment(recipe, folder, source=str(path), quiet=quiet) for recipe in recipes]
+
+    elsewhere = [out / base.name, *sorted((out / f"{base.name}-sweep").glob("*/")), *sorted(folder.glob("*/"))]
+
+    def accuracies(dispose: dict[str, Dispose], model: str) -> list[float]:
+        """Validation accuracy of one model, by seed."""
+        found = labs("search", dispose)
+        for lab in found:
+            lab.begin(("pretrain", "finetune", "dispose"), ())
+        perform(found, ("pretrain", "finetune", "dispose"), elsewhere)
+        return [validation(lab, model) for lab in found]
+
+    tl = accuracies({}, "TL")
+    document: dict[str, Any] = {"compare": settings.model_dump(mode="json"), "seeds": seeds, "variants": {}}
+    for variant in variants:
+        one = base.dispose[variant]
+
+        def drops(lam: float, variant: str = variant, one: Dispose = one) -> list[float]:
+            name = f"{variant}-{lam:.4g}"
+            after = accuracies({name: one.model_copy(update={"lam": lam})}, name)
+            return [before - now for before, now in zip(tl, after, strict=True)]
+
+        found = search(drops, one.lam, settings)
+        document["variants"][variant] = found
+        if not quiet:
+            say(f"{variant}: λ = {found['lambda']:g}, {found['drop']:.1f} points below TL")
+    final = labs("matched", {
+        name: one.model_copy(update={"lam": document["variants"][name]["lambda"]}) if name in variants else one
+        for name, one in base.dispose.items()
+    })  # fmt: skip
+    for lab in final:
+        lab.begin(("dispose",), ())
+        adopt(lab, [*elsewhere, *sorted(folder.glob("search-*/"))])
+    perform(final, ("pretrain", "finetune", "dispose", "piggyback"), elsewhere)
+    document["table"] = report.summarise([lab.folder for lab in final])
+    write(document, folder / "report", command)
+    return document, folder / "report"
+
+
+def search(drops: Callable[[float], list[float]], first: float, settings: Compare) -> dict[str, Any]:
+    """Bisection for the λ whose mean drop is `settings.target_drop`, beginning with the recipe's own.
+
+    It takes for granted that more unlearning costs more; where it does not, or where no λ is near enough, the best of
+    those tried is returned with `reached` false. Every one tried is kept.
+    """
+    low, high = LOW, HIGH
+    tried: list[dict[str, Any]] = []
+    lam = min(max(first, LOW), HIGH)
+    for _ in range(settings.rounds):
+        lam = float(f"{lam:.4g}")
+        found = drops(lam)
+        tried.append({"lambda": lam, "drop": mean(found), "drops": found})
+        if abs(tried[-1]["drop"] - settings.target_drop) <= settings.tolerance:
+            break
+        low, high = (lam, high) if tried[-1]["drop"] < settings.target_drop else (low, lam)
+        lam = between(low, high)
+    best = min(tried, key=lambda one: abs(one["drop"] - settings.target_drop))
+    reached = abs(best["drop"] - settings.target_drop) <= settings.tolerance
+    return {"lambda": best["lambda"], "drop": best["drop"], "reached": reached, "tried": tried}
+
+
+def between(low: float, high: float) -> float:
+    """Half-way between two λ in log(λ / (1 − λ))."""
+    middle = (math.log(low / (1 - low)) + math.log(high / (1 - high))) / 2
+    return 1 / (1 + math.exp(-middle))
+
+
+def validation(lab: Experiment, model: str) -> float:
+    """Target accuracy in % on the images of the train split that nothing was trained on."""
+    rows = np.setdiff1d(np.arange(len(lab.images("target", "train").labels)), lab.index("target"))
+    return lab.engine.accuracy(lab.load_model(model), "target", lab.split("target", "train", rows))
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """Who needed which λ, then the report of the matched runs."""
+    settings = document["compare"]
+    lines = [
+        [name, f"{one['lambda']:g}", f"{one['drop']:.1f}", "yes" if one["reached"] else "no", str(len(one["tried"]))]
+        for name, one in document["variants"].items()
+    ]
+    grid = report.grid(["Variant", "λ", "points below TL", "reached", "values tried"], lines)
+    wanted = f"{settings['target_drop']:g} ± {settings['tolerance']:g}"
+    intro = f"Who needed which λ to be {wanted} points of Acc_t below TL, on target images held back for validation."
+    return f"{intro}\n\n{grid}\n\n{report.markdown(document['table'])}"
+
+
+def write(document: dict[str, Any], folder: Path, command: str) -> None:
+    """Write compare.json, table.json, table.md, figures and report.html."""
+    report.write(document["table"], folder, command, before=markdown(document).split("\n\n")[:2])
+    try:
+        (folder / "compare.json").write_text(report.dump(document), encoding="utf-8")
+        (folder / "table.md").write_text(markdown(document), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
+
+
+def _changed(base: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with other tables, validated like a file; whom to attack then follows from the variants."""
+    piggyback = base.piggyback
+    if piggyback.models:
+        known = {"scratch", "TGT", "pre", "TL", *changes["dispose"]}
+        piggyback = piggyback.model_copy(update={"models": [m for m in piggyback.models if m in known] or None})
+    return base.model_copy(
+        update={**changes, "piggyback": piggyback, "audit": base.audit.model_copy(update={"models": None})}
+    )
