@@ -73,7 +73,9 @@ def save(figures: dict[str, Any], folder: Path) -> dict[str, str]:
 
 def _for_page(svg: str) -> str:
     """An SVG to stand in HTML: no prolog, the text's own colour, as wide as there is room."""
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(
+        r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :].replace(INK, "currentColor"), flags=re.DOTALL
+    )
     return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
 
 

@@ -190,11 +190,9 @@ def _average(rows: list[Row]) -> Row:
 
 
 def _mean_curve(curves: list[list[list[float]]]) -> list[list[float]]:
-    """Curves with the same steps, averaged; nothing where steps differ."""
-    steps = [[step for step, _ in curve] for curve in curves]
-    if any(other != steps[0] for other in steps):
-        return []
-    return [[step, mean(values)] for step, *values in zip(steps[0], *([v for _, v in c] for c in curves), strict=True)]
+    """The mean of curves at the steps that all of them have."""
+    found = [dict(map(tuple, curve)) for curve in curves]
+    return [[step, mean(curve[step] for curve in found)] for step in found[0] if all(step in curve for curve in found)]
 
 
 def _add_shares(row: Row, own: list[Row], scratch: list[Row], tl: list[Row]) -> None:

@@ -70,18 +70,21 @@ def test_a_sweep_over_seeds_in_parallel_is_the_report_of_the_runs(recipe_file: P
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert result.stdout.startswith("Accuracies in %. Mean over seeds 0, 1 ±")
-    alone = dtlctl("run", recipe_file, "--set", "seed=1", "--quiet", "--json")
-    (row,) = [row for row in json.loads(alone.stdout)["rows"] if row["model"] == "gc"]
-    sidecar = recipe_file.parent / "runs/tiny-sweep/seed-1/dispose/gc/model.json"
-    assert json.loads(sidecar.read_text())["metrics"]["acc_t"] == row["acc_t"]
+    for seed in (0, 1):
+        folder = recipe_file.parent / f"runs/tiny-sweep/seed-{seed}"
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "audit", "dispose", "finetune", "piggyback", "pretrain", "recipe.json", "target-only"
+        ]  # fmt: skip
+        assert json.loads((folder / "dispose/gc/model.json").read_text())["seed"] == seed
 
 
 def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, dtlctl):
     change = "pretrain={lr=100.0, steps=200, schedule='constant'}"
-    for jobs in ("1", "2"):
-        result = dtlctl("sweep", recipe_file, "--over", "seed=0,1", "--set", change, "--jobs", jobs, "--quiet")
-        assert result.returncode == 3, result.stderr
-        assert "diverged at step" in result.stderr
+    result = dtlctl("sweep", recipe_file, "--over", "seed=0,1", "--set", change, "--jobs", "2", "--quiet")
+    assert result.returncode == 3, result.stderr
+    assert "error: seed-0, pretrain: " in result.stderr
+    assert "diverged at step" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 2
 
 
 @pytest.mark.parametrize(("wanted", "reached"), [(2.0, True), (60.0, False)])
@@ -103,32 +106,50 @@ def test_bisection_finds_the_matching_lambda(wanted: float, reached: bool):
 
 
 def test_compare_matches_on_held_back_images_and_reports(recipe_file: Path, dtlctl):
-    change = ("--set", "compare={target_drop=1.0, rounds=2, tolerance=0.01, seeds=[0, 1]}")
-    result = dtlctl("compare", recipe_file, *change, "--json")
+    change = "compare={target_drop=1.0, rounds=2, tolerance=0.01, seeds=[0, 1]}"
+    result = dtlctl("compare", recipe_file, "--set", change, "--json", "--quiet")
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
     assert list(document["variants"]) == ["gc", "rand"]
     assert document["table"]["seeds"] == [0, 1]
-    folder = recipe_file.parent / "runs" / "tiny-compare"
+    out = recipe_file.parent / "runs"
     for name, found in document["variants"].items():
         assert 1 <= len(found["tried"]) <= 2
         assert found["tried"][0]["lambda"] == 0.1  # the recipe's own comes first
         assert document["table"]["recipe"]["dispose"][name]["lambda"] == found["lambda"]
         assert len(found["tried"][0]["drops"]) == 2
-    lab = Experiment(load(recipe_file, ["name=matched-1", "seed=1"]), folder, quiet=True)
-    labels = lab.images("target", "train").labels
-    assert len(np.intersect1d(lab.index("target"), np.setdiff1d(np.arange(len(labels)), lab.index("target")))) == 0
-    assert "Who needed which λ" in (folder / "report" / "report.html").read_text()
-    again = dtlctl("compare", recipe_file, *change, "--json", "--quiet")
-    assert again.stdout == result.stdout
+    assert "Who needed which λ" in (out / "tiny-compare/report/report.html").read_text()
+    weights = [path.stat().st_mtime_ns for path in sorted(out.rglob("model.safetensors"))]
+    again, _ = matching.compare(recipe_file, [change], out, command="x", quiet=True)
+    assert again == document
+    assert weights == [path.stat().st_mtime_ns for path in sorted(out.rglob("model.safetensors"))]
 
 
-def test_compare_refuses_what_it_cannot_do(recipe_file: Path, dtlctl):
-    whole = dtlctl("compare", recipe_file, "--set", "data.target.fraction=1.0")
-    assert whole.returncode == 2
-    assert "leaves no target images to validate" in whole.stderr
+def test_validation_images_are_neither_trained_on_nor_tested_on(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """1,000 training digits less the 20 of the subset; accuracy is asked of exactly these rows of the train split."""
+    lab = Experiment(load(recipe_file), recipe_file.parent, quiet=True)
+    seen = []
+    monkeypatch.setattr(lab, "load_model", lambda name: None)
+    monkeypatch.setattr(lab, "split", lambda role, split, rows: seen.append((role, split, rows)))
+    monkeypatch.setattr(type(lab.engine), "accuracy", lambda *_: 50.0)
+    assert matching.validation(lab, "TL") == 50.0
+    ((role, split, rows),) = seen
+    assert (role, split, len(rows)) == ("target", "train", 980)
+    assert len(np.intersect1d(rows, lab.index("target"))) == 0
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     nothing = 'dispose={gc={unlearn={kind="none"}}, rand={unlearn={kind="none"}}}'
-    none = dtlctl("compare", recipe_file, "--set", nothing)
-    assert (none.returncode, "needs a [dispose.NAME] table" in none.stderr) == (2, True)
-    assert dtlctl("sweep", recipe_file, "--over", "dispose.gc.lambda=0.1,7").returncode == 2
-    assert dtlctl("sweep", recipe_file, "--over", "seed=0,0").returncode == 2
+    for change, message in (
+        ("data.target.fraction=1.0", "leaves no target images to validate"),
+        (nothing, r"needs a \[dispose.NAME\] table"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            matching.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
+    for over, message in (("dispose.gc.lambda=0.1,7", "less than or equal to 1"), ("seed=0,0", "the same values")):
+        with pytest.raises(RecipeError, match=message):
+            sweep.run(recipe_file, [over], [], recipe_file.parent, quiet=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="--jobs N"):
+        sweep.run(recipe_file, ["seed=0,1"], [], recipe_file.parent, quiet=True)
+    assert [path.name for path in recipe_file.parent.iterdir()] == [recipe_file.name]
