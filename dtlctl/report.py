@@ -191,7 +191,7 @@ def _average(rows: list[Row]) -> Row:
 
 def _mean_curve(curves: list[list[list[float]]]) -> list[list[float]]:
     """The mean of curves at the steps that all of them have."""
-    found = [dict(map(tuple, curve)) for curve in curves]
+    found = [{step: value for step, value in curve} for curve in curves]  # noqa: C416
     return [[step, mean(curve[step] for curve in found)] for step in found[0] if all(step in curve for curve in found)]
 
 

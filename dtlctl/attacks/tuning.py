@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -171,10 +172,14 @@ class Linear:
     """Logistic regression on standardised features [N, F] (float64), labels [N]."""
 
     def __init__(self, features: np.ndarray, labels: np.ndarray, C: float):
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
+        # One image a class is few, and known to be; a fit that needs longer is judged like any other.
+        warnings.filterwarnings("ignore", message="The number of unique classes", module="sklearn")
+        warnings.filterwarnings("ignore", category=ConvergenceWarning)
         self.mean, self.scale = features.mean(0), features.std(0) + 1e-6
-        self.fitted = LogisticRegression(C=C, max_iter=300).fit(self._scaled(features), labels)
+        self.fitted = LogisticRegression(C=C, max_iter=1000).fit(self._scaled(features), labels)
 
     def look(self, features: np.ndarray, labels: np.ndarray) -> Look:
         """Accuracy and loss on other images of the same classes."""
