@@ -94,7 +94,7 @@ class Renorm(_Trained):
 
 
 class Probe(Strict):
-    """A linear classifier on the frozen features: L2-regularised logistic regression, fitted to the end.
+    """A linear classifier on the frozen features: L2-regularised logistic regression, at most 300 steps of L-BFGS.
 
     Features are computed once, in eval mode, without augmentation, and standardised with the training images' moments.
     """

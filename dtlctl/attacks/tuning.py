@@ -179,7 +179,7 @@ class Linear:
         warnings.filterwarnings("ignore", message="The number of unique classes", module="sklearn")
         warnings.filterwarnings("ignore", category=ConvergenceWarning)
         self.mean, self.scale = features.mean(0), features.std(0) + 1e-6
-        self.fitted = LogisticRegression(C=C, max_iter=1000).fit(self._scaled(features), labels)
+        self.fitted = LogisticRegression(C=C, max_iter=300).fit(self._scaled(features), labels)
 
     def look(self, features: np.ndarray, labels: np.ndarray) -> Look:
         """Accuracy and loss on other images of the same classes."""
