@@ -1,7 +1,9 @@
 """Checkpoints: safetensors weights beside a JSON sidecar, published so that a reader sees all or nothing.
 
-Weights first, sidecar last, each by temporary file, fsync and rename; a checkpoint without a sidecar does not exist.
-The sidecar holds the SHA-256 of the weights and the key of everything they were made from.
+Both are written in full beside their places, as `.NAME.next`, and then renamed, weights first. Whoever finds
+`.model.json.next` finds both files complete and finishes the two renames: after a crash at any moment `settle` leaves
+the old checkpoint or the new one. The sidecar holds the SHA-256 of the weights and the key of everything they were
+made from.
 """
 
 from __future__ import annotations
@@ -9,14 +11,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dtlctl.errors import CheckpointError
 
 FORMAT = 1
+
+
+class Sidecar(BaseModel):
+    """What every sidecar says; the rest of it depends on the stage."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    format: int = Field(ge=FORMAT, le=FORMAT)
+    key: str = ""
+    parent: dict[str, str] = {}
+    metrics: dict[str, Any] = {}
+    history: list[dict[str, Any]] = []
+    wall_seconds: float = 0.0
+    weights_sha256: str = Field("", pattern="^([0-9a-f]{64})?$")
+    heads: dict[Annotated[str, Field(pattern="^[a-z_]{1,64}$")], Annotated[int, Field(ge=1, le=1_000_000)]] = {}
 
 
 def key(inputs: dict[str, Any]) -> str:
@@ -24,44 +42,81 @@ def key(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def publish_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a JSON document atomically. Raises CheckpointError where the folder cannot be written."""
-    _publish(path, lambda temporary: temporary.write_text(dump(document), encoding="utf-8"))
-
-
 def dump(document: dict[str, Any]) -> str:
     """JSON as it is published. Raises ValueError for a number that is not finite."""
     return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def publish_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON document atomically. Raises CheckpointError where the folder cannot be written."""
+    write(path, dump(document).encode())
+
+
 def publish(folder: Path, model: Any, sidecar: dict[str, Any]) -> None:
-    """Write `model.safetensors`, then `model.json` with the weights' hash added to `sidecar`."""
+    """Publish `model.safetensors` and `model.json`, the weights' hash added to `sidecar`.
+
+    Raises CheckpointError where they cannot be written; the checkpoint that was there is then still there.
+    """
     from safetensors.torch import save
 
     blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
-    # The old sidecar goes first: at no moment does a sidecar describe other weights than those beside it.
-    (folder / "model.json").unlink(missing_ok=True)
-    _publish(folder / "model.safetensors", lambda temporary: temporary.write_bytes(blob))
-    publish_json(folder / "model.json", {**sidecar, "weights_sha256": hashlib.sha256(blob).hexdigest()})
+    document = {**sidecar, "weights_sha256": hashlib.sha256(blob).hexdigest()}
+    settle(folder)
+    try:
+        write(folder / ".model.safetensors.next", blob)
+        publish_json(folder / ".model.json.next", document)
+    except CheckpointError:
+        with suppress(OSError):
+            (folder / ".model.safetensors.next").unlink()
+        raise
+    settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Finish a publication that was cut short, or undo it if it had not got far enough; remove half-written files.
+
+    Only for the owner of the folder. Raises CheckpointError where the folder cannot be written.
+    """
+    weights, sidecar = folder / ".model.safetensors.next", folder / ".model.json.next"
+    try:
+        if sidecar.exists():
+            here = weights if weights.exists() else folder / "model.safetensors"
+            # The hash is for a disk that did not keep what it had said was safe.
+            if _hash(here) == _said(sidecar):
+                if here == weights:
+                    os.replace(weights, folder / "model.safetensors")
+                    _sync(folder)
+                os.replace(sidecar, folder / "model.json")
+                _sync(folder)
+            sidecar.unlink(missing_ok=True)
+        for path in (weights, *folder.glob(".*.tmp")):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        _cannot_write(folder, error)
 
 
 def read_sidecar(path: Path) -> dict[str, Any] | None:
     """The document, or None where there is none. Raises CheckpointError for one that is not ours."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        defaults = Sidecar.model_validate(document).model_dump(include={"key", "parent", "metrics", "history"})
+        return {**defaults, **document}
     except FileNotFoundError:
         return None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(ascii(part).strip("'") for part in first["loc"])[:100]
+        reason = f"not a sidecar of format {FORMAT} ({place + ': ' if place else ''}{first['msg']})"
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable sidecar ({error}); delete it to make the result again") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a sidecar of format {FORMAT}; delete it to make the result again")
-    return document
+        reason = f"not a readable sidecar ({error})"
+    raise CheckpointError(f"{path}: {reason}; delete it to make the result again")
 
 
 def load_weights(folder: Path, sidecar: dict[str, Any], model: Any) -> None:
     """Fill the model with the folder's weights, which must be those that the sidecar names.
 
-    Raises CheckpointError, with both hashes, for anything else: truncated, tampered with, or of another model.
+    Raises CheckpointError, with both hashes, for anything else: truncated, tampered with, or of another model; and
+    for weights that are not finite or of another type.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -78,24 +133,61 @@ def load_weights(folder: Path, sidecar: dict[str, Any], model: Any) -> None:
             f"SHA-256 {found} where model.json says {expected}; make the checkpoint again with --force"
         )
     try:
-        model.load_state_dict(load(blob))
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: does not fit the model that model.json describes: {reason}") from None
+        fill(model, load(blob))
+    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: does not fit the model that model.json describes: {reason[:200]}") from None
 
 
-def _publish(path: Path, write: Callable[[Path], Any]) -> None:
+def fill(model: Any, tensors: dict[str, Any]) -> None:
+    """Load a state dict that must have the model's names, shapes and types, and finite numbers; else ValueError."""
+    own = model.state_dict()
+    if own.keys() != tensors.keys():
+        names = sorted(own.keys() ^ tensors.keys())
+        raise ValueError(f"{len(names)} tensors are missing or unknown, {ascii(names[0])[1:-1]} among them")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
+            theirs, ours = ([list(t.shape), str(t.dtype)] for t in (tensor, own[name]))
+            raise ValueError(f"{name} is {theirs} where the model has {ours}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds a number that is not finite")
+    model.load_state_dict(tensors)
+
+
+def write(path: Path, blob: bytes) -> None:
+    """Write a file atomically and durably. Raises CheckpointError, the earlier file untouched, where it cannot be."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        _sync(temporary)
+        with open(temporary, "xb") as file:  # never through a link that somebody left there
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
+        _cannot_write(path, error)
+    finally:
         with suppress(OSError):
             temporary.unlink()
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}; the earlier state is intact") from None
+
+
+def _cannot_write(path: Path, error: OSError) -> NoReturn:
+    raise CheckpointError(f"{path}: cannot be written: {error.strerror}; the earlier state is intact") from None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _said(path: Path) -> str | None:
+    with suppress(CheckpointError):
+        return (read_sidecar(path) or {}).get("weights_sha256")
+    return None
+
+
+def _hash(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def _sync(path: Path) -> None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dtlctl import __version__
-from dtlctl.errors import DtlError, Stopped
+from dtlctl import __version__, stop
+from dtlctl.errors import DtlError, Lost, Stopped
 
 if TYPE_CHECKING:
     from dtlctl.experiment import Experiment
-    from dtlctl.plan import Job, Stage
+    from dtlctl.plan import Stage
 
 HELP = """Disposable transfer learning: pre-train on private data, fine-tune on a small task, dispose of the rest.
 
@@ -69,15 +70,15 @@ def run(
     """Do everything the recipe asks for, in order, and print the table. What is up to date is skipped."""
     from dtlctl.plan import STAGES
 
-    lab, done = _perform(STAGES, recipe, overrides, out, None, force, quiet)
-    if not _is_main():
-        return
-    from dtlctl import report
+    with _performed(STAGES, recipe, overrides, out, None, force, quiet) as lab:
+        if not _is_main():
+            return
+        from dtlctl import report
 
-    folder = lab.folder / "report"
-    table = report.summarise([lab.folder])
-    if done or not (folder / "table.json").exists():
-        report.write(table, folder, f"dtlctl run {recipe}")
+        folder = lab.folder / "report"
+        table = report.summarise([lab.folder])
+        if not report.is_current(table, folder):
+            report.write(table, folder, f"dtlctl run {recipe}")
     print(report.dump(table) if as_json else report.markdown(table), end="")
     if not quiet:
         from dtlctl.progress import say
@@ -95,8 +96,9 @@ def _stage_command(stage: Stage, summary: str) -> None:
         quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
-        lab, _ = _perform((stage,), recipe, overrides, out, only, force, quiet)
-        if _is_main():
+        with _performed((stage,), recipe, overrides, out, only, force, quiet) as lab:
+            if not _is_main():
+                return
             paths = [str(lab.folder / job.path) for job in lab.chosen((stage,), only or ())]
             print(json.dumps([json.loads(Path(p).read_text()) for p in paths]) if as_json else "\n".join(paths))
 
@@ -211,7 +213,8 @@ def compare(
         say(f"report: {folder}")
 
 
-def _perform(
+@contextmanager
+def _performed(
     stages: tuple[Stage, ...],
     recipe: Path,
     overrides: list[str] | None,
@@ -219,34 +222,36 @@ def _perform(
     only: list[str] | None,
     force: bool,
     quiet: bool,
-) -> tuple[Experiment, list[Job[Any]]]:
-    """Do what is not up to date of some stages; return the experiment and the jobs that were done."""
+) -> Iterator[Experiment]:
+    """Do what is not up to date of some stages; inside, the run's folder still belongs to this process."""
     from dtlctl import stages as work
     from dtlctl.experiment import Experiment
     from dtlctl.loading import load
 
     lab = Experiment(load(recipe, overrides), out, source=str(recipe), quiet=quiet)
-    lab.begin(stages, only or ())
-    done = work.run(lab, stages, only=only or (), force=force)
-    if not done and not quiet:
-        from dtlctl.progress import say
+    try:
+        with lab.opened(stages, only or ()):
+            done = work.run(lab, stages, only=only or (), force=force)
+            if not done and not quiet:
+                from dtlctl.progress import say
 
-        say(f"everything is up to date in {lab.folder}; nothing was done (--force redoes it)")
-    return lab, done
+                say(f"everything is up to date in {lab.folder}; nothing was done (--force redoes it)")
+            yield lab
+    except RuntimeError as error:
+        from dtlctl.engine import is_loss
+
+        if not is_loss(error):
+            raise
+        raise Stopped(stop.pending()) if stop.pending() else Lost() from error
 
 
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _stop(signum: int, frame: object) -> None:
-    raise Stopped(signum)
-
-
 def main() -> None:
     """Run the command line; every foreseen failure becomes one or two lines on stderr and an exit code."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
+    stop.listen()
     try:
         app(prog_name="dtlctl")
     except DtlError as error:
@@ -255,3 +260,5 @@ def main() -> None:
         where = "" if _is_main() else f"[process {os.environ['RANK']}] "
         print(f"{where}error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    finally:
+        stop.finish()

@@ -8,10 +8,8 @@ second-order objectives rest.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,11 +18,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from dtlctl import stop
+from dtlctl.batchnorm import GlobalBatchNorm
 from dtlctl.data.tensors import Batch, Share
-from dtlctl.errors import DivergedError
+from dtlctl.errors import DivergedError, DtlError, Elsewhere, Stopped
 from dtlctl.progress import Progress
 from dtlctl.recipe import Training
+from dtlctl.resume import Memory, State
 
+Item = TypeVar("Item")
 Model = TypeVar("Model", bound=nn.Module)
 Objective = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 """number of the step -> (scalar to back-propagate, detached scalars to report); means over this process's share."""
@@ -49,6 +51,9 @@ class Engine:
         self.device: torch.device = self.accelerator.device
         self.processes: int = self.accelerator.num_processes
         self.share = Share(self.accelerator.process_index, self.processes)
+        # Agreements go over CPU memory: asking an accelerator's queue would wait for all that is in it.
+        apart = self.device.type == "cuda" and self.processes > 1
+        self._control: Any = torch.distributed.new_group(backend="gloo") if apart else None
 
     def place(self, model: Model, *, global_batch_norm: bool) -> Model:
         """The model on this device; with several processes, batch statistics over all of them or each one's own."""
@@ -62,8 +67,52 @@ class Engine:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def barrier(self) -> None:
-        self.accelerator.wait_for_everyone()
+    def agree(self, code: int, *, patient: bool = False) -> int:
+        """The largest code of any process. `patient`: others may be minutes away, and a signal need not wait for them.
+
+        One message of eight bytes; with one process nothing.
+        """
+        if self.processes == 1:
+            return code
+        flag, most = torch.tensor([int(code)]), torch.distributed.ReduceOp.MAX
+        work = torch.distributed.all_reduce(flag, most, group=self._control, async_op=True)
+        assert work is not None
+        while patient and not work.is_completed():
+            time.sleep(0.005)  # between these, Python looks at signals; in `wait` it would not
+        work.wait()
+        return int(flag)
+
+    def by_main(self, work: Callable[[], Item]) -> Item | None:
+        """Let the main process do it while the others wait; what ends it ends them all, with the same exit code."""
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except DtlError as error:
+                failure = error
+        code = self.agree(failure.exit_code if failure else 0, patient=True)
+        if failure:
+            raise failure
+        if code:
+            raise Elsewhere(code)
+        return result
+
+    def heeding(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, one by one, unless a signal asked any process to stop: then Stopped, in all of them at once.
+
+        Processes may have different numbers of items. All must go through theirs to the end.
+        """
+        with stop.deferred():
+            source, end = iter(items), object()
+            while True:
+                item = next(source, end)
+                code = self.agree(max(stop.pending(), item is not end))
+                if code > 1:
+                    raise Stopped(code)
+                if not code:
+                    return
+                if item is not end:
+                    yield item  # type: ignore[misc]
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors, summed over processes, by one message."""
@@ -76,8 +125,18 @@ class Engine:
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
     def gather(self, values: Tensor) -> Tensor:
-        """All processes' values [n], one after the other; their lengths may differ."""
-        return values if self.processes == 1 else torch.cat(gather_object([values]))
+        """All processes' values [n, ...], one after the other; their lengths may differ."""
+        if self.processes == 1:
+            return values
+        lengths = self._collect(torch.tensor([len(values)], device=values.device))
+        padded = values.new_zeros(int(torch.stack(lengths).max()), *values.shape[1:])
+        padded[: len(values)] = values
+        return torch.cat([part[: int(n)] for part, n in zip(self._collect(padded), lengths, strict=True)])
+
+    def _collect(self, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.processes)]
+        torch.distributed.all_gather(parts, tensor, group=None if tensor.is_cuda else self._control)
+        return parts
 
     def gather_objects(self, values: list[Any]) -> list[Any]:
         """All processes' lists, one after the other; plain numbers and tuples only."""
@@ -99,43 +158,94 @@ class Engine:
         progress: Progress,
         evaluate: Callable[[int], dict[str, float]],
         reports: int = 8,
+        memory: Memory | None = None,
+        state: State | None = None,
     ) -> History:
         """Minimise `objective` over `steps` steps of SGD with momentum, as `plan` says.
 
         At each of `reports` even intervals and at the end, the means of what the objective reported and what
-        `evaluate(steps done)` returns go into the history. Raises DivergedError for a gradient that is not finite: on
-        the CPU before it reaches the weights, on an accelerator, where looking costs time, at the next report.
+        `evaluate(steps done)` returns go into the history. With a `memory`, training goes on from the state that is
+        kept there, and keeps its own there when it is due and when a signal stops it; `state` is kept up to date.
+        Raises Stopped, and DivergedError for a gradient that is not finite: on the CPU before it reaches the weights,
+        on an accelerator, where looking costs time, at the next report or save.
         """
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        statistics = [b for b in model.buffers() if b.is_floating_point()]
-        optimizer = torch.optim.SGD(parameters, plan.lr, plan.momentum, weight_decay=plan.weight_decay)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(weights, plan.lr, plan.momentum, weight_decay=plan.weight_decay)
         schedule = _scheduler(optimizer, plan, steps)
-        history, started = History(), time.perf_counter()
-        every = max(1, steps // reports)
-        sums: dict[str, Tensor] = {}
-        for step in range(steps):
-            loss, parts = objective(step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = self._share_gradients(parameters, plan.clip)
-            if self.device.type == "cpu" and not math.isfinite(norm):
-                raise _diverged(step, norm, history)
-            optimizer.step()
-            schedule.step()
-            self.average_(statistics)
-            for name, value in {**parts, "gradient_norm": norm}.items():
-                sums[name] = sums.get(name, 0) + value.detach()
-            if (step + 1) % every == 0 or step + 1 == steps:
-                row = self._report(sums, step + 1, every if (step + 1) % every == 0 else steps % every)
-                if not all(map(math.isfinite, row.values())):
-                    raise _diverged(step, norm, history)
-                sums = {}
-                history.rows.append({**row, **evaluate(step + 1)})
-                progress.show(history.rows[-1])
-            progress.advance(1, images=batch_size)
-        history.seconds = time.perf_counter() - started
-        history.images_per_second = steps * batch_size / max(history.seconds, 1e-9)
-        return history
+        state = state or State()
+        if memory:
+            memory.restore(self, state, model, optimizer, schedule)
+        progress.advance(state.step)
+        started, before, every = time.perf_counter(), state.seconds, max(1, steps // reports)
+
+        def save() -> None:
+            if memory:
+                state.seconds = before + time.perf_counter() - started
+                _check(state, state.step)
+                memory.save(self, state, model, optimizer)
+
+        with stop.deferred():
+            try:
+                self._report(state, every, steps, evaluate, progress)  # where a signal cut it short
+                while state.step < steps:
+                    self._heed(memory, save)
+                    self._step(state, objective, model, weights, optimizer, plan.clip)
+                    schedule.step()
+                    self._report(state, every, steps, evaluate, progress)
+                    progress.advance(1, images=batch_size)
+            except Stopped:
+                save()
+                raise
+            except DivergedError:
+                if memory and self.is_main:
+                    memory.forget()
+                raise
+        seconds = before + time.perf_counter() - started
+        return History(state.rows, seconds, steps * batch_size / max(seconds, 1e-9))
+
+    def _step(
+        self,
+        state: State,
+        objective: Objective,
+        model: nn.Module,
+        weights: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        clip: float | None,
+    ) -> None:
+        loss, parts = objective(state.step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = self._share_gradients(weights, clip)
+        for name, value in {**parts, "gradient_norm": norm}.items():
+            state.sums[name] = state.sums.get(name, 0) + value.detach().double()
+        if self.device.type == "cpu":
+            _check(state, state.step + 1)
+        optimizer.step()
+        self.average_([b for b in model.buffers() if b.is_floating_point()])
+        state.step += 1
+
+    def _report(
+        self, state: State, every: int, steps: int, evaluate: Callable[[int], dict[str, float]], progress: Progress
+    ) -> None:
+        """A row of the history, where one is due that is not there yet."""
+        last = int(state.rows[-1]["step"]) if state.rows else 0
+        if state.step == last or (state.step % every and state.step < steps):
+            return
+        _check(state, state.step)
+        sums = self.all_reduce([torch.stack(list(state.sums.values()))])[0] / ((state.step - last) * self.processes)
+        means = dict(zip(state.sums, sums.tolist(), strict=True))
+        state.rows.append({"step": state.step, **means, **evaluate(state.step)})
+        state.sums = {}
+        progress.show(state.rows[-1])
+
+    def _heed(self, memory: Memory | None, save: Callable[[], None]) -> None:
+        """Save when it is time, stop when a signal asks for it: all processes at the same step."""
+        due = memory is not None and self.is_main and memory.due()
+        code = self.agree(max(stop.pending(), due))
+        if code > 1:
+            raise Stopped(code)
+        if code:
+            save()
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module, head: str, batches: Iterable[Batch]) -> float:
@@ -150,13 +260,6 @@ class Engine:
         hits, total = self.all_reduce([counts])[0].tolist()
         return 100 * hits / total
 
-    def peak_memory(self) -> int:
-        """Bytes: the accelerator's peak where there is one, else this process's."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        scale = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
     def _share_gradients(self, parameters: list[nn.Parameter], clip: float | None) -> Tensor:
         """Average gradients over processes, clip them, and return their norm from before clipping."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -168,49 +271,6 @@ class Engine:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         return norm
 
-    def _report(self, sums: dict[str, Tensor], step: int, count: int) -> dict[str, float]:
-        means = self.all_reduce([torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in sums.values()])])[0]
-        return {"step": step} | dict(zip(sums, (means / (count * self.processes)).tolist(), strict=True))
-
-
-class GlobalBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation whose training statistics are those of the global batch, on any backend.
-
-    torch's own SyncBatchNorm runs on GPUs only. First derivatives only: collisions use per-chunk statistics instead.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        count = _sum_over_processes(torch.tensor(float(input.numel() // input.shape[1]), device=input.device))
-        mean = _sum_over_processes(input.sum((0, 2, 3))) / count
-        centred = input - mean[:, None, None]
-        variance = _sum_over_processes((centred**2).sum((0, 2, 3))) / count
-        with torch.no_grad():
-            for running, now in ((self.running_mean, mean), (self.running_var, variance * count / (count - 1))):
-                if running is not None and self.momentum is not None:
-                    running.lerp_(now, self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None])
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    """All-reduce whose derivative is all-reduce: every process's sum feeds every process's loss."""
-
-    @staticmethod
-    def forward(ctx: object, value: Tensor) -> Tensor:
-        total = value.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return _SumOverProcesses.forward(ctx, gradient)
-
-
-def _sum_over_processes(value: Tensor) -> Tensor:
-    return _SumOverProcesses.apply(value)
-
 
 def _scheduler(optimizer: torch.optim.Optimizer, plan: Training, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     if plan.schedule == "one-cycle" and steps > 1:
@@ -220,9 +280,18 @@ def _scheduler(optimizer: torch.optim.Optimizer, plan: Training, steps: int) -> 
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
-def _diverged(step: int, norm: Tensor, history: History) -> DivergedError:
-    last = ", ".join(f"{k} {v:.4g}" for k, v in history.rows[-1].items()) if history.rows else "none yet"
-    return DivergedError(
-        f"training diverged at step {step + 1}: the gradient norm is {float(norm)}; last finite report: {last}\n"
+def _check(state: State, step: int) -> None:
+    """Raise DivergedError if anything that was reported since the last row is not finite."""
+    if all(math.isfinite(value) for value in state.sums.values()):
+        return
+    last = ", ".join(f"{k} {v:.4g}" for k, v in state.rows[-1].items()) if state.rows else "none yet"
+    norm = float(state.sums["gradient_norm"])
+    raise DivergedError(
+        f"training diverged at step {step}: the gradient norm is {norm}; last finite report: {last}\n"
         "nothing was published; try a smaller lr, clip = 1.0, or another lambda"
     )
+
+
+def is_loss(error: RuntimeError) -> bool:
+    """Whether the error is that of a message whose other end is gone."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)

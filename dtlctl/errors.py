@@ -35,8 +35,26 @@ class CheckpointError(DtlError):
 
 
 class Stopped(DtlError):
-    """A signal asked the run to end; finished results are kept."""
+    """A signal asked the run to end; finished results and the state of unfinished ones are kept."""
 
     def __init__(self, signum: int):
-        super().__init__("stopped by a signal; finished results are kept, the same command goes on from them")
+        super().__init__("stopped by a signal; everything is kept, the same command goes on from here")
         self.exit_code = 128 + signum
+
+
+class Elsewhere(DtlError):
+    """Another process of this run met an error; it says which, this one ends with the same code."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("ended because the main process did; its message says why")
+        self.exit_code = exit_code
+
+
+class Lost(DtlError):
+    """Another process of this run is gone without a word to this one."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another process of this run is gone; its own message, or the launcher's, says why\n"
+            "the same command goes on from the state that was saved last"
+        )

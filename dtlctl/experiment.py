@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
-import time
+import shutil
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dtlctl import __version__, checkpoint, models
+from dtlctl import __version__, checkpoint, lock, models, stop
 from dtlctl.data import cache as decoded
 from dtlctl.data.cache import Images
 from dtlctl.data.sources import Dataset, Split
@@ -23,7 +23,9 @@ from dtlctl.data.tensors import Batch, Batches, evaluation_batches
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.plan import Job, jobs
 from dtlctl.progress import Progress, say
+from dtlctl.provenance import circumstances
 from dtlctl.recipe import Recipe
+from dtlctl.resume import Memory, State
 
 if TYPE_CHECKING:
     from dtlctl.engine import Engine, History, Objective
@@ -42,11 +44,12 @@ class Experiment:
         """The jobs of these stages, of some models only if any are named."""
         return [job for job in self.jobs if job.stage in stages and (not only or job.model in only)]
 
-    def begin(self, stages: Collection[str], only: Collection[str]) -> None:
-        """Open the run's folder and write the resolved recipe there.
+    @contextmanager
+    def opened(self, stages: Collection[str], only: Collection[str]) -> Iterator[None]:
+        """Own the run's folder: lock it, put it in order after a crash, write the resolved recipe there.
 
         Raises RecipeError for a model in `only` that these stages do not make or attack, CheckpointError where
-        nothing can be written.
+        nothing can be written, another process is at work, or a link leads out of the folder.
         """
         known = dict.fromkeys(job.model for job in self.chosen(stages, ()))
         for model in only:
@@ -54,10 +57,25 @@ class Experiment:
                 raise RecipeError(
                     f"--only {model}: {self.source} has none here (it has {', '.join(known) or 'nothing'})"
                 )
+        with ExitStack() as stack:
+            self._by_main(lambda: self._open(stack))
+            yield
+
+    def _open(self, stack: ExitStack) -> None:
+        folders = sorted({self._path(job).parent for job in self.jobs})
+        lock.refuse_links(self.folder, [*folders, self.folder / "report"])
+        if taken_over := stack.enter_context(lock.held(self.folder)):
+            say(taken_over)
+        for folder in [self.folder, *folders]:
+            checkpoint.settle(folder)
         document = self.recipe.resolved()
         path = self.folder / "recipe.json"
         if not path.exists() or path.read_text(encoding="utf-8") != checkpoint.dump(document):
             checkpoint.publish_json(path, document)
+
+    def _by_main(self, work: Callable[[], Any]) -> Any:
+        """Done once, by the main process. No engine is started where there is one process."""
+        return work() if os.environ.get("WORLD_SIZE", "1") == "1" else self.engine.by_main(work)
 
     @cached_property
     def engine(self) -> Engine:
@@ -99,10 +117,11 @@ class Experiment:
         return self.engine.accuracy(model, head, self.split(role, "test"))
 
     def split(self, role: str, split: Split, rows: np.ndarray | None = None) -> Iterator[Batch]:
-        """This process's share of a split, or of some rows of it, not augmented."""
+        """This process's share of a split, or of some rows of it, not augmented; to be read to its end."""
         images = self.images(role, split)
         pixels, labels = (images.pixels, images.labels) if rows is None else (images.pixels[rows], images.labels[rows])
-        return evaluation_batches(pixels, labels, device=self.engine.device, share=self.engine.share)
+        batches = evaluation_batches(pixels, labels, device=self.engine.device, share=self.engine.share)
+        return self.engine.heeding(batches)
 
     def identity(self, role: str) -> dict[str, Any]:
         """What the role's data is, by content: for keys and sidecars."""
@@ -129,8 +148,9 @@ class Experiment:
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
         if alone and (found := decoded.cached(dataset, split, size, role=role)) is not None:
             return found  # no engine is started to find that everything is up to date
-        with self.engine.accelerator.main_process_first(), self.progress(f"decode {role} {split}", 1) as bar:
-            return decoded.load(dataset, split, size, role=role, progress=bar.at)
+        with self.progress(f"decode {role} {split}", 1) as bar:
+            self._by_main(lambda: decoded.load(dataset, split, size, role=role, progress=bar.at))
+        return decoded.load(dataset, split, size, role=role)
 
     def _index(self, role: str) -> np.ndarray:
         train = self.images(role, "train")
@@ -152,7 +172,7 @@ class Experiment:
     def load_model(self, name: str, *, global_batch_norm: bool = True) -> models.Classifier:
         """The published model of that name, which must be up to date with the recipe."""
         sidecar = self.require(name)
-        model = self.new_model(sidecar["heads"], "load", global_batch_norm=global_batch_norm)
+        model = self.new_model(sidecar.get("heads", {}), "load", global_batch_norm=global_batch_norm)
         checkpoint.load_weights(self._path(self._job(name)).parent, sidecar, model)
         return model
 
@@ -168,24 +188,30 @@ class Experiment:
         objective: Objective,
         batches: Batches,
         measures: dict[str, tuple[str, str]],
+        part: str = "",
     ) -> tuple[History, dict[str, float]]:
         """Train as the job's settings say, measuring {name: (head, role)} accuracies on the way and at the end.
 
-        On the way only as often as no more images are tested than trained on.
+        On the way only as often as no more images are tested than trained on. State is saved in the job's scratch
+        folder and taken up from there; a job that trains more than once names its `part`s, each a plain file name.
         """
         steps = job.settings.total_steps(batches.images)
         tested = sum(len(self.images(role, "test").labels) for _, role in measures.values())
-        last = 0
+        state = State()
 
         def evaluate(step: int) -> dict[str, float]:
-            nonlocal last
+            last = next((row["step"] for row in reversed(state.rows) if measures.keys() <= row.keys()), 0)
             if step < steps and (step - last) * batches.batch_size < tested:
                 return {}
-            last = step
             return {name: self.accuracy(model, head, role) for name, (head, role) in measures.items()}
 
+        file = self.scratch(job) / f"{part or 'state'}.safetensors"
+        memory = Memory(file, checkpoint.key({self.key(job): part}), self.recipe.checkpoint_minutes)
         with self.progress(job.title, steps) as bar:
-            history = self.engine.train(model, objective, job.settings, steps, batches.batch_size, bar, evaluate)
+            size = batches.batch_size
+            history = self.engine.train(
+                model, objective, job.settings, steps, size, bar, evaluate, memory=memory, state=state
+            )
         return history, {name: history.rows[-1][name] for name in measures}
 
     def require(self, name: str) -> dict[str, Any]:
@@ -214,8 +240,6 @@ class Experiment:
 
     def publish(self, job: Job[Any], metrics: dict[str, Any], history: History, model: models.Classifier | None = None):
         """Publish a result from the main process, once all processes are there. Returns the sidecar's path."""
-        from accelerate import __version__ as accelerate_version
-
         engine = self.engine
         sidecar = {
             "format": checkpoint.FORMAT,
@@ -227,25 +251,29 @@ class Experiment:
             "history": history.rows,
             "wall_seconds": round(history.seconds, 3),
             "images_per_second": round(history.images_per_second, 1),
-            "peak_memory_bytes": engine.peak_memory(),
-            "processes": engine.processes,
-            "device": _device_name(engine.device),
             "precision": self.recipe.precision,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "versions": {
-                "dtlctl": __version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "accelerate": accelerate_version,
-            },
+            **circumstances(engine),
         }
-        engine.barrier()
-        if engine.is_main:
+
+        def write() -> None:
             if model is None:
                 checkpoint.publish_json(self._path(job), sidecar)
             else:
                 checkpoint.publish(self._path(job).parent, model, {**sidecar, "heads": model.classes})
-        engine.barrier()
+            self.tidy(job)
+
+        with stop.deferred():
+            engine.agree(0)  # nobody is still at work on it
+            engine.by_main(write)
+
+    def scratch(self, job: Job[Any]) -> Path:
+        """A folder for what a job needs until it is published, and no longer."""
+        return self._path(job).with_suffix(".resume")
+
+    def tidy(self, job: Job[Any]) -> None:
+        """Remove the job's scratch folder, if this is the main process."""
+        if os.environ.get("RANK", "0") == "0" and self.scratch(job).exists():
+            shutil.rmtree(self.scratch(job), ignore_errors=True)
 
     def summary(self, job: Job[Any]) -> str:
         """One line of what a finished job measured."""
@@ -262,9 +290,5 @@ class Experiment:
         return {
             **job.described(self.recipe),
             "data": {role: self.identity(role) for role in job.roles},
-            "parent": {job.parent: self.require(job.parent)["weights_sha256"]} if job.parent else {},
+            "parent": {job.parent: self.require(job.parent).get("weights_sha256")} if job.parent else {},
         }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.processor() or device.type)

@@ -19,26 +19,49 @@ else:
     import tomli as tomllib
 
 
+LARGEST = 1 << 20  # bytes of a recipe
+
+
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in a TOML file, with `key.path=value` overrides applied as if the file said so.
 
     Raises RecipeError, naming file, key and reason, for anything that is not a valid recipe.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = _read(path)
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides or []:
-        _merge(raw, _parse_override(override))
     try:
+        raw = tomllib.loads(text)
+    # Not only TOMLDecodeError: a number of 5,000 digits and a thousand open brackets end otherwise.
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: not valid TOML: {_plain(error)}") from None
+    try:
+        for override in overrides or []:
+            _merge(raw, _parse_override(override))
         _resolve_like(raw)
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(_explain(path, raw, error)) from None
-    except ValueError as error:
-        raise RecipeError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: {_plain(error)}") from None
+
+
+def _read(path: Path) -> str:
+    """A recipe is a small regular file: a pipe or a device could be read for ever."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a file")
+    with open(path, "rb") as file:
+        blob = file.read(LARGEST + 1)
+    if len(blob) > LARGEST:
+        raise ValueError(f"it has more than {LARGEST:,} bytes")
+    return blob.decode("utf-8")
+
+
+def _plain(text: object, longest: int = 300) -> str:
+    """What a stranger's file may put on the terminal: one line, of printable characters, not too long."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return line if len(line) <= longest else line[:longest] + "..."
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -50,9 +73,9 @@ def _parse_override(text: str) -> dict[str, Any]:
     for candidate in (value, json.dumps(value)) if plain_word else (value,):
         try:
             return tomllib.loads(f"{key.strip()} = {candidate}")
-        except tomllib.TOMLDecodeError as failure:
+        except (ValueError, RecursionError) as failure:
             reason = failure
-    raise RecipeError(f"--set {text}: not valid TOML: {reason}")
+    raise RecipeError(f"--set {_plain(text)}: not valid TOML: {_plain(reason)}")
 
 
 def parse_value(text: str) -> list[Any]:
@@ -114,6 +137,7 @@ def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
         reason = f"{first['input']!r} is not valid" + nearest(str(first["input"]), choices)
     elif first["type"] not in ("value_error",):
         reason += f" (it is {first['input']!r})"
+    reason = _plain(reason, 500)
     message = f"{path}: {places[0]}: {reason}" if places[0] else f"{path}: {reason}"
     others = list(dict.fromkeys(places[1:]))
     return message + (f"\nalso wrong: {', '.join(others[:6])}" + (", ..." if len(others) > 6 else "") if others else "")
@@ -127,7 +151,7 @@ def _place(raw: Any, loc: tuple[int | str, ...]) -> str:
         if known or depth == len(loc) - 1:
             raw = raw[part] if known else None
             if part != "[key]":
-                parts.append(str(part))
+                parts.append(_plain(part, 80))
     return ".".join(parts)
 
 

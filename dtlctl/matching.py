@@ -59,7 +59,8 @@ def compare(
         """Validation accuracy of one model, by seed."""
         found = labs("search", dispose)
         for lab in found:
-            lab.begin(("pretrain", "finetune", "dispose"), ())
+            with lab.opened(("pretrain", "finetune", "dispose"), ()):
+                pass
         perform(found, ("pretrain", "finetune", "dispose"), elsewhere)
         return [validation(lab, model) for lab in found]
 
@@ -82,8 +83,8 @@ def compare(
         for name, one in base.dispose.items()
     })  # fmt: skip
     for lab in final:
-        lab.begin(("dispose",), ())
-        adopt(lab, [*elsewhere, *sorted(folder.glob("search-*/"))])
+        with lab.opened(("dispose",), ()):
+            adopt(lab, [*elsewhere, *sorted(folder.glob("search-*/"))])
     perform(final, ("pretrain", "finetune", "dispose", "piggyback"), elsewhere)
     document["table"] = report.summarise([lab.folder for lab in final])
     write(document, folder / "report", command)

@@ -135,6 +135,7 @@ class Recipe(Strict):
     name: Name
     seed: int = Field(0, ge=0, lt=2**31)
     precision: models.Precision = "float32"
+    checkpoint_minutes: float = Field(5.0, ge=0, le=10_080, description="how often unfinished training is saved")
     model: Model = Model()
     data: Data
     pretrain: Pretrain = Pretrain(epochs=100)

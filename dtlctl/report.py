@@ -37,7 +37,7 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
     [[steps of the attack, %], ...] by dataset.
     """
     recipes = [_recipe(run) for run in runs]
-    plain = [{**r.resolved(), "seed": 0, "name": ""} for r in recipes]
+    plain = [{**r.resolved(), "seed": 0, "name": "", "checkpoint_minutes": 0} for r in recipes]
     for run, other in zip(runs, plain, strict=True):
         if other != plain[0]:
             raise RecipeError(f"{run}: its recipe differs from {runs[0]} in more than the seed; report them separately")
@@ -59,12 +59,20 @@ def write(table: dict[str, Any], folder: Path, command: str, before: Sequence[st
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.json").write_text(dump(table), encoding="utf-8")
-        (folder / "table.md").write_text(markdown(table), encoding="utf-8")
         drawn = figures.save(figures.of_table(table), folder)
-        (folder / "report.html").write_text(page.of_table(table, drawn, command, before), encoding="utf-8")
+        checkpoint.write(folder / "report.html", page.of_table(table, drawn, command, before).encode())
+        checkpoint.write(folder / "table.md", markdown(table).encode())
+        checkpoint.write(folder / "table.json", dump(table).encode())  # last: it vouches for the others
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
+
+
+def is_current(table: dict[str, Any], folder: Path) -> bool:
+    """Whether the folder holds the report of this table."""
+    try:
+        return (folder / "table.json").read_text(encoding="utf-8") == dump(table)
+    except (OSError, ValueError):
+        return False
 
 
 def dump(table: dict[str, Any]) -> str:
@@ -150,17 +158,20 @@ def _rows(run: Path, recipe: Recipe) -> dict[str, Row]:
         if "weights_sha256" in sidecar:
             weights[job.model] = sidecar["weights_sha256"]
         row, metrics = rows[job.model], sidecar["metrics"]
-        if job.stage == "piggyback":
-            name = job.dataset.partition(".")[2]
-            for kind, metric in ATTACKS.items():
-                if metric in metrics:
-                    row.setdefault(kind, {})[name] = metrics[metric]
-            looks = [[look["step"], look["acc_pl"]] for look in sidecar.get("history", []) if "acc_pl" in look]
-            row.setdefault("curves", {})[name] = looks
-        elif job.stage == "audit":
-            row["audit_auc"] = metrics["loss"]["auc"]
-        else:
-            row.update(metrics)
+        try:
+            if job.stage == "piggyback":
+                name = job.dataset.partition(".")[2]
+                for kind, metric in ATTACKS.items():
+                    if metric in metrics or kind == "piggyback":
+                        row.setdefault(kind, {})[name] = float(metrics[metric])
+                looks = [[look["step"], look["acc_pl"]] for look in sidecar.get("history", []) if "acc_pl" in look]
+                row.setdefault("curves", {})[name] = looks
+            elif job.stage == "audit":
+                row["audit_auc"] = float(metrics["loss"]["auc"])
+            else:
+                row.update({name: float(value) for name, value in metrics.items()})
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{run / job.path}: not the metrics of {job.stage}; delete it") from None
     return {model: row for model, row in rows.items() if row["piggyback"] or len(row) > 2}
 
 

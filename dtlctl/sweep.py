@@ -82,7 +82,8 @@ def run(
     if len(calls) < len(grid):
         raise RecipeError("sweep: two points have the same values")
     for lab in labs:
-        lab.begin(STAGES, ())
+        with lab.opened(STAGES, ()):
+            pass  # put in order, with its recipe written; a run's own process locks it again while it works
     perform(labs, STAGES, [out / base.name], jobs=jobs, calls=calls, quiet=quiet)
     return list(zip(grid, labs, strict=True))
 
@@ -105,7 +106,8 @@ def perform(
                 tasks.append((lab, models))
         if jobs == 1 or calls is None:
             for lab, models in tasks:
-                work.run(lab, (stage,), only=models)
+                with lab.opened((stage,), models):
+                    work.run(lab, (stage,), only=models)
         else:
             _in_parallel(stage, _split(tasks, 2 * jobs), jobs, calls, quiet)
         for lab in labs:

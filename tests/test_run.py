@@ -150,15 +150,15 @@ def test_weights_of_another_model_are_refused(tmp_path: Path):
         assert torch.equal(tensor, same.state_dict()[name])
 
 
-def test_publishing_leaves_no_temporary_file_and_removes_the_old_sidecar_first(tmp_path: Path, monkeypatch):
+def test_publishing_leaves_no_temporary_file_and_a_full_disk_the_old_checkpoint(tmp_path: Path, monkeypatch):
     model = models.build("resnet8", {"source": 10}, width=4)
     checkpoint.publish(tmp_path, model, {"format": checkpoint.FORMAT})
     assert sorted(os.listdir(tmp_path)) == ["model.json", "model.safetensors"]
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(CheckpointError, match="No space left on device"):
         checkpoint.publish(tmp_path, model, {"format": checkpoint.FORMAT})
-    assert "model.json" not in os.listdir(tmp_path)
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+    assert sorted(os.listdir(tmp_path)) == ["model.json", "model.safetensors"]
+    checkpoint.load_weights(tmp_path, checkpoint.read_sidecar(tmp_path / "model.json") or {}, model)
 
 
 def test_unwritable_output_and_bad_options_have_their_exit_codes(recipe_file: Path, dtlctl):

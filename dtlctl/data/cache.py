@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import shutil
 import uuid
 import warnings
@@ -59,8 +60,9 @@ def load(
     place = _place(dataset, split, image_size, role)
     images = _read(place, image_size)
     if images is None:
-        work = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
+        work = place.with_name(f"{place.name}.{platform.node()}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
         try:
+            _sweep(place)
             (work / "scratch").mkdir(parents=True)
             source = rows(dataset, split, image_size, role, work / "scratch")
             _check_classes(source, dataset, split)
@@ -97,6 +99,16 @@ def _place(dataset: Dataset, split: Split, image_size: int, role: str) -> Path:
         "image_size": image_size,
     }
     return folder() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def _sweep(place: Path) -> None:
+    """Remove what processes of this machine left half-made when they died."""
+    for path in place.parent.glob(f"{place.name}.{platform.node()}.*.tmp"):
+        with suppress(ValueError, PermissionError):
+            try:
+                os.kill(int(path.name.split(".")[-3]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _read(place: Path, image_size: int) -> Images | None:

@@ -21,6 +21,7 @@ def run(
     done = []
     for job in lab.chosen(stages, only):
         if lab.done(job) and not force:
+            lab.tidy(job)
             continue
         _stage(job.stage)(lab, job)
         done.append(job)

@@ -1,0 +1,45 @@
+"""Batch normalisation over all processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation whose training statistics are those of the global batch, on any backend.
+
+    torch's own SyncBatchNorm runs on GPUs only. First derivatives only: collisions use per-chunk statistics instead.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        count = _sum_over_processes(torch.tensor(float(input.numel() // input.shape[1]), device=input.device))
+        mean = _sum_over_processes(input.sum((0, 2, 3))) / count
+        centred = input - mean[:, None, None]
+        variance = _sum_over_processes((centred**2).sum((0, 2, 3))) / count
+        with torch.no_grad():
+            for running, now in ((self.running_mean, mean), (self.running_var, variance * count / (count - 1))):
+                if running is not None and self.momentum is not None:
+                    running.lerp_(now, self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None])
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce whose derivative is all-reduce: every process's sum feeds every process's loss."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:
+        total = value.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return _SumOverProcesses.forward(ctx, gradient)
+
+
+def _sum_over_processes(value: Tensor) -> Tensor:
+    return _SumOverProcesses.apply(value)

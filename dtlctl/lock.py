@@ -1,0 +1,86 @@
+"""One run folder, one owner.
+
+The lock is the kernel's (flock), so it ends with its owner however that dies, and a process number that was given out
+twice cannot hold it. What the file says, who and since when, is for people. Over NFS the kernel asks the server.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dtlctl.errors import CheckpointError
+
+NAME = ".lock"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[str | None]:
+    """Own the folder, which is made if need be; yields what to say of an owner that died without letting go.
+
+    Raises CheckpointError where another process owns it, or where nothing can be written.
+    """
+    path = folder / NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _take(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}; choose another place with --out") from None
+    try:
+        left = _owner(handle)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(_me()).encode(), 0)
+        yield left and f"{path}: {left} ended without letting go of the folder; taken over"
+    finally:
+        path.unlink(missing_ok=True)  # while it is still ours
+        os.close(handle)
+
+
+def refuse_links(folder: Path, inside: Iterable[Path]) -> None:
+    """A run folder from a stranger may hold links; CheckpointError if one leads out of the run's folder."""
+    home = folder.parent.resolve() / folder.name
+    for path in (folder, *inside):
+        if path.resolve() != home / path.relative_to(folder):
+            raise CheckpointError(f"{path}: leads out of the run's folder, to {path.resolve()}; remove the link")
+
+
+def _take(path: Path) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last owner may have removed the file between our two calls: then we hold nothing.
+            if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        except BlockingIOError:
+            owner = _owner(handle) or "another process"
+            os.close(handle)
+            raise CheckpointError(
+                f"{path.parent}: in use by {owner}; wait for it, or choose another name or --out"
+            ) from None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _me() -> dict[str, str | int]:
+    return {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def _owner(handle: int) -> str | None:
+    """The words for who the file names; None for an empty file."""
+    text = os.pread(handle, 1000, 0).decode(errors="replace")
+    try:
+        who = json.loads(text)
+        return f"process {int(who['pid'])} on {ascii(who['host'])[1:-1]} since {ascii(who['since'])[1:-1]}"
+    except (ValueError, KeyError, TypeError):
+        return "an unknown process" if text else None

@@ -1,0 +1,39 @@
+"""A sample of the faults is injected again, and docs/reliability.md shows what its sidecars say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.reliability import page
+
+needs = pytest.mark.skipif(not list(page.RESULTS.glob("*.json")), reason="no full run of the faults was kept yet")
+
+
+@needs
+def test_the_page_shows_what_the_sidecars_say():
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.table(page.entries()) in text
+    assert page.cost() in text
+
+
+@needs
+def test_the_faults_are_many_and_nothing_was_lost():
+    every = page.entries()
+    assert len(every) >= 200
+    assert {e["group"] for e in every} == set(page.GROUPS)
+    assert not [e for e in every if not e["ok"] or e["lost"] or e["mixed"] or e["traceback"] or e["hang"]]
+
+
+CRASHES = ["kills:35", "publishing:30", "signals:20", "disk:12", "files:25", "recipes:25"]
+
+
+@pytest.mark.parametrize("groups", [CRASHES, ["processes:6"]], ids=["one process", "two processes"])
+def test_a_sample_of_the_faults(groups: list[str]):
+    chosen = [word for group in groups for word in ("--group", group)]
+    command = [sys.executable, "-m", "tests.reliability.faults", *chosen, "--seed", "1"]
+    done = subprocess.run(command, cwd=page.ROOT, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("ok ")
