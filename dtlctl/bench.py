@@ -37,6 +37,8 @@ def run(
 ) -> dict[str, Any]:
     """The benchmark as the command line asks for it. Raises RecipeError for a call that is wrong."""
     try:
+        if not all(c.strip().isdecimal() for c in chunks.split(",")):
+            raise ValueError(f"--chunks {chunks}: write numbers with commas, as in 2,4,8")
         counts = [int(c) for c in chunks.split(",")]
         chosen = ways.split(",") if ways else list(WAYS)
         for c in counts:
@@ -49,21 +51,18 @@ def run(
         bench = Bench(arch, stem, image_size, batch_size, precision, device, channels_last)
     except ValueError as error:
         raise RecipeError(f"bench: {error}") from None
-    cells = cells_of(counts, repeats, chosen)
+    cells = [("ce", 1), *((way, c) for c in counts for way in chosen if bench.can(way, c))]
     math = sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
-    with math, Progress("bench", cells, enabled=not quiet) as progress:
-        return measure(bench, counts, repeats, chosen, progress)
+    with math, Progress("bench", (repeats + 1) * len(cells), enabled=not quiet) as progress:
+        return measure(bench, cells, repeats, progress)
 
 
-def measure(
-    bench: Bench, chunks: Sequence[int], repeats: int, ways: Sequence[str], progress: Progress
-) -> dict[str, Any]:
-    """All ways, interleaved and warmed up: seconds (median), ratio to cross-entropy, peak bytes, and the
-    gradient's distance to that in float64, |g - r| / |r|, with its cosine.
+def measure(bench: Bench, cells: Sequence[tuple[str, int]], repeats: int, progress: Progress) -> dict[str, Any]:
+    """Every (way, chunks) in turn, after a warm-up: seconds, their ratio to cross-entropy, peak memory, and error.
 
+    Seconds are medians. The error is |g - r| / |r|, to the gradient r in float64, beside the cosine of the two.
     Peak memory is what a step adds, in bytes, above what is held before it; None where the system does not tell.
     """
-    cells = [("ce", 1)] + [(way, c) for c in chunks for way in ways if bench.can(way, c)]
     steps = {cell: bench.step(*cell) for cell in cells}
     seconds: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
     peaks: dict[tuple[str, int], int | None] = {}
@@ -100,11 +99,6 @@ def measure(
         for way, c in cells
     ]
     return {"machine": _machine(bench), "repeats": repeats, "rows": rows}
-
-
-def cells_of(chunks: Sequence[int], repeats: int, ways: Sequence[str]) -> int:
-    """An upper bound of the steps that `measure` takes, for a progress bar."""
-    return (repeats + 1) * (1 + len(chunks) * len(ways))
 
 
 def text(document: dict[str, Any]) -> str:

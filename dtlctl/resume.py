@@ -25,7 +25,7 @@ from dtlctl import checkpoint
 from dtlctl.errors import CheckpointError
 from dtlctl.strict import Strict
 
-_CPU, _CUDA = 5056, 16  # bytes of torch's random states
+_CUDA = 16  # bytes of the random state of an accelerator
 
 
 @dataclass
@@ -181,13 +181,13 @@ class Memory:
 
 
 def _random(device: torch.device) -> Tensor:
-    """uint8 [5072]: the states of torch's generators on the CPU and, where there is one, on the accelerator."""
+    """uint8 [n + 16]: the states of torch's generators on the CPU and, where there is one, on the accelerator."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.zeros(_CUDA, dtype=torch.uint8)
     return torch.cat([torch.get_rng_state(), cuda])
 
 
 def _set_random(state: Tensor, device: torch.device) -> None:
-    cpu, cuda = state.split([_CPU, _CUDA])
+    cpu, cuda = state[:-_CUDA], state[-_CUDA:]
     torch.set_rng_state(cpu.clone())
     if device.type == "cuda":
         torch.cuda.set_rng_state(cuda.clone(), device)

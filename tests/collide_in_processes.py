@@ -38,9 +38,9 @@ def train(memory, share, out):
         generator = torch.Generator().manual_seed(number)
         x, y = torch.rand(32, 3, 8, 8, generator=generator), torch.randint(3, (32,), generator=generator)
         batch = Batch(share.of(x), share.of(y), share.of(torch.arange(32)))
-        seen, tape = views.together(student, batch, local) if memory == "batched" else (None, None)
+        seen = views.look(student, batch, local, norms, memory)
         step = Step(
-            chunks=seen or views.apart(student, batch, local, norms),
+            chunks=seen.chunks,
             target=[],
             teacher=lambda x: x,
             parameters=parameters,
@@ -48,8 +48,8 @@ def train(memory, share, out):
             seed=0,
             processes=share.processes,
             all_reduce=all_reduce,
-            tape=tape,
-            again=views.again(student, batch, local, norms) if memory == "recompute" else None,
+            tape=seen.tape,
+            again=seen.again,
         )
         surrogate, value = GradientCollision(chunks=CHUNKS).loss(step)
         grads = torch.autograd.grad(surrogate, parameters, materialize_grads=True)

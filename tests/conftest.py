@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,27 @@ def dtlctl(tmp_path: Path):
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
 
     return call
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path: Path):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+    from dtlctl.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what the test itself printed while it made its data
+        monkeypatch.setattr(sys, "argv", ["dtlctl", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    yield run
+    for number, handler in handlers:
+        signal.signal(number, handler)

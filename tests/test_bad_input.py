@@ -13,30 +13,6 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 
-from dtlctl.cli import main
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path: Path):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()  # what the test itself printed while it made its data
-        monkeypatch.setattr(sys, "argv", ["dtlctl", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    yield run
-    for number, handler in handlers:
-        signal.signal(number, handler)
-
 
 def pictures(folder: Path, *, names: list[str], labels: list[int], corrupt: int | None = None) -> Path:
     """A parquet dataset of 8-pixel images, the same rows in both splits."""

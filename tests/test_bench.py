@@ -63,6 +63,7 @@ def test_a_step_s_peak_counts_what_it_allocates_and_frees():
     [
         (("--chunks", "3"), "--chunks 3: 8 images make no 3 equal chunks of 2 or more"),
         (("--chunks", "8"), "--chunks 8: 8 images make no 8 equal chunks of 2 or more"),
+        (("--chunks", "two"), "--chunks two: write numbers with commas, as in 2,4,8"),
         (("--ways", "gc-magic"), "--ways gc-magic: unknown (valid: ce-chunked, gc-batched"),
         (("--arch", "resnet9"), "unknown architecture 'resnet9'"),
     ],

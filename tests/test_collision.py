@@ -20,7 +20,7 @@ def collide(losses, parameters, **options):
 
 def pairwise(losses, parameters):
     """Eq. 8 as it is written, a double loop that autograd differentiates: (value, gradient)."""
-    grads = [torch.autograd.grad(loss, parameters, create_graph=True) for loss in losses]
+    grads = [torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True) for loss in losses]
     products = [sum((a * b).sum() for a, b in zip(g, h, strict=True)) for g, h in combinations(grads, 2)]
     value = sum(products) / len(products)
     return value.detach(), torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import weakref
-from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
 from dtlctl import models
 from dtlctl.data.tensors import Batch
 from dtlctl.objectives import batched, collision, views
-
-
-def pairwise(losses, parameters):
-    """Eq. 8 as it is written, a double loop that autograd differentiates: (value, gradient)."""
-    grads = [torch.autograd.grad(m, parameters, create_graph=True, materialize_grads=True) for m in losses]
-    products = [sum((a * b).sum() for a, b in zip(g, h, strict=True)) for g, h in combinations(grads, 2)]
-    value = sum(products) / len(products)
-    return value.detach(), torch.autograd.grad(value, parameters, materialize_grads=True)
-
-
-def assert_equal(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+from tests.test_collision import assert_equal, pairwise
 
 
 class Twice(nn.Module):
@@ -278,87 +262,3 @@ def test_a_compiled_backward_is_refused():
     weight = torch.ones(1, requires_grad=True)
     with pytest.raises(ValueError, match=r"torch.compile has no double backward"):
         collision.collide(lambda x: CompiledFunction.apply(weight * x).sum(), [weight], [1, 2])
-
-
-# The student's views --------------------------------------------------------------------------------------------
-
-
-def student(arch="resnet8"):
-    torch.manual_seed(0)
-    return models.build(arch, {"source": 3, "target": 2}, width=4, image_size=8).double()
-
-
-def batch(images=8):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.rand(images, 3, 8, 8, dtype=torch.float64, generator=generator)
-    return Batch(x, torch.arange(images) % 3, torch.arange(images))
-
-
-def test_views_together_apart_and_again_are_the_same():
-    """Logits, images and labels of every chunk, and where the running statistics end; `again` moves none."""
-    one, other = student(), student()
-    norms = views.momenta(other)
-    ours, _ = views.together(one, batch(), 4)
-    theirs = views.apart(other, batch(), 4, norms)
-    assert {norm.momentum for norm, _ in norms} == {0.1}
-    after = {k: v.clone() for k, v in other.state_dict().items()}
-    for name, tensor in one.state_dict().items():
-        if "running" in name:
-            assert_equal(tensor, after[name])
-    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        c = views.again(other, batch(), 4, norms)(number)
-        for field in ("x", "y", "rows", "source", "target"):
-            assert_equal(getattr(a, field), getattr(b, field))
-            assert_equal(getattr(c, field), getattr(b, field))
-    for name, tensor in other.state_dict().items():
-        if "running" in name:
-            assert torch.equal(tensor, after[name])
-
-
-@pytest.mark.parametrize(
-    ("gigabytes", "arch", "expected"),
-    [
-        (16, "resnet8", "batched"),
-        (0.0001, "resnet8", "recompute"),
-        (64, "vit_b_16", "keep"),
-        (1, "vit_b_16", "recompute"),
-    ],
-)
-def test_the_way_is_chosen_by_size(gigabytes, arch, expected, monkeypatch):
-    monkeypatch.setattr(views, "_memory_bytes", lambda device: int(gigabytes * 1e9))
-    if arch == "resnet8":
-        model, x = student(), batch().x
-    else:
-        model, x = models.build(arch, {"source": 3}, stem="imagenet", image_size=16), torch.rand(4, 3, 16, 16)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert views.choose(model, x, 2) == expected
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "running" in k)
-
-
-# Real processes -------------------------------------------------------------------------------------------------
-
-PROGRAM = Path(__file__).parent / "collide_in_processes.py"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    done = subprocess.run([sys.executable, PROGRAM, folder], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return {count: load_file(folder / f"{count}.safetensors") for count in (1, 2, 4, 8)}
-
-
-@pytest.mark.parametrize("count", [2, 4, 8])
-def test_eight_chunks_on_any_number_of_processes(count, trained):
-    """1x8, 2x4, 4x2 and 8x1 chunks: the first value and gradient, and the weights after 20 steps (slow ways: 4)."""
-    one_process, found = trained[1], trained[count]
-    assert found.keys() == one_process.keys() and len(found) > 40
-    for name, tensor in found.items():
-        difference = (tensor - one_process[name]).norm() / one_process[name].norm().clamp(min=1e-6)
-        assert difference < 1e-5, f"{name} differs by {difference:.1e} on {count} processes"
-    moved = [
-        name
-        for name in found
-        if name.startswith("after/") and not torch.equal(found[name], found[f"before/{name[6:]}"])
-    ]
-    assert moved

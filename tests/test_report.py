@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,11 @@ from dtlctl.attacks.recovery import recovered
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.loading import load
 from dtlctl.plan import jobs
+
+
+def digest(name: str) -> str:
+    """Stands for the hash of a model's weights."""
+    return sha256(name.encode()).hexdigest()
 
 
 def fake_run(recipe_file: Path, name: str, seed: int, acc_t: float, *changes: str) -> Path:
@@ -28,9 +34,9 @@ def fake_run(recipe_file: Path, name: str, seed: int, acc_t: float, *changes: st
         }.get(job.stage, {"acc_t": acc_t if job.model == "TL" else 10.0, "acc_s": 20.0})
         sidecar = {"format": 1, "metrics": metrics, **job.described(recipe), "parent": {}}
         if job.parent:
-            sidecar["parent"] = {job.parent: f"hash of {job.parent}"}
+            sidecar["parent"] = {job.parent: digest(job.parent)}
         if job.stage not in ("piggyback", "audit"):
-            sidecar["weights_sha256"] = f"hash of {job.model}"
+            sidecar["weights_sha256"] = digest(job.model)
         (folder / job.path).parent.mkdir(parents=True, exist_ok=True)
         (folder / job.path).write_text(json.dumps(sidecar))
     (folder / "recipe.json").write_text(json.dumps(recipe.resolved()))
@@ -72,7 +78,7 @@ def test_results_of_another_recipe_or_another_parent_are_left_out(recipe_file: P
     variant["settings"]["lambda"] = 0.9
     (folder / "dispose/gc/model.json").write_text(json.dumps(variant))
     attack = json.loads((folder / "piggyback/TL/again.json").read_text())
-    attack["parent"] = {"TL": "hash of an earlier TL"}
+    attack["parent"] = {"TL": digest("an earlier TL")}
     (folder / "piggyback/TL/again.json").write_text(json.dumps(attack))
     table = rows(report.summarise([folder]))
     assert "gc" not in table  # nor the attacks on it

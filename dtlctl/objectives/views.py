@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,24 @@ from dtlctl.objectives.step import View
 Memory = Literal["batched", "keep", "recompute"]
 Momenta = Sequence[tuple[nn.BatchNorm2d, float]]
 """Every batch normalisation with the momentum it was built with."""
+
+
+class Look(NamedTuple):
+    """What one step of a disposal sees of a batch."""
+
+    chunks: list[View]
+    tape: Tape | None
+    """Of the one pass, if it was one."""
+    again: Callable[[int], View] | None
+    """Makes the view of one chunk anew, where graphs are not to be held."""
+
+
+def look(student: Classifier, batch: Batch, chunks: int, norms: Momenta, memory: Memory) -> Look:
+    """The chunks of a batch, in the way that `memory` says."""
+    if memory == "batched":
+        return Look(*together(student, batch, chunks), None)
+    remade = again(student, batch, chunks, norms) if memory == "recompute" else None
+    return Look(apart(student, batch, chunks, norms), None, remade)
 
 
 def momenta(student: nn.Module) -> Momenta:
@@ -49,12 +67,15 @@ def apart(student: Classifier, batch: Batch, chunks: int, norms: Momenta) -> lis
 
 
 def again(student: Classifier, batch: Batch, chunks: int, norms: Momenta) -> Callable[[int], View]:
-    """A function that makes the view of one chunk anew, and moves no running statistics."""
+    """A function that sees one chunk anew, each time with the same dropout, and moves no running statistics."""
+    seed, device = int(torch.randint(2**62, ())), batch.x.device
 
     def one(number: int) -> View:
         for norm, _ in norms:
             norm.momentum = 0.0
-        view = _view(student, _chunk(batch, number, chunks))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed + number)
+            view = _view(student, _chunk(batch, number, chunks))
         _restore(norms)
         return view
 
@@ -98,7 +119,7 @@ def _saved_bytes(student: Classifier, x: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), sdpa_kernel(SDPBackend.MATH):
         for norm, _ in (norms := momenta(student)):
             norm.momentum = 0.0
-        features = student.embed(x)  # held until the sizes are summed: freed memory would be counted as reused
+        features = student.embed(x)  # held meanwhile: freed memory would be used, and counted, again
     _restore(norms)
     del features
     return sum(sizes.values())

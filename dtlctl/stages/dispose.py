@@ -55,10 +55,9 @@ def _objective(
 
     def objective(number: int) -> tuple[Tensor, dict[str, Tensor]]:
         _set_mode(student, norms, settings.batch_norm)
-        batch = source[number]
-        seen, tape = views.together(student, batch, chunks) if memory == "batched" else (None, None)
+        seen = views.look(student, source[number], chunks, norms, memory)
         step = Step(
-            chunks=seen or views.apart(student, batch, chunks, norms),
+            chunks=seen.chunks,
             target=views.apart(student, target[number], chunks, norms) if target else [],
             teacher=answers,
             parameters=parameters,
@@ -66,8 +65,8 @@ def _objective(
             seed=lab.seed("dispose/labels"),
             processes=lab.engine.processes,
             all_reduce=lab.engine.all_reduce,
-            tape=tape,
-            again=views.again(student, batch, chunks, norms) if memory == "recompute" else None,
+            tape=seen.tape,
+            again=seen.again,
         )
         keep = retain.loss(step)
         if number >= repair_from:

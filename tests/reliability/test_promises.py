@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dtlctl import checkpoint, lock, models, stop
-from dtlctl.cli import main
 from dtlctl.data import cache
 from dtlctl.data.sources import Dataset
 from dtlctl.engine import Engine
@@ -31,26 +30,6 @@ from dtlctl.stop import SIGNALS
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path: Path):
-    """Run a command in this process: (exit code, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    handlers = [(number, signal.getsignal(number)) for number in SIGNALS]
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["dtlctl", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        return code, capsys.readouterr().err
-
-    yield run
-    for number, handler in handlers:
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -113,13 +92,13 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, listening, 
 
 def test_how_often_state_is_saved_is_no_part_of_a_result(call, recipe_file: Path):
     assert call("pretrain", recipe_file, "--quiet")[0] == 0
-    _, err = call("pretrain", recipe_file, "--set", "checkpoint_minutes=1.5")
+    _, _, err = call("pretrain", recipe_file, "--set", "checkpoint_minutes=1.5")
     assert "everything is up to date" in err
 
 
 def test_a_second_run_on_a_folder_is_refused_and_names_the_first(call, recipe_file: Path, tmp_path: Path):
     with lock.held(tmp_path / "runs" / "tiny"):
-        code, err = call("pretrain", recipe_file)
+        code, _, err = call("pretrain", recipe_file)
         assert (code, err.count("\n")) == (4, 1)
         assert f"in use by process {os.getpid()} on " in err
         assert call("check", recipe_file)[0] == 0  # looking is free
@@ -130,7 +109,7 @@ def test_a_stale_lock_is_explained_and_taken_over(call, recipe_file: Path, tmp_p
     folder = tmp_path / "runs" / "tiny"
     folder.mkdir(parents=True)
     (folder / ".lock").write_text('{"pid": 4194304, "host": "gone", "since": "2026-01-01T00:00:00Z"}')
-    code, err = call("pretrain", recipe_file)
+    code, _, err = call("pretrain", recipe_file)
     assert code == 0
     assert "process 4194304 on gone since 2026-01-01T00:00:00Z ended without letting go" in err
 
@@ -142,7 +121,7 @@ def test_a_link_out_of_the_run_folder_is_refused(call, recipe_file: Path, tmp_pa
     place = tmp_path / "runs" / "tiny" / name
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(outside)
-    code, err = call("pretrain", recipe_file)
+    code, _, err = call("pretrain", recipe_file)
     assert code == 4
     assert "leads out of the run's folder" in err
     assert not list(outside.iterdir())
@@ -215,7 +194,7 @@ def test_no_file_of_a_stranger_runs_code(call, recipe_file: Path, tmp_path: Path
         if place:
             place.parent.mkdir(exist_ok=True)
             place.write_bytes(blob)
-        code, err = call(*arguments, *(() if arguments[0] == "check" else ("--quiet",)))
+        code, _, err = call(*arguments, *(() if arguments[0] == "check" else ("--quiet",)))
         assert code in (2, 4), (arguments, err)
         assert "Traceback" not in err
     assert not canary.exists()
@@ -245,7 +224,7 @@ def test_only_a_hub_id_touches_the_network(call, recipe_file: Path, tmp_path: Pa
     assert call("pretrain", recipe_file, "--quiet", *local)[0] == 0
     assert not tried
     hub = ("--set", "data.source.path=nobody/nothing", "--set", "name=hub")
-    code, err = call("pretrain", recipe_file, "--quiet", *hub)
+    code, _, err = call("pretrain", recipe_file, "--quiet", *hub)
     assert (code, "could not be loaded" in err) == (4, True)
     assert not tried  # HF_HUB_OFFLINE is set, and respected
 

@@ -1,0 +1,112 @@
+"""How the student looks at chunks, how the way is chosen, and eight chunks on real processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dtlctl import models
+from dtlctl.data.tensors import Batch
+from dtlctl.objectives import views
+from tests.test_collision import assert_equal
+
+
+def student(arch="resnet8"):
+    torch.manual_seed(0)
+    return models.build(arch, {"source": 3, "target": 2}, width=4, image_size=8).double()
+
+
+def batch(images=8):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(images, 3, 8, 8, dtype=torch.float64, generator=generator)
+    return Batch(x, torch.arange(images) % 3, torch.arange(images))
+
+
+def test_views_together_apart_and_again_are_the_same():
+    """Logits, images and labels of every chunk, and where the running statistics end; `again` moves none."""
+    one, other = student(), student()
+    norms = views.momenta(other)
+    ours, _ = views.together(one, batch(), 4)
+    theirs = views.apart(other, batch(), 4, norms)
+    assert {norm.momentum for norm, _ in norms} == {0.1}
+    after = {k: v.clone() for k, v in other.state_dict().items()}
+    for name, tensor in one.state_dict().items():
+        if "running" in name:
+            assert_equal(tensor, after[name])
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        c = views.again(other, batch(), 4, norms)(number)
+        for field in ("x", "y", "rows", "source", "target"):
+            assert_equal(getattr(a, field), getattr(b, field))
+            assert_equal(getattr(c, field), getattr(b, field))
+    for name, tensor in other.state_dict().items():
+        if "running" in name:
+            assert torch.equal(tensor, after[name])
+
+
+def test_a_chunk_seen_again_meets_the_same_dropout():
+    """Or the gradient of the second look would not be that of the first; another chunk, and another batch, differ."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Dropout(0.5))
+    model = models.Classifier(backbone, 192, {"source": 3, "target": 2}).double().train()
+    same = Batch(torch.ones(8, 3, 8, 8, dtype=torch.float64), torch.zeros(8), torch.arange(8))
+    one, other = views.again(model, same, 4, []), views.again(model, same, 4, [])
+    before = torch.get_rng_state()
+    assert_equal(one(1).source, one(1).source)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.allclose(one(1).source, one(2).source)
+    assert not torch.allclose(one(1).source, other(1).source)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "arch", "expected"),
+    [
+        (16, "resnet8", "batched"),
+        (0.0001, "resnet8", "recompute"),
+        (64, "vit_b_16", "keep"),
+        (1, "vit_b_16", "recompute"),
+    ],
+)
+def test_the_way_is_chosen_by_size(gigabytes, arch, expected, monkeypatch):
+    monkeypatch.setattr(views, "_memory_bytes", lambda device: int(gigabytes * 1e9))
+    if arch == "resnet8":
+        model, x = student(), batch().x
+    else:
+        model, x = models.build(arch, {"source": 3}, stem="imagenet", image_size=16), torch.rand(4, 3, 16, 16)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert views.choose(model, x, 2) == expected
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "running" in k)
+
+
+# Real processes -------------------------------------------------------------------------------------------------
+
+PROGRAM = Path(__file__).parent / "collide_in_processes.py"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    done = subprocess.run([sys.executable, PROGRAM, folder], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return {count: load_file(folder / f"{count}.safetensors") for count in (1, 2, 4, 8)}
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_eight_chunks_on_any_number_of_processes(count, trained):
+    """1x8, 2x4, 4x2 and 8x1 chunks: the first value and gradient, and the weights after 20 steps (slow ways: 4)."""
+    one_process, found = trained[1], trained[count]
+    assert found.keys() == one_process.keys() and len(found) > 40
+    for name, tensor in found.items():
+        difference = (tensor - one_process[name]).norm() / one_process[name].norm().clamp(min=1e-6)
+        assert difference < 1e-5, f"{name} differs by {difference:.1e} on {count} processes"
+    moved = [
+        name
+        for name in found
+        if name.startswith("after/") and not torch.equal(found[name], found[f"before/{name[6:]}"])
+    ]
+    assert moved
