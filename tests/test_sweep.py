@@ -41,50 +41,58 @@ def test_the_grid_and_its_names():
         sweep.points(["seed=1", "seed=2"])
 
 
-def test_a_sweep_trains_shared_parents_once_and_resumes(recipe_file: Path, dtlctl):
+def test_a_sweep_trains_shared_parents_once_and_resumes(recipe_file: Path, call):
     """Two λ of gc: pre and TL are the same file; rand and the attacks on it are the same result."""
-    call = ("sweep", recipe_file, "--over", "dispose.gc.lambda=0.1,0.5")
-    first = dtlctl(*call)
-    assert first.returncode == 0, first.stderr
+    words = ("sweep", recipe_file, "--over", "dispose.gc.lambda=0.1,0.5")
+    code, first, said = call(*words)
+    assert code == 0, said
     folder = recipe_file.parent / "runs" / "tiny-sweep"
     a, b = folder / "gc.lambda-0.1", folder / "gc.lambda-0.5"
     for job in ("pretrain", "finetune", "target-only", "dispose/rand"):
         assert (a / job / "model.safetensors").samefile(b / job / "model.safetensors"), job
     assert not (a / "dispose/gc/model.safetensors").samefile(b / "dispose/gc/model.safetensors")
     assert (a / "piggyback/TL/again.json").read_text() == (b / "piggyback/TL/again.json").read_text()
-    lines = [[cell.strip() for cell in line.split("|")[1:3]] for line in first.stdout.splitlines() if "|" in line]
+    lines = [[cell.strip() for cell in line.split("|")[1:3]] for line in first.splitlines() if "|" in line]
     assert lines[0] == ["Model", "dispose.gc.lambda"]
     assert lines[2:] == [["scratch", "–"], ["TGT", "–"], ["pre", "–"], ["TL", "–"], ["rand", "–"],
                          ["gc", "0.1"], ["gc", "0.5"]]  # fmt: skip
     made = {path.name for path in (folder / "report").iterdir()}
     assert {"table.json", "table.md", "report.html", "curve-again.png", "curve-again.svg"} <= made
     before = (a / "dispose/gc/model.safetensors").stat().st_mtime_ns
-    again = dtlctl(*call, "--jobs", "2")
-    assert again.returncode == 0, again.stderr
-    assert again.stdout == first.stdout
+    code, again, said = call(*words, "--jobs", "2")
+    assert code == 0, said
+    assert again == first
     assert (a / "dispose/gc/model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_sweep_over_seeds_in_parallel_is_the_report_of_the_runs(recipe_file: Path, dtlctl):
-    result = dtlctl("sweep", recipe_file, "--over", "seed=0,1", "--jobs", "2", "--quiet")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    assert result.stdout.startswith("Accuracies in %. Mean over seeds 0, 1 ±")
-    for seed in (0, 1):
-        folder = recipe_file.parent / f"runs/tiny-sweep/seed-{seed}"
+def test_a_sweep_over_seeds_in_parallel_is_the_report_of_the_runs(recipe_file: Path, call):
+    """All but the attacks is there already, made as two runs: the attacks are left to two processes."""
+    runs = [recipe_file.parent / f"runs/tiny-sweep/seed-{seed}" for seed in (0, 1)]
+    for seed, folder in enumerate(runs):
+        where = ("--set", f"seed={seed}", "--set", f"name={folder.name}", "--out", folder.parent, "--quiet")
+        for stage in ("pretrain", "finetune", "dispose", "audit"):
+            assert call(stage, recipe_file, *where)[0] == 0
+    before = [path.stat().st_mtime_ns for folder in runs for path in sorted(folder.rglob("*.safetensors"))]
+    code, table, said = call("sweep", recipe_file, "--over", "seed=0,1", "--jobs", "2", "--quiet")
+    assert (code, said) == (0, "")
+    assert table.startswith("Accuracies in %. Mean over seeds 0, 1 ±")
+    assert before == [path.stat().st_mtime_ns for folder in runs for path in sorted(folder.rglob("*.safetensors"))]
+    for seed, folder in enumerate(runs):
         assert sorted(path.name for path in folder.iterdir()) == [
             "audit", "dispose", "finetune", "piggyback", "pretrain", "recipe.json", "target-only"
         ]  # fmt: skip
-        assert json.loads((folder / "dispose/gc/model.json").read_text())["seed"] == seed
+        attacks = [json.loads(path.read_text()) for path in folder.glob("piggyback/*/again.json")]
+        assert [attack["seed"] for attack in attacks] == [seed] * 3
+    assert call("report", *runs, "--to", recipe_file.parent / "plain")[1] == table
 
 
-def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, dtlctl):
+def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, call):
     change = "pretrain={lr=100.0, steps=200, schedule='constant'}"
-    result = dtlctl("sweep", recipe_file, "--over", "seed=0,1", "--set", change, "--jobs", "2", "--quiet")
-    assert result.returncode == 3, result.stderr
-    assert "error: seed-0, pretrain: " in result.stderr
-    assert "diverged at step" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 2
+    code, _, said = call("sweep", recipe_file, "--over", "seed=0,1", "--set", change, "--jobs", "2", "--quiet")
+    assert code == 3, said
+    assert "error: seed-0, pretrain: " in said
+    assert "diverged at step" in said
+    assert len(said.strip().splitlines()) == 2
 
 
 @pytest.mark.parametrize(("wanted", "reached"), [(2.0, True), (60.0, False)])
@@ -105,11 +113,11 @@ def test_bisection_finds_the_matching_lambda(wanted: float, reached: bool):
     assert matching.between(0.2, 0.5) == pytest.approx(1 / 3)  # odds 1/4 and 1: 1/2 in between
 
 
-def test_compare_matches_on_held_back_images_and_reports(recipe_file: Path, dtlctl):
+def test_compare_matches_on_held_back_images_and_reports(recipe_file: Path, call):
     change = "compare={target_drop=1.0, rounds=2, tolerance=0.01, seeds=[0, 1]}"
-    result = dtlctl("compare", recipe_file, "--set", change, "--json", "--quiet")
-    assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout)
+    code, shown, said = call("compare", recipe_file, "--set", change, "--json", "--quiet")
+    assert code == 0, said
+    document = json.loads(shown)
     assert list(document["variants"]) == ["gc", "rand"]
     assert document["table"]["seeds"] == [0, 1]
     out = recipe_file.parent / "runs"
