@@ -19,9 +19,10 @@ from dtlctl import report
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
+from dtlctl.plan import Stage
 from dtlctl.progress import say
 from dtlctl.recipe import Compare, Dispose, Recipe
-from dtlctl.sweep import adopt, perform
+from dtlctl.sweep import perform, relatives
 
 LOW, HIGH = 0.0005, 0.9995
 """λ is looked for between these, with even steps of log(λ / (1 − λ)): what matters is the ratio of the two terms."""
@@ -37,8 +38,40 @@ def compare(
     Raises RecipeError for a recipe with nothing to compare, or without target images to validate on.
     """
     base = load(path, list(overrides))
+    variants = _comparable(path, base)
     settings = base.compare or Compare()
     seeds = settings.seeds or [base.seed]
+    folder = out / f"{base.name}-compare"
+
+    def made(name: str, dispose: dict[str, Dispose], *stages: Stage) -> list[Experiment]:
+        changes = [{"seed": seed, "name": f"{name}-{seed}", "dispose": dispose} for seed in seeds]
+        labs = [Experiment(_changed(base, change), folder, source=str(path), quiet=quiet) for change in changes]
+        perform(labs, ("pretrain", "finetune", *stages), relatives(out, base.name))
+        return labs
+
+    tl = [validation(lab, "TL") for lab in made("search", {})]
+    document: dict[str, Any] = {"compare": settings.model_dump(mode="json"), "seeds": seeds, "variants": {}}
+    matched = dict(base.dispose)
+    for variant in variants:
+
+        def drops(lam: float, variant: str = variant) -> list[float]:
+            name = f"{variant}-{lam:.4g}"
+            labs = made("search", {name: base.dispose[variant].model_copy(update={"lam": lam})}, "dispose")
+            return [before - validation(lab, name) for before, lab in zip(tl, labs, strict=True)]
+
+        found = search(drops, base.dispose[variant].lam, settings)
+        document["variants"][variant] = found
+        matched[variant] = base.dispose[variant].model_copy(update={"lam": found["lambda"]})
+        if not quiet:
+            say(f"{variant}: λ = {found['lambda']:g}, {found['drop']:.1f} points below TL")
+    final = made("matched", matched, "dispose", "piggyback")
+    document["table"] = report.summarise([lab.folder for lab in final])
+    write(document, folder / "report", command)
+    return document, folder / "report"
+
+
+def _comparable(path: Path, base: Recipe) -> list[str]:
+    """The variants whose λ is to be found. Raises RecipeError where there are none, or nothing to validate on."""
     variants = [name for name, one in base.dispose.items() if one.unlearn.kind != "none"]
     if not variants:
         raise RecipeError(f"{path}: compare needs a [dispose.NAME] table with an unlearning loss")
@@ -46,49 +79,7 @@ def compare(
         raise RecipeError(
             f"{path}: data.target.fraction = 1 leaves no target images to validate λ on; compare needs it below 1"
         )
-    folder = out / f"{base.name}-compare"
-
-    def labs(name: str, dispose: dict[str, Dispose]) -> list[Experiment]:
-        changes = [{"seed": seed, "name": f"{name}-{seed}", "dispose": dispose} for seed in seeds]
-        recipes = [_changed(base, change) for change in changes]
-        return [Experiment(recipe, folder, source=str(path), quiet=quiet) for recipe in recipes]
-
-    elsewhere = [out / base.name, *sorted((out / f"{base.name}-sweep").glob("*/")), *sorted(folder.glob("*/"))]
-
-    def accuracies(dispose: dict[str, Dispose], model: str) -> list[float]:
-        """Validation accuracy of one model, by seed."""
-        found = labs("search", dispose)
-        for lab in found:
-            with lab.opened(("pretrain", "finetune", "dispose"), ()):
-                pass
-        perform(found, ("pretrain", "finetune", "dispose"), elsewhere)
-        return [validation(lab, model) for lab in found]
-
-    tl = accuracies({}, "TL")
-    document: dict[str, Any] = {"compare": settings.model_dump(mode="json"), "seeds": seeds, "variants": {}}
-    for variant in variants:
-        one = base.dispose[variant]
-
-        def drops(lam: float, variant: str = variant, one: Dispose = one) -> list[float]:
-            name = f"{variant}-{lam:.4g}"
-            after = accuracies({name: one.model_copy(update={"lam": lam})}, name)
-            return [before - now for before, now in zip(tl, after, strict=True)]
-
-        found = search(drops, one.lam, settings)
-        document["variants"][variant] = found
-        if not quiet:
-            say(f"{variant}: λ = {found['lambda']:g}, {found['drop']:.1f} points below TL")
-    final = labs("matched", {
-        name: one.model_copy(update={"lam": document["variants"][name]["lambda"]}) if name in variants else one
-        for name, one in base.dispose.items()
-    })  # fmt: skip
-    for lab in final:
-        with lab.opened(("dispose",), ()):
-            adopt(lab, [*elsewhere, *sorted(folder.glob("search-*/"))])
-    perform(final, ("pretrain", "finetune", "dispose", "piggyback"), elsewhere)
-    document["table"] = report.summarise([lab.folder for lab in final])
-    write(document, folder / "report", command)
-    return document, folder / "report"
+    return variants
 
 
 def search(drops: Callable[[float], list[float]], first: float, settings: Compare) -> dict[str, Any]:

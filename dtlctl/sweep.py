@@ -81,11 +81,13 @@ def run(
     ]
     if len(calls) < len(grid):
         raise RecipeError("sweep: two points have the same values")
-    for lab in labs:
-        with lab.opened(STAGES, ()):
-            pass  # put in order, with its recipe written; a run's own process locks it again while it works
-    perform(labs, STAGES, [out / base.name], jobs=jobs, calls=calls, quiet=quiet)
+    perform(labs, STAGES, relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
     return list(zip(grid, labs, strict=True))
+
+
+def relatives(out: Path, name: str) -> list[Path]:
+    """Folders of the recipe's runs, plain, swept or compared: what is done there need not be done again."""
+    return [out / name, *(path for kind in ("sweep", "compare") for path in sorted(out.glob(f"{name}-{kind}/*/")))]
 
 
 def perform(
@@ -94,12 +96,12 @@ def perform(
 ) -> None:  # fmt: skip
     """Do these stages of several runs, a result that they share only once. calls: the `--set` texts of every run."""
     for stage in stages:
-        shared = [lab.folder for lab in labs]
+        _share(labs, others)
         claimed: set[str] = set()
         tasks: list[tuple[Experiment, list[str]]] = []
         for lab in labs:
-            adopt(lab, [*shared, *others])
-            todo = [(job.model, lab.key(job)) for job in _ready(lab, stage) if not lab.done(job)]
+            ready = [(job, key) for job in lab.chosen((stage,), ()) if (key := _key(lab, job))]
+            todo = [(job.model, key) for job, key in ready if not lab.done(job)]
             models = list(dict.fromkeys(model for model, key in todo if key not in claimed))
             claimed |= {key for _, key in todo}
             if models:
@@ -110,37 +112,38 @@ def perform(
                     work.run(lab, (stage,), only=models)
         else:
             _in_parallel(stage, _split(tasks, 2 * jobs), jobs, calls, quiet)
-        for lab in labs:
-            adopt(lab, shared)
+        _share(labs)
 
 
-def _ready(lab: Experiment, stage: Stage) -> list[Job[Any]]:
-    """The stage's jobs whose parent is up to date."""
-    found = []
-    for job in lab.chosen((stage,), ()):
-        with suppress(CheckpointError):
-            lab.key(job)
-            found.append(job)
-    return found
+def _key(lab: Experiment, job: Job[Any]) -> str | None:
+    """The job's key, or None where its parent is not up to date."""
+    with suppress(CheckpointError):
+        return lab.key(job)
+    return None
 
 
-def adopt(lab: Experiment, others: Sequence[Path]) -> None:
-    """Take over results with the same key, that is, made from the same settings, seed, data and parents."""
+def _share(labs: Sequence[Experiment], others: Sequence[Path] = ()) -> None:
+    """Give every run the results with its keys, that is, made from the same settings, seed, data and parents."""
     known: dict[str, Path] = {}
-    for path in (p for other in others if other != lab.folder for form in RESULTS for p in sorted(other.glob(form))):
-        with suppress(CheckpointError):
-            known[str((checkpoint.read_sidecar(path) or {}).get("key"))] = path
-    for job in lab.jobs if known else ():
-        with suppress(CheckpointError):
-            found = known.get(lab.key(job))
-            if found is None or lab.done(job):
-                continue
-            goal = lab.folder / job.path
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            if found.name == "model.json":
-                _link(found.with_name("model.safetensors"), goal.with_name("model.safetensors"))
-            document = checkpoint.read_sidecar(found) or {}
-            checkpoint.publish_json(goal, {**document, "model": job.model})
+    for folder in [*others, *(lab.folder for lab in labs)]:
+        for path in (path for form in RESULTS for path in sorted(folder.glob(form))):
+            with suppress(CheckpointError):
+                known[(checkpoint.read_sidecar(path) or {}).get("key", "")] = path
+    for lab in labs:
+        with lab.opened((), ()):
+            for job in lab.jobs:
+                found = known.get(_key(lab, job) or "none")
+                if found and not lab.done(job):
+                    _adopt(found, lab.folder / job.path, job.model)
+
+
+def _adopt(found: Path, goal: Path, model: str) -> None:
+    """Take over a result, here by the name of `model`; the sidecar last, as always."""
+    document = checkpoint.read_sidecar(found) or {}
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    if found.name == "model.json":
+        _link(found.with_name("model.safetensors"), goal.with_name("model.safetensors"))
+    checkpoint.publish_json(goal, {**document, "model": model})
 
 
 def _link(source: Path, goal: Path) -> None:

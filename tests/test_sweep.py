@@ -63,6 +63,9 @@ def test_a_sweep_trains_shared_parents_once_and_resumes(recipe_file: Path, call)
     assert code == 0, said
     assert again == first
     assert (a / "dispose/gc/model.safetensors").stat().st_mtime_ns == before
+    assert call("sweep", recipe_file, "--over", "dispose.gc.lambda=0.5", "--over", "seed=0")[0] == 0
+    other = folder / "gc.lambda-0.5_seed-0"  # another sweep takes over what this one did
+    assert (other / "dispose/gc/model.safetensors").samefile(b / "dispose/gc/model.safetensors")
 
 
 def test_a_sweep_over_seeds_in_parallel_is_the_report_of_the_runs(recipe_file: Path, call):
