@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +16,12 @@ import torch
 from dtlctl import models
 from dtlctl.attacks import tuning
 from dtlctl.attacks.piggyback import Full, LastBlock, Renorm
+from dtlctl.attacks.trials import Ground, Strike
 from dtlctl.attacks.tuning import Look, Setting, Trial
 from dtlctl.errors import DataError, RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
-from dtlctl.stages import run
+from dtlctl.stages import piggyback, run
 
 ATTACKERS = (
     'piggyback.attackers=[{kind="full", lr=[0.01, 0.1], steps=4}, {kind="full", optimizer="adam", lr=[0.01], steps=4}, '
@@ -118,13 +121,13 @@ def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():
 
 
 def test_training_keeps_the_best_look_and_survives_divergence():
-    """At rate 100 the loss leaves the finite numbers: the looks before that are kept, nothing is raised."""
+    """Held-out labels that contradict the training make later looks worse. At rate 1e30 no look is finite; no error."""
     from dtlctl.data.tensors import Batches
 
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 255, (16, 3, 16, 16), dtype=np.uint8), np.arange(16) % 4
     batches = Batches(pixels, labels, np.arange(16), batch_size=8, augment="none", seed=0, device=torch.device("cpu"))
-    held = torch.from_numpy(pixels).float() / 255, torch.from_numpy(labels)
+    held = torch.from_numpy(pixels).float() / 255, torch.from_numpy((labels + 1) % 4)
     for rate, length in ((0.05, 10), (1e30, 0)):
         model = pair()[1]
         looks = tuning.train(
@@ -133,6 +136,7 @@ def test_training_keeps_the_best_look_and_survives_divergence():
         assert len(looks) == length
         if looks:
             best = max(looks, key=lambda look: look.merit)
+            assert best.step < 20
             assert tuning.look_at(model, "piggyback", held, best.step) == pytest.approx(best)
 
 
@@ -172,6 +176,76 @@ def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file:
         assert metrics["chosen"][seed]["val"] == max(t["val"] for t in mine)
     assert metrics["acc_pl_worst"] == pytest.approx(sum(c["acc_pl"] for c in metrics["chosen"]) / 2)
     assert metrics["acc_pl_max"] >= max(metrics["acc_pl_worst"], metrics["acc_pl"])
+
+
+def test_who_is_trained_on_is_not_looked_at_and_nobody_sees_the_test_split(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Three images a class: two to train on and one to look at, and at last all three, for the chosen steps."""
+    lab = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="full", lr=[0.1], steps=20}]']), recipe_file.parent,
+                     quiet=True)  # fmt: skip
+    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
+    ground, seen = Ground(lab, job, 0), []
+    train = tuning.train
+    monkeypatch.setattr(tuning, "train", lambda *a, **k: seen.append((a[2], k)) or train(*a, **k))
+    (attacker,) = job.settings.attackers
+    trial = ground.attempt(attacker, attacker.grid()[0])
+    ground.strike(attacker, trial)
+    (tried, looking), (again, last) = seen
+    pixels = torch.from_numpy(lab.images("source", "train").pixels).float() / 255
+    held = sorted(set(lab.index("piggyback.again").tolist()) - set(tried.rows.tolist()))
+    assert (len(tried.rows), len(held), len(again.rows)) == (20, 10, 30)
+    assert torch.allclose(looking["held_out"][0], pixels[held])
+    assert trial.best
+    assert (looking["steps"], last["steps"], last["until"]) == (20, 20, trial.best.step)
+
+
+def test_a_probe_is_fitted_to_the_training_part_and_judged_by_the_held_out(recipe_file: Path):
+    """C = 100 knows its 20 images by heart, and not the 10 held-out ones; then it is fitted to all 30."""
+    lab = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="probe", C=[100.0]}]']), recipe_file.parent,
+                     quiet=True)  # fmt: skip
+    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
+    ground, (attacker,) = Ground(lab, job, 0), job.settings.attackers
+    trial = ground.attempt(attacker, attacker.grid()[0])
+    assert ground.features
+    (x, y), test = ground.features
+    train, held = ground.parts
+    assert (len(train), len(held), len(test[1])) == (20, 10, len(lab.images("source", "test").labels))
+    fitted = tuning.Linear(x[train], y[train], 100.0)
+    assert fitted.look(x[train], y[train]).accuracy == 100
+    assert trial.best == fitted.look(x[held], y[held])
+    assert trial.best.accuracy < 100
+    assert trial.acc_pl == fitted.look(*test).accuracy
+    assert ground.strike(attacker, trial).acc_pl == tuning.Linear(x, y, 100.0).look(*test).accuracy
+
+
+def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """full has 60 % held out and 20 % in the test, probe 70 % and 10 %: probe's 10 % is quoted; 55 is the one setting.
+
+    The maximum is then 55, and the median of 20 and 10 is 15.
+    """
+    lab = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="full", lr=[1.0]}, {kind="probe", C=[1.0]}]']),
+                     recipe_file.parent, quiet=True)  # fmt: skip
+    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
+    held_out, tested = {"full": 60.0, "probe": 70.0}, {"full": 20.0, "probe": 10.0}
+
+    class Fake:
+        stop = threading.Event()
+
+        def __init__(self, *_: object):
+            pass
+
+        def attempt(self, attacker: Any, setting: Setting) -> Trial:
+            return Trial(setting, 0, [Look(1, held_out[setting.kind], 1.0)], 100.0 - held_out[setting.kind])
+
+        def strike(self, attacker: Any, trial: Trial) -> Strike:
+            assert attacker.kind == trial.setting.kind
+            return Strike(trial, tested[attacker.kind])
+
+    monkeypatch.setattr(piggyback, "Ground", Fake)
+    metrics = piggyback._tuned(lab, job, 55.0)
+    assert [metrics[f"acc_pl_{name}"] for name in ("worst", "median", "max")] == [10.0, 15.0, 55.0]
+    assert [strike["kind"] for strike in metrics["chosen"]] == ["probe"]
 
 
 def test_the_single_setting_does_not_change_beside_tuned_attackers(recipe_file: Path):
