@@ -54,6 +54,11 @@ def of_curves(name: str, curves: dict[str, list[list[float]]], reference: dict[s
     return _finished(figure, axes, f"Acc_pl {name} (%)", "Acc_t (%)", "Upper left is better")
 
 
+def quoted(row: dict[str, Any], name: str) -> str:
+    """Which accuracy of a table's row to hold against it: the tuned attacker's, where there is one."""
+    return "piggyback_worst" if name in row.get("piggyback_worst", {}) else "piggyback"
+
+
 def save(figures: dict[str, Any], folder: Path) -> dict[str, str]:
     """Write NAME.png and NAME.svg of every figure; return each one's SVG for a page. Closes the figures."""
     import matplotlib.pyplot as plt
@@ -138,7 +143,7 @@ def _tradeoff(rows: list[dict[str, Any]], name: str, colours: dict[str, str]) ->
     """Acc_t over Acc_pl, worst attacker where there is one: upper left is better."""
     figure, axes = _axes()
     for row in rows:
-        kind = "piggyback_worst" if name in row.get("piggyback_worst", {}) else "piggyback"
+        kind = quoted(row, name)
         x, y = row[kind][name], row["acc_t"]
         axes.errorbar(
             x, y, xerr=row.get(f"{kind}_ci", {}).get(name), yerr=row.get("acc_t_ci"), fmt="o", capsize=2,

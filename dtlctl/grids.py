@@ -93,12 +93,9 @@ def draw(document: dict[str, Any]) -> dict[str, Any]:
     keys = list(found[0]["values"])
     if any(key.endswith(".lambda") for key in keys):
         for name in sets:
-            curves = {
-                variant: points
-                for variant in found[0]["table"]["recipe"]["dispose"]
-                if len(points := _along_lambda(found, rows, variant, name)) > 1
-            }
-            fixed = [m for m in ("TGT", "TL", *found[0]["table"]["recipe"]["dispose"]) if m not in curves]
+            curves = _along_lambda(found, rows, name)
+            drawn_through = {label.partition(" ")[0] for label in curves}
+            fixed = [m for m in ("TGT", "TL", *found[0]["table"]["recipe"]["dispose"]) if m not in drawn_through]
             stars = {m: _place(rows[0][m], name) for m in fixed if m in rows[0] and _place(rows[0][m], name)}
             if curves:
                 drawn[f"curve-{name}"] = figures.of_curves(name, curves, stars)
@@ -113,20 +110,25 @@ def draw(document: dict[str, Any]) -> dict[str, Any]:
                 for model in rows[0]
             }
             for name in sets
+            if not keys[0].startswith("data.piggyback.") or keys[0].split(".")[2] == name
         }
         drawn |= figures.of_sweep(keys[0], lines, rows[0])
     return drawn
 
 
-def _along_lambda(found: list[dict[str, Any]], rows: list[dict[str, Any]], variant: str, name: str) -> list[Any]:
-    """[PL, Acc_t] of a variant by rising λ."""
-    places = {
-        point["table"]["recipe"]["dispose"][variant]["lambda"]: _place(row[variant], name)
-        for point, row in zip(found, rows, strict=True)
-        if variant in row and _place(row[variant], name)
-    }
-    return [places[value] for value in sorted(places)]
+def _along_lambda(
+    found: list[dict[str, Any]], rows: list[dict[str, dict[str, Any]]], name: str
+) -> dict[str, list[list[float]]]:
+    """[PL, Acc_t] by rising λ: one curve for every variant and choice of the other swept keys."""
+    places: dict[str, dict[float, list[float]]] = {}
+    for point, row in zip(found, rows, strict=True):
+        others = [str(value) for key, value in point["values"].items() if not key.endswith(".lambda")]
+        for variant, settings in point["table"]["recipe"]["dispose"].items():
+            if variant in row and (place := _place(row[variant], name)):
+                places.setdefault(" ".join([variant, *others]), {})[settings["lambda"]] = place
+    return {label: [at[lam] for lam in sorted(at)] for label, at in places.items() if len(at) > 1}
 
 
 def _place(row: dict[str, Any], name: str) -> list[float]:
-    return [row["piggyback"][name], row["acc_t"]] if name in row["piggyback"] and "acc_t" in row else []
+    """[PL, Acc_t], or nothing where one of them was not measured."""
+    return [row[figures.quoted(row, name)][name], row["acc_t"]] if name in row["piggyback"] and "acc_t" in row else []

@@ -41,10 +41,10 @@ THREAT = (
 CAPTIONS = {
     "piggyback": "Piggyback accuracy by dataset, as in Fig. 2 of the paper; bars: the one setting of the recipe, "
     "lines: 95 % interval over seeds, diamonds: the attacker tuned on held-out images of his own.",
-    "tradeoff": "What the owner keeps over what the attacker gets, as in Fig. 6.",
+    "tradeoff": "What the owner keeps over what the attacker gets, the tuned one if any, as in Fig. 6.",
     "steps": "How fast the attacker of the one setting gets there.",
     "sweep": "Piggyback accuracy over the swept key, as in Fig. 5.",
-    "curve": "Target accuracy over piggyback accuracy along λ, as in Fig. 6.",
+    "curve": "Target accuracy over piggyback accuracy (the tuned attacker's, if any) along λ, as in Fig. 6.",
 }
 
 
