@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -111,7 +110,7 @@ def perform(
                 with lab.opened((stage,), models):
                     work.run(lab, (stage,), only=models)
         else:
-            _in_parallel(stage, _split(tasks, 2 * jobs), jobs, calls, quiet)
+            _in_parallel(stage, tasks, jobs, calls, quiet)
         _share(labs)
 
 
@@ -157,22 +156,20 @@ def _link(source: Path, goal: Path) -> None:
     os.replace(temporary, goal)
 
 
-def _split(tasks: list[tuple[Experiment, list[str]]], wanted: int) -> list[tuple[Experiment, list[str]]]:
-    """About `wanted` tasks, so that no worker waits for long at the end of a stage; starting one takes seconds."""
-    parts = math.ceil(wanted / max(1, len(tasks))) if (2 * len(tasks)) % wanted else 1
-    return [(lab, models[k::parts]) for lab, models in tasks for k in range(min(parts, len(models)))]
-
-
 def _in_parallel(
     stage: Stage, tasks: list[tuple[Experiment, list[str]]], jobs: int, calls: dict[str, list[str]], quiet: bool
 ) -> None:
-    """Every task as a process of its own, `jobs` at a time; the first failure stops the rest and is raised."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    """Every task as a process of its own, `jobs` at a time; the first failure stops the rest and is raised.
+
+    A run's folder has one owner, so a run is one task; those that are left over at the end get more cores each.
+    """
+    rest, cores = len(tasks) % jobs, os.cpu_count() or 1
     running: list[subprocess.Popen[str]] = []
 
-    def one(task: tuple[Experiment, list[str]]) -> None:
-        lab, models = task
+    def one(place: int) -> None:
+        lab, models = tasks[place]
+        beside = rest if place >= len(tasks) - rest else jobs
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // beside))}
         command = [sys.executable, "-m", "dtlctl", stage, lab.source, "--quiet", "--out", str(lab.folder.parent)]
         command += [word for text in calls[lab.recipe.name] for word in ("--set", text)]
         command += [word for model in models for word in ("--only", model)]
@@ -189,7 +186,7 @@ def _in_parallel(
             say(f"{lab.recipe.name}: {stage} {', '.join(models)}")
 
     pool = ThreadPoolExecutor(jobs)
-    futures = [pool.submit(one, task) for task in tasks]
+    futures = [pool.submit(one, place) for place in range(len(tasks))]
     try:
         for future in futures:
             future.result()

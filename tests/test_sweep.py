@@ -89,6 +89,30 @@ def test_a_sweep_over_seeds_in_parallel_is_the_report_of_the_runs(recipe_file: P
     assert call("report", *runs, "--to", recipe_file.parent / "plain")[1] == table
 
 
+def test_a_run_is_one_process_and_the_last_ones_have_more_cores(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three runs by two on two cores: two with a core each, then one with both. No folder is in two hands."""
+    calls: list[tuple[str, str]] = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command: list[str], env: dict[str, str], **_: object):
+            calls.append((next(word for word in command if word.startswith("name=")), env["OMP_NUM_THREADS"]))
+
+        def communicate(self) -> tuple[str, str]:
+            return "", ""
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("subprocess.Popen", Process)
+    labs = [Experiment(load(recipe_file, [f"name=r{n}"]), recipe_file.parent, quiet=True) for n in range(3)]
+    tasks = [(lab, ["scratch", "TL", "gc"]) for lab in labs]
+    sweep._in_parallel("piggyback", tasks, 2, {lab.recipe.name: [f"name={lab.recipe.name}"] for lab in labs}, True)
+    assert sorted(calls) == [("name=r0", "1"), ("name=r1", "1"), ("name=r2", "2")]
+
+
 def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, call):
     change = "pretrain={lr=100.0, steps=200, schedule='constant'}"
     code, _, said = call("sweep", recipe_file, "--over", "seed=0,1", "--set", change, "--jobs", "2", "--quiet")
