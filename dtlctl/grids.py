@@ -38,8 +38,6 @@ def write(document: dict[str, Any], folder: Path, command: str, name: str) -> No
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.json").write_text(report.dump(document), encoding="utf-8")
-        (folder / "table.md").write_text(markdown(document), encoding="utf-8")
         drawn = figures.save(draw(document), folder)
         parts = [
             f"<h1>{escape(name)}: {escape(', '.join(document['over']))}</h1>",
@@ -48,7 +46,9 @@ def write(document: dict[str, Any], folder: Path, command: str, name: str) -> No
             page.figures(drawn, command),
             *page.tables(markdown(document), command),
         ]
-        (folder / "report.html").write_text(page.document(name, parts), encoding="utf-8")
+        checkpoint.write(folder / "report.html", page.document(name, parts).encode())
+        checkpoint.write(folder / "table.md", markdown(document).encode())
+        checkpoint.write(folder / "table.json", report.dump(document).encode())
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
 

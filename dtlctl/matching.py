@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from dtlctl import report
-from dtlctl.errors import CheckpointError, RecipeError
+from dtlctl import checkpoint, report
+from dtlctl.errors import RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
 from dtlctl.plan import Stage
@@ -118,25 +118,27 @@ def validation(lab: Experiment, model: str) -> float:
 
 def markdown(document: dict[str, Any]) -> str:
     """Who needed which λ, then the report of the matched runs."""
+    return "\n\n".join([*_needed(document), report.markdown(document["table"])])
+
+
+def _needed(document: dict[str, Any]) -> list[str]:
+    """A sentence and a table."""
     settings = document["compare"]
     lines = [
         [name, f"{one['lambda']:g}", f"{one['drop']:.1f}", "yes" if one["reached"] else "no", str(len(one["tried"]))]
         for name, one in document["variants"].items()
     ]
-    grid = report.grid(["Variant", "λ", "points below TL", "reached", "values tried"], lines)
     wanted = f"{settings['target_drop']:g} ± {settings['tolerance']:g}"
-    intro = f"Who needed which λ to be {wanted} points of Acc_t below TL, on target images held back for validation."
-    return f"{intro}\n\n{grid}\n\n{report.markdown(document['table'])}"
+    return [
+        f"Who needed which λ to be {wanted} points of Acc_t below TL, on target images held back for validation.",
+        report.grid(["Variant", "λ", "points below TL", "reached", "values tried"], lines),
+    ]
 
 
 def write(document: dict[str, Any], folder: Path, command: str) -> None:
-    """Write compare.json, table.json, table.md, figures and report.html."""
-    report.write(document["table"], folder, command, before=markdown(document).split("\n\n")[:2])
-    try:
-        (folder / "compare.json").write_text(report.dump(document), encoding="utf-8")
-        (folder / "table.md").write_text(markdown(document), encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
+    """Write compare.json, table.json, table.md, figures and report.html. Raises CheckpointError where it cannot."""
+    report.write(document["table"], folder, command, before=_needed(document))
+    checkpoint.write(folder / "compare.json", report.dump(document).encode())
 
 
 def _changed(base: Recipe, changes: dict[str, Any]) -> Recipe:

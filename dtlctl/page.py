@@ -38,6 +38,13 @@ THREAT = (
     "that model and a few labelled images of his own: part of the source, or a new task. He has neither the rest of "
     "the source data nor the pre-trained model nor the owner's settings. He fine-tunes what he was given."
 )
+HEADINGS = {
+    "Accuracies": "Accuracies, as in Table 3",
+    "Differences": "Against TGT and TL, as in Table 1",
+    "Under tuned": "Under tuned attackers",
+    "Who needed": "Which λ",
+}
+"""By the first words of the paragraph that introduces a table."""
 CAPTIONS = {
     "piggyback": "Piggyback accuracy by dataset, as in Fig. 2 of the paper; bars: the one setting of the recipe, "
     "lines: 95 % interval over seeds, diamonds: the attacker tuned on held-out images of his own.",
@@ -116,18 +123,14 @@ def _who(attackers: list[dict[str, Any]], single: dict[str, Any]) -> str:
     )
 
 
-def title_of(paragraph: str) -> str:
-    kinds = {"Diff": "Against TGT and TL, as in Table 1", "Unde": "Under tuned attackers", "Who ": "Which λ"}
-    return kinds.get(paragraph[:4], "Accuracies, as in Table 3")
-
-
 def tables(markdown: str, command: str) -> list[str]:
     """The report's Markdown as HTML: paragraphs and pipe tables, the first in the form of Table 3, then Table 1."""
     parts = []
     for block in markdown.strip().split("\n\n"):
         lines = block.splitlines()
         if not lines[0].startswith("|"):
-            parts.append(f"<h2>{title_of(block)}</h2><p>{escape(block)} <code>{escape(command)}</code></p>")
+            parts += [f"<h2>{title}</h2>" for start, title in HEADINGS.items() if block.startswith(start)]
+            parts.append(f"<p>{escape(block)} <code>{escape(command)}</code></p>")
             continue
         head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
         rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in body]

@@ -53,7 +53,7 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
 def write(table: dict[str, Any], folder: Path, command: str, before: Sequence[str] = ()) -> None:
     """Write table.json, table.md, figures and report.html into `folder`; `command` is what the reader can repeat.
 
-    before: Markdown parts to stand before the page's tables. Raises CheckpointError where that cannot be.
+    before: Markdown parts to stand before the tables. Raises CheckpointError where that cannot be.
     """
     from dtlctl import figures, page
 
@@ -61,7 +61,7 @@ def write(table: dict[str, Any], folder: Path, command: str, before: Sequence[st
         folder.mkdir(parents=True, exist_ok=True)
         drawn = figures.save(figures.of_table(table), folder)
         checkpoint.write(folder / "report.html", page.of_table(table, drawn, command, before).encode())
-        checkpoint.write(folder / "table.md", markdown(table).encode())
+        checkpoint.write(folder / "table.md", "\n\n".join([*before, markdown(table)]).encode())
         checkpoint.write(folder / "table.json", dump(table).encode())  # last: it vouches for the others
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
@@ -91,7 +91,7 @@ def markdown(table: dict[str, Any]) -> str:
     columns = ["Model", "Acc_s", "Acc_t", *(f"PL {s}" for s in sets), *(["MIA AUC"] if audited else [])]
     lines = [
         [row["model"], number(row, "acc_s"), number(row, "acc_t")]
-        + [number({**row["piggyback"], **_intervals(row)}, s) for s in sets]
+        + [attacked_number(row, s, "piggyback") for s in sets]
         + ([number(row, "audit_auc", ".3f")] if audited else [])
         for row in rows
     ]
@@ -122,7 +122,8 @@ def markdown(table: dict[str, Any]) -> str:
 
 def attacked_number(row: Row, name: str, kind: str) -> str:
     """One kind of Acc_pl (see ATTACKS) on one dataset, with its interval."""
-    return number({name: row.get(kind, {}).get(name), **_intervals(row, kind)}, name)
+    halves = {f"{dataset}_ci": half for dataset, half in row.get(f"{kind}_ci", {}).items()}
+    return number({**row.get(kind, {}), **halves}, name)
 
 
 def attacked(row: Row, name: str) -> list[str]:
@@ -228,13 +229,9 @@ def _add(row: Row, name: str, values: list[float]) -> None:
 
 def number(row: Row, name: str, form: str = ".1f") -> str:
     """A number with its interval, or a dash where there is none."""
-    if row.get(name) is None:
+    if name not in row:
         return "–"
     return f"{row[name]:{form}}" + (f" ± {row[f'{name}_ci']:{form}}" if f"{name}_ci" in row else "")
-
-
-def _intervals(row: Row, kind: str = "piggyback") -> Row:
-    return {f"{name}_ci": half for name, half in row.get(f"{kind}_ci", {}).items()}
 
 
 def _difference(row: Row, reference: Row, name: str) -> str:
