@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dtlctl import stop
@@ -136,6 +137,10 @@ class Engine:
         parts = [torch.empty_like(tensor) for _ in range(self.processes)]
         torch.distributed.all_gather(parts, tensor, group=None if tensor.is_cuda else self._control)
         return parts
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        """All processes' lists, one after the other; plain numbers and tuples only."""
+        return values if self.processes == 1 else gather_object(values)
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over processes, in place."""

@@ -110,6 +110,22 @@ class CifarResNet(nn.Module):
         return self.stages(self.stem(x)).mean((2, 3))
 
 
+def last_stage(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks of a backbone's last stage. Raises ValueError for an architecture whose stages are not known."""
+    if isinstance(backbone, CifarResNet):
+        blocks = list(backbone.stages)
+        return blocks[-(len(blocks) // 3) :]
+    for path in ("layer4", "encoder.layers", "features"):
+        try:
+            stage = backbone.get_submodule(path)
+        except AttributeError:
+            continue
+        if path == "layer4":
+            return [stage]
+        return [[child for child in stage.children() if any(True for _ in child.parameters())][-1]]
+    raise ValueError(f"{type(backbone).__name__}: its last stage is not known; use another kind of attacker")
+
+
 def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None:
     """Raise ValueError, with the nearest valid name, unless `build` can make this model."""
     if arch not in _KNOWN and arch not in (names := architectures()):
