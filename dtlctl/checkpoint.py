@@ -100,7 +100,7 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     try:
         document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
         defaults = Sidecar.model_validate(document).model_dump(include={"key", "parent", "metrics", "history"})
-        return {**defaults, **document}
+        return {**document, **defaults, **document}  # in the document's order
     except FileNotFoundError:
         return None
     except ValidationError as error:

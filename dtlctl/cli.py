@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +78,7 @@ def run(
         folder = lab.folder / "report"
         table = report.summarise([lab.folder])
         if not report.is_current(table, folder):
-            report.write(table, folder, [lab.folder])
+            report.write(table, folder, f"dtlctl run {recipe}", [lab.folder])
     print(report.dump(table) if as_json else report.markdown(table), end="")
     if not quiet:
         from dtlctl.progress import say
@@ -134,7 +135,8 @@ def report(
     if to is None and len(runs) > 1:
         raise RecipeError("report: with several runs say where the report goes: --to DIR")
     table = reports.summarise(runs)
-    reports.write(table, to or runs[0] / "report", runs)
+    command = shlex.join(["dtlctl", "report", *map(str, runs)])
+    reports.write(table, to or runs[0] / "report", command, runs)
     print(reports.dump(table) if as_json else reports.markdown(table), end="")
 
 
@@ -159,6 +161,57 @@ def bench(
         arch, stem, image_size, batch_size, chunks, ways, precision, repeats, channels_last, quiet=quiet
     )
     print(json.dumps(document, indent=1) if as_json else benchmark.text(document))
+
+
+@app.command()
+def sweep(
+    recipe: RecipeFile,
+    over: Annotated[
+        list[str], typer.Option("--over", metavar="KEY.PATH=A,B,C", help="Values to try; several make a grid.")
+    ],
+    overrides: Overrides = None,
+    out: Out = RUNS,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, max=256, help="Runs at a time, each a process.")] = 1,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run the recipe at every point of a grid, share what points have in common, and print one table."""
+    from dtlctl import grids
+    from dtlctl import sweep as sweeps
+
+    done = sweeps.run(recipe, over, overrides or [], out, jobs=jobs, quiet=quiet)
+    document = grids.summarise(done)
+    words = [*(w for text in over for w in ("--over", text)), *(w for text in overrides or [] for w in ("--set", text))]
+    folder = done[0][1].folder.parent / "report"
+    grids.write(document, folder, shlex.join(["dtlctl", "sweep", str(recipe), *words]), recipe.stem)
+    print(
+        json.dumps(document, ensure_ascii=False) if as_json else grids.markdown(document), end="\n" if as_json else ""
+    )
+    if not quiet:
+        from dtlctl.progress import say
+
+        say(f"report: {folder}")
+
+
+@app.command()
+def compare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = RUNS,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Find for every unlearning loss the λ that costs the same target accuracy, and attack them all at it."""
+    from dtlctl import matching
+
+    words = [word for text in overrides or [] for word in ("--set", text)]
+    command = shlex.join(["dtlctl", "compare", str(recipe), *words])
+    document, folder = matching.compare(recipe, overrides or [], out, command=command, quiet=quiet)
+    print(json.dumps(document, ensure_ascii=False) + "\n" if as_json else matching.markdown(document), end="")
+    if not quiet:
+        from dtlctl.progress import say
+
+        say(f"report: {folder}")
 
 
 @contextmanager

@@ -167,6 +167,8 @@ class Experiment:
         spec = self.recipe.model
         model = models.build(spec.arch, heads, stem=spec.stem, width=spec.width, image_size=spec.image_size)
         model.precision = self.recipe.precision
+        if self.recipe.precision == "float64":
+            model.double()
         return self.engine.place(model, global_batch_norm=global_batch_norm)
 
     def load_model(self, name: str, *, global_batch_norm: bool = True) -> models.Classifier:

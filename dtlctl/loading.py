@@ -78,6 +78,17 @@ def _parse_override(text: str) -> dict[str, Any]:
     raise RecipeError(f"--set {_plain(text)}: not valid TOML: {_plain(reason)}")
 
 
+def parse_value(text: str) -> list[Any]:
+    """The values of `a,b,c`: TOML where it is TOML, else plain words. Raises RecipeError for a table among them."""
+    try:
+        values = tomllib.loads(f"x = [{text}]")["x"]
+    except tomllib.TOMLDecodeError:
+        values = [word.strip() for word in text.split(",")]
+    if any(isinstance(value, dict) for value in values) or "" in values:
+        raise RecipeError(f"--over ...={text}: numbers, words and lists can be swept, tables and nothing cannot")
+    return values
+
+
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
     # One length in two units: whoever sets the one means to replace the other.
     if ("epochs" in changes) != ("steps" in changes):

@@ -17,7 +17,7 @@ _KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet15
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-Precision = Literal["float32", "tf32", "bfloat16"]
+Precision = Literal["float64", "float32", "tf32", "bfloat16"]
 
 
 def set_matmul_precision(precision: Precision) -> None:
@@ -59,8 +59,8 @@ class Classifier(nn.Module):
 
     def add_head(self, name: str, classes: int) -> None:
         """Attach (or replace) a freshly initialised head."""
-        device = next(self.parameters()).device
-        self.heads[name] = nn.Linear(self.features, classes).to(device)
+        like = next(self.parameters())
+        self.heads[name] = nn.Linear(self.features, classes).to(like.device, like.dtype)
 
 
 def build(
@@ -108,6 +108,22 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stages(self.stem(x)).mean((2, 3))
+
+
+def last_stage(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks of a backbone's last stage. Raises ValueError for an architecture whose stages are not known."""
+    if isinstance(backbone, CifarResNet):
+        blocks = list(backbone.stages)
+        return blocks[-(len(blocks) // 3) :]
+    for path in ("layer4", "encoder.layers", "features"):
+        try:
+            stage = backbone.get_submodule(path)
+        except AttributeError:
+            continue
+        if path == "layer4":
+            return [stage]
+        return [[child for child in stage.children() if any(True for _ in child.parameters())][-1]]
+    raise ValueError(f"{type(backbone).__name__}: its last stage is not known; use another kind of attacker")
 
 
 def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None:

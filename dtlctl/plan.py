@@ -32,10 +32,13 @@ class Job(Generic[Settings]):
 
     def described(self, recipe: Recipe) -> dict[str, Any]:
         """What the recipe says that this result depends on; not who else is attacked, nor where graphs are held."""
+        settings = self.settings.model_dump(mode="json", by_alias=True, exclude={"models": True, "unlearn": {"memory"}})
+        if not settings.get("attackers", True):
+            # Without tuned attackers there is nothing that these keys could have changed.
+            for name in ("attackers", "attack_seeds", "held_out"):
+                del settings[name]
         return {
-            "settings": self.settings.model_dump(
-                mode="json", by_alias=True, exclude={"models": True, "unlearn": {"memory"}}
-            ),
+            "settings": settings,
             "architecture": recipe.model.model_dump(mode="json"),
             "seed": recipe.seed,
             **({} if recipe.precision == "float32" else {"precision": recipe.precision}),

@@ -120,6 +120,10 @@ def _job(recipe: Recipe, out: Path, job: Job[Any], data: dict[str, Any], seconds
     if cost is not None and job.stage == "dispose" and job.settings.unlearn.chunks > 1:
         share = 1 - job.settings.repair
         cost *= 1 + share * (COLLISION_COST - 1)
+    if cost is not None and job.stage == "piggyback":
+        trained = [(a, len(a.lr) + 1) for a in job.settings.attackers if a.kind != "probe"]
+        fits = sum(count * a.steps * min(a.batch_size, images) for a, count in trained)
+        cost += job.settings.attack_seeds * fits * seconds
     return {
         "title": job.title,
         "stage": job.stage,

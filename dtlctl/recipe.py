@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dtlctl import models
+from dtlctl.attacks.piggyback import Attacker
 from dtlctl.data.sources import Dataset
 from dtlctl.objectives.retain import Distill, Retain
 from dtlctl.objectives.unlearn import GradientCollision, Unlearn
@@ -109,6 +110,9 @@ class Piggyback(Training):
     lr: float = Field(0.05, gt=0, le=100)
     batch_size: int = Field(64, ge=2, le=65_536)
     models: list[str] | None = Field(None, min_length=1, description="default: scratch, TGT, pre, TL and all variants")
+    attackers: list[Attacker] = Field([], description="tuned attackers, besides the one setting of this table")
+    attack_seeds: int = Field(1, ge=1, le=100, description="repetitions of every tuned attacker")
+    held_out: float = Field(0.25, gt=0, lt=1, description="share of the attacker's own images that chooses settings")
 
 
 AttackName = Literal["loss", "entropy", "modified-entropy", "max-softmax", "adv-dist", "grad-w", "grad-x", "wb", "rmia"]
@@ -139,6 +143,17 @@ class Audit(Strict):
         return self
 
 
+class Compare(Strict):
+    """Matched comparison: every unlearning loss at the λ that costs the same target accuracy (section 4.2)."""
+
+    target_drop: float = Field(2.0, gt=0, le=100, description="points of Acc_t below TL, on validation images")
+    tolerance: float = Field(0.5, gt=0, le=100, description="points; near enough to stop the search")
+    rounds: int = Field(6, ge=1, le=30, description="most values of λ to try for one loss")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
+        None, min_length=1, description="one λ for all these seeds; default: the recipe's seed"
+    )
+
+
 class Recipe(Strict):
     name: Name
     seed: int = Field(0, ge=0, lt=2**31)
@@ -152,6 +167,7 @@ class Recipe(Strict):
     dispose: dict[Name, Dispose] = Field({}, description="any number of named variants")
     piggyback: Piggyback = Piggyback(epochs=50)
     audit: Audit = Audit()
+    compare: Compare | None = Field(None, description="for the command compare")
 
     @field_validator("precision", mode="before")
     @classmethod

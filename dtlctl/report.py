@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from dtlctl import checkpoint, report_audit
+from dtlctl import checkpoint
+from dtlctl.attacks.recovery import recovered
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.plan import Job, jobs
 from dtlctl.recipe import REFERENCES, Recipe
 
 Row = dict[str, Any]
+
+# Numbers by piggyback dataset: the sidecar's metric behind each.
+ATTACKS = {"piggyback": "acc_pl", "piggyback_worst": "acc_pl_worst", "piggyback_max": "acc_pl_max"}
+
+
+TUNED = (
+    "Under tuned attackers: PL of the table's one setting, of the attacker who is best on held-out images of his own, "
+    "and of the best of all by test accuracy, which nobody can choose; the share (PL − scratch) / (TL − scratch) that "
+    "the tuned attacker recovers, with its 95 % bootstrap interval over seeds."
+)
 
 
 def summarise(runs: list[Path]) -> dict[str, Any]:
@@ -21,33 +33,50 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
 
     {"recipe": ..., "seeds": [...], "rows": [{"model", "acc_s", "acc_t", "piggyback": {name: %}, "audit_auc"}, ...]}:
     accuracies in %, means over seeds; with several seeds each number x has x_ci, the half width of its 95 % t
-    interval. A number that was not measured is left out. "audits_sha256" stands for all that audit.md and the ROC
-    curves show besides.
+    interval. A number that was not measured is left out. Under tuned attackers a row also has piggyback_worst and
+    piggyback_max; recovered and recovered_worst are shares of what TL gives away (see `recovered`); curves holds
+    [[steps of the attack, %], ...] by dataset. audits_sha256 stands for all that audit.md shows besides.
     """
+    from dtlctl import report_audit
+
     recipes = [_recipe(run) for run in runs]
     plain = [{**r.resolved(), "seed": 0, "name": "", "checkpoint_minutes": 0} for r in recipes]
     for run, other in zip(runs, plain, strict=True):
         if other != plain[0]:
             raise RecipeError(f"{run}: its recipe differs from {runs[0]} in more than the seed; report them separately")
     tables = [_rows(run, recipe) for run, recipe in zip(runs, recipes, strict=True)]
-    rows = [_average([table[model] for table in tables]) for model in tables[0] if all(model in t for t in tables)]
-    audits = checkpoint.key({run.name: report_audit.read(run) for run in runs})
+    models = [model for model in tables[0] if all(model in t for t in tables)]
+    rows = [_average([table[model] for table in tables]) for model in models]
+    if {"scratch", "TL"} <= set(models):
+        for row in rows:
+            _add_shares(row, *([table[model] for table in tables] for model in (row["model"], "scratch", "TL")))
     return {
         "recipe": recipes[0].resolved(),
         "seeds": [r.seed for r in recipes],
         "rows": rows,
-        "audits_sha256": audits,
+        "audits_sha256": checkpoint.key({run.name: report_audit.read(run) for run in runs}),
     }
 
 
-def write(table: dict[str, Any], folder: Path, runs: list[Path]) -> None:
-    """Write table.json, table.md, the chart and the audits into `folder`. Raises CheckpointError if that cannot be."""
+def write(
+    table: dict[str, Any], folder: Path, command: str, runs: Sequence[Path] = (), before: Sequence[str] = ()
+) -> None:
+    """Write table.json, table.md, figures, report.html and, of the audits of `runs`, audit.md into `folder`.
+
+    command: what makes it again. before: Markdown parts to stand before the tables. Raises CheckpointError where
+    that cannot be.
+    """
+    from dtlctl import figures, page, report_audit
+
+    audits = report_audit.read_all(runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(row["piggyback"] for row in table["rows"]):
-            chart(table, folder)
-        report_audit.write(runs, folder)
-        checkpoint.write(folder / "table.md", markdown(table).encode())
+        drawn = figures.save({**figures.of_table(table), **report_audit.figures(audits)}, folder)
+        text, audited = [*before, markdown(table).strip()], report_audit.tables_of_all(audits)
+        checkpoint.write(folder / "report.html", page.of_table(table, drawn, command, [*text, *audited]).encode())
+        checkpoint.write(folder / "table.md", ("\n\n".join(text) + "\n").encode())
+        if audited:
+            checkpoint.write(folder / "audit.md", ("\n\n".join(audited) + "\n").encode())
         checkpoint.write(folder / "table.json", dump(table).encode())  # last: it vouches for the others
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
@@ -76,14 +105,14 @@ def markdown(table: dict[str, Any]) -> str:
 
     columns = ["Model", "Acc_s", "Acc_t", *(f"PL {s}" for s in sets), *(["MIA AUC"] if audited else [])]
     lines = [
-        [row["model"], _number(row, "acc_s"), _number(row, "acc_t")]
-        + [_number({**row["piggyback"], **_intervals(row)}, s) for s in sets]
-        + ([_number(row, "audit_auc", ".3f")] if audited else [])
+        [row["model"], number(row, "acc_s"), number(row, "acc_t")]
+        + [attacked_number(row, s, "piggyback") for s in sets]
+        + ([number(row, "audit_auc", ".3f")] if audited else [])
         for row in rows
     ]
     parts = [
         f"Accuracies in %, seed {seeds[0]}." if len(seeds) == 1 else f"Accuracies in %. {note}",
-        _grid(columns, lines),
+        grid(columns, lines),
     ]
 
     if {"TL", "TGT"} <= by_name.keys():
@@ -95,35 +124,31 @@ def markdown(table: dict[str, Any]) -> str:
             for row in rows
             if row["model"] not in ("scratch", "pre", "TGT")
         ]
-        parts += ["Differences in points (higher Acc_t is better, lower PL is better).", _grid(columns, lines)]
+        parts += ["Differences in points (higher Acc_t is better, lower PL is better).", grid(columns, lines)]
+    if any(row.get("piggyback_worst") for row in rows):
+        columns = [
+            "Model",
+            *(f"{s} {kind}" for s in sets for kind in ("one setting", "tuned", "best of all", "recovered")),
+        ]
+        lines = [[row["model"], *(cell for s in sets for cell in attacked(row, s))] for row in rows]
+        parts += [TUNED, grid(columns, lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def chart(table: dict[str, Any], folder: Path) -> None:
-    """Acc_pl of every model by piggyback dataset, in the manner of Fig. 2: piggyback.png and piggyback.svg."""
-    import matplotlib
+def attacked_number(row: Row, name: str, kind: str) -> str:
+    """One kind of Acc_pl (see ATTACKS) on one dataset, with its interval."""
+    halves = {f"{dataset}_ci": half for dataset, half in row.get(f"{kind}_ci", {}).items()}
+    return number({**row.get(kind, {}), **halves}, name)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    rows = [row for row in table["rows"] if row["piggyback"]]
-    sets = list(dict.fromkeys(name for row in rows for name in row["piggyback"]))
-    figure, axes = plt.subplots(figsize=(2 + 2.6 * len(sets), 3.6), layout="constrained")
-    width, colours = 0.85 / len(rows), plt.get_cmap("tab10")
-    for place, row in enumerate(rows):
-        heights = [row["piggyback"].get(name, 0) for name in sets]
-        errors = [row.get("piggyback_ci", {}).get(name, 0) for name in sets] if "piggyback_ci" in row else None
-        left = [x + place * width for x in range(len(sets))]
-        bars = axes.bar(left, heights, width, yerr=errors, label=row["model"], color=colours(place % 10), capsize=2)
-        axes.bar_label(bars, fmt="%.0f", fontsize=7)
-    axes.set_xticks([x + 0.425 - width / 2 for x in range(len(sets))], sets)
-    axes.set_ylabel("Acc_pl (%)")
-    axes.set_title("Piggyback accuracy: what an attacker gets out (lower is better)", fontsize=9)
-    axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    axes.spines[["top", "right"]].set_visible(False)
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"piggyback.{suffix}", dpi=150, metadata={"Date": None} if suffix == "svg" else None)
-    plt.close(figure)
+def attacked(row: Row, name: str) -> list[str]:
+    """PL of one setting, of the tuned attacker, of the best attacker by test accuracy, and the recovered share."""
+    cells = [attacked_number(row, name, kind) for kind in ATTACKS]
+    share = row.get("recovered_worst", {}).get(name)
+    if share is None:
+        return [*cells, "–"]
+    width = f" [{share['low']:.0%}, {share['high']:.0%}]" if share.get("low") is not None else ""
+    return [*cells, f"{share['share']:.0%}{width}"]
 
 
 def _recipe(run: Path) -> Recipe:
@@ -151,7 +176,12 @@ def _rows(run: Path, recipe: Recipe) -> dict[str, Row]:
         row, metrics = rows[job.model], sidecar["metrics"]
         try:
             if job.stage == "piggyback":
-                row["piggyback"][job.dataset.partition(".")[2]] = float(metrics["acc_pl"])
+                name = job.dataset.partition(".")[2]
+                for kind, metric in ATTACKS.items():
+                    if metric in metrics or kind == "piggyback":
+                        row.setdefault(kind, {})[name] = float(metrics[metric])
+                looks = [[look["step"], look["acc_pl"]] for look in sidecar.get("history", []) if "acc_pl" in look]
+                row.setdefault("curves", {})[name] = looks
             elif job.stage == "audit":
                 if "loss" in metrics:
                     row["audit_auc"] = float(metrics["loss"]["auc"])
@@ -180,16 +210,38 @@ def _described(sidecar: Row, job: Job[Any], recipe: Recipe) -> Row | None:
 def _average(rows: list[Row]) -> Row:
     """Means, and with several seeds half widths of 95 % intervals beside them."""
     result: Row = {"model": rows[0]["model"]}
-    for name in [k for k in rows[0] if k not in ("model", "piggyback") and all(k in row for row in rows)]:
+    plain = [k for k, v in rows[0].items() if isinstance(v, float) and all(k in row for row in rows)]
+    for name in plain:
         _add(result, name, [row[name] for row in rows])
-    sets = [s for s in rows[0]["piggyback"] if all(s in row["piggyback"] for row in rows)]
-    averages: Row = {}
-    for name in sets:
-        _add(averages, name, [row["piggyback"][name] for row in rows])
-    result["piggyback"] = {s: averages[s] for s in sets}
-    if len(rows) > 1:
-        result["piggyback_ci"] = {s: averages[f"{s}_ci"] for s in sets}
+    for kind in [k for k in ATTACKS if k in rows[0]]:
+        averages: Row = {}
+        sets = [s for s in rows[0][kind] if all(s in row.get(kind, {}) for row in rows)]
+        for name in sets:
+            _add(averages, name, [row[kind][name] for row in rows])
+        result[kind] = {s: averages[s] for s in sets}
+        if len(rows) > 1:
+            result[f"{kind}_ci"] = {s: averages[f"{s}_ci"] for s in sets}
+    if "curves" in rows[0]:
+        result["curves"] = {s: _mean_curve([row["curves"].get(s, []) for row in rows]) for s in result["piggyback"]}
     return result
+
+
+def _mean_curve(curves: list[list[list[float]]]) -> list[list[float]]:
+    """The mean of curves at the steps that all of them have."""
+    found = [{step: value for step, value in curve} for curve in curves]  # noqa: C416
+    return [[step, mean(curve[step] for curve in found)] for step in found[0] if all(step in curve for curve in found)]
+
+
+def _add_shares(row: Row, own: list[Row], scratch: list[Row], tl: list[Row]) -> None:
+    """The recovered share of every dataset, for the one setting and for the tuned attacker."""
+    for kind, name in (("piggyback", "recovered"), ("piggyback_worst", "recovered_worst")):
+        shares = {
+            s: recovered(*([one[kind][s] for one in group] for group in (own, scratch, tl)))
+            for s in row.get(kind, {})
+            if all(s in one.get(kind, {}) for group in (scratch, tl) for one in group)
+        }
+        if shares:
+            row[name] = shares
 
 
 def _add(row: Row, name: str, values: list[float]) -> None:
@@ -200,21 +252,18 @@ def _add(row: Row, name: str, values: list[float]) -> None:
         row[f"{name}_ci"] = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
-def _number(row: Row, name: str, form: str = ".1f") -> str:
+def number(row: Row, name: str, form: str = ".1f") -> str:
+    """A number with its interval, or a dash where there is none."""
     if name not in row:
         return "–"
     return f"{row[name]:{form}}" + (f" ± {row[f'{name}_ci']:{form}}" if f"{name}_ci" in row else "")
-
-
-def _intervals(row: Row) -> Row:
-    return {f"{name}_ci": half for name, half in row.get("piggyback_ci", {}).items()}
 
 
 def _difference(row: Row, reference: Row, name: str) -> str:
     return f"{row[name] - reference[name]:+.1f}" if name in row and name in reference else "–"
 
 
-def _grid(columns: list[str], lines: list[list[str]]) -> str:
+def grid(columns: list[str], lines: list[list[str]]) -> str:
     """A Markdown table that also reads well as plain text."""
     widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
 

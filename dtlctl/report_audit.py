@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from dtlctl import checkpoint
 from dtlctl.attacks.membership import RATES
+from dtlctl.figures import COLOURS, INK
+from dtlctl.report import grid
 
 Audits = dict[str, dict[str, Any]]
 """The metrics of every audited model, by name, in the order of the table."""
-
-
-def write(runs: list[Path], folder: Path) -> None:
-    """Write audit.md, and roc.png and roc.svg of the first run, where any of the runs was audited.
-
-    Several runs come one after the other: a table each. Nothing is written of audits that hold no trials, as those
-    of earlier versions do not.
-    """
-    found = [(run, audits) for run in runs if (audits := read(run))]
-    if not found:
-        return
-    parts = [text for run, audits in found for text in ([f"## {run.name}"] if len(found) > 1 else []) + tables(audits)]
-    checkpoint.write(folder / "audit.md", ("\n\n".join(parts) + "\n").encode())
-    chart(found[0][1], folder)
+UNRESOLVED = "not to be resolved by"
 
 
 def read(run: Path) -> Audits:
@@ -42,6 +33,24 @@ def read(run: Path) -> Audits:
     return found
 
 
+def read_all(runs: Sequence[Path]) -> dict[str, Audits]:
+    """By the run's name, the audits of those runs that have any."""
+    return {run.name: audits for run in runs if (audits := read(run))}
+
+
+def tables_of_all(found: dict[str, Audits]) -> list[str]:
+    """Markdown parts: the tables of every run, under its name where there are several."""
+    return [
+        part for name, audits in found.items() for part in ([f"## {name}"] if len(found) > 1 else []) + tables(audits)
+    ]
+
+
+def figures(found: dict[str, Audits]) -> dict[str, Any]:
+    """The ROC curves of the first run, by the figure's name; nothing where there was no audit."""
+    curves = chart(next(iter(found.values()), {}))
+    return {"roc": curves} if curves else {}
+
+
 def tables(audits: Audits) -> list[str]:
     """Markdown: balanced accuracy (Table 2), AUC, and TPR at low FPR in both modes, then the readouts."""
     parts = []
@@ -55,15 +64,20 @@ def tables(audits: Audits) -> list[str]:
             ("AUC [95 % interval]", _auc),
             *((f"{text} in % [95 % interval]", _tpr(rate)) for text, rate in zip(rates, RATES, strict=True)),
         ):
-            lines = [[model, *(show(_results(m, mode).get(name), m) for name in names)] for model, m in audits.items()]
-            parts += [f"{title}: {what}.", _grid(["Model", *names], lines)]
+            cells = [[show(_results(m, mode).get(name)) for name in names] for m in audits.values()]
+            shown = {cell for row in cells for cell in row} - {"–"}
+            if len(shown) == 1 and UNRESOLVED in (only := shown.pop()):
+                parts.append(f"{title}: {what}: {only}.")
+                continue
+            lines = [[model, *row] for model, row in zip(audits, cells, strict=True)]
+            parts += [f"{title}: {what}.", grid(["Model", *names], lines)]
     lines = [[model, f"{m['blind']['auc']:.3f}", m["source_head"], *_readouts(m)] for model, m in audits.items()]
     columns = ["Model", "AUC without the model", "Source head", "Entropy / log K", "Steps to relearn"]
-    return [*parts, "Control and readouts.", _grid(columns, lines)]
+    return [*parts, "Control and readouts.", grid(columns, lines)]
 
 
-def chart(audits: Audits, folder: Path) -> None:
-    """ROC curves on logarithmic axes, one panel a mode and attack, one line a model: roc.png and roc.svg."""
+def chart(audits: Audits) -> Any:
+    """ROC curves on logarithmic axes, one panel a mode and attack, one line a model; None where there are none."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,25 +86,26 @@ def chart(audits: Audits, folder: Path) -> None:
     modes = [mode for mode in ("as-is", "reprobe") if any(_results(m, mode) for m in audits.values())]
     names = list(dict.fromkeys(n for mode in modes for m in audits.values() for n in _results(m, mode)))
     if not names:
-        return
-    size = (2.3 * len(names), 2.5 * len(modes))
-    figure, grid = plt.subplots(len(modes), len(names), figsize=size, layout="constrained", squeeze=False)
-    for mode, row in zip(modes, grid, strict=True):
+        return None
+    size = (2.3 * len(names), 2.3 * len(modes) + 0.5)
+    figure, panels = plt.subplots(len(modes), len(names), figsize=size, layout="constrained", squeeze=False)
+    for mode, row in zip(modes, panels, strict=True):
         for name, axes in zip(names, row, strict=True):
-            for model, metrics in audits.items():
+            for colour, (model, metrics) in zip(cycle(COLOURS), audits.items()):
                 if roc := _results(metrics, mode).get(name, {}).get("roc"):
                     # A rate of 0 has no place on a logarithmic axis.
-                    axes.loglog(roc["fpr"], [value or None for value in roc["tpr"]], label=model, linewidth=1)
+                    rates = [value or None for value in roc["tpr"]]
+                    axes.loglog(roc["fpr"], rates, label=model, linewidth=1, color=colour)
             axes.plot([1e-4, 1], [1e-4, 1], color="grey", linestyle=":", linewidth=0.8)
-            axes.set(xlim=(1e-3, 1), ylim=(1e-3, 1.1))
-            axes.set_title(f"{name}, {mode}", fontsize=8)
-            axes.tick_params(labelsize=6)
-    grid[-1][0].set_xlabel("false positive rate", fontsize=7)
-    grid[-1][0].set_ylabel("true positive rate", fontsize=7)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=8)
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"roc.{suffix}", dpi=120, metadata={"Date": None} if suffix == "svg" else None)
-    plt.close(figure)
+            axes.set(xlim=(1e-3, 1), ylim=(1e-3, 1.1), facecolor="none")
+            axes.set_title(f"{name}, {mode}", fontsize=8, color=INK)
+            axes.tick_params(labelsize=6, colors=INK, which="both")
+            axes.spines[:].set_color(INK)
+    panels[-1][0].set_xlabel("false positive rate", fontsize=7, color=INK)
+    panels[-1][0].set_ylabel("true positive rate", fontsize=7, color=INK)
+    handles = panels[0][0].get_legend_handles_labels()
+    figure.legend(*handles, fontsize=7, loc="outside lower center", ncols=8, frameon=False, labelcolor=INK)
+    return figure
 
 
 def _rank(model: str) -> int:
@@ -102,22 +117,22 @@ def _results(metrics: dict[str, Any], mode: str) -> dict[str, Any]:
     return {n: v for n, v in held.items() if isinstance(v, dict) and "balanced_accuracy_std" in v and n != "blind"}
 
 
-def _accuracy(numbers: dict[str, Any] | None, _: Any) -> str:
+def _accuracy(numbers: dict[str, Any] | None) -> str:
     if numbers is None:
         return "–"
     return f"{100 * numbers['balanced_accuracy']:.1f} ± {100 * numbers['balanced_accuracy_std']:.1f}"
 
 
-def _auc(numbers: dict[str, Any] | None, _: Any) -> str:
+def _auc(numbers: dict[str, Any] | None) -> str:
     return "–" if numbers is None else f"{numbers['auc']:.3f} [{numbers['auc_low']:.3f}, {numbers['auc_high']:.3f}]"
 
 
 def _tpr(rate: float):
-    def show(numbers: dict[str, Any] | None, metrics: dict[str, Any]) -> str:
+    def show(numbers: dict[str, Any] | None) -> str:
         if numbers is None:
             return "–"
         if (point := numbers[f"tpr_at_{rate:g}"]) is None:
-            return f"n/a (needs ≥ {round(1 / rate)})"
+            return f"{UNRESOLVED} fewer than {round(1 / rate)} non-members"
         return f"{100 * point['tpr']:.1f} [{100 * point['low']:.1f}, {100 * point['high']:.1f}]"
 
     return show
@@ -129,8 +144,3 @@ def _readouts(metrics: dict[str, Any]) -> list[str]:
     if relearning:
         steps = f"> {relearning['budget']}" if relearning["steps"] is None else str(relearning["steps"])
     return [f"{entropy['share_of_log_k']:.2f}" if entropy else "–", steps]
-
-
-def _grid(columns: list[str], lines: list[list[str]]) -> str:
-    rule = [":--", *("--:" for _ in columns[1:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, rule, *lines])

@@ -49,9 +49,9 @@ def test_every_attack_in_both_modes(recipe_file: Path, tmp_path: Path):
     assert found["relearning"]["steps"] == 0  # the pre-trained model has nothing to relearn
     assert 0 < found["entropy_readout"]["share_of_log_k"] < 1
     assert set(found["cost"]) == {"as-is", "reprobe", "cpu_seconds"}
-    report.write(report.summarise([experiment.folder]), tmp_path / "out", [experiment.folder])
+    report.write(report.summarise([experiment.folder]), tmp_path / "out", "dtlctl report", [experiment.folder])
     page = (tmp_path / "out" / "audit.md").read_text()
-    assert "n/a (needs ≥ 1000)" in page
+    assert "not to be resolved by fewer than 1000 non-members" in page
     assert "nan" not in page.lower().replace("dominan", "")
     for part in report_audit.tables(report_audit.read(experiment.folder)):
         assert part in page
@@ -131,7 +131,7 @@ def test_a_report_is_out_of_date_when_any_attack_says_something_else(recipe_file
     """The table holds the AUC of the loss alone; audit.md and the curves hold all attacks."""
     experiment = pretrained(recipe_file)
     run(experiment, ("audit",), only=("pre",))
-    report.write(table := report.summarise([experiment.folder]), tmp_path / "out", [experiment.folder])
+    report.write(table := report.summarise([experiment.folder]), tmp_path / "out", "dtlctl report", [experiment.folder])
     assert report.is_current(report.summarise([experiment.folder]), tmp_path / "out")
     path = experiment.folder / "audit" / "pre.json"
     sidecar = json.loads(path.read_text())
@@ -140,5 +140,5 @@ def test_a_report_is_out_of_date_when_any_attack_says_something_else(recipe_file
     changed = report.summarise([experiment.folder])
     assert changed["rows"] == table["rows"]
     assert not report.is_current(changed, tmp_path / "out")
-    report.write(changed, tmp_path / "out", [experiment.folder])
+    report.write(changed, tmp_path / "out", "dtlctl report", [experiment.folder])
     assert "0.123" in (tmp_path / "out" / "audit.md").read_text()

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
 SCHEMA = Recipe.model_json_schema(by_alias=True)
 MODELS = {**SCHEMA["$defs"], "Recipe": SCHEMA}
+ATTACKERS = MODELS["Piggyback"]["properties"]["attackers"]["items"]["discriminator"]["mapping"]
 KINDS = [k for loss in ("unlearn", "retain") for k in MODELS["Dispose"]["properties"][loss]["discriminator"]["mapping"]]
 CLI = typer.main.get_command(app)
 # A recipe to which the fragments in the documents are added.
@@ -105,7 +106,8 @@ def test_every_key_and_kind_is_in_backticks():
     assert {"lambda", "self_pairs", "fraction", "target-only"} <= keys
     assert not keys - in_backticks(page("docs/recipe.md"))
     kinds = {k.strip('"') for k in in_backticks(page("docs/recipe.md"))}
-    assert not set(KINDS) - kinds
+    assert not {*KINDS, *ATTACKERS} - kinds
+    assert not set(ATTACKERS) - in_backticks(page("docs/attacks.md"))
     spans = " ".join(in_backticks(page("docs/losses.md")))
     for kind in KINDS:
         assert kind in re.findall(r"[\w-]+", spans), f"docs/losses.md does not explain {kind}"
@@ -131,6 +133,8 @@ def inline(value: Any) -> str:
     """A TOML value on one line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {inline(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(inline, value)) + "]"
     return json.dumps(value)
 
 
@@ -230,7 +234,18 @@ def test_the_tutorial_shows_the_files_of_the_quickstart():
     shown = [path for line in blocks(rest, "text")[0].splitlines()[1:] for path in expand(line.strip())]
     plan = [job.path for job in jobs(load(ROOT / "recipes/quickstart.toml"))]
     weights = [path.replace(".json", ".safetensors") for path in plan if path.endswith("model.json")]
-    report = ["table.md", "table.json", "piggyback.png", "piggyback.svg", "audit.md", "roc.png", "roc.svg"]
+    figures = (
+        "piggyback",
+        *(f"{kind}-{name}" for kind in ("tradeoff", "steps") for name in ("letters", "greek")),
+        "roc",
+    )
+    report = [
+        "table.md",
+        "table.json",
+        "report.html",
+        "audit.md",
+        *(f"{name}.{form}" for name in figures for form in ("png", "svg")),
+    ]
     assert sorted(shown) == sorted(["recipe.json", *plan, *weights, *(f"report/{name}" for name in report)])
 
 

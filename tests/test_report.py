@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from dtlctl import report
+from dtlctl.attacks.recovery import recovered
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.loading import load
 from dtlctl.plan import jobs
@@ -19,9 +23,9 @@ def digest(name: str) -> str:
     return sha256(name.encode()).hexdigest()
 
 
-def fake_run(recipe_file: Path, name: str, seed: int, acc_t: float) -> Path:
+def fake_run(recipe_file: Path, name: str, seed: int, acc_t: float, *changes: str) -> Path:
     """A run's folder with made-up sidecars: TL has the given accuracy, every attack half of it."""
-    recipe = load(recipe_file, [f"name={name}", f"seed={seed}"])
+    recipe = load(recipe_file, [f"name={name}", f"seed={seed}", *changes])
     folder = recipe_file.parent / name
     for job in jobs(recipe):
         metrics = {
@@ -95,6 +99,119 @@ def test_runs_that_differ_in_more_than_the_seed_are_refused(recipe_file: Path):
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"recipe\.json: not a run's recipe"):
         report.summarise([tmp_path])
+
+
+TUNED = ('piggyback.attackers=[{kind="full"}]',)
+
+
+def attack(folder: Path, model: str, single: float, worst: float) -> None:
+    path = folder / f"piggyback/{model}/again.json"
+    document = json.loads(path.read_text())
+    document["metrics"] = {"acc_pl": single, "acc_pl_worst": worst, "acc_pl_max": worst + 5}
+    document["history"] = [
+        {"step": 10, "loss": 1.0},
+        {"step": 20, "acc_pl": single / 2},
+        {"step": 30, "acc_pl": single},
+    ]
+    path.write_text(json.dumps(document))
+
+
+def test_recovered_share_and_its_bootstrap_interval():
+    """(35 - 10) / (80 - 10). Two seeds, drawn twice: 30/60 and 20/80 with probability 1/4 each bound the interval."""
+    found = recovered([40.0, 30.0], [10.0, 10.0], [70.0, 90.0])
+    assert found == pytest.approx({"share": 25 / 70, "low": 0.25, "high": 0.5})
+    assert recovered([40.0], [10.0], [70.0]) == {"share": 0.5, "low": None, "high": None}
+    assert recovered([40.0], [10.0], [10.0]) is None
+    some = recovered([40.0, 40.0], [10.0, 80.0], [70.0, 70.0])  # one resample has TL below scratch
+    assert some is not None
+    assert (some["low"], some["high"]) == (None, None)
+
+
+def test_tuned_attackers_have_a_table_of_their_own(recipe_file: Path):
+    """Seeds with scratch 10, TL 70 and 90, gc 40 and 30 under the tuned attacker: the shares of the test above."""
+    runs = []
+    for seed, tl, gc in ((0, 70.0, 40.0), (1, 90.0, 30.0)):
+        runs.append(fake_run(recipe_file, f"t{seed}", seed, 70.0, *TUNED))
+        attack(runs[-1], "scratch", 5.0, 10.0)
+        attack(runs[-1], "TL", 60.0, tl)
+        attack(runs[-1], "gc", 20.0, gc)
+    table = report.summarise(runs)
+    gc_row = rows(table)["gc"]
+    assert gc_row["piggyback_worst"] == {"again": 35.0}
+    assert gc_row["piggyback_max"] == {"again": 40.0}
+    assert gc_row["recovered_worst"]["again"] == pytest.approx({"share": 25 / 70, "low": 0.25, "high": 0.5})
+    assert gc_row["recovered"]["again"]["share"] == pytest.approx(15 / 55)
+    assert gc_row["curves"]["again"] == [[20, 10.0], [30, 20.0]]
+    text = report.markdown(table)
+    assert "Under tuned attackers" in text
+    shown = [
+        cell.strip() for cell in next(row for row in reversed(text.splitlines()) if "| gc" in row).split("|")[1:-1]
+    ]
+    assert shown[0] == "gc"
+    assert shown[-1] == "36% [25%, 50%]"
+    assert "Under tuned attackers" not in report.markdown(report.summarise([fake_run(recipe_file, "p", 0, 70.0)]))
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+]
+
+
+def browse(page: Path, *flags: str) -> str:
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={page.parent / 'profile'}", *flags, page.as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def full_page(recipe_file: Path) -> Path:
+    folder = fake_run(recipe_file, "page", 0, 70.0, *TUNED)
+    for model, accuracy in (("scratch", 5.0), ("TL", 60.0), ("gc", 40.0)):
+        attack(folder, model, accuracy, accuracy + 3)
+    report.write(report.summarise([folder]), folder / "report", "dtlctl report <page>")
+    return folder / "report" / "report.html"
+
+
+def test_the_page_fetches_nothing_and_names_its_command(recipe_file: Path):
+    text = full_page(recipe_file).read_text()
+    assert not re.findall(r"https?://|<script|<link|@import|src=", text)
+    assert text.count("<figure class=") == text.count("<svg") == 3
+    assert len(re.findall(r"<figcaption>.*?<code>dtlctl report &lt;page&gt;</code></figcaption>", text)) == 3
+    assert "The owner publishes one model" in text
+    assert "prefers-color-scheme: dark" in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not rendered")
+def test_the_page_renders_light_and_dark_and_fits_a_telephone(recipe_file: Path):
+    """No sideways scrolling at 400 px; the corner is white in light mode, nearly black in dark mode; ink is there."""
+    from PIL import Image
+
+    page = full_page(recipe_file)
+    narrow = page.with_name("narrow.html")
+    count = "document.querySelectorAll('svg path').length"
+    script = f"<script>document.title = document.body.scrollWidth + ' ' + {count}</script>"
+    narrow.write_text(
+        page.read_text().replace("<body>", '<body style="width: 400px">').replace("</body>", script + "</body>")
+    )
+    width, paths = re.findall(r"<title>(\d+) (\d+)</title>", browse(narrow, "--window-size=500,900", "--dump-dom"))[0]
+    assert int(width) <= 400
+    assert int(paths) > 20
+    for scheme, corner in ((1, 255), (0, 20)):
+        shot = page.with_name(f"{scheme}.png")
+        browse(
+            page, "--window-size=1000,900", f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}"
+        )
+        grey = Image.open(shot).convert("L")
+        assert abs(grey.getpixel((2, 2)) - corner) < 10
+        low, high = grey.getextrema()
+        assert high - low > 150
 
 
 def test_files_are_written(recipe_file: Path, dtlctl):

@@ -41,3 +41,16 @@ def test_the_page_on_performance_shows_what_was_measured(path: Path):
     _, found, rest = page.partition(f"<!-- bench: {path.stem} -->\n")
     shown = rest.partition("<!-- end bench -->")[0]
     assert found and shown.strip() == f"```text\n{bench.text(json.loads(path.read_text()))}\n```"
+
+
+def test_two_processes_made_what_one_made():
+    """The page's numbers are those of the two sidecars, and of the comparison of their weights."""
+    folder = ROOT / "docs/results/two_processes"
+    one, two = (json.loads((folder / run / "gc.json").read_text()) for run in ("one", "two"))
+    page = folder.with_suffix(".md").read_text(encoding="utf-8")
+    assert (one["processes"], two["processes"], one["precision"]) == (1, 2, "float64")
+    assert one["key"] == two["key"] and one["metrics"] == two["metrics"]
+    for name, value in one["metrics"].items():
+        assert f"| {name.capitalize()} after 800 steps (%) | {value:.6f} | {value:.6f} |" in page
+    difference = json.loads((folder / "difference.json").read_text())["largest_relative_difference"]
+    assert f"{difference:.1e} (`difference.json`)" in page

@@ -66,7 +66,8 @@ def trial(members: dict[str, np.ndarray], others: dict[str, np.ndarray], attacke
 
     members, others: what is seen of M and N images, [M, ...] and [N, ...] under the same names. Of each group 40 %
     are known to the attacker. Numbers are means over repeats, `_std` the deviation over repeats; the ends of an
-    interval are means of the repeats' ends. Returns a document for the sidecar.
+    interval are means of the repeats' ends. Where nothing is learnt, AUC, TPR and ROC are those of all images at once.
+    Returns a document for the sidecar.
     """
     verdicts = []
     for repeat in range(repeats):
@@ -79,7 +80,12 @@ def trial(members: dict[str, np.ndarray], others: dict[str, np.ndarray], attacke
         threshold = best_threshold(guess.scores[guess.member], guess.scores[~guess.member])
         count = len(judged_m)
         verdicts.append(judge(guess.judged[:count], guess.judged[count:], threshold, rng))
-    return summarise(verdicts, len(judged_n))
+    document = summarise(verdicts, len(judged_n))
+    if attacker is single:  # Nothing is learnt, so nothing need be set aside to rank images.
+        (name,) = members
+        whole = summarise([judge(members[name], others[name], np.inf, rng)], len(others[name]))
+        document |= {key: whole[key] for key in whole if key.startswith(("auc", "tpr", "roc"))}
+    return document
 
 
 def judge(

@@ -132,7 +132,7 @@ def sabotage(text: str) -> Fault:
             fault.here("eval")
             yield batch
 
-    engine.Engine._heed = step
+    engine.Engine._heed, resume.Memory.restore = step, restoring
     cache._decode = decoding
     experiment.evaluation_batches = evaluation
     return fault

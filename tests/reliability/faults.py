@@ -276,7 +276,7 @@ def processes(bench: Bench) -> Iterator[Entry]:
     faults = {
         "step:5=kill@1": "-9",
         "step:7=term@1": "143",
-        "eval:2=term@1": "143",
+        "eval:1=term@1": "143",
         "step:4=raise@1": "1",
         "save:12=full@0": "4",
         "start:1=term@1": "143",

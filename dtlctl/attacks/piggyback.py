@@ -1,0 +1,110 @@
+"""Piggyback attackers: what somebody with a few labelled images does to a model before and while training it.
+
+Each kind is one class: its recipe fields, and `prepare`, which changes the model before the training starts. A new
+one is a class here and its name in `Attacker`. How an attacker is tuned on data of his own is in `tuning.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dtlctl.attacks.tuning import Setting
+from dtlctl.errors import RecipeError
+from dtlctl.models import Classifier, last_stage
+from dtlctl.strict import Strict
+
+Rate = Annotated[float, Field(gt=0, le=100)]
+
+
+class _Trained(Strict):
+    """What every attacker who trains by gradients can vary."""
+
+    kind: str
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="sgd has momentum 0.9; weight decay is 5e-4 for both")
+    lr: list[Rate] = Field([0.001, 0.01, 0.1, 1.0], min_length=1, description="learning rates to try")
+    steps: int = Field(
+        150, ge=1, le=10_000_000, description="longest training; the validation data choose when to stop"
+    )
+    batch_size: int = Field(64, ge=2, le=65_536)
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising learning rate; then a cosine")
+
+    def grid(self) -> list[Setting]:
+        return [Setting(self.kind, self.optimizer, rate) for rate in self.lr]
+
+    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+        """Change `model` in place before training. fresh: a new model of its kind; images: [N, 3, S, S] in [0, 1]."""
+
+
+class Full(_Trained):
+    """All weights are trained under a new head: the paper's attacker (section 3.3), tuned."""
+
+    kind: Literal["full"] = "full"
+
+
+class LastBlock(_Trained):
+    """The last stage of the backbone is drawn anew, then all weights are trained: deep features may be the trap."""
+
+    kind: Literal["last-block"] = "last-block"
+
+    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+        try:
+            blocks = zip(last_stage(model.backbone), last_stage(fresh.backbone), strict=True)
+        except ValueError as error:
+            raise RecipeError(f"piggyback.attackers: {error}") from None
+        for old, new in blocks:
+            old.load_state_dict(new.state_dict())
+
+
+class Renorm(_Trained):
+    """Undoes what only hides knowledge under batch normalisation, then trains all weights.
+
+    Every convolution is rescaled to the norm that a new one has: with batch normalisation behind it the function
+    stays, and the effective learning rate, which goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350).
+    Then the running statistics are those of the attacker's images.
+    """
+
+    kind: Literal["renorm"] = "renorm"
+
+    @torch.no_grad()
+    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            raise RecipeError('piggyback.attackers: kind "renorm" needs a model with batch normalisation')
+        for old, new in zip(model.backbone.modules(), fresh.backbone.modules(), strict=True):
+            if isinstance(old, nn.Conv2d) and isinstance(new, nn.Conv2d):
+                scale = new.weight.norm() / old.weight.norm().clamp(min=1e-12)
+                old.weight.mul_(scale)
+                if old.bias is not None:
+                    old.bias.mul_(scale)
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over batches
+        training = model.training
+        model.train()
+        for part in images.tensor_split(max(1, len(images) // 256)):
+            model.embed(part)
+        model.train(training)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+class Probe(Strict):
+    """A linear classifier on the frozen features: L2-regularised logistic regression, at most 300 steps of L-BFGS.
+
+    Features are computed once, in eval mode, without augmentation, and standardised with the training images' moments.
+    """
+
+    kind: Literal["probe"] = "probe"
+    C: list[Rate] = Field([0.01, 0.1, 1.0, 10.0], min_length=1, description="inverse strengths of the L2 term to try")
+
+    def grid(self) -> list[Setting]:
+        return [Setting(self.kind, "logistic", C) for C in self.C]
+
+
+Attacker = Annotated[Full | Probe | LastBlock | Renorm, Field(discriminator="kind")]
+"""Every attacker that a recipe can name."""

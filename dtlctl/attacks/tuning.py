@@ -1,0 +1,192 @@
+"""Tuning an attacker on data of his own: a held-out part chooses the setting and the step, the test split nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtlctl.data.tensors import Batch, Batches
+from dtlctl.errors import DataError
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+LOOKS = 10
+"""How often a training is looked at on the held-out images."""
+
+
+class Setting(NamedTuple):
+    """One point of an attacker's grid."""
+
+    kind: str
+    optimizer: str
+    """sgd, adam, or logistic for a probe"""
+    rate: float
+    """learning rate; for a probe C, the inverse strength of its L2 term"""
+
+
+class Look(NamedTuple):
+    """What the held-out images say after some steps."""
+
+    step: int
+    accuracy: float
+    """%"""
+    loss: float
+    """cross-entropy, nats"""
+
+    @property
+    def merit(self) -> tuple[float, float, int]:
+        """Larger is better: accuracy, then loss (few images make many ties), then fewer steps."""
+        return self.accuracy, -self.loss, -self.step
+
+
+class Trial(NamedTuple):
+    """One setting, trained on the attacker's training part."""
+
+    setting: Setting
+    seed: int
+    looks: list[Look]
+    """Empty where the training diverged before the first look."""
+    acc_pl: float | None
+    """Test accuracy in % at the best look; it chooses nothing."""
+
+    @property
+    def best(self) -> Look | None:
+        return max(self.looks, key=lambda look: look.merit, default=None)
+
+    def document(self) -> dict[str, Any]:
+        """As a sidecar keeps it."""
+        return {
+            **self.setting._asdict(),
+            "seed": self.seed,
+            "step": self.best.step if self.best else None,
+            "val": self.best.accuracy if self.best else None,
+            "acc_pl": self.acc_pl,
+            "looks": [list(look) for look in self.looks],
+        }
+
+
+def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split rows 0 ... N-1 with these labels (integers [N]) into (training, held-out) rows, both sorted.
+
+    The held-out part has the same number of every class: `share` of the smallest class, at least one. Raises
+    DataError where a class has fewer than two images.
+    """
+    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    smallest = min(map(len, groups))
+    if smallest < 2:
+        raise DataError("a tuned attacker holds out images of his own: he needs 2 or more of every class")
+    count = min(smallest - 1, max(1, round(share * smallest)))
+    rng = np.random.default_rng(seed)
+    held = np.sort(np.concatenate([rng.permutation(group)[:count] for group in groups]))
+    return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def choose(trials: Sequence[Trial]) -> Trial | None:
+    """The trial that is best on the held-out images; of equals, the first. None where all of them diverged."""
+    finite = [trial for trial in trials if trial.best]
+    return max(finite, key=lambda trial: trial.best.merit if trial.best else (), default=None)
+
+
+def optimizer_of(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if setting.optimizer == "adam":
+        return torch.optim.Adam(parameters, setting.rate, weight_decay=WEIGHT_DECAY)
+    return torch.optim.SGD(parameters, setting.rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
+def factor(step: int, steps: int, warmup: float) -> float:
+    """The learning rate at a step (0 <= step < steps) as a share of its peak: a linear rise, then a cosine to zero."""
+    rising = warmup * steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+
+
+def train(
+    model: Any,
+    head: str,
+    batches: Batches,
+    setting: Setting,
+    *,
+    steps: int,
+    warmup: float,
+    until: int | None = None,
+    held_out: tuple[Tensor, Tensor] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[Look]:
+    """Train all of `model` in place by cross-entropy, on this process alone, along a schedule of `steps` steps.
+
+    until: stop after so many of them. held_out: images [N, 3, S, S] and labels [N]; with them the model is looked at
+    `LOOKS` times, ends with the weights of its best look, and all looks are returned. A loss that is not finite ends
+    the training.
+    """
+    optimizer = optimizer_of(model, setting)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(min(step, steps - 1), steps, warmup))
+    every, looks, kept = max(1, steps // LOOKS), [], None
+    for step in range(until or steps):
+        if stopped():
+            break
+        batch = batches[step]
+        model.train()
+        loss = F.cross_entropy(model(batch.x, head), batch.y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if held_out is not None and ((step + 1) % every == 0 or step + 1 == steps):
+            look = look_at(model, head, held_out, step + 1)
+            if not math.isfinite(look.loss):
+                break
+            looks.append(look)
+            if look == max(looks, key=lambda one: one.merit):
+                kept = copy.deepcopy(model.state_dict())
+    if kept is not None:
+        model.load_state_dict(kept)
+    return looks
+
+
+@torch.no_grad()
+def look_at(model: Any, head: str, held_out: tuple[Tensor, Tensor], step: int) -> Look:
+    x, y = held_out
+    model.eval()
+    logits = torch.cat([model(part, head) for part in x.split(512)])
+    return Look(step, 100 * float((logits.argmax(1) == y).double().mean()), float(F.cross_entropy(logits, y)))
+
+
+@torch.no_grad()
+def accuracy(model: Any, head: str, batches: Iterable[Batch]) -> float:
+    """Accuracy in % on this process alone; the model is left in eval mode."""
+    model.eval()
+    hits = torch.cat([model(batch.x, head).argmax(1) == batch.y for batch in batches])
+    return 100 * float(hits.double().mean())
+
+
+class Linear:
+    """Logistic regression on standardised features [N, F] (float64), labels [N]."""
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray, C: float):
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
+        # One image a class is few, and known to be; a fit that needs longer is judged like any other.
+        warnings.filterwarnings("ignore", message="The number of unique classes", module="sklearn")
+        warnings.filterwarnings("ignore", category=ConvergenceWarning)
+        self.mean, self.scale = features.mean(0), features.std(0) + 1e-6
+        self.fitted = LogisticRegression(C=C, max_iter=300).fit(self._scaled(features), labels)
+
+    def look(self, features: np.ndarray, labels: np.ndarray) -> Look:
+        """Accuracy and loss on other images of the same classes."""
+        p = self.fitted.predict_proba(self._scaled(features))
+        right = self.fitted.classes_[p.argmax(1)] == labels
+        own = p[np.arange(len(labels)), np.searchsorted(self.fitted.classes_, labels)]
+        return Look(0, 100 * float(right.mean()), float(-np.log(own.clip(1e-12)).mean()))
+
+    def _scaled(self, features: np.ndarray) -> np.ndarray:
+        return (features - self.mean) / self.scale

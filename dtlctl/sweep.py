@@ -1,0 +1,199 @@
+"""`dtlctl sweep`: a recipe over a grid of changes, each point a run of its own, common parents made once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtlctl import checkpoint
+from dtlctl import stages as work
+from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, RecipeError
+from dtlctl.experiment import Experiment
+from dtlctl.loading import load, parse_value
+from dtlctl.plan import STAGES, Job, Stage
+from dtlctl.progress import say
+
+RESULTS = ("pretrain/*.json", "target-only/*.json", "finetune/*.json", "dispose/*/*.json", "piggyback/*/*.json",
+           "audit/*.json")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice for every swept key."""
+
+    values: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The point as a folder's name, such as `gc.lambda-0.05`; long ones end in a part of their hash."""
+        text = "_".join(f"{key.removeprefix('dispose.')}-{value}" for key, value in self.values.items())
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "", text.replace("*", "all")).strip("._-")
+        return plain if 0 < len(plain) <= 64 else f"{plain[:48]}-{checkpoint.key(self.values)[:8]}"
+
+    def overrides(self, variants: Sequence[str]) -> list[str]:
+        """As `--set` would have them; `dispose.*.KEY` is KEY of all these variants."""
+        return [
+            f"{one}={json.dumps(value)}"
+            for key, value in self.values.items()
+            for one in ([key.replace("*", name, 1) for name in variants] if key.startswith("dispose.*.") else [key])
+        ]
+
+
+def points(over: Sequence[str]) -> list[Point]:
+    """The grid of `key=a,b,c` texts, in order. Raises RecipeError for a text that is not of this form."""
+    axes: dict[str, list[Any]] = {}
+    for text in over:
+        key, equals, values = text.partition("=")
+        if not equals or not key.strip() or not values.strip():
+            raise RecipeError(f"--over {text}: write key.path=a,b,c, for example --over dispose.gc.lambda=0.1,0.5")
+        if key.strip() in axes or key.strip() == "name":
+            raise RecipeError(f"--over {text}: {key.strip()} cannot be swept here (given twice, or the run's name)")
+        axes[key.strip()] = parse_value(values)
+    return [Point(dict(zip(axes, choice, strict=True))) for choice in itertools.product(*axes.values())]
+
+
+def run(
+    recipe: Path, over: Sequence[str], overrides: Sequence[str], out: Path, *, jobs: int = 1, quiet: bool = False
+) -> list[tuple[Point, Experiment]]:
+    """Do all points' stages under OUT/<name>-sweep; what is up to date there or in OUT/<name> is not done again."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RecipeError("sweep: start it as one process; --jobs N works on N points at a time")
+    base = load(recipe, list(overrides))
+    variants = [name for name, settings in base.dispose.items() if settings.unlearn.kind != "none"]
+    folder = out / f"{base.name}-sweep"
+    grid = points(over)
+    calls = {p.name: [*overrides, *p.overrides(variants), f"name={p.name}"] for p in grid}
+    labs = [
+        Experiment(load(recipe, calls[point.name]), folder, source=str(recipe), quiet=quiet or jobs > 1)
+        for point in grid
+    ]
+    if len(calls) < len(grid):
+        raise RecipeError("sweep: two points have the same values")
+    perform(labs, STAGES, relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
+    return list(zip(grid, labs, strict=True))
+
+
+def relatives(out: Path, name: str) -> list[Path]:
+    """Folders of the recipe's runs, plain, swept or compared: what is done there need not be done again."""
+    return [out / name, *(path for kind in ("sweep", "compare") for path in sorted(out.glob(f"{name}-{kind}/*/")))]
+
+
+def perform(
+    labs: Sequence[Experiment], stages: Iterable[Stage], others: Sequence[Path] = (), *, jobs: int = 1,
+    calls: dict[str, list[str]] | None = None, quiet: bool = True,
+) -> None:  # fmt: skip
+    """Do these stages of several runs, a result that they share only once. calls: the `--set` texts of every run."""
+    for stage in stages:
+        _share(labs, others)
+        claimed: set[str] = set()
+        tasks: list[tuple[Experiment, list[str]]] = []
+        for lab in labs:
+            ready = [(job, key) for job in lab.chosen((stage,), ()) if (key := _key(lab, job))]
+            todo = [(job.model, key) for job, key in ready if not lab.done(job)]
+            models = list(dict.fromkeys(model for model, key in todo if key not in claimed))
+            claimed |= {key for _, key in todo}
+            if models:
+                tasks.append((lab, models))
+        if jobs == 1 or calls is None:
+            for lab, models in tasks:
+                with lab.opened((stage,), models):
+                    work.run(lab, (stage,), only=models)
+        else:
+            _in_parallel(stage, tasks, jobs, calls, quiet)
+        _share(labs)
+
+
+def _key(lab: Experiment, job: Job[Any]) -> str | None:
+    """The job's key, or None where its parent is not up to date."""
+    with suppress(CheckpointError):
+        return lab.key(job)
+    return None
+
+
+def _share(labs: Sequence[Experiment], others: Sequence[Path] = ()) -> None:
+    """Give every run the results with its keys, that is, made from the same settings, seed, data and parents."""
+    known: dict[str, Path] = {}
+    for folder in [*others, *(lab.folder for lab in labs)]:
+        for path in (path for form in RESULTS for path in sorted(folder.glob(form))):
+            with suppress(CheckpointError):
+                known[(checkpoint.read_sidecar(path) or {}).get("key", "")] = path
+    for lab in labs:
+        with lab.opened((), ()):
+            for job in lab.jobs:
+                found = known.get(_key(lab, job) or "none")
+                if found and not lab.done(job):
+                    _adopt(found, lab.folder / job.path, job.model)
+
+
+def _adopt(found: Path, goal: Path, model: str) -> None:
+    """Take over a result, here by the name of `model`; the sidecar last, as always."""
+    document = checkpoint.read_sidecar(found) or {}
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    if found.name == "model.json":
+        _link(found.with_name("model.safetensors"), goal.with_name("model.safetensors"))
+    checkpoint.publish_json(goal, {**document, "model": model})
+
+
+def _link(source: Path, goal: Path) -> None:
+    """Weights are only ever replaced, never written into, so two folders can share one file."""
+    temporary = goal.with_name(f".{goal.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copy2(source, temporary)
+    os.replace(temporary, goal)
+
+
+def _in_parallel(
+    stage: Stage, tasks: list[tuple[Experiment, list[str]]], jobs: int, calls: dict[str, list[str]], quiet: bool
+) -> None:
+    """Every task as a process of its own, `jobs` at a time; the first failure stops the rest and is raised.
+
+    A run's folder has one owner, so a run is one task; those that are left over at the end get more cores each.
+    """
+    rest, cores = len(tasks) % jobs, os.cpu_count() or 1
+    running: list[subprocess.Popen[str]] = []
+
+    def one(place: int) -> None:
+        lab, models = tasks[place]
+        beside = rest if place >= len(tasks) - rest else jobs
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // beside))}
+        command = [sys.executable, "-m", "dtlctl", stage, lab.source, "--quiet", "--out", str(lab.folder.parent)]
+        command += [word for text in calls[lab.recipe.name] for word in ("--set", text)]
+        command += [word for model in models for word in ("--only", model)]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        running.append(process)
+        _, said = process.communicate()
+        if process.returncode:
+            kinds: dict[int, type[DtlError]] = {2: RecipeError, 3: DivergedError, 4: DataError}
+            reason = said.strip().removeprefix("error: ") or f"ended with exit code {process.returncode}"
+            raise kinds.get(process.returncode, DtlError)(f"{lab.recipe.name}, {stage}: {reason}")
+        if not quiet:
+            say(f"{lab.recipe.name}: {stage} {', '.join(models)}")
+
+    pool = ThreadPoolExecutor(jobs)
+    futures = [pool.submit(one, place) for place in range(len(tasks))]
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+        pool.shutdown()

@@ -1,0 +1,282 @@
+"""Tuned attackers: what each kind does to a model, how a setting is chosen, and that the test split chooses nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dtlctl import models
+from dtlctl.attacks import tuning
+from dtlctl.attacks.piggyback import Full, LastBlock, Renorm
+from dtlctl.attacks.trials import Ground, Strike
+from dtlctl.attacks.tuning import Look, Setting, Trial
+from dtlctl.errors import DataError, RecipeError
+from dtlctl.experiment import Experiment
+from dtlctl.loading import load
+from dtlctl.stages import piggyback, run
+
+ATTACKERS = (
+    'piggyback.attackers=[{kind="full", lr=[0.01, 0.1], steps=4}, {kind="full", optimizer="adam", lr=[0.01], steps=4}, '
+    '{kind="probe", C=[0.1, 1.0]}, {kind="last-block", lr=[0.05], steps=4}, {kind="renorm", lr=[0.05], steps=4}]'
+)
+
+
+def pair() -> tuple[models.Classifier, models.Classifier]:
+    torch.manual_seed(0)
+    old, new = (models.build("resnet8", {"piggyback": 4}, width=4) for _ in range(2))
+    with torch.no_grad():
+        for p in old.parameters():
+            p.mul_(3)
+    return old, new
+
+
+def test_the_held_out_part_is_balanced_and_needs_two_of_a_class():
+    """4, 8 and 6 images: a quarter of the smallest class is one of each; two a class hold out one a class."""
+    labels = np.repeat([0, 1, 2], [4, 8, 6])
+    train, held = tuning.hold_out(labels, 0.25, 7)
+    assert sorted(labels[held]) == [0, 1, 2]
+    assert sorted([*train, *held]) == list(range(18))
+    train, held = tuning.hold_out(np.array([0, 0, 1, 1]), 0.9, 0)
+    assert (sorted(np.array([0, 0, 1, 1])[train]), len(held)) == ([0, 1], 2)
+    assert [list(tuning.hold_out(labels, 0.25, s)[1]) for s in (1, 1)] == [
+        list(tuning.hold_out(labels, 0.25, 1)[1])
+    ] * 2
+    with pytest.raises(DataError, match="2 or more of every class"):
+        tuning.hold_out(np.array([0, 0, 1]), 0.5, 0)
+
+
+def test_the_schedule_rises_then_falls_to_zero():
+    """10 steps, 20 % warm-up: 1/3, 2/3, then cos from 1; half-way through the 8 others it is one half."""
+    values = [tuning.factor(step, 10, 0.2) for step in range(10)]
+    assert values[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert values[6] == pytest.approx(0.5)
+    assert values[9] == pytest.approx((1 + math.cos(math.pi * 7 / 8)) / 2)
+
+
+def trial(accuracy: float, loss: float, test: float, step: int = 1) -> Trial:
+    return Trial(Setting("full", "sgd", 0.1), 0, [Look(step, accuracy, loss)], test)
+
+
+def test_the_choice_sees_held_out_images_only():
+    """Better test accuracy does not help; a tie in accuracy goes to the smaller loss; a diverged trial never wins."""
+    lucky, better, tied = trial(50, 1.0, 99.0), trial(60, 1.0, 10.0), trial(60, 0.9, 5.0)
+    diverged = Trial(Setting("full", "sgd", 100.0), 0, [], None)
+    assert tuning.choose([diverged, lucky, better]) is better
+    assert tuning.choose([better, tied, lucky]) is tied
+    assert tuning.choose([diverged]) is None
+    looks = [Look(10, 50.0, 1.0), Look(20, 70.0, 2.0), Look(30, 70.0, 2.0)]
+    assert Trial(Setting("full", "sgd", 0.1), 0, looks, 0.0).best == looks[1]
+
+
+def test_full_changes_nothing_and_last_block_only_the_last_stage():
+    old, new = pair()
+    before = copy.deepcopy(old.state_dict())
+    Full().prepare(old, new, torch.rand(5, 3, 16, 16))
+    assert all(torch.equal(before[k], v) for k, v in old.state_dict().items())
+    LastBlock().prepare(old, new, torch.rand(5, 3, 16, 16))
+    fresh = new.state_dict()
+    changed = {k for k, v in old.state_dict().items() if not torch.equal(before[k], v)}
+    assert changed
+    assert all(k.startswith("backbone.stages.2.") and torch.equal(old.state_dict()[k], fresh[k]) for k in changed)
+    assert {k for k in before if k.startswith("backbone.stages.2.conv")} <= changed
+
+
+@pytest.mark.parametrize("arch", ["resnet10", "resnet50", "vgg11", "mobilenet_v2", "densenet121", "vit_b_32"])
+def test_the_last_stage_of_torchvision_models_is_found(arch: str):
+    with torch.device("meta"):
+        model = models.build(arch, {"a": 2}, stem="imagenet", image_size=64)
+    stage = [p for block in models.last_stage(model.backbone) for p in block.parameters()]
+    assert 0 < sum(p.numel() for p in stage) < sum(p.numel() for p in model.backbone.parameters())
+    with pytest.raises(ValueError, match="Sequential: its last stage is not known"):
+        models.last_stage(torch.nn.Sequential())
+
+
+def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():
+    """With batch normalisation, a rescaled convolution computes the same (up to its eps) in train mode."""
+    old, new = pair()
+    x = torch.rand(40, 3, 16, 16)
+    before = copy.deepcopy(old).train().embed(x)
+    Renorm().prepare(old, new, x)
+    for ours, theirs in zip(old.backbone.modules(), new.backbone.modules(), strict=True):
+        if isinstance(ours, torch.nn.Conv2d):
+            assert ours.weight.norm().item() == pytest.approx(theirs.weight.norm().item(), rel=1e-5)
+    stem = old.backbone.get_submodule("stem")
+    assert isinstance(stem, torch.nn.Sequential)
+    first = stem[0]((x - old.mean) / old.std)
+    assert torch.allclose(stem[1].running_mean, first.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(stem[1].running_var, first.var((0, 2, 3)), rtol=1e-3)
+    assert stem[1].momentum == 0.1
+    assert torch.allclose(old.train().embed(x), before, rtol=0.02, atol=0.02)
+    with pytest.raises(RecipeError, match="needs a model with batch normalisation"):
+        plain = models.build("vgg11", {}, stem="imagenet")
+        Renorm().prepare(plain, plain, x)
+
+
+def test_training_keeps_the_best_look_and_survives_divergence():
+    """Held-out labels that contradict the training make later looks worse. At rate 1e30 no look is finite; no error."""
+    from dtlctl.data.tensors import Batches
+
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 255, (16, 3, 16, 16), dtype=np.uint8), np.arange(16) % 4
+    batches = Batches(pixels, labels, np.arange(16), batch_size=8, augment="none", seed=0, device=torch.device("cpu"))
+    held = torch.from_numpy(pixels).float() / 255, torch.from_numpy((labels + 1) % 4)
+    for rate, length in ((0.05, 10), (1e30, 0)):
+        model = pair()[1]
+        looks = tuning.train(
+            model, "piggyback", batches, Setting("full", "sgd", rate), steps=20, warmup=0.1, held_out=held
+        )
+        assert len(looks) == length
+        if looks:
+            best = max(looks, key=lambda look: look.merit)
+            assert best.step < 20
+            assert tuning.look_at(model, "piggyback", held, best.step) == pytest.approx(best)
+
+
+def test_a_linear_probe_separates_what_is_separable():
+    """Two clusters at -1 and +1 of one feature, the other feature constant: all right, whatever C."""
+    x, y = np.array([[-1.0, 3], [-0.9, 3], [0.9, 3], [1.0, 3]]), np.array([0, 0, 1, 1])
+    look = tuning.Linear(x, y, 1.0).look(x, y)
+    assert look.accuracy == 100
+    assert 0 < look.loss < math.log(2)
+    assert tuning.Linear(x, y, 1.0).look(x, 1 - y).accuracy == 0
+
+
+def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file: Path):
+    """2 + 1 settings of full, 2 of probe, 1 + 1 of the others, by 2 seeds: 14 trials, and 4 strikes a seed."""
+    documents = []
+    for name, threads in (("one", 1), ("two", 2)):
+        lab = Experiment(
+            load(recipe_file, [ATTACKERS, "piggyback.attack_seeds=2", f"name={name}"]), recipe_file.parent, quiet=True
+        )
+        run(lab, ("pretrain", "finetune"), only=("pre", "TL"))
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        run(lab, ("piggyback",), only=("TL",))
+        torch.set_num_threads(before)
+        documents.append(json.loads((lab.folder / "piggyback/TL/again.json").read_text())["metrics"])
+    metrics, other = (
+        {k: v for k, v in d.items() if k not in ("trials_per_minute", "attack_seconds")} for d in documents
+    )
+    assert metrics == other
+    assert len(metrics["trials"]) == 14
+    assert [strike["kind"] for strike in metrics["attackers"]] == ["full", "probe", "last-block", "renorm"] * 2
+    for seed in (0, 1):
+        strikes = [s for s in metrics["attackers"] if s["seed"] == seed]
+        mine = [t for t in metrics["trials"] if t["seed"] == seed]
+        for strike in strikes:
+            assert strike["val"] == max(t["val"] for t in mine if t["kind"] == strike["kind"])
+        assert metrics["chosen"][seed]["val"] == max(t["val"] for t in mine)
+    assert metrics["acc_pl_worst"] == pytest.approx(sum(c["acc_pl"] for c in metrics["chosen"]) / 2)
+    assert metrics["acc_pl_max"] >= max(metrics["acc_pl_worst"], metrics["acc_pl"])
+
+
+def test_who_is_trained_on_is_not_looked_at_and_nobody_sees_the_test_split(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Three images a class: two to train on and one to look at, and at last all three, for the chosen steps."""
+    lab = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="full", lr=[0.1], steps=20}]']), recipe_file.parent,
+                     quiet=True)  # fmt: skip
+    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
+    ground, seen = Ground(lab, job, 0), []
+    train = tuning.train
+    monkeypatch.setattr(tuning, "train", lambda *a, **k: seen.append((a[2], k)) or train(*a, **k))
+    (attacker,) = job.settings.attackers
+    trial = ground.attempt(attacker, attacker.grid()[0])
+    ground.strike(attacker, trial)
+    (tried, looking), (again, last) = seen
+    pixels = torch.from_numpy(lab.images("source", "train").pixels).float() / 255
+    held = sorted(set(lab.index("piggyback.again").tolist()) - set(tried.rows.tolist()))
+    assert (len(tried.rows), len(held), len(again.rows)) == (20, 10, 30)
+    assert torch.allclose(looking["held_out"][0], pixels[held])
+    assert trial.best
+    assert (looking["steps"], last["steps"], last["until"]) == (20, 20, trial.best.step)
+
+
+def test_a_probe_is_fitted_to_the_training_part_and_judged_by_the_held_out(recipe_file: Path):
+    """C = 100 knows its 20 images by heart, and not the 10 held-out ones; then it is fitted to all 30."""
+    lab = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="probe", C=[100.0]}]']), recipe_file.parent,
+                     quiet=True)  # fmt: skip
+    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
+    ground, (attacker,) = Ground(lab, job, 0), job.settings.attackers
+    trial = ground.attempt(attacker, attacker.grid()[0])
+    assert ground.features
+    (x, y), test = ground.features
+    train, held = ground.parts
+    assert (len(train), len(held), len(test[1])) == (20, 10, len(lab.images("source", "test").labels))
+    fitted = tuning.Linear(x[train], y[train], 100.0)
+    assert fitted.look(x[train], y[train]).accuracy == 100
+    assert trial.best == fitted.look(x[held], y[held])
+    assert trial.best.accuracy < 100
+    assert trial.acc_pl == fitted.look(*test).accuracy
+    assert ground.strike(attacker, trial).acc_pl == tuning.Linear(x, y, 100.0).look(*test).accuracy
+
+
+def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """full has 60 % held out and 20 % in the test, probe 70 % and 10 %: probe's 10 % is quoted; 55 is the one setting.
+
+    The maximum is then 55, and the median of 20 and 10 is 15.
+    """
+    lab = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="full", lr=[1.0]}, {kind="probe", C=[1.0]}]']),
+                     recipe_file.parent, quiet=True)  # fmt: skip
+    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
+    held_out, tested = {"full": 60.0, "probe": 70.0}, {"full": 20.0, "probe": 10.0}
+
+    class Fake:
+        stop = threading.Event()
+
+        def __init__(self, *_: object):
+            pass
+
+        def attempt(self, attacker: Any, setting: Setting) -> Trial:
+            return Trial(setting, 0, [Look(1, held_out[setting.kind], 1.0)], 100.0 - held_out[setting.kind])
+
+        def strike(self, attacker: Any, trial: Trial) -> Strike:
+            assert attacker.kind == trial.setting.kind
+            return Strike(trial, tested[attacker.kind])
+
+    monkeypatch.setattr(piggyback, "Ground", Fake)
+    metrics = piggyback._tuned(lab, job, 55.0)
+    assert [metrics[f"acc_pl_{name}"] for name in ("worst", "median", "max")] == [10.0, 15.0, 55.0]
+    assert [strike["kind"] for strike in metrics["chosen"]] == ["probe"]
+
+
+def test_the_single_setting_does_not_change_beside_tuned_attackers(recipe_file: Path):
+    accuracies = []
+    for name, extra in (("plain", []), ("tuned", [ATTACKERS])):
+        lab = Experiment(load(recipe_file, [f"name={name}", *extra]), recipe_file.parent, quiet=True)
+        run(lab, ("piggyback",), only=("scratch",))
+        document = json.loads((lab.folder / "piggyback/scratch/again.json").read_text())
+        assert ("attackers" in document["settings"]) == bool(extra)
+        accuracies.append(document["metrics"]["acc_pl"])
+    assert accuracies[0] == accuracies[1]
+
+
+def test_one_image_a_class_cannot_tune(recipe_file: Path):
+    lab = Experiment(
+        load(recipe_file, [ATTACKERS, "data.piggyback.again.fraction=0.01"]), recipe_file.parent, quiet=True
+    )
+    with pytest.raises(DataError, match="holds out images of his own: he needs 2 or more"):
+        run(lab, ("piggyback",), only=("scratch",))
+
+
+def test_two_processes_share_the_trials(recipe_file: Path, dtlctl):
+    """Trials are whole on one process each, so they are the same to the last digit."""
+    result = dtlctl("piggyback", recipe_file, "--only", "scratch", "--set", ATTACKERS, "--set", "name=two", processes=2)
+    assert result.returncode == 0, result.stderr
+    lab = Experiment(load(recipe_file, [ATTACKERS, "name=one"]), recipe_file.parent / "runs", quiet=True)
+    run(lab, ("piggyback",), only=("scratch",))
+    one, two = (
+        json.loads((recipe_file.parent / f"runs/{name}/piggyback/scratch/again.json").read_text())
+        for name in ("one", "two")
+    )
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["metrics"]["trials"] == two["metrics"]["trials"]
+    assert one["metrics"]["attackers"] == two["metrics"]["attackers"]

@@ -1,0 +1,58 @@
+"""What a sweep's table and figures hold: one curve along λ for every loss, one line over γ for every model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dtlctl import figures, grids
+
+
+def point(values: dict[str, Any], lam: float, gc: dict[str, Any]) -> dict[str, Any]:
+    """TL and rand are the same at every point; gc is as given."""
+    fixed = [{"model": name, "acc_t": acc_t, "piggyback": {"letters": pl}}
+             for name, acc_t, pl in (("TL", 70.0, 60.0), ("rand", 65.0, 50.0))]  # fmt: skip
+    dispose = {"rand": {"lambda": 0.2}, "gc": {"lambda": lam}}
+    rows = [*fixed, {"model": "gc", **gc}]
+    return {"values": values, "table": {"recipe": {"dispose": dispose}, "seeds": [0], "rows": rows}}
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(figures, name, lambda *arguments: calls.append(arguments) or {})
+    return calls
+
+
+def test_curves_go_along_lambda_one_for_every_retaining_loss(monkeypatch: pytest.MonkeyPatch):
+    """Fig. 6: [PL, Acc_t] by rising λ, under the tuned attacker where there is one; what has one λ is a star."""
+    calls = captured(monkeypatch, "of_curves")
+    found = [
+        point(
+            {"dispose.gc.lambda": lam, "dispose.gc.retain.kind": kind},
+            lam,
+            {"acc_t": acc_t, "piggyback": {"letters": 0.0}, "piggyback_worst": {"letters": pl}},
+        )
+        for lam, kind, acc_t, pl in (
+            (0.5, "distill", 60.0, 30.0), (0.5, "a-gem", 61.0, 31.0), (0.1, "distill", 68.0, 50.0),
+            (0.1, "a-gem", 69.0, 51.0),
+        )
+    ]  # fmt: skip
+    assert list(grids.draw({"points": found})) == ["curve-letters"]
+    ((name, curves, stars),) = calls
+    assert (name, stars) == ("letters", {"TL": [60.0, 70.0], "rand": [50.0, 65.0]})
+    assert curves == {"gc distill": [[50.0, 68.0], [30.0, 60.0]], "gc a-gem": [[51.0, 69.0], [31.0, 61.0]]}
+
+
+def test_one_swept_number_is_drawn_over_it(monkeypatch: pytest.MonkeyPatch):
+    """Fig. 5: Acc_pl over γ of every model, and only of the dataset whose γ it is."""
+    calls = captured(monkeypatch, "of_sweep")
+    key = "data.piggyback.letters.fraction"
+    found = [
+        point({key: g}, 0.1, {"acc_t": 1.0, "piggyback": {"letters": pl}}) for g, pl in ((0.01, 20.0), (0.1, 40.0))
+    ]
+    grids.draw({"points": found})
+    ((swept, lines, models),) = calls
+    assert (swept, list(models)) == (key, ["TL", "rand", "gc"])
+    assert lines == {"letters": {"TL": [[0.01, 60.0], [0.1, 60.0]], "rand": [[0.01, 50.0], [0.1, 50.0]],
+                                 "gc": [[0.01, 20.0], [0.1, 40.0]]}}  # fmt: skip

@@ -1,0 +1,207 @@
+"""Grids of runs and the matched comparison: parents are shared, work is resumed, λ is bisected on validation images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dtlctl import matching, report, sweep
+from dtlctl.errors import RecipeError
+from dtlctl.experiment import Experiment
+from dtlctl.loading import load, parse_value
+from dtlctl.recipe import Compare
+
+
+def test_values_are_toml_or_plain_words():
+    assert parse_value("0.1,2,true") == [0.1, 2, True]
+    assert parse_value("none, crop") == ["none", "crop"]
+    assert parse_value('["TL"],["TL", "gc"]') == [["TL"], ["TL", "gc"]]
+    for text in ("{a=1}", "a,,b", ","):
+        with pytest.raises(RecipeError, match="tables and nothing cannot"):
+            parse_value(text)
+
+
+def test_the_grid_and_its_names():
+    grid = sweep.points(["dispose.gc.lambda=0.1,0.5", "seed=0,1"])
+    assert [p.name for p in grid] == ["gc.lambda-0.1_seed-0", "gc.lambda-0.1_seed-1",
+                                      "gc.lambda-0.5_seed-0", "gc.lambda-0.5_seed-1"]  # fmt: skip
+    (point,) = sweep.points(["dispose.*.lambda=0.2"])
+    assert point.name == "all.lambda-0.2"
+    assert point.overrides(["gc", "neg"]) == ["dispose.gc.lambda=0.2", "dispose.neg.lambda=0.2"]
+    long = sweep.points([f"data.source.path={'x' * 80},{'x' * 79}y"])
+    assert len({p.name for p in long}) == 2
+    assert all(len(p.name) <= 64 for p in long)
+    for bad in ("seed", "seed=", "=1", "name=a,b"):
+        with pytest.raises(RecipeError, match="--over"):
+            sweep.points([bad])
+    with pytest.raises(RecipeError, match="given twice"):
+        sweep.points(["seed=1", "seed=2"])
+
+
+def test_a_sweep_trains_shared_parents_once_and_resumes(recipe_file: Path, call):
+    """Two λ of gc: pre and TL are the same file; rand and the attacks on it are the same result."""
+    words = ("sweep", recipe_file, "--over", "dispose.gc.lambda=0.1,0.5")
+    code, first, said = call(*words)
+    assert code == 0, said
+    folder = recipe_file.parent / "runs" / "tiny-sweep"
+    a, b = folder / "gc.lambda-0.1", folder / "gc.lambda-0.5"
+    for job in ("pretrain", "finetune", "target-only", "dispose/rand"):
+        assert (a / job / "model.safetensors").samefile(b / job / "model.safetensors"), job
+    assert not (a / "dispose/gc/model.safetensors").samefile(b / "dispose/gc/model.safetensors")
+    assert (a / "piggyback/TL/again.json").read_text() == (b / "piggyback/TL/again.json").read_text()
+    lines = [[cell.strip() for cell in line.split("|")[1:3]] for line in first.splitlines() if "|" in line]
+    assert lines[0] == ["Model", "dispose.gc.lambda"]
+    assert lines[2:] == [["scratch", "–"], ["TGT", "–"], ["pre", "–"], ["TL", "–"], ["rand", "–"],
+                         ["gc", "0.1"], ["gc", "0.5"]]  # fmt: skip
+    made = {path.name for path in (folder / "report").iterdir()}
+    assert {"table.json", "table.md", "report.html", "curve-again.png", "curve-again.svg"} <= made
+    before = (a / "dispose/gc/model.safetensors").stat().st_mtime_ns
+    code, again, said = call(*words, "--jobs", "2")
+    assert code == 0, said
+    assert again == first
+    assert (a / "dispose/gc/model.safetensors").stat().st_mtime_ns == before
+    assert call("sweep", recipe_file, "--over", "dispose.gc.lambda=0.5", "--over", "seed=0")[0] == 0
+    other = folder / "gc.lambda-0.5_seed-0"  # another sweep takes over what this one did
+    assert (other / "dispose/gc/model.safetensors").samefile(b / "dispose/gc/model.safetensors")
+
+
+def test_a_sweep_over_seeds_in_parallel_is_the_report_of_the_runs(recipe_file: Path, call):
+    """All but the attacks is there already, made as two runs: the attacks are left to two processes."""
+    runs = [recipe_file.parent / f"runs/tiny-sweep/seed-{seed}" for seed in (0, 1)]
+    for seed, folder in enumerate(runs):
+        where = ("--set", f"seed={seed}", "--set", f"name={folder.name}", "--out", folder.parent, "--quiet")
+        for stage in ("pretrain", "finetune", "dispose", "audit"):
+            assert call(stage, recipe_file, *where)[0] == 0
+    before = [path.stat().st_mtime_ns for folder in runs for path in sorted(folder.rglob("*.safetensors"))]
+    code, table, said = call("sweep", recipe_file, "--over", "seed=0,1", "--jobs", "2", "--quiet")
+    assert (code, said) == (0, "")
+    assert table.startswith("Accuracies in %. Mean over seeds 0, 1 ±")
+    assert before == [path.stat().st_mtime_ns for folder in runs for path in sorted(folder.rglob("*.safetensors"))]
+    for seed, folder in enumerate(runs):
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "audit", "dispose", "finetune", "piggyback", "pretrain", "recipe.json", "target-only"
+        ]  # fmt: skip
+        attacks = [json.loads(path.read_text()) for path in folder.glob("piggyback/*/again.json")]
+        assert [attack["seed"] for attack in attacks] == [seed] * 3
+    assert call("report", *runs, "--to", recipe_file.parent / "plain")[1] == table
+
+
+def test_a_run_is_one_process_and_the_last_ones_have_more_cores(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three runs by two on two cores: two with a core each, then one with both. No folder is in two hands."""
+    calls: list[tuple[str, str]] = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command: list[str], env: dict[str, str], **_: object):
+            calls.append((next(word for word in command if word.startswith("name=")), env["OMP_NUM_THREADS"]))
+
+        def communicate(self) -> tuple[str, str]:
+            return "", ""
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("subprocess.Popen", Process)
+    labs = [Experiment(load(recipe_file, [f"name=r{n}"]), recipe_file.parent, quiet=True) for n in range(3)]
+    tasks = [(lab, ["scratch", "TL", "gc"]) for lab in labs]
+    sweep._in_parallel("piggyback", tasks, 2, {lab.recipe.name: [f"name={lab.recipe.name}"] for lab in labs}, True)
+    assert sorted(calls) == [("name=r0", "1"), ("name=r1", "1"), ("name=r2", "2")]
+
+
+def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, call):
+    change = "pretrain={lr=100.0, steps=200, schedule='constant'}"
+    code, _, said = call("sweep", recipe_file, "--over", "seed=0,1", "--set", change, "--jobs", "2", "--quiet")
+    assert code == 3, said
+    assert "error: seed-0, pretrain: " in said
+    assert "diverged at step" in said
+    assert len(said.strip().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("wanted", "reached"), [(2.0, True), (60.0, False)])
+def test_bisection_finds_the_matching_lambda(wanted: float, reached: bool):
+    """A drop of 50 λ points meets 2 at λ = 0.04; 60 is out of reach below λ = 1, so the largest tried is returned."""
+    calls: list[float] = []
+
+    def drops(lam: float) -> list[float]:
+        calls.append(lam)
+        return [50 * lam - 1, 50 * lam + 1]
+
+    found = matching.search(drops, 0.5, Compare(target_drop=wanted, tolerance=0.2, rounds=8))
+    assert found["reached"] is reached
+    assert [one["lambda"] for one in found["tried"]] == calls
+    assert found["tried"][0] == {"lambda": 0.5, "drop": 25.0, "drops": [24.0, 26.0]}
+    assert found["lambda"] == pytest.approx(0.04, abs=0.004) if reached else found["lambda"] == max(calls)
+    assert matching.between(0.1, 0.9) == pytest.approx(0.5)
+    assert matching.between(0.2, 0.5) == pytest.approx(1 / 3)  # odds 1/4 and 1: 1/2 in between
+
+
+def test_a_drop_is_what_validation_loses_against_tl_of_the_same_seed(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """TL has 70 and 80, gc 68 and 79 at λ = 0.1: drops 2 and 1. rand has 60 and 70: 10 each, so it is out of reach."""
+    scores = {"TL": (70.0, 80.0), "gc": (68.0, 79.0), "rand": (60.0, 70.0)}
+    monkeypatch.setattr(matching, "perform", lambda *_: None)
+    monkeypatch.setattr(matching, "write", lambda *_: None)
+    monkeypatch.setattr(matching, "validation", lambda lab, name: scores[name.partition("-")[0]][lab.recipe.seed - 5])
+    monkeypatch.setattr(report, "summarise", lambda runs: [run.name for run in runs])
+    change = "compare={target_drop=1.5, rounds=1, tolerance=0.1, seeds=[5, 6]}"
+    document, _ = matching.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
+    assert document["table"] == ["matched-5", "matched-6"]
+    gc, rand = document["variants"]["gc"], document["variants"]["rand"]
+    assert gc == {"lambda": 0.1, "drop": 1.5, "reached": True, "tried": [{"lambda": 0.1, "drop": 1.5, "drops": [2, 1]}]}
+    assert (rand["drop"], rand["reached"]) == (10.0, False)
+
+
+def test_compare_matches_on_held_back_images_and_reports(recipe_file: Path, call):
+    change = "compare={target_drop=1.0, rounds=2, tolerance=0.01, seeds=[0, 1]}"
+    code, shown, said = call("compare", recipe_file, "--set", change, "--json", "--quiet")
+    assert code == 0, said
+    document = json.loads(shown)
+    assert list(document["variants"]) == ["gc", "rand"]
+    assert document["table"]["seeds"] == [0, 1]
+    out = recipe_file.parent / "runs"
+    for name, found in document["variants"].items():
+        assert 1 <= len(found["tried"]) <= 2
+        assert found["tried"][0]["lambda"] == 0.1  # the recipe's own comes first
+        assert document["table"]["recipe"]["dispose"][name]["lambda"] == found["lambda"]
+        assert len(found["tried"][0]["drops"]) == 2
+    assert "Who needed which λ" in (out / "tiny-compare/report/report.html").read_text()
+    weights = [path.stat().st_mtime_ns for path in sorted(out.rglob("model.safetensors"))]
+    again, _ = matching.compare(recipe_file, [change], out, command="x", quiet=True)
+    assert again == document
+    assert weights == [path.stat().st_mtime_ns for path in sorted(out.rglob("model.safetensors"))]
+
+
+def test_validation_images_are_neither_trained_on_nor_tested_on(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """1,000 training digits less the 20 of the subset; accuracy is asked of exactly these rows of the train split."""
+    lab = Experiment(load(recipe_file), recipe_file.parent, quiet=True)
+    seen = []
+    monkeypatch.setattr(lab, "load_model", lambda name: None)
+    monkeypatch.setattr(lab, "split", lambda role, split, rows: seen.append((role, split, rows)))
+    monkeypatch.setattr(type(lab.engine), "accuracy", lambda *_: 50.0)
+    assert matching.validation(lab, "TL") == 50.0
+    ((role, split, rows),) = seen
+    assert (role, split, len(rows)) == ("target", "train", 980)
+    assert len(np.intersect1d(rows, lab.index("target"))) == 0
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    nothing = 'dispose={gc={unlearn={kind="none"}}, rand={unlearn={kind="none"}}}'
+    for change, message in (
+        ("data.target.fraction=1.0", "leaves no target images to validate"),
+        (nothing, r"needs a \[dispose.NAME\] table"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            matching.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
+    for over, message in (("dispose.gc.lambda=0.1,7", "less than or equal to 1"), ("seed=0,0", "the same values")):
+        with pytest.raises(RecipeError, match=message):
+            sweep.run(recipe_file, [over], [], recipe_file.parent, quiet=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="--jobs N"):
+        sweep.run(recipe_file, ["seed=0,1"], [], recipe_file.parent, quiet=True)
+    assert [path.name for path in recipe_file.parent.iterdir()] == [recipe_file.name]
