@@ -15,6 +15,7 @@ from dtlctl.cli import main
 from dtlctl.errors import CheckpointError, DivergedError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
+from dtlctl.stages import dispose as stage
 from dtlctl.stages import run
 
 
@@ -111,6 +112,36 @@ def test_every_pair_of_losses_trains(recipe_file: Path, retain: str, unlearn: st
     experiment = lab(recipe_file, change)
     done = run(experiment, ("pretrain", "finetune", "dispose"), only=("pre", "TL", "rand"))
     assert [job.model for job in done] == ["pre", "TL", "rand"]
+
+
+@pytest.mark.parametrize(("before", "warned"), [(99.0, True), (0.0, False)])
+def test_gradient_collision_that_lowers_the_source_loss_is_told(recipe_file: Path, monkeypatch, capsys, before, warned):
+    """Whatever the source loss becomes, it is less than 99 nats and more than 0; what it was is in the sidecar too."""
+    monkeypatch.setattr(stage, "_source_loss_of", lambda *_: before)
+    experiment = lab(recipe_file)
+    run(experiment, ("pretrain", "finetune", "dispose"))
+    assert ("dispose/gc: gradient collision lowered the source loss, from 99.00" in capsys.readouterr().err) == warned
+    metrics = json.loads((experiment.folder / "dispose/gc/model.json").read_text())["metrics"]
+    assert metrics["source_loss_tl"] == before and 0 < metrics["source_loss_unlearned"] < 99
+
+
+def test_tls_source_loss_is_that_of_train_mode_and_leaves_it_alone(recipe_file: Path):
+    experiment = lab(recipe_file)
+    run(experiment, ("pretrain",))
+    model, batches = experiment.load_model("pre").eval(), experiment.batches("source", 8, "dispose/source")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = stage._source_loss_of(experiment, model, batches, 2)
+    assert not model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    model.train()
+    losses = [-model(b.x, "source").log_softmax(1)[range(8), b.y].mean().item() for b in (batches[0], batches[1])]
+    assert found == pytest.approx(sum(losses) / 2, abs=1e-5)
+
+
+def test_the_diagnosis_looks_at_the_end_of_unlearning():
+    """Rows of driving, then repair; 4.8 nats at the end of driving, whatever repair makes of it."""
+    rows = [{"source_loss": 3.0, "unlearn": 1.0}, {"source_loss": 4.8, "unlearn": 0.1}, {"source_loss": 2.0}]
+    assert stage.diagnose(rows, 2.8) == {"source_loss_tl": 2.8, "source_loss_unlearned": 4.8}
+    assert stage.diagnose(rows[2:], 2.8) == {}
 
 
 def test_divergence_publishes_nothing(recipe_file: Path):

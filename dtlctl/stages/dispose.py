@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dtlctl.data.tensors import Batch, Batches
@@ -12,8 +16,9 @@ from dtlctl.experiment import Experiment
 from dtlctl.models import Classifier
 from dtlctl.objectives import views
 from dtlctl.objectives.batched import batchable
-from dtlctl.objectives.step import Step
+from dtlctl.objectives.step import Step, View
 from dtlctl.plan import Job
+from dtlctl.progress import say
 from dtlctl.recipe import Dispose
 
 
@@ -31,8 +36,35 @@ def dispose(lab: Experiment, job: Job[Dispose]) -> None:
     target = _batches(lab, "target", settings) if settings.retain.needs_target else None
     objective = _objective(lab, settings, (student, teacher), (source, target), chunks)
     measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
+    before = _source_loss_of(lab, teacher, source)
     history, metrics = lab.train(job, student, objective, source, measures)
+    metrics |= diagnose(history.rows, before)
+    after = metrics.get("source_loss_unlearned", before)
+    if settings.unlearn.kind == "gradient-collision" and after < before and lab.engine.is_main:
+        say(
+            f"{job.title}: gradient collision lowered the source loss, from {before:.2f} in TL to {after:.2f}: "
+            "gradients are small in the source minimum too, and the network slides back into it; "
+            "try a larger lambda or lr"
+        )
     lab.publish(job, metrics, history, student)
+
+
+def diagnose(rows: list[dict[str, float]], before: float) -> dict[str, float]:
+    """Where the unlearning loss took the source's cross-entropy, in nats: out of its minimum, or back into it.
+
+    rows: the history, with `source_loss`. before: TL's, taken in the same way. Its counterpart is the last row in which
+    the unlearning loss was on; where it never was there is nothing to say.
+    """
+    driven = [row["source_loss"] for row in rows if "unlearn" in row]
+    return {"source_loss_tl": before, "source_loss_unlearned": driven[-1]} if driven else {}
+
+
+@torch.no_grad()
+def _source_loss_of(lab: Experiment, model: Classifier, batches: Batches, count: int = 8) -> float:
+    """Cross-entropy on the first batches in train mode, as a disposal's first steps see it."""
+    probe = copy.deepcopy(model).train()  # its running statistics move
+    found = [F.cross_entropy(probe(batches[i].x, "source"), batches[i].y) for i in range(count)]
+    return float(lab.engine.all_reduce([torch.stack(found).mean()])[0]) / lab.engine.processes
 
 
 def _objective(
@@ -69,13 +101,19 @@ def _objective(
             again=seen.again,
         )
         keep = retain.loss(step)
+        parts = {"retain": keep.detach(), "source_loss": _source_loss(seen.chunks)}
         if number >= repair_from:
-            return keep, {"retain": keep.detach()}
+            return keep, parts
         drive, value = unlearn.loss(step)
         total = (1 - settings.lam) * keep + settings.lam * retain.guard(drive, keep, step)
-        return total, {"retain": keep.detach(), "unlearn": value}
+        return total, {**parts, "unlearn": value}
 
     return objective
+
+
+@torch.no_grad()
+def _source_loss(chunks: Sequence[View]) -> Tensor:
+    return torch.stack([F.cross_entropy(chunk.source, chunk.y) for chunk in chunks]).mean()
 
 
 def _memory(settings: Dispose, student: Classifier, batch: Batch, chunks: int) -> views.Memory:
