@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -229,22 +230,30 @@ def test_per_image_gradients_are_those_of_a_loop(images, overfitted):
             torch.testing.assert_close(ours[place], expected, rtol=2e-3, atol=1e-6)
 
 
-def test_per_image_gradients_are_faster_than_one_image_at_a_time():
-    """The quickstart's network at batch 64: at least five times the same function called image by image, in CPU time.
+def test_per_image_gradients_are_faster_than_a_loop_over_images():
+    """The quickstart's network at batch 64: five times a plain backward pass an image with its statistics, in CPU time.
 
-    Against a plain backward pass an image, which spares torch.func's overhead, it is about three times.
+    The limit here leaves room for a busy machine.
     """
     torch.manual_seed(0)
     model = models.build("resnet8", {"source": 37}, width=16, image_size=16).eval()
     x, y = torch.rand(64, 3, 16, 16), torch.randint(37, (64,))
 
-    def cost(chunk: int) -> float:
+    def loop() -> None:
+        for image, label in zip(x.split(1), y.split(1), strict=True):
+            image.requires_grad_()
+            loss = F.cross_entropy(model(image, "source"), label)
+            *by_weight, by_pixel = torch.autograd.grad(loss, [*model.parameters(), image])
+            gradients.seven([gradient[None] for gradient in by_weight])
+            gradients.seven([by_pixel])
+
+    def cost(work: Callable[[], object]) -> float:
         started = time.process_time()
-        gradients.per_image(model, x, y, chunk=chunk)
+        work()
         return time.process_time() - started
 
-    cost(64)
-    assert cost(1) / min(cost(64) for _ in range(3)) > 4  # 6 and more on a quiet machine
+    ours = [cost(lambda: gradients.per_image(model, x, y)) for _ in range(4)]
+    assert min(cost(loop) for _ in range(2)) / min(ours) > 3.5
 
 
 def test_adversarial_distance_of_a_linear_model_is_the_distance_to_its_plane():

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, linalg
 from torch.func import functional_call, grad, vmap
 
 from dtlctl.attacks.signals import View
@@ -19,6 +19,8 @@ from dtlctl.models import Classifier
 STATISTICS = ("l1", "l2", "linf", "mean", "skewness", "excess kurtosis", "min")
 MEMORY = 512 * 2**20
 """Bytes that the gradients of one chunk may take."""
+BLOCK = 2048
+"""Numbers of each gradient that are looked at together: few enough to stay in a processor's cache."""
 
 
 def weights(view: View) -> dict[str, Tensor]:
@@ -69,26 +71,26 @@ def seven(parts: list[Tensor]) -> Tensor:
     Skewness and excess kurtosis are those of scipy.stats (biased); both are 0 for a constant vector.
     """
     count = sum(part[0].numel() for part in parts)
-    sums = torch.zeros(3, len(parts[0]), dtype=torch.float64, device=parts[0].device)
-    most, least = torch.zeros_like(sums[0]), torch.full_like(sums[0], torch.inf)
-    for values in map(_rows, parts):
-        size = values.abs()
-        sums += torch.stack([values.sum(1), size.sum(1), values.square().sum(1)])
-        most, least = torch.maximum(most, size.amax(1)), torch.minimum(least, size.amin(1))
-    mean, l1, l2 = sums[0] / count, sums[1], sums[2].sqrt()
-    # Moments about the mean, in a second pass: raw moments lose what is small beside the mean.
-    central = torch.zeros_like(sums)
-    for values in map(_rows, parts):
-        deviation = values - mean[:, None]
+    blocks = [block for part in parts for block in part.flatten(1).split(BLOCK, dim=1)]
+    total, l1, most, least = (torch.stack(found) for found in zip(*map(_look, blocks), strict=True))
+    mean = total.sum(0) / count
+    # Moments about the mean, in a second pass: raw moments lose what is small beside the mean. In float64: fourth
+    # powers of small gradients leave the range of float32.
+    central = torch.zeros(3, len(mean), dtype=torch.float64, device=mean.device)
+    for block in blocks:
+        deviation = block.double() - mean[:, None]
         square = deviation.square()
-        central += torch.stack([square.sum(1), (square * deviation).sum(1), square.square().sum(1)])
+        central += torch.stack([square.sum(1), linalg.vecdot(square, deviation), linalg.vecdot(square, square)])
     second, third, fourth = central / count
+    l2 = (central[0] + count * mean.square()).sqrt()
     flat = second <= 0
     spread = torch.where(flat, torch.ones_like(second), second)
     kurtosis = torch.where(flat, torch.zeros_like(second), fourth / spread**2 - 3)
-    return torch.stack([l1, l2, most, mean, third / spread**1.5, kurtosis, least], 1)
+    skewness = third / spread**1.5
+    return torch.stack([l1.sum(0), l2, most.amax(0).double(), mean, skewness, kurtosis, least.amin(0).double()], 1)
 
 
-def _rows(part: Tensor) -> Tensor:
-    """[B, numbers] in float64: fourth powers of small gradients leave the range of float32."""
-    return part.flatten(1).double()
+def _look(block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each row of a block: the sum, and of the magnitudes the sum, the largest and the smallest."""
+    size = block.abs()
+    return block.sum(1, dtype=torch.float64), size.sum(1, dtype=torch.float64), size.amax(1), size.amin(1)

@@ -124,12 +124,9 @@ def _attack(
         observed = _clocks() - started
         found |= _judge(lab, job, attack, name, seen)
         total, images = _clocks() - started, len(groups.members) + len(groups.others)
-        costs[name] = {
-            "seconds": round(total[0], 3),
-            "cpu_seconds": round(total[1], 3),
-            # What grad-w and grad-x share is on the account of the first of them.
-            "images_per_cpu_second": round(images / max(observed[1], 1e-3), 1),
-        }
+        costs[name] = {"seconds": round(total[0], 3), "cpu_seconds": round(total[1], 3)}
+        if observed[1] > 0.01:  # else all that it saw was on the account of an attack before it
+            costs[name]["images_per_cpu_second"] = round(images / observed[1], 1)
     return found, costs
 
 
