@@ -83,7 +83,8 @@ def result(run: Path, stem: str) -> str:
     if (weights := run / f"{stem}.safetensors").exists():
         return hashlib.sha256(weights.read_bytes()).hexdigest()
     document = json.loads((run / f"{stem}.json").read_text())
-    return hashlib.sha256(json.dumps([document["metrics"], document["history"]]).encode()).hexdigest()
+    numbers = {name: value for name, value in document["metrics"].items() if name != "cost"}
+    return hashlib.sha256(json.dumps([numbers, document["history"]]).encode()).hexdigest()
 
 
 def state_of(folder: Path) -> str:
