@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dtlctl import bench, report, report_audit
+from dtlctl import bench, grids, matching, report, report_audit
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted({path.parent.parent for path in (ROOT / "docs" / "results").glob("*/*/recipe.json")})
@@ -54,3 +54,14 @@ def test_two_processes_made_what_one_made():
         assert f"| {name.capitalize()} after 800 steps (%) | {value:.6f} | {value:.6f} |" in page
     difference = json.loads((folder / "difference.json").read_text())["largest_relative_difference"]
     assert f"{difference:.1e} (`difference.json`)" in page
+
+
+def test_the_curve_and_the_match_show_their_documents():
+    """The sweep's table is that of its table.json; who needed which λ is what compare.json says."""
+    folder = ROOT / "docs/results"
+    curve = json.loads((folder / "quickstart_curve/table.json").read_text())
+    for part in grids.markdown(curve).strip().split("\n\n"):
+        assert part in (folder / "quickstart_curve.md").read_text(encoding="utf-8")
+    found = json.loads((folder / "quickstart_matched/compare.json").read_text())
+    for part in matching._needed(found):
+        assert part in (folder / "quickstart_matched.md").read_text(encoding="utf-8")
