@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -27,14 +28,18 @@ HEAD = 20
 SETTINGS = Audit(adv_steps=20)
 
 
-@pytest.fixture(scope="module")
-def images() -> tuple[Batch, Batch]:
+def drawn(seed: int) -> tuple[Batch, Batch]:
     """Members and others: noise with labels that nothing but memory can tell."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     x = torch.rand(2 * EACH, 3, SIZE, SIZE, generator=generator)
     y = torch.randint(CLASSES, (2 * EACH,), generator=generator)
     rows = torch.arange(EACH)
     return Batch(x[:EACH], y[:EACH], rows), Batch(x[EACH:], y[EACH:], rows)
+
+
+@pytest.fixture(scope="module")
+def images() -> tuple[Batch, Batch]:
+    return drawn(0)
 
 
 def network(seed: int = 0) -> Classifier:
@@ -109,9 +114,14 @@ def test_a_network_that_knows_its_images_by_heart_is_caught(name, images, overfi
 
 
 @pytest.mark.parametrize("name", [*ATTACKS, "rmia"])
-def test_a_network_that_never_saw_an_image_gives_none_away(name, images, untrained):
-    for result, numbers in results(chosen(name, images), name, untrained, images).items():
-        assert numbers["auc_low"] <= 0.5 <= numbers["auc_high"], (result, numbers)
+def test_a_network_that_never_saw_an_image_gives_none_away(name):
+    """Intervals of 95 % cover 0.5 in at least eight of ten draws: seven are fewer than 1.2 % would give by chance."""
+    covered: Counter[str] = Counter()
+    for seed in range(10):
+        groups, model = drawn(seed), network(100 + seed).eval().requires_grad_(False)
+        for result, numbers in results(chosen(name, groups), name, model, groups).items():
+            covered[result] += numbers["auc_low"] <= 0.5 <= numbers["auc_high"]
+    assert min(covered.values()) >= 8, covered
 
 
 @pytest.mark.parametrize("name", [n for n, attack in ATTACKS.items() if attack.attacker is membership.single])
