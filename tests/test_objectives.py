@@ -202,10 +202,11 @@ def test_the_stage_mixes_as_equation_1_and_then_repairs():
         mixed, parts = objective(number)
         if number < 2:
             torch.testing.assert_close(mixed, 0.75 * retain + 0.25 * unlearn)
-            torch.testing.assert_close(parts, {"retain": retain.detach(), "unlearn": unlearn.detach()})
+            told = {"retain": retain.detach(), "source_loss": -unlearn.detach(), "unlearn": unlearn.detach()}
+            torch.testing.assert_close(parts, told)
         else:
             torch.testing.assert_close(mixed, retain)
-            torch.testing.assert_close(parts, {"retain": retain.detach()})
+            torch.testing.assert_close(parts, {"retain": retain.detach(), "source_loss": -unlearn.detach()})
 
 
 def test_chunks_are_the_batch_in_order_each_with_its_own_batch_statistics():
