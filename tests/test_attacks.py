@@ -115,13 +115,13 @@ def test_a_network_that_knows_its_images_by_heart_is_caught(name, images, overfi
 
 @pytest.mark.parametrize("name", [*ATTACKS, "rmia"])
 def test_a_network_that_never_saw_an_image_gives_none_away(name):
-    """Intervals of 95 % cover 0.5 in at least four of five draws; by chance alone 2.3 % of attacks would not."""
+    """Intervals of 95 % cover 0.5 in at least eight of ten draws: seven are fewer than 1.2 % would give by chance."""
     covered: Counter[str] = Counter()
-    for seed in range(5):
+    for seed in range(10):
         groups, model = drawn(seed), network(100 + seed).eval().requires_grad_(False)
         for result, numbers in results(chosen(name, groups), name, model, groups).items():
             covered[result] += numbers["auc_low"] <= 0.5 <= numbers["auc_high"]
-    assert min(covered.values()) >= 4, covered
+    assert min(covered.values()) >= 8, covered
 
 
 @pytest.mark.parametrize("name", [n for n, attack in ATTACKS.items() if attack.attacker is membership.single])
