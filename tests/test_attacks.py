@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -83,14 +84,21 @@ def results(attack: Attack, name: str, model: Classifier, groups, sign: int = 1)
     return {k: membership.trial({k: members[k]}, {k: others[k]}, attack.attacker, repeats, 0) for k in members}
 
 
-def rmia(images) -> Attack:
-    """Eight references on noise of their own: every image here is unknown to all of them."""
-    generator = torch.Generator().manual_seed(1)
-    out = [torch.zeros(EACH), torch.zeros(EACH)]
+@lru_cache
+def references() -> list[Classifier]:
+    """Eight of them, on noise of their own."""
+    generator, found = torch.Generator().manual_seed(1), []
     for number in range(8):
         x = torch.rand(EACH, 3, SIZE, SIZE, generator=generator)
         y = torch.randint(CLASSES, (EACH,), generator=generator)
-        model = learn(network(number + 1), Batch(x, y, torch.arange(EACH)), 15)
+        found.append(learn(network(number + 1), Batch(x, y, torch.arange(EACH)), 15))
+    return found
+
+
+def rmia(images) -> Attack:
+    """Every image here is unknown to all references."""
+    out = [torch.zeros(EACH), torch.zeros(EACH)]
+    for model in references():
         for place, batch in enumerate(images):
             out[place] += model(batch.x, "source").softmax(1).gather(1, batch.y[:, None])[:, 0] / 8
 
