@@ -54,7 +54,7 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
         "recipe": recipes[0].resolved(),
         "seeds": [r.seed for r in recipes],
         "rows": rows,
-        "audits_sha256": checkpoint.key({run.name: report_audit.read(run) for run in runs}),
+        "audits_sha256": checkpoint.key({"audits": report_audit.read_all(runs)}),
     }
 
 

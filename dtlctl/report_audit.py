@@ -33,21 +33,19 @@ def read(run: Path) -> Audits:
     return found
 
 
-def read_all(runs: Sequence[Path]) -> dict[str, Audits]:
-    """By the run's name, the audits of those runs that have any."""
-    return {run.name: audits for run in runs if (audits := read(run))}
+def read_all(runs: Sequence[Path]) -> list[tuple[str, Audits]]:
+    """The name and the audits of those runs that have any. Two runs in different places may have one name."""
+    return [(run.name, audits) for run in runs if (audits := read(run))]
 
 
-def tables_of_all(found: dict[str, Audits]) -> list[str]:
+def tables_of_all(found: Sequence[tuple[str, Audits]]) -> list[str]:
     """Markdown parts: the tables of every run, under its name where there are several."""
-    return [
-        part for name, audits in found.items() for part in ([f"## {name}"] if len(found) > 1 else []) + tables(audits)
-    ]
+    return [part for name, audits in found for part in ([f"## {name}"] if len(found) > 1 else []) + tables(audits)]
 
 
-def figures(found: dict[str, Audits]) -> dict[str, Any]:
+def figures(found: Sequence[tuple[str, Audits]]) -> dict[str, Any]:
     """The ROC curves of the first run, by the figure's name; nothing where there was no audit."""
-    curves = chart(next(iter(found.values()), {}))
+    curves = chart(found[0][1]) if found else None
     return {"roc": curves} if curves else {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,12 @@ def test_a_report_is_out_of_date_when_any_attack_says_something_else(recipe_file
     assert not report.is_current(changed, tmp_path / "out")
     report.write(changed, tmp_path / "out", "dtlctl report", [experiment.folder])
     assert "0.123" in (tmp_path / "out" / "audit.md").read_text()
+
+
+def test_runs_of_one_name_in_two_places_both_show_their_audits(recipe_file: Path, tmp_path: Path):
+    experiment = pretrained(recipe_file)
+    run(experiment, ("audit",), only=("pre",))
+    other = tmp_path / "elsewhere" / experiment.folder.name
+    shutil.copytree(experiment.folder, other)
+    report.write(report.summarise([other]), tmp_path / "out", "dtlctl report", [experiment.folder, other])
+    assert (tmp_path / "out" / "audit.md").read_text().count(f"## {other.name}\n") == 2

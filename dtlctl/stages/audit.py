@@ -100,8 +100,9 @@ def _head_state(lab: Experiment, job: Job[Audit], model: Classifier) -> str:
 
 
 def _blind(lab: Experiment, job: Job[Audit], groups: Groups, model: Classifier) -> dict[str, Any]:
-    found = _trials(lab, job, Attack(lambda view, _: signals.blind(view), signals.logistic), "blind", model, groups)
-    verdict = found["blind"]
+    control = Attack(lambda view, _: signals.blind(view), signals.logistic)
+    seen = [_see(lab, control, view, job.settings) for view in _views(lab, model, groups.members, groups.others)]
+    verdict = _judge(lab, job, control, "blind", seen)["blind"]
     if verdict["auc_low"] > BLIND_LIMIT:
         raise DataError(
             f"{job.title}: data.source: train and test images differ without any model (AUC {verdict['auc']:.2f} on "
@@ -133,13 +134,6 @@ def _attack(
 def _clocks() -> np.ndarray:
     """Wall time and this process's CPU time, in seconds."""
     return np.array([time.perf_counter(), time.process_time()])
-
-
-def _trials(
-    lab: Experiment, job: Job[Audit], attack: Attack, name: str, model: Classifier, groups: Groups
-) -> dict[str, Any]:
-    views = _views(lab, model, groups.members, groups.others)
-    return _judge(lab, job, attack, name, [_see(lab, attack, view, job.settings) for view in views])
 
 
 def _judge(

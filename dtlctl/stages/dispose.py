@@ -25,9 +25,9 @@ from dtlctl.recipe import Dispose
 def dispose(lab: Experiment, job: Job[Dispose]) -> None:
     settings = job.settings
     chunks = _local_chunks(settings, lab.engine.processes, job.title)
-    teacher = lab.load_model("TL").eval().requires_grad_(False)
     # Collisions need each chunk's own batch statistics; one chunk means the statistics of the global batch.
     own_statistics = settings.unlearn.chunks > 1
+    teacher = lab.load_model("TL", global_batch_norm=not own_statistics).eval().requires_grad_(False)
     if settings.init == "TL":
         student = lab.load_model("TL", global_batch_norm=not own_statistics)
     else:
@@ -36,7 +36,7 @@ def dispose(lab: Experiment, job: Job[Dispose]) -> None:
     target = _batches(lab, "target", settings) if settings.retain.needs_target else None
     objective = _objective(lab, settings, (student, teacher), (source, target), chunks)
     measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
-    before = _source_loss_of(lab, teacher, source)
+    before = _source_loss_of(lab, teacher, source, chunks)
     history, metrics = lab.train(job, student, objective, source, measures)
     metrics |= diagnose(history.rows, before)
     after = metrics.get("source_loss_unlearned", before)
@@ -60,10 +60,14 @@ def diagnose(rows: list[dict[str, float]], before: float) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _source_loss_of(lab: Experiment, model: Classifier, batches: Batches, count: int = 8) -> float:
-    """Cross-entropy on the first batches in train mode, as a disposal's first steps see it."""
+def _source_loss_of(lab: Experiment, model: Classifier, batches: Batches, chunks: int, count: int = 8) -> float:
+    """Cross-entropy on the first batches, in train mode and in chunks, as a disposal's first steps see it."""
     probe = copy.deepcopy(model).train()  # its running statistics move
-    found = [F.cross_entropy(probe(batches[i].x, "source"), batches[i].y) for i in range(count)]
+    found = [
+        F.cross_entropy(probe(x, "source"), y)
+        for batch in (batches[number] for number in range(count))
+        for x, y in zip(batch.x.chunk(chunks), batch.y.chunk(chunks), strict=True)
+    ]
     return float(lab.engine.all_reduce([torch.stack(found).mean()])[0]) / lab.engine.processes
 
 
