@@ -19,7 +19,7 @@ from PIL import Image
 from tests.reliability.fork import Outcome, call
 
 if TYPE_CHECKING:
-    from tests.reliability.faults import Bench
+    from tests.reliability.bench import Bench
 
 PICKLE = b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x94\x93\x94."
 Case = tuple[str, Callable[[], Outcome], tuple[int, ...]]
@@ -287,11 +287,7 @@ def states(bench: Bench) -> Iterator[Case]:
     yield "state: truncated", case(lambda p: os.truncate(p, 5000)), (4,)
     yield "state: one bit changed", case(_flip), (4,)
     yield "state: empty", case(lambda p: p.write_bytes(b"")), (4,)
-    yield (
-        "state: a pickle",
-        case(lambda p: p.write_bytes(PICKLE)),
-        (4,),
-    )
+    yield "state: a pickle", case(lambda p: p.write_bytes(PICKLE)), (4,)
     yield "state: step a text", case(metadata(step="6")), (4,)
     yield "state: step negative", case(metadata(step=-6)), (4,)
     yield "state: no learning rate", case(metadata(lrs=[])), (4,)
