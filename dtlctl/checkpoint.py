@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -70,6 +71,32 @@ def publish(folder: Path, model: Any, sidecar: dict[str, Any]) -> None:
             (folder / ".model.safetensors.next").unlink()
         raise
     settle(folder)
+
+
+def adopt(found: Path, goal: Path, model: str) -> None:
+    """Publish the result whose sidecar is `found` as `goal` too, under the model's name there.
+
+    Its weights are linked, not copied: they are only ever replaced, never written into. Weights that are not those of
+    the sidecar are left where they are. Raises CheckpointError where nothing can be written.
+    """
+    document = {**(read_sidecar(found) or {}), "model": model}
+    if found.name != "model.json":
+        publish_json(goal, document)
+        return
+    weights, next_weights = found.with_name("model.safetensors"), goal.with_name(".model.safetensors.next")
+    if not weights.exists():
+        return
+    try:
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        settle(goal.parent)
+        try:
+            os.link(weights, next_weights)
+        except OSError:  # another file system
+            shutil.copyfile(weights, next_weights)
+    except OSError as error:
+        _cannot_write(goal, error)
+    publish_json(goal.with_name(".model.json.next"), document)
+    settle(goal.parent)
 
 
 def settle(folder: Path) -> None:

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -133,27 +132,7 @@ def _share(labs: Sequence[Experiment], others: Sequence[Path] = ()) -> None:
             for job in lab.jobs:
                 found = known.get(_key(lab, job) or "none")
                 if found and not lab.done(job):
-                    _adopt(found, lab.folder / job.path, job.model)
-
-
-def _adopt(found: Path, goal: Path, model: str) -> None:
-    """Take over a result, here by the name of `model`; the sidecar last, as always."""
-    document = checkpoint.read_sidecar(found) or {}
-    goal.parent.mkdir(parents=True, exist_ok=True)
-    if found.name == "model.json":
-        _link(found.with_name("model.safetensors"), goal.with_name("model.safetensors"))
-    checkpoint.publish_json(goal, {**document, "model": model})
-
-
-def _link(source: Path, goal: Path) -> None:
-    """Weights are only ever replaced, never written into, so two folders can share one file."""
-    temporary = goal.with_name(f".{goal.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copy2(source, temporary)
-    os.replace(temporary, goal)
+                    checkpoint.adopt(found, lab.folder / job.path, job.model)
 
 
 def _in_parallel(

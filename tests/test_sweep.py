@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from dtlctl import matching, report, sweep
+from dtlctl import checkpoint, matching, report, sweep
 from dtlctl.errors import RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load, parse_value
@@ -66,6 +67,26 @@ def test_a_sweep_trains_shared_parents_once_and_resumes(recipe_file: Path, call)
     assert call("sweep", recipe_file, "--over", "dispose.gc.lambda=0.5", "--over", "seed=0")[0] == 0
     other = folder / "gc.lambda-0.5_seed-0"  # another sweep takes over what this one did
     assert (other / "dispose/gc/model.safetensors").samefile(b / "dispose/gc/model.safetensors")
+
+
+def test_only_whole_checkpoints_are_taken_over(tmp_path: Path):
+    """A whole one replaces what was there, under its name here; a damaged or missing one leaves it as it is."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder, model in ((ours, "old"), (theirs, "new")):
+        folder.mkdir()
+        checkpoint.publish(folder, torch.nn.Linear(2, 2), {"format": 1, "key": model, "model": model})
+    checkpoint.adopt(theirs / "model.json", ours / "model.json", "here")
+    sidecar = checkpoint.read_sidecar(ours / "model.json")
+    assert sidecar and (sidecar["key"], sidecar["model"]) == ("new", "here")
+    assert (ours / "model.safetensors").samefile(theirs / "model.safetensors")
+    (theirs / "model.safetensors").unlink()
+    for damage in (None, b"something else"):
+        if damage:
+            (theirs / "model.safetensors").write_bytes(damage)
+        checkpoint.adopt(theirs / "model.json", ours / "model.json", "again")
+        checkpoint.load_weights(ours, sidecar, torch.nn.Linear(2, 2))
+        assert checkpoint.read_sidecar(ours / "model.json") == sidecar
+    assert {path.name for path in ours.iterdir()} == {"model.json", "model.safetensors"}
 
 
 def test_a_sweep_over_seeds_in_parallel_is_the_report_of_the_runs(recipe_file: Path, call):
