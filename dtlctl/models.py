@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dtlctl import small_maps
+
 # CIFAR ResNets of He et al. 2016 (arXiv:1512.03385, section 4.2) have 6n+2 layers: three stages of n basic blocks.
 _CIFAR_RESNETS = {f"resnet{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # 8, 20, 32, 44, 56, 110
 # Names that need no look into torchvision, so that checking a recipe stays quick.
@@ -81,6 +83,7 @@ def build(
     features = _behead(backbone)
     if stem == "small":
         _shrink_stem(backbone, arch)
+    small_maps.fold(backbone)
     return Classifier(backbone, features, heads)
 
 

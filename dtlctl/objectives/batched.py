@@ -27,6 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv2d_weight
 
 from dtlctl.objectives.collision import AllReduce, Collision, assemble, gradient, pairs_of, refuse_graph
+from dtlctl.small_maps import SmallMapConv2d, unfold
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -62,7 +63,8 @@ def batchable(model: nn.Module) -> bool:
 
 
 def _known(module: nn.Module) -> bool:
-    if type(module) is nn.Conv2d:
+    if type(module) in (nn.Conv2d, SmallMapConv2d):
+        assert isinstance(module, nn.Conv2d)
         return module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if type(module) is nn.BatchNorm2d:
         return module.affine and module.momentum is not None
@@ -153,8 +155,7 @@ def _few_rows(module: Layer, calls: Sequence[Call], chunks: int) -> bool:
 def _squares(module: Layer, x: Tensor, d: Tensor, chunks: int) -> Tensor:
     """sum_m |g_m|^2 = sum_m <A_m A_m', D_m D_m'> of a layer's weight, from its input x and output gradient d."""
     if isinstance(module, nn.Conv2d):
-        assert not isinstance(module.padding, str)
-        x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # [images, K, places]
+        x = unfold(module, x)
     left, right = (_rows(t, chunks).to(module.weight.dtype) for t in (x, d))
     return (torch.bmm(left, left.mT) * torch.bmm(right, right.mT)).sum()
 
