@@ -138,7 +138,8 @@ class Experiment:
 
     def seed(self, tag: str) -> int:
         """An independent 32-bit seed for every use of randomness in this run."""
-        return zlib.crc32(f"{self.recipe.seed}/{tag}".encode())
+        shared = self.recipe.pretrain.seed if tag.startswith(("pretrain/", "subset/source")) else None
+        return zlib.crc32(f"{self.recipe.seed if shared is None else shared}/{tag}".encode())
 
     def progress(self, title: str, total: int) -> Progress:
         return Progress(title, total, enabled=not self.quiet and self.engine.is_main)

@@ -37,10 +37,11 @@ class Job(Generic[Settings]):
             # Without tuned attackers there is nothing that these keys could have changed.
             for name in ("attackers", "attack_seeds", "held_out"):
                 del settings[name]
+        own_seed = settings.pop("seed", None)
         return {
             "settings": settings,
             "architecture": recipe.model.model_dump(mode="json"),
-            "seed": recipe.seed,
+            "seed": recipe.seed if own_seed is None else own_seed,
             **({} if recipe.precision == "float32" else {"precision": recipe.precision}),
         }
 

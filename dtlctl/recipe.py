@@ -80,6 +80,9 @@ class Training(Strict):
 
 class Pretrain(Training):
     epochs: int | None = Field(None, ge=1, le=100_000)
+    seed: int | None = Field(
+        None, ge=0, lt=2**31, description="of pre-training and the source's subset: all seeds then share one model"
+    )
 
 
 class Finetune(Training):
