@@ -9,11 +9,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dtlctl import checkpoint
 from dtlctl import stages as work
@@ -92,25 +93,58 @@ def perform(
     labs: Sequence[Experiment], stages: Iterable[Stage], others: Sequence[Path] = (), *, jobs: int = 1,
     calls: dict[str, list[str]] | None = None, quiet: bool = True,
 ) -> None:  # fmt: skip
-    """Do these stages of several runs, a result that they share only once. calls: the `--set` texts of every run."""
-    for stage in stages:
-        _share(labs, others)
-        claimed: set[str] = set()
-        tasks: list[tuple[Experiment, list[str]]] = []
-        for lab in labs:
-            ready = [(job, key) for job in lab.chosen((stage,), ()) if (key := _key(lab, job))]
-            todo = [(job.model, key) for job, key in ready if not lab.done(job)]
-            models = list(dict.fromkeys(model for model, key in todo if key not in claimed))
-            claimed |= {key for _, key in todo}
-            if models:
-                tasks.append((lab, models))
-        if jobs == 1 or calls is None:
-            for lab, models in tasks:
-                with lab.opened((stage,), models):
-                    work.run(lab, (stage,), only=models)
-        else:
-            _in_parallel(stage, tasks, jobs, calls, quiet)
-        _share(labs)
+    """Do these stages of several runs, a result that they share only once; `jobs` runs at a time, if there are `calls`.
+
+    calls: the `--set` texts of every run, from which it can be a process of its own. No run waits for another, unless
+    for a result that both need; the one that is furthest behind goes first. The first failure ends all.
+    """
+    left = {lab.folder: list(stages) for lab in labs}
+    running: dict[Future[None], tuple[Experiment, set[str]]] = {}
+    crew = _Crew(calls or {}, quiet)
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        while True:
+            busy = [lab for lab, _ in running.values()]
+            idle = [lab for lab in labs if left[lab.folder] and lab not in busy]
+            _share(idle, [*others, *(lab.folder for lab in labs)])
+            for lab in sorted(idle, key=lambda lab: -len(left[lab.folder])):
+                taken = {key for _, keys in running.values() for key in keys}
+                task = _next(lab, left[lab.folder], taken) if len(running) < jobs else None
+                if task and (jobs == 1 or calls is None):
+                    with lab.opened((task.stage,), task.models):
+                        work.run(lab, (task.stage,), only=task.models)
+                elif task:
+                    beside = min(jobs, sum(map(bool, left.values())))
+                    running[pool.submit(crew.work, lab, task, beside)] = (lab, task.keys)
+                if task and not running:
+                    break  # it was done here and now: look again who is furthest behind
+            else:
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
+                    future.result()
+    finally:
+        crew.dismiss()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Task(NamedTuple):
+    stage: Stage
+    models: list[str]
+    keys: set[str]
+
+
+def _next(lab: Experiment, left: list[Stage], taken: set[str]) -> _Task | None:
+    """What the run has to do next, less what others are at; stages with nothing to do are taken off `left`."""
+    while left:
+        ready = [(job, key) for job in lab.chosen((left[0],), ()) if (key := _key(lab, job))]
+        todo = [(job.model, key) for job, key in ready if not lab.done(job)]
+        if todo:
+            models = list(dict.fromkeys(model for model, key in todo if key not in taken))
+            return _Task(left[0], models, {key for _, key in todo} - taken) if models else None
+        del left[0]
+    return None
 
 
 def _key(lab: Experiment, job: Job[Any]) -> str | None:
@@ -120,13 +154,13 @@ def _key(lab: Experiment, job: Job[Any]) -> str | None:
     return None
 
 
-def _share(labs: Sequence[Experiment], others: Sequence[Path] = ()) -> None:
+def _share(labs: Sequence[Experiment], folders: Sequence[Path]) -> None:
     """Give every run the results with its keys, that is, made from the same settings, seed, data and parents."""
     known: dict[str, Path] = {}
-    for folder in [*others, *(lab.folder for lab in labs)]:
+    for folder in folders:
         for path in (path for form in RESULTS for path in sorted(folder.glob(form))):
-            with suppress(CheckpointError):
-                known[(checkpoint.read_sidecar(path) or {}).get("key", "")] = path
+            with suppress(CheckpointError, OSError):
+                known[_key_in(path, path.stat().st_mtime_ns)] = path
     for lab in labs:
         with lab.opened((), ()):
             for job in lab.jobs:
@@ -135,44 +169,38 @@ def _share(labs: Sequence[Experiment], others: Sequence[Path] = ()) -> None:
                     checkpoint.adopt(found, lab.folder / job.path, job.model)
 
 
-def _in_parallel(
-    stage: Stage, tasks: list[tuple[Experiment, list[str]]], jobs: int, calls: dict[str, list[str]], quiet: bool
-) -> None:
-    """Every task as a process of its own, `jobs` at a time; the first failure stops the rest and is raised.
+@cache
+def _key_in(sidecar: Path, changed: int) -> str:
+    """The key of a result, read again when it has changed; there may be hundreds, and they are long."""
+    return (checkpoint.read_sidecar(sidecar) or {}).get("key", "")
 
-    A run's folder has one owner, so a run is one task; those that are left over at the end get more cores each.
-    """
-    rest, cores = len(tasks) % jobs, os.cpu_count() or 1
-    running: list[subprocess.Popen[str]] = []
 
-    def one(place: int) -> None:
-        lab, models = tasks[place]
-        beside = rest if place >= len(tasks) - rest else jobs
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // beside))}
-        command = [sys.executable, "-m", "dtlctl", stage, lab.source, "--quiet", "--out", str(lab.folder.parent)]
-        command += [word for text in calls[lab.recipe.name] for word in ("--set", text)]
-        command += [word for model in models for word in ("--only", model)]
+class _Crew:
+    """The processes that work on runs, one a run: a run's folder has one owner."""
+
+    def __init__(self, calls: dict[str, list[str]], quiet: bool):
+        self.calls, self.quiet = calls, quiet
+        self.running: list[subprocess.Popen[str]] = []
+
+    def work(self, lab: Experiment, task: _Task, beside: int) -> None:
+        """Do the task in a process of its own that shares the cores with so many others; raise what ended it."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // beside))}
+        command = [sys.executable, "-m", "dtlctl", task.stage, lab.source, "--quiet", "--out", str(lab.folder.parent)]
+        command += [word for text in self.calls[lab.recipe.name] for word in ("--set", text)]
+        command += [word for model in task.models for word in ("--only", model)]
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        running.append(process)
+        self.running.append(process)
         _, said = process.communicate()
         if process.returncode:
             kinds: dict[int, type[DtlError]] = {2: RecipeError, 3: DivergedError, 4: DataError}
             reason = said.strip().removeprefix("error: ") or f"ended with exit code {process.returncode}"
-            raise kinds.get(process.returncode, DtlError)(f"{lab.recipe.name}, {stage}: {reason}")
-        if not quiet:
-            say(f"{lab.recipe.name}: {stage} {', '.join(models)}")
+            raise kinds.get(process.returncode, DtlError)(f"{lab.recipe.name}, {task.stage}: {reason}")
+        if not self.quiet:
+            say(f"{lab.recipe.name}: {task.stage} {', '.join(task.models)}")
 
-    pool = ThreadPoolExecutor(jobs)
-    futures = [pool.submit(one, place) for place in range(len(tasks))]
-    try:
-        for future in futures:
-            future.result()
-    finally:
-        for future in futures:
-            future.cancel()
-        for process in running:
+    def dismiss(self) -> None:
+        for process in self.running:
             if process.poll() is None:
                 process.terminate()
-        pool.shutdown()

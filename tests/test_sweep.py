@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -110,28 +111,52 @@ def test_a_sweep_over_seeds_in_parallel_is_the_report_of_the_runs(recipe_file: P
     assert call("report", *runs, "--to", recipe_file.parent / "plain")[1] == table
 
 
-def test_a_run_is_one_process_and_the_last_ones_have_more_cores(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
-    """Three runs by two on two cores: two with a core each, then one with both. No folder is in two hands."""
-    calls: list[tuple[str, str]] = []
+def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three runs of two stages by two on two cores; a stage of r0 takes 3 turns of a clock, of the others 1.
+
+    r0's first stage runs beside both stages of r1 and the first of r2. A run by itself has both cores.
+    """
+    labs = [Experiment(load(recipe_file, [f"name=r{n}"]), recipe_file.parent, quiet=True) for n in range(3)]
+    log: list[tuple[str, str]] = []
+    done: set[tuple[str, str]] = set()
+    turn, clock = threading.Condition(), [0]
 
     class Process:
         returncode = 0
 
         def __init__(self, command: list[str], env: dict[str, str], **_: object):
-            calls.append((next(word for word in command if word.startswith("name=")), env["OMP_NUM_THREADS"]))
+            self.place = next(w for w in command if w.startswith("name=r"))[5:], command[3]
+            log.append((" ".join(self.place), env["OMP_NUM_THREADS"]))
 
         def communicate(self) -> tuple[str, str]:
+            with turn:
+                if self.place == ("r0", "pretrain"):
+                    assert turn.wait_for(lambda: clock[0] == 3, timeout=20)
+                clock[0] += 1
+                done.add(self.place)
+                turn.notify_all()
             return "", ""
 
         def poll(self) -> int:
             return 0
 
+    def following(lab: Experiment, left: list, taken: set[str]) -> sweep._Task | None:
+        while left and (lab.recipe.name, left[0]) in done:
+            del left[0]
+        return sweep._Task(left[0], ["TL"], set()) if left else None
+
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr("subprocess.Popen", Process)
-    labs = [Experiment(load(recipe_file, [f"name=r{n}"]), recipe_file.parent, quiet=True) for n in range(3)]
-    tasks = [(lab, ["scratch", "TL", "gc"]) for lab in labs]
-    sweep._in_parallel("piggyback", tasks, 2, {lab.recipe.name: [f"name={lab.recipe.name}"] for lab in labs}, True)
-    assert sorted(calls) == [("name=r0", "1"), ("name=r1", "1"), ("name=r2", "2")]
+    monkeypatch.setattr(sweep, "_next", following)
+    calls = {lab.recipe.name: [f"name={lab.recipe.name}"] for lab in labs}
+    sweep.perform(labs, ("pretrain", "finetune"), jobs=2, calls=calls)
+    started = [name for name, _ in log]
+    assert started[:4] == ["r0 pretrain", "r1 pretrain", "r2 pretrain", "r1 finetune"]
+    assert sorted(started[4:]) == ["r0 finetune", "r2 finetune"]
+    assert [cores for _, cores in log[:5]] == ["1"] * 5
+    done.clear()
+    sweep.perform(labs[1:2], ("pretrain",), jobs=2, calls=calls)
+    assert log[-1] == ("r1 pretrain", "2")
 
 
 def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, call):
