@@ -2,7 +2,7 @@
 
 A ResNet with ImageNet's stem ends in maps of 2x2 and 1x1 when its images have 32 pixels. A 3x3 kernel then has at most
 four taps inside the map at any place; the others only ever meet zeros. Without AVX-512, oneDNN computes such a
-convolution image by image: at 512 channels and 128 images it took 20 times as long as the product (docs/performance.md).
+convolution image by image: at 512 channels and 128 images it took 20 times as long as the product.
 """
 
 from __future__ import annotations
