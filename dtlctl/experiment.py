@@ -167,7 +167,7 @@ class Experiment:
         torch.manual_seed(self.seed(tag))
         spec = self.recipe.model
         model = models.build(spec.arch, heads, stem=spec.stem, width=spec.width, image_size=spec.image_size)
-        model.precision = self.recipe.precision
+        model.precision, model.channels_last = self.recipe.precision, spec.channels_last
         if self.recipe.precision == "float64":
             model.double()
         return self.engine.place(model, global_batch_norm=global_batch_norm)

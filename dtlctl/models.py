@@ -42,6 +42,7 @@ class Classifier(nn.Module):
         self.mean = nn.Buffer(torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
         self.std = nn.Buffer(torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
         self.precision: Precision = "float32"
+        self.channels_last = False
 
     @property
     def classes(self) -> dict[str, int]:
@@ -51,6 +52,8 @@ class Classifier(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Features [B, features] of images [B, 3, H, W] in [0, 1], in the parameters' type whatever the precision."""
         normalised = (x - self.mean) / self.std
+        if self.channels_last:  # convolutions hand the layout on, whatever that of their weights
+            normalised = normalised.contiguous(memory_format=torch.channels_last)
         if self.precision != "bfloat16":
             return self.backbone(normalised)
         with torch.autocast(x.device.type, torch.bfloat16):

@@ -31,7 +31,7 @@ class Job(Generic[Settings]):
     """The model it starts from, if any."""
 
     def described(self, recipe: Recipe) -> dict[str, Any]:
-        """What the recipe says that this result depends on; not who else is attacked, nor where graphs are held."""
+        """What the recipe says that this result depends on; not who else is attacked, nor how memory is used."""
         settings = self.settings.model_dump(mode="json", by_alias=True, exclude={"models": True, "unlearn": {"memory"}})
         if not settings.get("attackers", True):
             # Without tuned attackers there is nothing that these keys could have changed.
@@ -40,7 +40,7 @@ class Job(Generic[Settings]):
         own_seed = settings.pop("seed", None)
         return {
             "settings": settings,
-            "architecture": recipe.model.model_dump(mode="json"),
+            "architecture": recipe.model.model_dump(mode="json", exclude={"channels_last"}),
             "seed": recipe.seed if own_seed is None else own_seed,
             **({} if recipe.precision == "float32" else {"precision": recipe.precision}),
         }

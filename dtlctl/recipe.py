@@ -42,10 +42,14 @@ class Model(Strict):
     stem: Literal["small", "imagenet"] = "small"
     width: int | None = Field(None, ge=4, le=1024)
     image_size: int = Field(32, ge=8, le=1024)
+    channels_last: bool = Field(False, description="memory layout of images and maps; the same numbers up to rounding")
 
     @model_validator(mode="after")
     def _exists(self) -> Model:
         models.check(self.arch, self.stem, self.width, self.image_size)
+        if self.channels_last and (self.width or 16) < 16:
+            # A strided 1x1 convolution of fewer channels than a vector has writes past its memory (oneDNN#6035).
+            raise ValueError(f"channels_last needs a width of 16 or more, not {self.width}: torch crashes on narrower")
         return self
 
 

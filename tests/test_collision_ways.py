@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dtlctl import models
+from dtlctl import models, small_maps
 from dtlctl.data.tensors import Batch
 from dtlctl.objectives import batched, collision, views
 from tests.test_collision import assert_equal, pairwise
@@ -32,9 +32,18 @@ def net(*layers):
     return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
 
 
+def small(*layers):
+    """Convolutions on maps of 1x1 or 2x2, computed as products."""
+    model = net(*layers)
+    small_maps.fold(model)
+    return model
+
+
 NETS = {
     "linear": lambda: net(nn.Flatten(), nn.Linear(48, 40), nn.Tanh(), nn.Linear(40, 40, bias=False), nn.Tanh()),
     "conv": lambda: net(nn.Conv2d(3, 40, 3, bias=False), nn.Tanh(), nn.Conv2d(40, 50, 2), nn.SiLU()),
+    "small-map": lambda: small(nn.Conv2d(3, 30, 4, 2), nn.Tanh(), nn.Conv2d(30, 50, 3, padding=1), nn.SiLU()),
+    "small-maps": lambda: small(nn.Conv2d(3, 30, 3), nn.Tanh(), nn.Conv2d(30, 50, 3, padding=1), nn.SiLU()),
     "strided": lambda: net(nn.Conv2d(3, 30, 3, stride=2, padding=2, dilation=2), nn.ReLU(inplace=True)),
     "grouped": lambda: net(nn.Conv2d(3, 30, 3, groups=3), nn.GELU(), nn.Conv2d(30, 60, 2, groups=2), nn.GELU()),
     "batch-norm": lambda: net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2)),

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from dtlctl import models
+from dtlctl import models, small_maps
 from dtlctl.models import Classifier, architectures, build, check
 
 
@@ -194,3 +194,51 @@ def test_tf32_is_used_when_asked_for_only():
     for precision, allowed in (("tf32", True), ("float32", False), ("bfloat16", False)):
         models.set_matmul_precision(precision)
         assert torch.backends.cuda.matmul.allow_tf32 is allowed and torch.backends.cudnn.allow_tf32 is allowed
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "size", "product"),
+    [
+        (3, 1, 1, (1, 1), True),
+        (3, 1, 1, (2, 2), True),
+        (3, 2, 1, (2, 2), True),
+        (3, 2, 1, (2, 1), True),
+        (7, 2, 3, (1, 4), True),
+        (1, 1, 0, (1, 1), True),
+        (1, 2, 0, (2, 2), False),  # the second row and column are under no tap
+        (3, 1, 1, (3, 3), False),
+        (3, 1, 1, (1, 4), False),  # the map sticks out of the kernel
+    ],
+)
+def test_a_convolution_on_a_small_map_is_the_same_as_a_product(kernel, stride, padding, size, product):
+    """torch's own convolution is the oracle: values, first and second derivatives, in float64."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(5, 7, kernel, stride, padding).double()
+    folded = nn.Sequential(nn.Conv2d(5, 7, kernel, stride, padding).double())
+    small_maps.fold(folded)
+    folded[0].load_state_dict(plain.state_dict())
+    assert (folded[0].windows(*size) is not None) == product
+    x = torch.randn(3, 5, *size, dtype=torch.float64, requires_grad=True)
+    results = []
+    for conv in (plain, folded[0]):
+        y = conv(x).tanh()
+        first = torch.autograd.grad(y.sum(), (x, conv.weight), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, conv.weight))
+        results.append((y, *first, *second))
+        rows = small_maps.unfold(conv, x)
+        assert rows.shape[::2] == (3, y[0, 0].numel())
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_has_the_same_output_in_both_layouts_and_hands_its_layout_on():
+    """ResNet-18 at 32 pixels in float64: maps of 1x1, 2x2 and larger."""
+    model = build("resnet18", {"source": 3}, stem="imagenet", image_size=32).double().eval()
+    x, layouts = torch.rand(2, 3, 32, 32, dtype=torch.float64), []
+    model.backbone.get_submodule("layer2").register_forward_hook(
+        lambda _, __, y: layouts.append(y.is_contiguous(memory_format=torch.channels_last))
+    )
+    plain = model(x, "source")
+    model.channels_last = True
+    assert torch.allclose(model(x, "source"), plain, rtol=1e-10, atol=1e-12)
+    assert layouts == [False, True]

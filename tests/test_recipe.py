@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dtlctl.errors import RecipeError
+from dtlctl.experiment import Experiment
 from dtlctl.loading import load
 from dtlctl.plan import jobs
 from dtlctl.recipe import Recipe
@@ -76,6 +77,7 @@ MISTAKES = {
     "dispose.gc.unlearn.chunks=1": "dispose.gc.unlearn.chunks: Input should be greater than or equal to 2 (it is 1)",
     "dispose.gc.unlearn.kind='uniformm'": "dispose.gc.unlearn: unknown kind 'uniformm'; did you mean 'uniform'?",
     "dispose.rand.retain={on='target'}": "dispose.rand.retain: the table needs a kind",
+    "model.channels_last=true": "model: channels_last needs a width of 16 or more, not 4: torch crashes on narrower",
     "model.stem='smal'": "model.stem: 'smal' is not valid; did you mean 'small'?",
     "model.arch='resnet9'": "model: unknown architecture 'resnet9'; did you mean",
     "model.arch='vit_b_16'": "model: width belongs to the CIFAR ResNets",
@@ -166,8 +168,23 @@ def _toml(value: object) -> str:
     return json.dumps("" if value is None else value)
 
 
+def test_seeds_share_a_pre_training_with_a_seed_of_its_own(recipe_file: Path):
+    """Its random numbers and the source's subset are those of a run with that seed; the others' stay the run's."""
+
+    def of(*overrides: str) -> tuple[dict, dict, list[int]]:
+        lab = Experiment(load(recipe_file, list(overrides)), recipe_file.parent, quiet=True)
+        pre, _, tl = (job.described(lab.recipe) for job in lab.jobs[:3])
+        return pre, tl, [lab.seed(tag) for tag in ("pretrain/init", "subset/source", "subset/target")]
+
+    zero, three = of("seed=0"), of("seed=3")
+    shared = of("seed=3", "pretrain.seed=0")
+    assert shared[0] == zero[0] != three[0]
+    assert shared[1] == three[1]
+    assert shared[2] == [*zero[2][:2], three[2][2]]
+
+
 def test_what_does_not_change_a_result_does_not_make_it_stale(recipe_file: Path):
-    """Where graphs are held changes nothing; bfloat16 does; float32 reads as results did that knew no precision."""
+    """Where graphs and images are held changes nothing; bfloat16 does; float32 reads as results did that knew no precision."""
 
     def described(*overrides: str) -> dict:
         recipe = load(recipe_file, list(overrides))
@@ -175,5 +192,6 @@ def test_what_does_not_change_a_result_does_not_make_it_stale(recipe_file: Path)
 
     plain = described()
     assert described('dispose.gc.unlearn.memory="recompute"') == plain
+    assert described("model.width=16", "model.channels_last=true") == described("model.width=16") != plain
     assert "precision" not in plain
     assert described("precision=bfloat16") == {**plain, "precision": "bfloat16"}

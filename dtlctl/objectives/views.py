@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -45,8 +44,6 @@ def momenta(student: nn.Module) -> Momenta:
 
 def together(student: Classifier, batch: Batch, chunks: int) -> tuple[list[View], Tape]:
     """The views of all chunks from one pass, and its tape for `collide_batched`."""
-    if chunks > 1:  # chunks become channels in batch norms, which another layout than this would only slow down
-        batch = replace(batch, x=batch.x.contiguous())
     with record(student, chunks) as tape:
         whole = _view(student, batch)
     parts = zip(*(t.chunk(chunks) for t in (whole.x, whole.y, whole.rows, whole.source, whole.target)), strict=True)
