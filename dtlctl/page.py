@@ -119,7 +119,9 @@ def _who(attackers: list[dict[str, Any]], single: dict[str, Any]) -> str:
         return text + " No tuned attacker was asked for: read these numbers as those of a weak one."
     rates = [
         f"{a['kind']} ({'C' if a['kind'] == 'probe' else a['optimizer'] + ', learning rate'} "
-        f"{', '.join(f'{r:g}' for r in a.get('lr', a.get('C', [])))})"
+        f"{', '.join(f'{r:g}' for r in a.get('lr', a.get('C', [])))}"
+        + (f"; on {', '.join(a['datasets'])} only" if a.get("datasets") else "")
+        + ")"
         for a in attackers
     ]
     return (

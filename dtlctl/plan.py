@@ -32,7 +32,8 @@ class Job(Generic[Settings]):
 
     def described(self, recipe: Recipe) -> dict[str, Any]:
         """What the recipe says that this result depends on; not who else is attacked, nor how memory is used."""
-        settings = self.settings.model_dump(mode="json", by_alias=True, exclude={"models": True, "unlearn": {"memory"}})
+        aside: Any = {"models": True, "unlearn": {"memory"}, "attackers": {"__all__": {"datasets"}}}
+        settings = self.settings.model_dump(mode="json", by_alias=True, exclude=aside)
         if not settings.get("attackers", True):
             # Without tuned attackers there is nothing that these keys could have changed.
             for name in ("attackers", "attack_seeds", "held_out"):
@@ -65,10 +66,11 @@ def jobs(recipe: Recipe) -> list[Job[Any]]:
     for variant, settings in recipe.dispose.items():
         plan.append(Job("dispose", variant, f"dispose/{variant}/model.json", settings, ("source", "target"), "TL"))
     for name in recipe.data.piggyback:
+        attack = recipe.piggyback.attacking(name)
         for model in recipe.piggyback_models:
             parent = None if model == "scratch" else model
             path = f"piggyback/{model}/{name}.json"
-            plan.append(Job("piggyback", model, path, recipe.piggyback, (f"piggyback.{name}",), parent))
+            plan.append(Job("piggyback", model, path, attack, (f"piggyback.{name}",), parent))
     for model in recipe.audit_models:
         plan.append(Job("audit", model, f"audit/{model}.json", recipe.audit, ("source",), model))
     return plan

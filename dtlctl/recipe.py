@@ -121,6 +121,11 @@ class Piggyback(Training):
     attack_seeds: int = Field(1, ge=1, le=100, description="repetitions of every tuned attacker")
     held_out: float = Field(0.25, gt=0, lt=1, description="share of the attacker's own images that chooses settings")
 
+    def attacking(self, dataset: str) -> Piggyback:
+        """The table with those attackers alone who attack that dataset."""
+        chosen = [a for a in self.attackers if a.datasets is None or dataset in a.datasets]
+        return self.model_copy(update={"attackers": chosen})
+
 
 AttackName = Literal["loss", "entropy", "modified-entropy", "max-softmax", "adv-dist", "grad-w", "grad-x", "wb", "rmia"]
 
@@ -188,6 +193,11 @@ class Recipe(Strict):
         for variant in self.dispose:
             if variant.lower() in {r.lower() for r in REFERENCES}:
                 raise ValueError(f"dispose.{variant}: the name belongs to a reference model; choose another")
+        for number, attacker in enumerate(self.piggyback.attackers):
+            for dataset in attacker.datasets or []:
+                if dataset not in self.data.piggyback:
+                    where = f"piggyback.attackers.{number}.datasets"
+                    raise ValueError(f"{where}: unknown dataset {dataset!r}" + nearest(dataset, [*self.data.piggyback]))
         for table, chosen in (("piggyback", self.piggyback.models), ("audit", self.audit.models)):
             known = [*REFERENCES, *self.dispose]
             for model in chosen or []:

@@ -100,30 +100,28 @@ def perform(
     """
     left = {lab.folder: list(stages) for lab in labs}
     running: dict[Future[None], tuple[Experiment, set[str]]] = {}
-    crew = _Crew(calls or {}, quiet)
-    pool = ThreadPoolExecutor(jobs)
+    crew, pool = _Crew(calls or {}, quiet), ThreadPoolExecutor(jobs)
     try:
         while True:
             busy = [lab for lab, _ in running.values()]
-            idle = [lab for lab in labs if left[lab.folder] and lab not in busy]
-            _share(idle, [*others, *(lab.folder for lab in labs)])
-            for lab in sorted(idle, key=lambda lab: -len(left[lab.folder])):
-                taken = {key for _, keys in running.values() for key in keys}
-                task = _next(lab, left[lab.folder], taken) if len(running) < jobs else None
-                if task and (jobs == 1 or calls is None):
-                    with lab.opened((task.stage,), task.models):
-                        work.run(lab, (task.stage,), only=task.models)
-                elif task:
+            taken = {key for _, keys in running.values() for key in keys}
+            known = _results([*others, *left])
+            idle = [lab for lab in labs if lab not in busy] if len(running) < jobs else []
+            ready = [(lab, task) for lab in idle if (task := _next(lab, left[lab.folder], known, taken))]
+            if ready:
+                lab, task = max(ready, key=lambda pair: len(left[pair[0].folder]))
+                if jobs > 1 and calls is not None:
                     beside = min(jobs, sum(map(bool, left.values())))
                     running[pool.submit(crew.work, lab, task, beside)] = (lab, task.keys)
-                if task and not running:
-                    break  # it was done here and now: look again who is furthest behind
-            else:
-                if not running:
-                    return
+                else:
+                    with lab.opened((task.stage,), task.models):
+                        work.run(lab, (task.stage,), only=task.models)
+            elif running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[future]
                     future.result()
+            else:
+                return
     finally:
         crew.dismiss()
         pool.shutdown(cancel_futures=True)
@@ -135,10 +133,18 @@ class _Task(NamedTuple):
     keys: set[str]
 
 
-def _next(lab: Experiment, left: list[Stage], taken: set[str]) -> _Task | None:
-    """What the run has to do next, less what others are at; stages with nothing to do are taken off `left`."""
+def _next(lab: Experiment, left: list[Stage], known: dict[str, Path], taken: set[str]) -> _Task | None:
+    """What the run has to do next, less what others are at; stages with nothing to do are taken off `left`.
+
+    What is known is taken over: the same key means the same settings, seed, data and parents.
+    """
     while left:
-        ready = [(job, key) for job in lab.chosen((left[0],), ()) if (key := _key(lab, job))]
+        ready = [(job, key) for job in lab.chosen((left[0],), ()) if (key := _key(lab, job)) and not lab.done(job)]
+        if any(key in known for _, key in ready):
+            with lab.opened((), ()):
+                for job, key in ready:
+                    if key in known:
+                        checkpoint.adopt(known[key], lab.folder / job.path, job.model)
         todo = [(job.model, key) for job, key in ready if not lab.done(job)]
         if todo:
             models = list(dict.fromkeys(model for model, key in todo if key not in taken))
@@ -154,19 +160,14 @@ def _key(lab: Experiment, job: Job[Any]) -> str | None:
     return None
 
 
-def _share(labs: Sequence[Experiment], folders: Sequence[Path]) -> None:
-    """Give every run the results with its keys, that is, made from the same settings, seed, data and parents."""
+def _results(folders: Iterable[Path]) -> dict[str, Path]:
+    """The sidecars of all results in these runs' folders, by key."""
     known: dict[str, Path] = {}
     for folder in folders:
         for path in (path for form in RESULTS for path in sorted(folder.glob(form))):
             with suppress(CheckpointError, OSError):
                 known[_key_in(path, path.stat().st_mtime_ns)] = path
-    for lab in labs:
-        with lab.opened((), ()):
-            for job in lab.jobs:
-                found = known.get(_key(lab, job) or "none")
-                if found and not lab.done(job):
-                    checkpoint.adopt(found, lab.folder / job.path, job.model)
+    return known
 
 
 @cache

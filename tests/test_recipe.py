@@ -184,7 +184,7 @@ def test_seeds_share_a_pre_training_with_a_seed_of_its_own(recipe_file: Path):
 
 
 def test_what_does_not_change_a_result_does_not_make_it_stale(recipe_file: Path):
-    """Where graphs and images are held changes nothing; bfloat16 does; float32 reads as results did that knew no precision."""
+    """How memory is used changes nothing; bfloat16 does; float32 reads as results did that knew no precision."""
 
     def described(*overrides: str) -> dict:
         recipe = load(recipe_file, list(overrides))

@@ -140,7 +140,7 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
         def poll(self) -> int:
             return 0
 
-    def following(lab: Experiment, left: list, taken: set[str]) -> sweep._Task | None:
+    def following(lab: Experiment, left: list, *_: object) -> sweep._Task | None:
         while left and (lab.recipe.name, left[0]) in done:
             del left[0]
         return sweep._Task(left[0], ["TL"], set()) if left else None

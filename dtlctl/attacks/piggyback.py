@@ -18,6 +18,7 @@ from dtlctl.models import Classifier, last_stage
 from dtlctl.strict import Strict
 
 Rate = Annotated[float, Field(gt=0, le=100)]
+Datasets = Annotated[list[str] | None, Field(min_length=1, description="piggyback datasets to attack; default: all")]
 
 
 class _Trained(Strict):
@@ -31,6 +32,7 @@ class _Trained(Strict):
     )
     batch_size: int = Field(64, ge=2, le=65_536)
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising learning rate; then a cosine")
+    datasets: Datasets = None
 
     def grid(self) -> list[Setting]:
         return [Setting(self.kind, self.optimizer, rate) for rate in self.lr]
@@ -101,6 +103,7 @@ class Probe(Strict):
 
     kind: Literal["probe"] = "probe"
     C: list[Rate] = Field([0.01, 0.1, 1.0, 10.0], min_length=1, description="inverse strengths of the L2 term to try")
+    datasets: Datasets = None
 
     def grid(self) -> list[Setting]:
         return [Setting(self.kind, "logistic", C) for C in self.C]

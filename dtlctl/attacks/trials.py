@@ -59,18 +59,18 @@ class Ground:
         self.features = self._features() if any(isinstance(a, Probe) for a in job.settings.attackers) else None
 
     def attempt(self, attacker: Attacker, setting: Setting) -> Trial:
-        """Train on the training part, look at the held-out part, and measure at the best look."""
+        """Train on the training part and look at the held-out part."""
         train, held = self.parts
         if isinstance(attacker, Probe):
-            (x, y), test = self._embedded()
+            (x, y), _ = self._embedded()
             fitted = tuning.Linear(x[train], y[train], setting.rate)
-            return Trial(setting, self.seed, [fitted.look(x[held], y[held])], fitted.look(*test).accuracy)
+            return Trial(setting, self.seed, [fitted.look(x[held], y[held])])
         model = self._prepared(attacker, train)
         looks = tuning.train(
             model, HEAD, self._batches(train, attacker.batch_size), setting,
             steps=attacker.steps, warmup=attacker.warmup, held_out=self._pixels(held), stopped=self.stop.is_set,
         )  # fmt: skip
-        return Trial(setting, self.seed, looks, tuning.accuracy(model, HEAD, self._test()) if looks else None)
+        return Trial(setting, self.seed, looks)
 
     def strike(self, attacker: Attacker, trial: Trial) -> Strike:
         """The trial's setting and length once more, on all of the attacker's images."""

@@ -47,14 +47,12 @@ class Look(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """One setting, trained on the attacker's training part."""
+    """One setting, trained on the attacker's training part; it never meets the test split."""
 
     setting: Setting
     seed: int
     looks: list[Look]
     """Empty where the training diverged before the first look."""
-    acc_pl: float | None
-    """Test accuracy in % at the best look; it chooses nothing."""
 
     @property
     def best(self) -> Look | None:
@@ -67,7 +65,6 @@ class Trial(NamedTuple):
             "seed": self.seed,
             "step": self.best.step if self.best else None,
             "val": self.best.accuracy if self.best else None,
-            "acc_pl": self.acc_pl,
             "looks": [list(look) for look in self.looks],
         }
 
