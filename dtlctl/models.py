@@ -52,8 +52,8 @@ class Classifier(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Features [B, features] of images [B, 3, H, W] in [0, 1], in the parameters' type whatever the precision."""
         normalised = (x - self.mean) / self.std
-        if self.channels_last:  # convolutions hand the layout on, whatever that of their weights
-            normalised = normalised.contiguous(memory_format=torch.channels_last)
+        if self.channels_last:  # convolutions hand the layout on; `vmap` knows this way of asking for it only
+            normalised = normalised.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         if self.precision != "bfloat16":
             return self.backbone(normalised)
         with torch.autocast(x.device.type, torch.bfloat16):

@@ -242,3 +242,4 @@ def test_a_model_has_the_same_output_in_both_layouts_and_hands_its_layout_on():
     model.channels_last = True
     assert torch.allclose(model(x, "source"), plain, rtol=1e-10, atol=1e-12)
     assert layouts == [False, True]
+    assert torch.allclose(torch.func.vmap(lambda one: model(one[None], "source")[0])(x), plain, rtol=1e-10, atol=1e-12)

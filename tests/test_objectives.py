@@ -200,6 +200,8 @@ def test_the_stage_mixes_as_equation_1_and_then_repairs():
         unlearn = -F.cross_entropy(model(ours.x, "source"), ours.y)
         retain = F.cross_entropy(model(theirs.x, "target"), theirs.y)
         mixed, parts = objective(number)
+        square = sum(float(p.detach().square().sum()) for p in model.parameters())
+        assert float(parts.pop("weight_norm")) == pytest.approx(square**0.5)
         if number < 2:
             torch.testing.assert_close(mixed, 0.75 * retain + 0.25 * unlearn)
             told = {"retain": retain.detach(), "source_loss": -unlearn.detach(), "unlearn": unlearn.detach()}

@@ -105,7 +105,11 @@ def _objective(
             again=seen.again,
         )
         keep = retain.loss(step)
-        parts = {"retain": keep.detach(), "source_loss": _source_loss(seen.chunks)}
+        parts = {
+            "retain": keep.detach(),
+            "source_loss": _source_loss(seen.chunks),
+            "weight_norm": torch.nn.utils.get_total_norm([p.detach() for p in parameters]),
+        }
         if number >= repair_from:
             return keep, parts
         drive, value = unlearn.loss(step)
