@@ -235,11 +235,12 @@ def test_a_model_has_the_same_output_in_both_layouts_and_hands_its_layout_on():
     """ResNet-18 at 32 pixels in float64: maps of 1x1, 2x2 and larger."""
     model = build("resnet18", {"source": 3}, stem="imagenet", image_size=32).double().eval()
     x, layouts = torch.rand(2, 3, 32, 32, dtype=torch.float64), []
-    model.backbone.get_submodule("layer2").register_forward_hook(
+    hook = model.backbone.get_submodule("layer2").register_forward_hook(
         lambda _, __, y: layouts.append(y.is_contiguous(memory_format=torch.channels_last))
     )
     plain = model(x, "source")
     model.channels_last = True
     assert torch.allclose(model(x, "source"), plain, rtol=1e-10, atol=1e-12)
     assert layouts == [False, True]
+    hook.remove()
     assert torch.allclose(torch.func.vmap(lambda one: model(one[None], "source")[0])(x), plain, rtol=1e-10, atol=1e-12)
