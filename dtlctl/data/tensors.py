@@ -65,12 +65,12 @@ class Batches:
             order = torch.randperm(self.images, generator=_generator(self.seed, 0, epoch))
             self._epoch, self._order = epoch, self.rows[order]
         rows = self.share.of(self._order[place * self.batch_size : (place + 1) * self.batch_size])
-        where = rows.to(self.pixels.device)
-        x = self.pixels[where].to(self.device, non_blocking=True)
+        where = _sent(rows, self.device)
+        x = self.pixels[where] if self.pixels.is_cuda else _sent(self.pixels[rows], self.device)
         if self.augment != "none":
             shifts, flips = self._draw(step, x.shape[-1] // 8)
-            x = crop_and_flip(x, shifts.to(self.device), flips.to(self.device))
-        return Batch(_scaled(x), self.labels[rows.to(self.labels.device)], rows)
+            x = crop_and_flip(x, _sent(shifts, self.device), _sent(flips, self.device))
+        return Batch(_scaled(x), self.labels[where], rows)
 
     def _draw(self, step: int, padding: int) -> tuple[Tensor, Tensor]:
         generator = _generator(self.seed, 1, step)
@@ -102,6 +102,11 @@ def crop_and_flip(x: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
     places = ys.clamp(0, size - 1)[:, :, None] * size + columns.clamp(0, size - 1)[:, None, :]
     moved = x.flatten(2).gather(2, places.flatten(1)[:, None].expand(-1, channels, -1)).view(x.shape)
     return moved * inside[:, None]
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device. From memory that is not pinned, a copy would wait for all that a GPU has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _scaled(x: Tensor) -> Tensor:
