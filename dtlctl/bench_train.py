@@ -46,12 +46,15 @@ def run(
     batch_size: int,
     precision: models.Precision,
     repeats: int,
+    channels_last: bool,
     data: str,
     steps: int,
     *,
     quiet: bool,
 ) -> dict[str, Any]:
     """The benchmark as the command line asks for it. `data` is what a recipe takes as data.source.path.
+
+    `ready` and `dtlctl` lay images out as `channels_last` says, one more way on a ready batch as it does not.
 
     Raises RecipeError for a call that is wrong, DataError for images that cannot be read.
     """
@@ -71,13 +74,13 @@ def run(
     engine, classes, cores = Engine(), len(images.classes), _cores()
     plan = Training(steps=steps, batch_size=batch_size, lr=0.01, schedule="constant")
 
-    def network() -> models.Classifier:
+    def network(channels_last: bool) -> models.Classifier:
         torch.manual_seed(0)
         model = models.build(arch, {"source": classes}, stem=stem, image_size=image_size)
-        model.precision = precision
+        model.precision, model.channels_last = precision, channels_last
         return engine.place(model, global_batch_norm=True)
 
-    turns = _ours(engine, network, images, plan)
+    turns = _ours(engine, network, channels_last, images, plan)
     table = bench_plain.table(dataset, image_size, batch_size)
     for workers in sorted({0, cores - 1}):
         loader = bench_plain.batches(table, image_size, batch_size, workers, engine.device)
@@ -86,27 +89,28 @@ def run(
     with Progress("bench", (repeats + 1) * len(turns), enabled=not quiet) as progress:
         seconds = measure(turns, steps, repeats, progress)
     settings = {"precision": precision, "batch_size": batch_size, "image_size": image_size, "arch": arch, "stem": stem}
-    machine = {**bench.machine(engine.device), "cores": cores, **settings}
+    machine = {**bench.machine(engine.device), "cores": cores, "channels_last": channels_last, **settings}
     counts = {"data": data, "images": len(images.labels), "steps": steps, "repeats": repeats}
     return {"machine": machine, **counts, "rows": compared(seconds, batch_size)}
 
 
 def _ours(
-    engine: Engine, network: Callable[[], models.Classifier], images: cache.Images, plan: Training
+    engine: Engine,
+    network: Callable[[bool], models.Classifier],
+    channels_last: bool,
+    images: cache.Images,
+    plan: Training,
 ) -> dict[Way, Turn]:
-    """The engine's loop on a ready batch, on one in the layout that stages do not use here, and on all the images."""
+    """The engine's loop on a ready batch, on the same in the other layout, and on all the images."""
     pixels, labels, device = images.pixels, images.labels, engine.device
     index, size = np.arange(len(labels)), plan.batch_size
     batches = Batches(pixels, labels, index, batch_size=size, augment="crop-flip", seed=0, device=device)
-    name, layout = "ready-contiguous", torch.contiguous_format
-    if device.type == "cuda":
-        name, layout = "ready-channels-last", torch.channels_last
-    ready = batches[0]
-    other = Batch(ready.x.contiguous(memory_format=layout), ready.y, ready.rows)
+    ready = Ready(batches[0])
+    other = "ready-contiguous" if channels_last else "ready-channels-last"
     return {
-        ("ready", None): _turn(engine, network(), Ready(ready), plan),
-        (name, None): _turn(engine, network().to(memory_format=layout), Ready(other), plan),
-        ("dtlctl", None): _turn(engine, network(), batches, plan),
+        ("ready", None): _turn(engine, network(channels_last), ready, plan),
+        (other, None): _turn(engine, network(not channels_last), ready, plan),
+        ("dtlctl", None): _turn(engine, network(channels_last), batches, plan),
     }
 
 
@@ -157,7 +161,7 @@ def compared(seconds: dict[Way, list[float]], batch_size: int) -> list[dict[str,
 def text(document: dict[str, Any]) -> str:
     """The rows as lines of text."""
     machine = document["machine"]
-    told = ("device", "threads", "cores", "precision", "batch_size")
+    told = ("device", "threads", "cores", "precision", "batch_size", "channels_last")
     lines = [
         ", ".join(f"{key} {machine[key]}" for key in told),
         f"{machine['arch']}, stem {machine['stem']}, {machine['image_size']} pixels, "

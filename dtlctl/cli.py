@@ -167,7 +167,7 @@ def bench(
     """
     from dtlctl.errors import RecipeError
 
-    of_collisions = {"--chunks": chunks, "--ways": ways, "--channels-last": channels_last}
+    of_collisions = {"--chunks": chunks, "--ways": ways}
     for option, value in (of_collisions if train else {"--data": data, "--steps": steps}).items():
         if value:
             other = "the benchmark of collisions; leave it or --train out" if train else "training; add --train"
@@ -176,22 +176,16 @@ def bench(
         from dtlctl import bench_train
 
         source, length = data or "builtin:letters", steps or 20
-        document = bench_train.run(arch, stem, image_size, batch_size, precision, repeats, source, length, quiet=quiet)
+        document = bench_train.run(
+            arch, stem, image_size, batch_size, precision, repeats, channels_last, source, length, quiet=quiet
+        )
         print(json.dumps(document, indent=1) if as_json else bench_train.text(document))
         return
     from dtlctl import bench as benchmark
 
+    counts = chunks or "2,4,8,16,32"
     document = benchmark.run(
-        arch,
-        stem,
-        image_size,
-        batch_size,
-        chunks or "2,4,8,16,32",
-        ways,
-        precision,
-        repeats,
-        channels_last,
-        quiet=quiet,
+        arch, stem, image_size, batch_size, counts, ways, precision, repeats, channels_last, quiet=quiet
     )
     print(json.dumps(document, indent=1) if as_json else benchmark.text(document))
 

@@ -26,11 +26,12 @@ def measured(call, *options):
     return document, {(row["way"], row["workers"]): row for row in document["rows"]}
 
 
-def test_the_document_has_every_way_with_its_speed_and_its_ratios(call, monkeypatch):
+@pytest.mark.parametrize(("layout", "other"), [((), "channels-last"), (("--channels-last",), "contiguous")])
+def test_the_document_has_every_way_with_its_speed_and_its_ratios(layout, other, call, monkeypatch):
     """The ratio to the plain scripts is to the faster one of them."""
     monkeypatch.setattr(bench_train, "_cores", lambda: 2)
-    document, rows = measured(call)
-    ways = [("ready", None), ("ready-contiguous", None), ("dtlctl", None), ("plain", 0), ("plain", 1)]
+    document, rows = measured(call, *layout)
+    ways = [("ready", None), (f"ready-{other}", None), ("dtlctl", None), ("plain", 0), ("plain", 1)]
     assert list(rows) == ways
     fastest = min(rows[way]["seconds"] for way in ways[-2:])
     for row in rows.values():
@@ -78,7 +79,6 @@ def test_the_plain_network_is_the_same_one_with_torch_s_convolutions(arch, stem)
     [
         ((*TINY, "--ways", "gc-keep"), "bench: --ways is for the benchmark of collisions; leave it or --train out"),
         ((*TINY, "--chunks", "2"), "bench: --chunks is for the benchmark of collisions; leave it or --train out"),
-        ((*TINY, "--channels-last"), "bench: --channels-last is for the benchmark of collisions; leave it or"),
         ((*TINY, "--batch-size", 2000), "--batch-size 2000: builtin:digits has only 1000 training images"),
         ((*TINY, "--data", "builtin:digit"), "bench: --data: no builtin dataset 'digit'; did you mean 'digits'?"),
         ((*TINY, "--arch", "resnet9"), "bench: unknown architecture 'resnet9'"),

@@ -39,7 +39,10 @@ BENCHES = sorted((ROOT / "docs/results/bench").glob("*.json"))
 def test_the_page_on_performance_shows_what_was_measured(path: Path):
     page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     _, found, rest = page.partition(f"<!-- bench: {path.stem} -->\n")
-    shown, text = rest.partition("<!-- end bench -->")[0], (bench_train if path.stem.startswith("train_") else bench).text
+    shown, text = (
+        rest.partition("<!-- end bench -->")[0],
+        (bench_train if path.stem.startswith("train_") else bench).text,
+    )
     assert found and shown.strip() == f"```text\n{text(json.loads(path.read_text()))}\n```"
 
 
