@@ -98,13 +98,12 @@ def measure(bench: Bench, cells: Sequence[tuple[str, int]], repeats: int, progre
         }
         for way, c in cells
     ]
-    return {"machine": _machine(bench), "repeats": repeats, "rows": rows}
+    return {"machine": {**machine(bench.device), **_settings(bench)}, "repeats": repeats, "rows": rows}
 
 
 def text(document: dict[str, Any]) -> str:
     """The rows as lines of text."""
-    machine = document["machine"]
-    lines = [f"{key} {machine[key]}" for key in ("device", "threads", "precision", "batch_size")]
+    lines = [f"{key} {document['machine'][key]}" for key in ("device", "threads", "precision", "batch_size")]
     lines = [", ".join(lines), f"{'way':24}{'c':>3}{'seconds':>10}{'x CE':>8}{'peak MiB':>10}{'error':>9}{'cosine':>9}"]
     for row in document["rows"]:
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
@@ -151,8 +150,8 @@ def _kilobytes(status: Path, field: str) -> int:
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
 
 
-def _machine(bench: Bench) -> dict[str, Any]:
-    device = bench.device
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a time depends on whatever is timed: the device, its instructions, threads, and torch's version."""
     name = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -162,6 +161,11 @@ def _machine(bench: Bench) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+    }
+
+
+def _settings(bench: Bench) -> dict[str, Any]:
+    return {
         "precision": bench.precision,
         "channels_last": bench.x.is_contiguous(memory_format=torch.channels_last),
         "batch_size": len(bench.y),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dtlctl import bench, grids, matching, report, report_audit
+from dtlctl import bench, bench_train, grids, matching, report, report_audit
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted({path.parent.parent for path in (ROOT / "docs" / "results").glob("*/*/recipe.json")})
@@ -39,8 +39,11 @@ BENCHES = sorted((ROOT / "docs/results/bench").glob("*.json"))
 def test_the_page_on_performance_shows_what_was_measured(path: Path):
     page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     _, found, rest = page.partition(f"<!-- bench: {path.stem} -->\n")
-    shown = rest.partition("<!-- end bench -->")[0]
-    assert found and shown.strip() == f"```text\n{bench.text(json.loads(path.read_text()))}\n```"
+    shown, text = (
+        rest.partition("<!-- end bench -->")[0],
+        (bench_train if path.stem.startswith("train_") else bench).text,
+    )
+    assert found and shown.strip() == f"```text\n{text(json.loads(path.read_text()))}\n```"
 
 
 def test_two_processes_made_what_one_made():

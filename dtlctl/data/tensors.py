@@ -65,12 +65,12 @@ class Batches:
             order = torch.randperm(self.images, generator=_generator(self.seed, 0, epoch))
             self._epoch, self._order = epoch, self.rows[order]
         rows = self.share.of(self._order[place * self.batch_size : (place + 1) * self.batch_size])
-        where = rows.to(self.pixels.device)
-        x = self.pixels[where].to(self.device, non_blocking=True)
+        where = _sent(rows, self.device)
+        x = self.pixels[where] if self.pixels.is_cuda else _sent(self.pixels[rows], self.device)
         if self.augment != "none":
             shifts, flips = self._draw(step, x.shape[-1] // 8)
-            x = crop_and_flip(x, shifts.to(self.device), flips.to(self.device))
-        return Batch(x.float() / 255, self.labels[rows.to(self.labels.device)], rows)
+            x = crop_and_flip(x, _sent(shifts, self.device), _sent(flips, self.device))
+        return Batch(_scaled(x), self.labels[where], rows)
 
     def _draw(self, step: int, padding: int) -> tuple[Tensor, Tensor]:
         generator = _generator(self.seed, 1, step)
@@ -85,8 +85,8 @@ def evaluation_batches(
     """This process's share of a whole split, in order, as it is."""
     rows = share.of(torch.arange(len(labels)))
     for part in rows.split(batch_size):
-        x = torch.from_numpy(np.array(pixels[part.numpy()])).to(device).float() / 255
-        yield Batch(x, torch.from_numpy(np.array(labels[part.numpy()])).to(device), part)
+        x = torch.from_numpy(np.array(pixels[part.numpy()])).to(device)
+        yield Batch(_scaled(x), torch.from_numpy(np.array(labels[part.numpy()])).to(device), part)
 
 
 def crop_and_flip(x: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
@@ -94,15 +94,24 @@ def crop_and_flip(x: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
 
     x: [B, C, S, S] of any dtype; shifts: int64 [B, 2], |shift| < S; flips: bool [B].
     """
-    images, _, size, _ = x.shape
+    channels, size = x.shape[1:3]
     line = torch.arange(size, device=x.device)
     ys = line + shifts[:, :1]  # [B, S]: the input row of every output row
     columns = torch.where(flips[:, None], size - 1 - line, line) + shifts[:, 1:]
     inside = ((ys >= 0) & (ys < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
-    ys, columns = ys.clamp(0, size - 1), columns.clamp(0, size - 1)
-    batch = torch.arange(images, device=x.device)[:, None, None]
-    moved = x.permute(0, 2, 3, 1)[batch, ys[:, :, None], columns[:, None, :]]
-    return (moved * inside[..., None]).permute(0, 3, 1, 2).contiguous()
+    places = ys.clamp(0, size - 1)[:, :, None] * size + columns.clamp(0, size - 1)[:, None, :]
+    moved = x.flatten(2).gather(2, places.flatten(1)[:, None].expand(-1, channels, -1)).view(x.shape)
+    return moved * inside[:, None]
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device. From memory that is not pinned, a copy would wait for all that a GPU has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """Bytes to [0, 1]: in place, because on the CPU a second array would cost more than the division."""
+    return x.float().div_(255)
 
 
 def _resident(pixels: np.ndarray, device: torch.device) -> Tensor:
