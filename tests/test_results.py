@@ -68,3 +68,16 @@ def test_the_curve_and_the_match_show_their_documents():
     found = json.loads((folder / "quickstart_matched/compare.json").read_text())
     for part in matching._needed(found):
         assert part in (folder / "quickstart_matched.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_photographs_shows_the_paths_that_collisions_took():
+    """A row a report: step, source loss, gradient norm, weight norm, and accuracies where they were measured."""
+    study = ROOT / "docs/results/tin100_c10"
+    page = study.with_suffix(".md").read_text(encoding="utf-8")
+    paths = sorted((study / "paths").glob("*.json"))
+    assert len(paths) == 2
+    for path in paths:
+        for row in json.loads(path.read_text(encoding="utf-8"))["history"]:
+            accuracies = [f"{row[k]:.1f}" if k in row else "–" for k in ("acc_s", "acc_t")]
+            norms = [f"{row[k]:.1f}" for k in ("gradient_norm", "weight_norm")]
+            assert f"| {row['step']} | {row['source_loss']:.2f} | {' | '.join([*norms, *accuracies])} |" in page
