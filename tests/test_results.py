@@ -81,3 +81,9 @@ def test_the_page_on_photographs_shows_the_paths_that_collisions_took():
             accuracies = [f"{row[k]:.1f}" if k in row else "–" for k in ("acc_s", "acc_t")]
             norms = [f"{row[k]:.1f}" for k in ("gradient_norm", "weight_norm")]
             assert f"| {row['step']} | {row['source_loss']:.2f} | {' | '.join([*norms, *accuracies])} |" in page
+        attacks = [
+            json.loads((study / f"paths/piggyback/{path.stem}-{name}.json").read_text(encoding="utf-8"))["metrics"]
+            for name in ("tin100-10", "tin20b")
+        ]
+        cells = [f"{attack[key]:.1f}" for attack in attacks for key in ("acc_pl", "acc_pl_worst")]
+        assert f"| {path.stem.removeprefix('gc-lr-')} | {row['acc_t']:.1f} | {' | '.join(cells)} |" in page
