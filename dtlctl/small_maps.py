@@ -33,9 +33,8 @@ class SmallMapConv2d(nn.Conv2d):
 
     def windows(self, height: int, width: int) -> list[tuple[slice, slice]] | None:
         """What of the kernel lies on the map, by output place; None where the map sticks out of the kernel."""
-        if height * width > 4 or self.groups > 1 or self.dilation != (1, 1) or self.padding_mode != "zeros":
-            return None
-        if isinstance(self.padding, str):
+        plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
+        if height * width > 4 or not plain or isinstance(self.padding, str):
             return None
         lines = []
         for side, padding, kernel, stride in zip((height, width), *self._geometry(), strict=True):

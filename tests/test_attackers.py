@@ -255,12 +255,10 @@ def test_an_attacker_may_be_for_some_datasets_only(recipe_file: Path):
     kinds = {job.path: [a.kind for a in job.settings.attackers] for job in jobs(here) if job.model == "TL"
              and job.stage == "piggyback"}  # fmt: skip
     assert kinds == {"piggyback/TL/again.json": ["full"], "piggyback/TL/other.json": ["probe", "full"]}
+    elsewhere = '{kind="probe", datasets=["other"]}'
     described = [
         [job.described(recipe) for job in jobs(recipe) if job.path == "piggyback/TL/again.json"]
-        for recipe in (
-            load(recipe_file, ["piggyback.attackers=[]", more]),
-            load(recipe_file, ['piggyback.attackers=[{kind="probe", datasets=["other"]}]', more]),
-        )
+        for recipe in (load(recipe_file, [f"piggyback.attackers=[{listed}]", more]) for listed in ("", elsewhere))
     ]
     assert described[0] == described[1]
     with pytest.raises(RecipeError, match=r"attackers.0.datasets: unknown dataset 'agin'; did you mean 'again'"):
