@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import torch
@@ -116,20 +118,30 @@ class CifarResNet(nn.Module):
         return self.stages(self.stem(x)).mean((2, 3))
 
 
-def last_stage(backbone: nn.Module) -> list[nn.Module]:
-    """The blocks of a backbone's last stage. Raises ValueError for an architecture whose stages are not known."""
+def stages(backbone: nn.Module) -> list[list[nn.Module]]:
+    """The blocks of a backbone's stages, first stage first; without the stem. Empty where they are not known."""
     if isinstance(backbone, CifarResNet):
-        blocks = list(backbone.stages)
-        return blocks[-(len(blocks) // 3) :]
-    for path in ("layer4", "encoder.layers", "features"):
-        try:
-            stage = backbone.get_submodule(path)
-        except AttributeError:
-            continue
-        if path == "layer4":
-            return [stage]
-        return [[child for child in stage.children() if any(True for _ in child.parameters())][-1]]
-    raise ValueError(f"{type(backbone).__name__}: its last stage is not known; use another kind of attacker")
+        blocks, n = list(backbone.stages), len(backbone.stages) // 3
+        return [blocks[start : start + n] for start in (0, n, 2 * n)]
+    if hasattr(backbone, "layer4"):
+        return [[backbone.get_submodule(f"layer{number}")] for number in (1, 2, 3, 4)]
+    for path in ("encoder.layers", "features"):
+        with suppress(AttributeError):
+            children = backbone.get_submodule(path).children()
+            return [[child] for child in children if any(True for _ in child.parameters())]
+    return []
+
+
+@contextmanager
+def watched(backbone: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, every forward pass appends the output of each stage, first stage first, to the list."""
+    seen: list[Tensor] = []
+    hooks = [stage[-1].register_forward_hook(lambda _m, _i, output: seen.append(output)) for stage in stages(backbone)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None:

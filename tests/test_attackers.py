@@ -94,10 +94,14 @@ def test_full_changes_nothing_and_last_block_only_the_last_stage():
 def test_the_last_stage_of_torchvision_models_is_found(arch: str):
     with torch.device("meta"):
         model = models.build(arch, {"a": 2}, stem="imagenet", image_size=64)
-    stage = [p for block in models.last_stage(model.backbone) for p in block.parameters()]
+    stage = [p for block in models.stages(model.backbone)[-1] for p in block.parameters()]
     assert 0 < sum(p.numel() for p in stage) < sum(p.numel() for p in model.backbone.parameters())
-    with pytest.raises(ValueError, match="Sequential: its last stage is not known"):
-        models.last_stage(torch.nn.Sequential())
+
+
+def test_last_block_refuses_a_network_whose_stages_are_not_known():
+    unknown = models.Classifier(torch.nn.Sequential(torch.nn.Flatten()), 3, {"a": 2})
+    with pytest.raises(RecipeError, match='kind "last-block" does not know the stages of Sequential'):
+        LastBlock().prepare(unknown, unknown, torch.rand(5, 3, 1, 1))
 
 
 def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():

@@ -1,3 +1,5 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from math import log
 from types import SimpleNamespace
 
@@ -7,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dtlctl import models
 from dtlctl.data.tensors import Batch, Batches
+from dtlctl.errors import RecipeError
 from dtlctl.models import Classifier
 from dtlctl.objectives import views
 from dtlctl.objectives.retain import AveragedGem, Distill, TargetCrossEntropy
@@ -16,6 +20,7 @@ from dtlctl.objectives.unlearn import (
     GradientCollision,
     NegativeCrossEntropy,
     Nothing,
+    NullSpace,
     RandomLabels,
     Uniform,
     random_labels,
@@ -82,6 +87,90 @@ def test_negative_cross_entropy_by_hand():
     """log P of the true labels: 3/4 and 1/2 in one chunk, 1/4 and 1/2 in the other."""
     chunks = view(source=[LEAN, EVEN], y=[1, 0]), view(source=[LEAN, EVEN], y=[0, 1])
     assert unlearned(NegativeCrossEntropy(), *chunks) == pytest.approx(log(3 / 64) / 4)
+
+
+# Eight images whose target logits are (a, -a), and patterns of mean 0 that a does not explain, nor each other.
+A = torch.tensor([1, 1, 1, 1, -1, -1, -1, -1], dtype=torch.float64)
+B = torch.tensor([1, 1, -1, -1, 1, 1, -1, -1], dtype=torch.float64)
+
+
+def narrowed(*maps, target=None, **options):
+    answers = torch.stack([A, -A], 1) if target is None else target
+    images = torch.arange(len(answers))
+    return NullSpace(**options).loss(step([View(images, images, images, answers, answers, maps)]))
+
+
+def test_null_space_by_hand():
+    """A map with a column 3a and a column 4b: the answers explain 9 of 25 parts. One with a alone: nothing is left."""
+    both = torch.stack([3 * A, 4 * B], 1)
+    assert narrowed(both, stages=1)[1].item() == pytest.approx(16 / 25, abs=1e-9)
+    assert narrowed(A[:, None] * 5, stages=1)[1].item() == pytest.approx(0, abs=1e-9)
+    assert narrowed(A[:, None], both)[1].item() == pytest.approx(8 / 25, abs=1e-9)  # the mean of two stages
+    assert narrowed(B[:, None], both, stages=1)[1].item() == pytest.approx(16 / 25, abs=1e-9)  # the last one
+
+
+def test_null_space_sees_neither_scale_nor_place_nor_the_mean_of_the_logits():
+    both, common = torch.stack([3 * A, 4 * B], 1), torch.rand(8, 1, dtype=torch.float64)
+    moved = narrowed((both * 7 - 5).view(8, 1, 2, 1), target=torch.stack([A, -A], 1) * 2 + 9 + common, stages=1)[1]
+    assert moved.item() == pytest.approx(16 / 25, abs=1e-9)
+
+
+def in_processes(count, work):
+    """work(all_reduce, number) of every process, in threads that add up what they hand in."""
+    inbox, barrier = [None] * count, threading.Barrier(count)
+
+    def one(number):
+        def all_reduce(tensors):
+            inbox[number] = tensors
+            barrier.wait()
+            sums = [sum(parts) for parts in zip(*inbox, strict=True)]
+            barrier.wait()
+            return sums
+
+        return work(all_reduce, number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_null_space_gradient_is_that_of_least_squares_differentiated_through(processes):
+    """The oracle lets torch differentiate the fit itself, of the whole batch, intercept and all."""
+    generator = torch.Generator().manual_seed(0)
+    maps, logits = (torch.randn(24, *size, generator=generator) for size in ((5, 2, 2), (4,)))
+
+    def share(all_reduce, number):
+        part = slice(number * 24 // processes, (number + 1) * 24 // processes)
+        mine, answers = maps[part].clone().requires_grad_(), logits[part]
+        views = [View(answers, answers, answers, answers, answers, [mine])]
+        scalar, value = NullSpace(stages=1).loss(step(views, processes=processes, all_reduce=all_reduce))
+        return torch.autograd.grad(scalar, mine)[0] / processes, value
+
+    gradients, values = zip(*in_processes(processes, share), strict=True)
+    rows = maps.double().flatten(1).requires_grad_()
+    known = torch.cat([torch.ones(24, 1), logits[:, 1:] - logits[:, :1]], 1).double()
+    left = rows - known @ torch.linalg.solve(known.T @ known, known.T @ rows)
+    expected = left.square().sum() / (rows - rows.mean(0)).square().sum()
+    (gradient,) = torch.autograd.grad(expected, rows)
+    assert all(value.item() == pytest.approx(expected.item(), rel=1e-5) for value in values)
+    assert torch.allclose(torch.cat(gradients).flatten(1).double(), gradient, rtol=1e-3, atol=1e-7)
+
+
+def test_null_space_says_what_it_lacks():
+    with pytest.raises(RecipeError, match="batch_size is 8; 3 target classes need 9 or more"):
+        narrowed(A[:, None], target=torch.rand(8, 3), stages=1)
+    with pytest.raises(RecipeError, match="stages = 2, but only 1 of this model are known"):
+        narrowed(A[:, None])
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "vgg11", "vit_b_32"])
+def test_the_views_hold_the_output_of_every_stage(arch):
+    model = models.build(arch, {"source": 2, "target": 3}, stem="small" if "resnet" in arch else "imagenet").eval()
+    batch = Batch(torch.rand(2, 3, 32, 32), torch.zeros(2).long(), torch.arange(2))
+    (seen,) = views.apart(model, batch, 1, [])
+    assert len(seen.maps) == {"resnet8": 3, "resnet18": 4, "vgg11": 8, "vit_b_32": 12}[arch]
+    if "resnet" in arch:
+        assert torch.allclose(model.heads["target"](seen.maps[-1].mean((2, 3))), seen.target, atol=1e-5)
 
 
 def test_nothing_is_zero_and_has_no_gradient():

@@ -106,9 +106,9 @@ def test_lambda_zero_and_no_unlearning_are_the_same(recipe_file: Path):
 
 
 @pytest.mark.parametrize("retain", ['{kind="distill", on="target"}', '{kind="target-ce"}', '{kind="a-gem"}'])
-@pytest.mark.parametrize("unlearn", ["gradient-collision", "uniform", "negative-ce"])
+@pytest.mark.parametrize("unlearn", ["gradient-collision", "uniform", "negative-ce", "null-space"])
 def test_every_pair_of_losses_trains(recipe_file: Path, retain: str, unlearn: str):
-    change = f'dispose={{rand={{unlearn={{kind="{unlearn}"}}, retain={retain}}}}}'
+    change = f'dispose={{rand={{batch_size=32, unlearn={{kind="{unlearn}"}}, retain={retain}}}}}'
     experiment = lab(recipe_file, change)
     done = run(experiment, ("pretrain", "finetune", "dispose"), only=("pre", "TL", "rand"))
     assert [job.model for job in done] == ["pre", "TL", "rand"]

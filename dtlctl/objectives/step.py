@@ -15,7 +15,8 @@ class View:
     """Images and what the student makes of them.
 
     x: float [B, 3, H, W] in [0, 1]; y: int64 [B]; rows: int64 [B] on the CPU, the images' places in their dataset;
-    source, target: the student's logits [B, classes] through either head, with their graph.
+    source, target: the student's logits [B, classes] through either head, with their graph. maps: the outputs [B, ...]
+    of the backbone's stages, first stage first, likewise; empty where the stages are not known.
     """
 
     x: Tensor
@@ -23,6 +24,7 @@ class View:
     rows: Tensor
     source: Tensor
     target: Tensor
+    maps: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)

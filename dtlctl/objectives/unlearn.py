@@ -1,4 +1,4 @@
-"""Unlearning losses: what drives the source knowledge out (Koh et al., ICCV 2023, section 3.2).
+"""Unlearning losses: what drives the source knowledge out (Koh et al., ICCV 2023, section 3.2), and one of our own.
 
 Each kind is one class: its recipe fields and its loss. A new one is a class here and its name in `Unlearn`.
 """
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from dtlctl.errors import RecipeError
 from dtlctl.objectives.batched import collide_batched
 from dtlctl.objectives.collision import collide
 from dtlctl.objectives.step import Step, View
@@ -89,6 +90,52 @@ class NegativeCrossEntropy(Strict):
         return loss, loss.detach()
 
 
+class NullSpace(Strict):
+    """The share of the representation that the target's answers do not explain, in [0, 1]. Ours, not the paper's.
+
+    H is a stage's output on the source images of the global batch, flattened, Z their target logits (detached), both
+    less their means. What Z explains of H linearly is Z M, with M = argmin |H - Z M|^2; the loss is
+    |H - Z M|^2 / |H|^2, averaged over the last `stages` stages. Scaling a stage does not change it.
+
+    Raises RecipeError for a backbone with fewer stages, or a batch in which Z explains much by chance.
+    """
+
+    kind: Literal["null-space"] = "null-space"
+    stages: int = Field(2, ge=1, description="how many of the last stages are narrowed")
+    chunks: ClassVar[int] = 1
+    memory: ClassVar[Literal["keep"]] = "keep"
+
+    def loss(self, step: Step) -> tuple[Tensor, Tensor]:
+        (view,) = step.chunks
+        classes, images = view.target.shape[1], len(view.x) * step.processes
+        if images < 3 * classes:
+            raise RecipeError(
+                f"null-space: batch_size is {images}; {classes} target classes need {3 * classes} or more"
+            )
+        if len(view.maps) < self.stages:
+            raise RecipeError(f"null-space: stages = {self.stages}, but only {len(view.maps)} of this model are known")
+        answers = view.target.detach()
+        answers = answers - answers.mean(1, keepdim=True)  # softmax does not see the mean of the logits
+        parts = [_unexplained(map_.flatten(1), answers, step) for map_ in view.maps[-self.stages :]]
+        scalars, values = zip(*parts, strict=True)
+        return _mean(list(scalars)), _mean(list(values))
+
+
+def _unexplained(rows: Tensor, by: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """|H - Z M|^2 / |H|^2 of this process's share of H [B, F] and Z [B, K], over the global batch: scalar and value.
+
+    Means and M are held constant: both sums are least at theirs, so the gradient is the same.
+    """
+    rows, count = rows.to(by.dtype), len(rows) * step.processes
+    row_mean, by_mean = (total / count for total in step.all_reduce([rows.detach().sum(0), by.sum(0)]))
+    rows, by = rows - row_mean, by - by_mean
+    square, product = step.all_reduce([by.T @ by, by.T @ rows.detach()])
+    hidden = (rows - by @ (torch.linalg.pinv(square, rtol=1e-5, hermitian=True) @ product)).square().sum()
+    whole = rows.square().sum()
+    over, under = step.all_reduce([hidden.detach(), whole.detach()])
+    return step.processes * (hidden - over / under * whole) / under, over / under
+
+
 class Nothing(Strict):
     """No unlearning: with `init = "fresh"` the reference `distilled`, a new network that only ever saw TL's answers."""
 
@@ -116,6 +163,6 @@ def _mean(losses: list[Tensor]) -> Tensor:
 
 
 Unlearn = Annotated[
-    GradientCollision | RandomLabels | Uniform | NegativeCrossEntropy | Nothing, Field(discriminator="kind")
+    GradientCollision | RandomLabels | Uniform | NegativeCrossEntropy | NullSpace | Nothing, Field(discriminator="kind")
 ]
 """Every `loss(step)` returns (scalar to back-propagate, value to report)."""

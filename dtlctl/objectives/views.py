@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtlctl.data.tensors import Batch, Share
-from dtlctl.models import Classifier
+from dtlctl.models import Classifier, watched
 from dtlctl.objectives.batched import Tape, batchable, record
 from dtlctl.objectives.step import View
 
@@ -47,7 +47,7 @@ def together(student: Classifier, batch: Batch, chunks: int) -> tuple[list[View]
     with record(student, chunks) as tape:
         whole = _view(student, batch)
     parts = zip(*(t.chunk(chunks) for t in (whole.x, whole.y, whole.rows, whole.source, whole.target)), strict=True)
-    return [View(*part) for part in parts], tape
+    return [View(*part) for part in parts], tape  # without maps: nothing that comes this way looks at them
 
 
 def apart(student: Classifier, batch: Batch, chunks: int, norms: Momenta) -> list[View]:
@@ -98,9 +98,10 @@ def choose(student: Classifier, x: Tensor, chunks: int) -> Memory:
 
 
 def _view(student: Classifier, batch: Batch) -> View:
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+    with sdpa_kernel(SDPBackend.MATH), watched(student.backbone) as maps:  # fused attention has no second derivative
         features = student.embed(batch.x)
-    return View(batch.x, batch.y, batch.rows, student.heads["source"](features), student.heads["target"](features))
+    source, target = (student.heads[name](features) for name in ("source", "target"))
+    return View(batch.x, batch.y, batch.rows, source, target, maps)
 
 
 def _chunk(batch: Batch, number: int, chunks: int) -> Batch:
