@@ -27,13 +27,16 @@ TUNED = (
     "the tuned attacker recovers, with its 95 % bootstrap interval over seeds."
 )
 
+PAIRED = " Taken seed by seed: ± is of the difference."
+
 
 def summarise(runs: list[Path]) -> dict[str, Any]:
     """The document `table.json` of one run, or of several that differ in nothing but seed and name.
 
     {"recipe": ..., "seeds": [...], "rows": [{"model", "acc_s", "acc_t", "piggyback": {name: %}, "audit_auc"}, ...]}:
     accuracies in %, means over seeds; with several seeds each number x has x_ci, the half width of its 95 % t
-    interval. A number that was not measured is left out. Under tuned attackers a row also has piggyback_worst and
+    interval. A number that was not measured is left out. vs_TL and vs_TGT are rows of differences, taken seed by seed,
+    so that their intervals are those of the difference. Under tuned attackers a row also has piggyback_worst and
     piggyback_max; recovered and recovered_worst are shares of what TL gives away (see `recovered`); curves holds
     [[steps of the attack, %], ...] by dataset. audits_sha256 stands for all that audit.md shows besides.
     """
@@ -46,10 +49,13 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
             raise RecipeError(f"{run}: its recipe differs from {runs[0]} in more than the seed; report them separately")
     tables = [_rows(run, recipe) for run, recipe in zip(runs, recipes, strict=True)]
     models = [model for model in tables[0] if all(model in t for t in tables)]
-    rows = [_average([table[model] for table in tables]) for model in models]
-    if {"scratch", "TL"} <= set(models):
-        for row in rows:
-            _add_shares(row, *([table[model] for table in tables] for model in (row["model"], "scratch", "TL")))
+    by_seed: dict[str, list[Row]] = {model: [table[model] for table in tables] for model in models}
+    rows = [_average(own) for own in by_seed.values()]
+    for row, own in zip(rows, by_seed.values(), strict=True):
+        for reference in [name for name in ("TGT", "TL") if name in by_seed]:
+            row[f"vs_{reference}"] = _average([_less(*pair) for pair in zip(own, by_seed[reference], strict=True)])
+        if {"scratch", "TL"} <= by_seed.keys():
+            _add_shares(row, own, by_seed["scratch"], by_seed["TL"])
     return {
         "recipe": recipes[0].resolved(),
         "seeds": [r.seed for r in recipes],
@@ -116,15 +122,22 @@ def markdown(table: dict[str, Any]) -> str:
     ]
 
     if {"TL", "TGT"} <= by_name.keys():
-        tl, tgt = by_name["TL"], by_name["TGT"]
-        columns = ["Model", "Acc_t vs TGT", "Acc_t vs TL", *(f"PL {s} vs TL" for s in sets)]
+        tuned = [name for name in sets if name in by_name["TL"].get("piggyback_worst", {})]
+        columns = [
+            "Acc_t vs TGT",
+            "Acc_t vs TL",
+            *(f"PL {s} vs TL" for s in sets),
+            *(f"tuned {s} vs TL" for s in tuned),
+        ]
         lines = [
-            [row["model"], _difference(row, tgt, "acc_t"), _difference(row, tl, "acc_t")]
-            + [_difference(row["piggyback"], tl["piggyback"], s) for s in sets]
+            [row["model"], number(row["vs_TGT"], "acc_t", "+.1f"), number(less_tl := row["vs_TL"], "acc_t", "+.1f")]
+            + [attacked_number(less_tl, s, "piggyback", "+.1f") for s in sets]
+            + [attacked_number(less_tl, s, "piggyback_worst", "+.1f") for s in tuned]
             for row in rows
             if row["model"] not in ("scratch", "pre", "TGT")
         ]
-        parts += ["Differences in points (higher Acc_t is better, lower PL is better).", grid(columns, lines)]
+        parts.append("Differences in points (higher Acc_t is better, lower PL is better)." + (PAIRED if note else ""))
+        parts.append(grid(["Model", *columns], lines))
     if any(row.get("piggyback_worst") for row in rows):
         columns = [
             "Model",
@@ -135,10 +148,10 @@ def markdown(table: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def attacked_number(row: Row, name: str, kind: str) -> str:
+def attacked_number(row: Row, name: str, kind: str, form: str = ".1f") -> str:
     """One kind of Acc_pl (see ATTACKS) on one dataset, with its interval."""
     halves = {f"{dataset}_ci": half for dataset, half in row.get(f"{kind}_ci", {}).items()}
-    return number({**row.get(kind, {}), **halves}, name)
+    return number({**row.get(kind, {}), **halves}, name, form)
 
 
 def attacked(row: Row, name: str) -> list[str]:
@@ -226,6 +239,16 @@ def _average(rows: list[Row]) -> Row:
     return result
 
 
+def _less(row: Row, other: Row) -> Row:
+    """The row of differences between two models of one seed, of accuracies that both have."""
+    less: Row = {"model": row["model"]}
+    if "acc_t" in row and "acc_t" in other:
+        less["acc_t"] = row["acc_t"] - other["acc_t"]
+    for kind in [kind for kind in ATTACKS if kind in row and kind in other]:
+        less[kind] = {s: value - other[kind][s] for s, value in row[kind].items() if s in other[kind]}
+    return less
+
+
 def _mean_curve(curves: list[list[list[float]]]) -> list[list[float]]:
     """The mean of curves at the steps that all of them have."""
     found = [{step: value for step, value in curve} for curve in curves]  # noqa: C416
@@ -256,11 +279,7 @@ def number(row: Row, name: str, form: str = ".1f") -> str:
     """A number with its interval, or a dash where there is none."""
     if name not in row:
         return "–"
-    return f"{row[name]:{form}}" + (f" ± {row[f'{name}_ci']:{form}}" if f"{name}_ci" in row else "")
-
-
-def _difference(row: Row, reference: Row, name: str) -> str:
-    return f"{row[name] - reference[name]:+.1f}" if name in row and name in reference else "–"
+    return f"{row[name]:{form}}" + (f" ± {row[f'{name}_ci']:{form.lstrip('+')}}" if f"{name}_ci" in row else "")
 
 
 def grid(columns: list[str], lines: list[list[str]]) -> str:

@@ -62,6 +62,26 @@ def test_means_and_intervals_over_seeds(recipe_file: Path):
     assert [cell.strip() for cell in shown.split("|")[3:5]] == ["73.0 ± 9.0", "36.5 ± 4.5"]
 
 
+def test_differences_are_taken_seed_by_seed(recipe_file: Path):
+    """Acc_t moves by 7 points over seeds, gc's distance to TL is 2, 2 and 5: mean 3, deviation sqrt(3), half 4.303."""
+    runs = [fake_run(recipe_file, f"r{seed}", seed, acc, *TUNED) for seed, acc in enumerate((70.0, 72.0, 77.0))]
+    for run, tl, distance in zip(runs, (70.0, 72.0, 77.0), (2, 2, 5), strict=True):
+        variant = json.loads((run / "dispose/gc/model.json").read_text())
+        variant["metrics"]["acc_t"] = tl - distance
+        (run / "dispose/gc/model.json").write_text(json.dumps(variant))
+        attack(run, "TL", single=50.0, worst=tl)
+        attack(run, "gc", single=50.0 - distance, worst=tl - 1)
+    table = report.summarise(runs)
+    less = rows(table)["gc"]["vs_TL"]
+    assert less["acc_t"] == pytest.approx(-3) and less["acc_t_ci"] == pytest.approx(4.3027, abs=1e-4)
+    assert less["piggyback"]["again"] == pytest.approx(-3)
+    assert less["piggyback_worst"] == {"again": -1} and less["piggyback_worst_ci"] == {"again": 0}
+    text = report.markdown(table)
+    assert "seed by seed" in text
+    lines = [line.split("|") for line in text.splitlines() if line.startswith("| gc")]
+    assert [cell.strip() for cell in lines[1][3:-1]] == ["-3.0 ± 4.3", "-3.0 ± 4.3", "-1.0 ± 0.0"]
+
+
 def test_one_run_has_no_intervals_and_differences_are_in_points(recipe_file: Path):
     """TL 70, all others 10: gc is 60 points below TL and level with TGT."""
     table = report.summarise([fake_run(recipe_file, "only", 3, 70.0)])
