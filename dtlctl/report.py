@@ -121,23 +121,11 @@ def markdown(table: dict[str, Any]) -> str:
         grid(columns, lines),
     ]
 
-    if {"TL", "TGT"} <= by_name.keys():
-        tuned = [name for name in sets if name in by_name["TL"].get("piggyback_worst", {})]
-        columns = [
-            "Acc_t vs TGT",
-            "Acc_t vs TL",
-            *(f"PL {s} vs TL" for s in sets),
-            *(f"tuned {s} vs TL" for s in tuned),
-        ]
-        lines = [
-            [row["model"], number(row["vs_TGT"], "acc_t", "+.1f"), number(less_tl := row["vs_TL"], "acc_t", "+.1f")]
-            + [attacked_number(less_tl, s, "piggyback", "+.1f") for s in sets]
-            + [attacked_number(less_tl, s, "piggyback_worst", "+.1f") for s in tuned]
-            for row in rows
-            if row["model"] not in ("scratch", "pre", "TGT")
-        ]
+    if "TL" in by_name:
         parts.append("Differences in points (higher Acc_t is better, lower PL is better)." + (PAIRED if note else ""))
-        parts.append(grid(["Model", *columns], lines))
+        tuned = [name for name in sets if name in by_name["TL"].get("piggyback_worst", {})]
+        shown = [row for row in rows if row["model"] not in ("scratch", "pre", "TGT")]
+        parts.append(grid(*_differences(shown, sets, tuned, "TGT" in by_name)))
     if any(row.get("piggyback_worst") for row in rows):
         columns = [
             "Model",
@@ -146,6 +134,20 @@ def markdown(table: dict[str, Any]) -> str:
         lines = [[row["model"], *(cell for s in sets for cell in attacked(row, s))] for row in rows]
         parts += [TUNED, grid(columns, lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def _differences(rows: list[Row], sets: list[str], tuned: list[str], tgt: bool) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines in the form of the paper's Table 1; tuned: datasets with tuned attackers."""
+    columns = ["Model", *(["Acc_t vs TGT"] if tgt else []), "Acc_t vs TL"]
+    columns += [*(f"PL {s} vs TL" for s in sets), *(f"tuned {s} vs TL" for s in tuned)]
+    lines = [
+        [row["model"]]
+        + [number(row[reference], "acc_t", "+.1f") for reference in ("vs_TGT", "vs_TL") if reference in row]
+        + [attacked_number(row["vs_TL"], s, "piggyback", "+.1f") for s in sets]
+        + [attacked_number(row["vs_TL"], s, "piggyback_worst", "+.1f") for s in tuned]
+        for row in rows
+    ]
+    return columns, lines
 
 
 def attacked_number(row: Row, name: str, kind: str, form: str = ".1f") -> str:
