@@ -210,14 +210,15 @@ def _rows(run: Path, recipe: Recipe) -> dict[str, Row]:
 def _belongs(sidecar: Row, job: Job[Any], recipe: Recipe, weights: dict[str, str]) -> bool:
     """Whether the result was made as the run's recipe now says, from the model that is there now."""
     described = all(sidecar.get(name) == value for name, value in job.described(recipe).items() if name != "settings")
-    described = described and _described(sidecar, job, recipe) == job.described(recipe)
+    described = described and _settings(sidecar, job, recipe) == job.described(recipe)["settings"]
     return described and (job.parent is None or sidecar["parent"].get(job.parent) == weights.get(job.parent))
 
 
-def _described(sidecar: Row, job: Job[Any], recipe: Recipe) -> Row | None:
-    """What the job would be with the result's settings; a key that is younger than the result is at its default."""
+def _settings(sidecar: Row, job: Job[Any], recipe: Recipe) -> Any:
+    """The result's settings as its job describes them; a key that is younger than the result is at its default."""
     try:
-        return replace(job, settings=type(job.settings).model_validate(sidecar.get("settings"))).described(recipe)
+        settings = type(job.settings).model_validate(sidecar.get("settings"))
+        return replace(job, settings=settings).described(recipe)["settings"]
     except ValueError:
         return None
 

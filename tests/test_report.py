@@ -82,6 +82,12 @@ def test_differences_are_taken_seed_by_seed(recipe_file: Path):
     assert [cell.strip() for cell in lines[1][3:-1]] == ["-3.0 ± 4.3", "-3.0 ± 4.3", "-1.0 ± 0.0"]
 
 
+def test_seeds_that_share_one_pretraining_are_reported(recipe_file: Path):
+    """With pretrain.seed, pre has that seed in every run, and what comes from it still belongs to the run."""
+    runs = [fake_run(recipe_file, f"r{seed}", seed, 70.0, "pretrain.seed=0") for seed in (0, 1)]
+    assert {"pre", "TL", "gc"} <= rows(report.summarise(runs)).keys()
+
+
 def test_one_run_has_no_intervals_and_differences_are_in_points(recipe_file: Path):
     """TL 70, all others 10: gc is 60 points below TL and level with TGT."""
     table = report.summarise([fake_run(recipe_file, "only", 3, 70.0)])

@@ -87,3 +87,22 @@ def test_the_page_on_photographs_shows_the_paths_that_collisions_took():
         ]
         cells = [f"{attack[key]:.1f}" for attack in attacks for key in ("acc_pl", "acc_pl_worst")]
         assert f"| {path.stem.removeprefix('gc-lr-')} | {row['acc_t']:.1f} | {' | '.join(cells)} |" in page
+
+
+def test_the_page_on_photographs_shows_every_trial():
+    """A row a trial: its settings, target accuracy on validation and test images, and PL of both attackers."""
+    study = ROOT / "docs/results/tin100_c10"
+    page = study.with_suffix(".md").read_text(encoding="utf-8")
+    validation = json.loads((study / "trials/validation.json").read_text(encoding="utf-8"))
+    trials = sorted(path.parent for path in study.glob("trials/*/model.json"))
+    assert len(trials) >= 15 and {*validation["trials"]} <= {trial.name for trial in trials}
+    for trial in trials:
+        made = json.loads((trial / "model.json").read_text(encoding="utf-8"))
+        settings, acc_v = made["settings"], validation["trials"].get(trial.name)
+        cells = [trial.name, settings["unlearn"]["kind"], f"{settings['lambda']:g}", f"{settings['repair']:g}"]
+        cells += [str(settings["steps"]), "–" if acc_v is None else f"{acc_v - validation['TL']:+.1f}"]
+        cells += [f"{made['metrics']['acc_t']:.1f}"]
+        for path in (trial / "tin100-10.json", trial / "tin20b.json"):
+            attack = json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.exists() else {}
+            cells += [f"{attack[key]:.1f}" if key in attack else "–" for key in ("acc_pl", "acc_pl_worst")]
+        assert f"| {' | '.join(cells)} |" in page
