@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -163,8 +164,7 @@ def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, call
     change = "pretrain={lr=100.0, steps=200, schedule='constant'}"
     code, _, said = call("sweep", recipe_file, "--over", "seed=0,1", "--set", change, "--jobs", "2", "--quiet")
     assert code == 3, said
-    assert "error: seed-0, pretrain: " in said
-    assert "diverged at step" in said
+    assert re.search(r"error: seed-[01], pretrain: .*diverged at step", said)  # both do; the first ends it
     assert len(said.strip().splitlines()) == 2
 
 
