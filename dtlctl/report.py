@@ -125,7 +125,7 @@ def markdown(table: dict[str, Any]) -> str:
         parts.append("Differences in points (higher Acc_t is better, lower PL is better)." + (PAIRED if note else ""))
         tuned = [name for name in sets if name in by_name["TL"].get("piggyback_worst", {})]
         shown = [row for row in rows if row["model"] not in ("scratch", "pre", "TGT")]
-        parts.append(grid(*_differences(shown, sets, tuned, "TGT" in by_name)))
+        parts.append(grid(*_differences(shown, sets, tuned)))
     if any(row.get("piggyback_worst") for row in rows):
         columns = [
             "Model",
@@ -136,13 +136,14 @@ def markdown(table: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _differences(rows: list[Row], sets: list[str], tuned: list[str], tgt: bool) -> tuple[list[str], list[list[str]]]:
+def _differences(rows: list[Row], sets: list[str], tuned: list[str]) -> tuple[list[str], list[list[str]]]:
     """Columns and lines in the form of the paper's Table 1; tuned: datasets with tuned attackers."""
-    columns = ["Model", *(["Acc_t vs TGT"] if tgt else []), "Acc_t vs TL"]
+    others = [other for other in ("TGT", "TL") if f"vs_{other}" in rows[0]]
+    columns = ["Model", *(f"Acc_t vs {other}" for other in others)]
     columns += [*(f"PL {s} vs TL" for s in sets), *(f"tuned {s} vs TL" for s in tuned)]
     lines = [
         [row["model"]]
-        + [number(row[reference], "acc_t", "+.1f") for reference in ("vs_TGT", "vs_TL") if reference in row]
+        + [number(row[f"vs_{other}"], "acc_t", "+.1f") for other in others]
         + [attacked_number(row["vs_TL"], s, "piggyback", "+.1f") for s in sets]
         + [attacked_number(row["vs_TL"], s, "piggyback_worst", "+.1f") for s in tuned]
         for row in rows

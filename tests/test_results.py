@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -106,3 +107,25 @@ def test_the_page_on_photographs_shows_every_trial():
             attack = json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.exists() else {}
             cells += [f"{attack[key]:.1f}" if key in attack else "–" for key in ("acc_pl", "acc_pl_worst")]
         assert f"| {' | '.join(cells)} |" in page
+
+
+def test_the_page_on_photographs_says_how_far_null_space_is_below_rand_by_seed():
+    study = ROOT / "docs/results/tin100_c10"
+    said = []
+    for dataset in ("tin100-10", "tin20b"):
+        tuned = {
+            model: [
+                json.loads((study / f"seed-{seed}/piggyback/{model}/{dataset}.json").read_text())["metrics"][
+                    "acc_pl_worst"
+                ]
+                for seed in range(3)
+            ]
+            for model in ("rand", "null")
+        }
+        below = [rand - null for rand, null in zip(tuned["rand"], tuned["null"], strict=True)]
+        half = 4.3027 * stdev(below) / 3**0.5  # t(0.975, 2)
+        said.append(([f"{points:.1f}" for points in below], f"{mean(below):.1f} ± {half:.1f}"))
+    (first, total), (second, other) = said
+    page = study.with_suffix(".md").read_text(encoding="utf-8")
+    assert f"its PL is {first[0]}, {first[1]} and {first[2]} points below RAND's on tin100-10 (mean {total})" in page
+    assert f"and {second[0]}, {second[1]} and {second[2]} on tin20b ({other})" in page
