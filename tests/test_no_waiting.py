@@ -1,0 +1,94 @@
+"""A training step never asks for a number: on a GPU that would wait for all that is queued."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtlctl import engine as engine_module
+from dtlctl.engine import Engine
+from dtlctl.experiment import Experiment
+from dtlctl.loading import load
+from dtlctl.stages import run
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "index by a mask"}
+COLLISION = '{kind="gradient-collision", chunks=2, memory="%s"}'
+
+
+class Asked(TorchDispatchMode):
+    """Counts the operations whose result Python or the shape of a tensor has to know at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(place, torch.Tensor) and place.dtype == torch.bool
+            for argument in args
+            if isinstance(argument, list | tuple)
+            for place in argument
+        )
+        self.operations["index by a mask" if by_mask else name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def waits(self) -> dict[str, int]:
+        return {name: n for name, n in self.operations.items() if name in WAITING}
+
+
+def in_steps(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> Asked:
+    """What the steps of `work` do, as on an accelerator, where nobody looks at losses between two reports."""
+    asked, step = Asked(), Engine._step
+
+    def watched(self, *arguments):
+        with asked:
+            step(self, *arguments)
+
+    monkeypatch.setattr(engine_module, "check_reports", lambda *_: None)
+    monkeypatch.setattr(Engine, "_step", watched)
+    work()
+    return asked
+
+
+def test_the_watch_sees_what_waits():
+    values = torch.tensor([1.0, 2.0])
+    with Asked() as asked:
+        float(values.sum())
+        bool((values > 0).all())
+        values.nonzero()
+        values[values > 1]
+    assert asked.waits() == {"_local_scalar_dense": 2, "nonzero": 1, "index by a mask": 1}
+
+
+@pytest.mark.parametrize(
+    ("unlearn", "retain"),
+    [
+        (COLLISION % "keep", "distill"),
+        (COLLISION % "batched", "distill"),
+        (COLLISION % "recompute", "distill"),
+        ('{kind="random-labels"}', "distill"),
+        ('{kind="uniform"}', "target-ce"),
+        ('{kind="negative-ce"}', "a-gem"),
+        ('{kind="null-space", stages=2}', "distill"),
+        ('{kind="none"}', "distill"),
+    ],
+)
+def test_no_step_waits(recipe_file, monkeypatch, unlearn, retain):
+    """Pre-training with clipping, fine-tuning, and a disposal by every loss, in every way of holding graphs."""
+    changes = [f"dispose.one.unlearn={unlearn}", f'dispose.one.retain={{kind="{retain}"}}', "pretrain.clip=1.0"]
+    text = recipe_file.read_text()
+    recipe_file.write_text(text + "[dispose.one]\nsteps = 3\nbatch_size = 32\nclip = 1.0\n")
+    lab = Experiment(load(recipe_file, changes), recipe_file.parent / "runs", quiet=True)
+
+    def trained() -> None:
+        run(lab, ["pretrain", "finetune", "dispose"], only=["pre", "TL", "one"])
+
+    asked = in_steps(monkeypatch, trained)
+    assert asked.operations["convolution"] > 0 and asked.operations["_fused_sgd_"] >= 19
+    seeds = {"_local_scalar_dense": 3} if "recompute" in unlearn else {}  # drawn on the CPU, whatever the device
+    assert asked.waits() == seeds
