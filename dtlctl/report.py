@@ -11,6 +11,7 @@ from typing import Any
 
 from dtlctl import checkpoint
 from dtlctl.attacks.recovery import recovered
+from dtlctl.caveats import caveats
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.plan import Job, jobs
 from dtlctl.recipe import REFERENCES, Recipe
@@ -19,7 +20,6 @@ Row = dict[str, Any]
 
 # Numbers by piggyback dataset: the sidecar's metric behind each.
 ATTACKS = {"piggyback": "acc_pl", "piggyback_worst": "acc_pl_worst", "piggyback_max": "acc_pl_max"}
-
 
 TUNED = (
     "Under tuned attackers: PL of the table's one setting, of the attacker who is best on held-out images of his own, "
@@ -132,7 +132,7 @@ def markdown(table: dict[str, Any]) -> str:
             *(f"{s} {kind}" for s in sets for kind in ("one setting", "tuned", "best of all", "recovered")),
         ]
         lines = [[row["model"], *(cell for s in sets for cell in attacked(row, s))] for row in rows]
-        parts += [TUNED, grid(columns, lines)]
+        parts += [TUNED, grid(columns, lines), *caveats(rows)]
     return "\n\n".join(parts) + "\n"
 
 
