@@ -11,12 +11,10 @@ from typing import Any
 
 from dtlctl import checkpoint
 from dtlctl.attacks.recovery import recovered
-from dtlctl.caveats import caveats
+from dtlctl.caveats import Row, caveats
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.plan import Job, jobs
 from dtlctl.recipe import REFERENCES, Recipe
-
-Row = dict[str, Any]
 
 # Numbers by piggyback dataset: the sidecar's metric behind each.
 ATTACKS = {"piggyback": "acc_pl", "piggyback_worst": "acc_pl_worst", "piggyback_max": "acc_pl_max"}
@@ -38,7 +36,8 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
     interval. A number that was not measured is left out. vs_TL and vs_TGT are rows of differences, taken seed by seed,
     so that their intervals are those of the difference. Under tuned attackers a row also has piggyback_worst and
     piggyback_max; recovered and recovered_worst are shares of what TL gives away (see `recovered`); curves holds
-    [[steps of the attack, %], ...] by dataset. audits_sha256 stands for all that audit.md shows besides.
+    [[steps of the attack, %], ...] by dataset. audits_sha256 stands for all that audit.md shows besides; caveats
+    are sentences.
     """
     from dtlctl import report_audit
 
@@ -60,6 +59,7 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
         "recipe": recipes[0].resolved(),
         "seeds": [r.seed for r in recipes],
         "rows": rows,
+        "caveats": caveats(by_seed, [r.seed for r in recipes]),
         "audits_sha256": checkpoint.key({"audits": report_audit.read_all(runs)}),
     }
 
@@ -132,7 +132,7 @@ def markdown(table: dict[str, Any]) -> str:
             *(f"{s} {kind}" for s in sets for kind in ("one setting", "tuned", "best of all", "recovered")),
         ]
         lines = [[row["model"], *(cell for s in sets for cell in attacked(row, s))] for row in rows]
-        parts += [TUNED, grid(columns, lines), *caveats(rows)]
+        parts += [TUNED, grid(columns, lines), *table.get("caveats", [])]
     return "\n\n".join(parts) + "\n"
 
 
