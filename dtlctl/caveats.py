@@ -16,7 +16,8 @@ def caveats(models: Mapping[str, Sequence[Row]], seeds: Sequence[int]) -> list[s
     """
     return [
         f"{model} on {name}, seed {seed}: the one setting fails on these weights. "
-        f"It gets {row['piggyback'][name]:.1f}, less than from scratch ({scratch['piggyback'][name]:.1f}), and a tuned attacker gets {tuned:.1f}."
+        f"It gets {row['piggyback'][name]:.1f}, less than from scratch "
+        f"({scratch['piggyback'][name]:.1f}), and a tuned attacker gets {tuned:.1f}."
         for model, rows in models.items()
         for seed, row, scratch in zip(seeds, rows, models.get("scratch", [{}] * len(rows)), strict=True)
         for name, tuned in row.get("piggyback_worst", {}).items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -109,23 +110,51 @@ def test_the_page_on_photographs_shows_every_trial():
         assert f"| {' | '.join(cells)} |" in page
 
 
+def _below(study: Path, seeds: Sequence[int], baseline: str, dataset: str) -> tuple[list[str], str]:
+    """How far the tuned attacker's PL on null-space is below that on a baseline: by seed, and the mean's interval."""
+    tuned = {
+        model: [
+            json.loads((study / f"seed-{seed}/piggyback/{model}/{dataset}.json").read_text())["metrics"]["acc_pl_worst"]
+            for seed in seeds
+        ]
+        for model in (baseline, "null")
+    }
+    below = [other - null for other, null in zip(tuned[baseline], tuned["null"], strict=True)]
+    assert len(below) == 3
+    half = 4.3027 * stdev(below) / 3**0.5  # t(0.975, 2)
+    return [f"{points:.1f}" for points in below], f"{mean(below):.1f} ± {half:.1f}"
+
+
 def test_the_page_on_photographs_says_how_far_null_space_is_below_rand_by_seed():
     study = ROOT / "docs/results/tin100_c10"
-    said = []
-    for dataset in ("tin100-10", "tin20b"):
-        tuned = {
-            model: [
-                json.loads((study / f"seed-{seed}/piggyback/{model}/{dataset}.json").read_text())["metrics"][
-                    "acc_pl_worst"
-                ]
-                for seed in range(3)
-            ]
-            for model in ("rand", "null")
-        }
-        below = [rand - null for rand, null in zip(tuned["rand"], tuned["null"], strict=True)]
-        half = 4.3027 * stdev(below) / 3**0.5  # t(0.975, 2)
-        said.append(([f"{points:.1f}" for points in below], f"{mean(below):.1f} ± {half:.1f}"))
-    (first, total), (second, other) = said
+    first, total = _below(study, (0, 1, 2), "rand", "tin100-10")
+    second, other = _below(study, (0, 1, 2), "rand", "tin20b")
     page = study.with_suffix(".md").read_text(encoding="utf-8")
     assert f"its PL is {first[0]}, {first[1]} and {first[2]} points below RAND's on tin100-10 (mean {total})" in page
     assert f"and {second[0]}, {second[1]} and {second[2]} on tin20b ({other})" in page
+
+
+def test_the_second_page_on_photographs_shows_prices_and_how_far_null_space_is_below_both_baselines():
+    study = ROOT / "docs/results/tin100_again"
+    page = study.with_suffix(".md").read_text(encoding="utf-8")
+    validation = json.loads((study / "validation.json").read_text(encoding="utf-8"))
+    for model in ("rand", "neg", "null"):
+        prices = [validation[f"{seed}/{model}"] - validation[f"{seed}/TL"] for seed in (3, 4, 5)]
+        assert f"| {model} | {' | '.join(f'{price:+.1f}' for price in prices)} | {mean(prices):+.1f} |" in page
+    for baseline in ("rand", "neg"):
+        for dataset in ("tin100-10", "tin20b"):
+            points, total = _below(study, (3, 4, 5), baseline, dataset)
+            assert f"| {baseline} | {dataset} | {' | '.join(points)} | {total} |" in page
+
+
+def test_the_second_page_on_photographs_shows_the_one_trial_of_uniform():
+    study = ROOT / "docs/results/tin100_again"
+    made, *attacks = (
+        json.loads((study / f"unif-0.9/{name}.json").read_text(encoding="utf-8"))
+        for name in ("model", "tin100-10", "tin20b")
+    )
+    validation = json.loads((study / "validation.json").read_text(encoding="utf-8"))
+    assert (made["settings"]["unlearn"]["kind"], made["settings"]["lambda"], made["seed"]) == ("uniform", 0.9, 3)
+    cells = [f"{validation['3/unif90'] - validation['3/TL']:+.1f}", f"{made['metrics']['acc_t']:.1f}"]
+    cells += [f"{attack['metrics'][key]:.1f}" for attack in attacks for key in ("acc_pl", "acc_pl_worst")]
+    assert f"| {' | '.join(cells)} |" in study.with_suffix(".md").read_text(encoding="utf-8")
