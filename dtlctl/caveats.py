@@ -7,21 +7,33 @@ from typing import Any
 
 Row = dict[str, Any]
 
+LEFT = 0.1
+"""The share of what TL gives away that must be left for an attack to have failed: less could be chance."""
+
 
 def caveats(models: Mapping[str, Sequence[Row]], seeds: Sequence[int]) -> list[str]:
-    """A sentence wherever the one setting gets less than from scratch, and a tuned attacker more.
+    """A sentence wherever the one setting gets less than from scratch, and a tuned attacker much more.
 
     models: the rows of `report` by model, one a seed. Such weights make the one setting fail, by their scale for
     instance; they do not hold less than random ones, as its number alone would say.
     """
+    if not {"scratch", "TL"} <= models.keys():
+        return []
     return [
         f"{model} on {name}, seed {seed}: the one setting fails on these weights. "
-        f"It gets {row['piggyback'][name]:.1f}, less than from scratch "
-        f"({scratch['piggyback'][name]:.1f}), and a tuned attacker gets {tuned:.1f}."
+        f"It gets {row['piggyback'][name]:.1f}, less than from scratch ({scratch['piggyback'][name]:.1f}), "
+        f"and a tuned attacker gets {tuned:.1f}."
         for model, rows in models.items()
-        for seed, row, scratch in zip(seeds, rows, models.get("scratch", [{}] * len(rows)), strict=True)
+        for seed, row, scratch, tl in zip(seeds, rows, models["scratch"], models["TL"], strict=True)
         for name, tuned in row.get("piggyback_worst", {}).items()
-        if name in scratch.get("piggyback_worst", {})
-        and row["piggyback"][name] < scratch["piggyback"][name]
-        and tuned > scratch["piggyback_worst"][name]
+        if _fails(*(one.get("piggyback", {}).get(name) for one in (row, scratch)))
+        and _left(tuned, *(one.get("piggyback_worst", {}).get(name) for one in (scratch, tl)))
     ]
+
+
+def _fails(one: float | None, scratch: float | None) -> bool:
+    return one is not None and scratch is not None and one < scratch
+
+
+def _left(tuned: float, scratch: float | None, tl: float | None) -> bool:
+    return scratch is not None and tl is not None and tuned - scratch > max(0.0, LEFT * (tl - scratch))
