@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dtlctl.attacks.recovery import recovered
+
 Row = dict[str, Any]
 
 LEFT = 0.1
@@ -26,14 +28,14 @@ def caveats(models: Mapping[str, Sequence[Row]], seeds: Sequence[int]) -> list[s
         for model, rows in models.items()
         for seed, row, scratch, tl in zip(seeds, rows, models["scratch"], models["TL"], strict=True)
         for name, tuned in row.get("piggyback_worst", {}).items()
-        if _fails(*(one.get("piggyback", {}).get(name) for one in (row, scratch)))
-        and _left(tuned, *(one.get("piggyback_worst", {}).get(name) for one in (scratch, tl)))
+        if _failed(name, row, scratch, tl)
     ]
 
 
-def _fails(one: float | None, scratch: float | None) -> bool:
-    return one is not None and scratch is not None and one < scratch
-
-
-def _left(tuned: float, scratch: float | None, tl: float | None) -> bool:
-    return scratch is not None and tl is not None and tuned - scratch > max(0.0, LEFT * (tl - scratch))
+def _failed(name: str, row: Row, scratch: Row, tl: Row) -> bool:
+    """Whether the one setting gets less from this model than from scratch, and a tuned attacker enough."""
+    trio = (row, scratch, tl)
+    if any(name not in one.get("piggyback_worst", {}) for one in trio):
+        return False
+    left = recovered(*([one["piggyback_worst"][name]] for one in trio)) or {"share": None}
+    return row["piggyback"][name] < scratch["piggyback"][name] and (left["share"] or 0.0) > LEFT

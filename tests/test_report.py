@@ -186,10 +186,11 @@ def test_an_attack_that_fails_where_a_tuned_one_succeeds_is_named(recipe_file: P
         for model, accuracies in (("scratch", (5.0, 10.0)), ("TL", (60.0, 70.0)), ("gc", gc)):
             attack(run, model, *accuracies)
     sentence = (
-        "\n\ngc on again, seed 1: the one setting fails on these weights. It gets 4.0, less than from scratch (5.0), "
-        "and a tuned attacker gets 17.0.\n"
+        f"gc on again, seed 1: the one setting fails on these weights. It gets {one:.1f}, "
+        f"less than from scratch (5.0), and a tuned attacker gets {tuned:.1f}."
     )
-    assert report.markdown(report.summarise(runs)).endswith(sentence) is told
+    assert report.summarise(runs)["caveats"] == [sentence] * told
+    assert (sentence in report.markdown(report.summarise(runs))) is told
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
