@@ -1,8 +1,9 @@
 """`dtlctl compare`: every unlearning loss at the λ that costs the same target accuracy.
 
 The paper adjusts λ so that "the differently unlearned models are compared with similar target accuracy" (section 4.2).
-Here λ is found by bisection over real disposals. The target accuracy that steers it is that of images that nothing is
-trained or tested on: the part of the target's train split that the recipe's `fraction` leaves out.
+Here λ is searched with real disposals, from the recipe's own outwards. The target accuracy that steers it is that of
+images that nothing is trained or tested on: the part of the target's train split that the recipe's `fraction` leaves
+out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dtlctl.recipe import Compare, Dispose, Recipe
 from dtlctl.sweep import perform, relatives
 
 LOW, HIGH = 0.0005, 0.9995
-"""λ is looked for between these, with even steps of log(λ / (1 − λ)): what matters is the ratio of the two terms."""
+"""λ is looked for between these."""
 
 
 def compare(
@@ -83,31 +84,49 @@ def _comparable(path: Path, base: Recipe) -> list[str]:
 
 
 def search(drops: Callable[[float], list[float]], first: float, settings: Compare) -> dict[str, Any]:
-    """Bisection for the λ whose mean drop is `settings.target_drop`, beginning with the recipe's own.
+    """The λ whose mean drop is `settings.target_drop`: steps away from the first until that is passed, then halves.
 
     It takes for granted that more unlearning costs more; where it does not, or where no λ is near enough, the best of
     those tried is returned with `reached` false. Every one tried is kept.
     """
-    low, high = LOW, HIGH
+    cheap: list[float] = []
+    dear: list[float] = []
     tried: list[dict[str, Any]] = []
-    lam = min(max(first, LOW), HIGH)
-    for _ in range(settings.rounds):
-        lam = float(f"{lam:.4g}")
+    lam = rounded(first)
+    while len(tried) < settings.rounds and lam not in [one["lambda"] for one in tried]:  # again: the range has ended
         found = drops(lam)
         tried.append({"lambda": lam, "drop": mean(found), "drops": found})
         if abs(tried[-1]["drop"] - settings.target_drop) <= settings.tolerance:
             break
-        low, high = (lam, high) if tried[-1]["drop"] < settings.target_drop else (low, lam)
-        lam = between(low, high)
+        (cheap if tried[-1]["drop"] < settings.target_drop else dear).append(logit(lam))
+        lam = rounded(following(cheap, dear))
     best = min(tried, key=lambda one: abs(one["drop"] - settings.target_drop))
     reached = abs(best["drop"] - settings.target_drop) <= settings.tolerance
     return {"lambda": best["lambda"], "drop": best["drop"], "reached": reached, "tried": tried}
 
 
-def between(low: float, high: float) -> float:
-    """Half-way between two λ in log(λ / (1 − λ))."""
-    middle = (math.log(low / (1 - low)) + math.log(high / (1 - high))) / 2
+def following(cheap: Sequence[float], dear: Sequence[float]) -> float:
+    """The λ to try after these log-odds, which cost too little or too much.
+
+    Half-way between the dearest that is too cheap and the cheapest that is too dear. While all are on one side of the
+    price: 1 away from the outermost, then 2, 4, ...: the recipe's own λ is a guess, so what is near it comes first.
+    """
+    if cheap and dear:
+        middle = (max(cheap) + min(dear)) / 2
+    else:
+        step = 2.0 ** (len(cheap or dear) - 1)
+        middle = max(cheap) + step if cheap else min(dear) - step
     return 1 / (1 + math.exp(-middle))
+
+
+def rounded(lam: float) -> float:
+    """λ with the digits that its run is named by, within the range of the search."""
+    return float(f"{min(max(lam, LOW), HIGH):.4g}")
+
+
+def logit(lam: float) -> float:
+    """The log-odds of λ, in which steps are even: what matters is the ratio of the two terms."""
+    return math.log(lam / (1 - lam))
 
 
 def validation(lab: Experiment, model: str) -> float:

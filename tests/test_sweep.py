@@ -1,10 +1,11 @@
-"""Grids of runs and the matched comparison: parents are shared, work is resumed, λ is bisected on validation images."""
+"""Grids of runs and the matched comparison: parents are shared, work is resumed, λ is found on validation images."""
 
 from __future__ import annotations
 
 import json
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +170,7 @@ def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, call
 
 
 @pytest.mark.parametrize(("wanted", "reached"), [(2.0, True), (60.0, False)])
-def test_bisection_finds_the_matching_lambda(wanted: float, reached: bool):
+def test_the_search_finds_the_matching_lambda(wanted: float, reached: bool):
     """A drop of 50 λ points meets 2 at λ = 0.04; 60 is out of reach below λ = 1, so the largest tried is returned."""
     calls: list[float] = []
 
@@ -182,8 +183,22 @@ def test_bisection_finds_the_matching_lambda(wanted: float, reached: bool):
     assert [one["lambda"] for one in found["tried"]] == calls
     assert found["tried"][0] == {"lambda": 0.5, "drop": 25.0, "drops": [24.0, 26.0]}
     assert found["lambda"] == pytest.approx(0.04, abs=0.004) if reached else found["lambda"] == max(calls)
-    assert matching.between(0.1, 0.9) == pytest.approx(0.5)
-    assert matching.between(0.2, 0.5) == pytest.approx(1 / 3)  # odds 1/4 and 1: 1/2 in between
+
+
+def test_the_search_steps_out_until_the_price_is_passed_then_halves():
+    """In log-odds: from 0 by 1 to -1, by 2 to -3, by 4 to -7 (mirrored too); then half-way between -7 and -3: -5."""
+
+    def wanted(drop_of: Callable[[float], float]) -> list[float]:
+        found = matching.search(lambda lam: [drop_of(matching.logit(lam))], 0.5, Compare(target_drop=5, rounds=5))
+        return [matching.logit(one["lambda"]) for one in found["tried"]]
+
+    assert wanted(lambda odds: 9.0 if odds > -4 else 1.0) == pytest.approx([0, -1, -3, -7, -5], abs=0.01)
+    assert wanted(lambda odds: 1.0 if odds < 4 else 9.0) == pytest.approx([0, 1, 3, 7, 5], abs=0.1)  # 4 digits of λ
+    outside = wanted(lambda odds: 9.0)  # -15 would be the next: the range ends at λ = 0.0005, and nothing is done twice
+    assert outside[3:] == pytest.approx([-7, matching.logit(matching.LOW)], abs=0.01)
+    assert len(matching.search(lambda lam: [9.0], 0.5, Compare(target_drop=5, rounds=30))["tried"]) == 5
+    assert matching.logit(0.5) == 0
+    assert matching.following([matching.logit(0.2)], [matching.logit(0.5)]) == pytest.approx(1 / 3)  # odds 1/4, 1: 1/2
 
 
 def test_a_drop_is_what_validation_loses_against_tl_of_the_same_seed(
