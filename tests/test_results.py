@@ -67,9 +67,30 @@ def test_the_curve_and_the_match_show_their_documents():
     curve = json.loads((folder / "quickstart_curve/table.json").read_text())
     for part in grids.markdown(curve).strip().split("\n\n"):
         assert part in (folder / "quickstart_curve.md").read_text(encoding="utf-8")
-    found = json.loads((folder / "quickstart_matched/compare.json").read_text())
-    for part in matching._needed(found):
-        assert part in (folder / "quickstart_matched.md").read_text(encoding="utf-8")
+    for name in ("quickstart_matched", "tin100_matched"):
+        found = json.loads((folder / name / "compare.json").read_text())
+        for part in matching._needed(found):
+            assert part in (folder / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("document", "label"),
+    [
+        ("quickstart_matched/compare.json", "{}"),
+        ("tin100_matched/compare.json", "{}"),
+        ("tin100_matched/first_search.json", "{}, first search"),
+    ],
+)
+def test_a_match_shows_every_value_of_lambda_that_was_tried(document: str, label: str):
+    """A row a loss: each λ, the mean of what it cost, and each seed's; in the order in which they were tried."""
+    path = ROOT / "docs/results" / document
+    page = path.parent.with_suffix(".md").read_text(encoding="utf-8")
+    for variant, found in json.loads(path.read_text(encoding="utf-8"))["variants"].items():
+        tried = [
+            f"{one['lambda']:g}: {one['drop']:.1f} ({', '.join(f'{drop:.1f}' for drop in one['drops'])})"
+            for one in found["tried"]
+        ]
+        assert f"| {label.format(variant)} | {'; '.join(tried)} |" in page
 
 
 def test_the_page_on_photographs_shows_the_paths_that_collisions_took():
@@ -110,13 +131,10 @@ def test_the_page_on_photographs_shows_every_trial():
         assert f"| {' | '.join(cells)} |" in page
 
 
-def _below(study: Path, seeds: Sequence[int], baseline: str, dataset: str) -> tuple[list[str], str]:
-    """How far the tuned attacker's PL on null-space is below that on a baseline: by seed, and the mean's interval."""
+def _below(runs: Sequence[Path], baseline: str, dataset: str, metric: str = "acc_pl_worst") -> tuple[list[str], str]:
+    """How far an attacker's PL on null-space is below that on a baseline: by seed, and the mean's interval."""
     tuned = {
-        model: [
-            json.loads((study / f"seed-{seed}/piggyback/{model}/{dataset}.json").read_text())["metrics"]["acc_pl_worst"]
-            for seed in seeds
-        ]
+        model: [json.loads((run / f"piggyback/{model}/{dataset}.json").read_text())["metrics"][metric] for run in runs]
         for model in (baseline, "null")
     }
     below = [other - null for other, null in zip(tuned[baseline], tuned["null"], strict=True)]
@@ -127,8 +145,9 @@ def _below(study: Path, seeds: Sequence[int], baseline: str, dataset: str) -> tu
 
 def test_the_page_on_photographs_says_how_far_null_space_is_below_rand_by_seed():
     study = ROOT / "docs/results/tin100_c10"
-    first, total = _below(study, (0, 1, 2), "rand", "tin100-10")
-    second, other = _below(study, (0, 1, 2), "rand", "tin20b")
+    runs = [study / f"seed-{seed}" for seed in (0, 1, 2)]
+    first, total = _below(runs, "rand", "tin100-10")
+    second, other = _below(runs, "rand", "tin20b")
     page = study.with_suffix(".md").read_text(encoding="utf-8")
     assert f"its PL is {first[0]}, {first[1]} and {first[2]} points below RAND's on tin100-10 (mean {total})" in page
     assert f"and {second[0]}, {second[1]} and {second[2]} on tin20b ({other})" in page
@@ -143,7 +162,7 @@ def test_the_second_page_on_photographs_shows_prices_and_how_far_null_space_is_b
         assert f"| {model} | {' | '.join(f'{price:+.1f}' for price in prices)} | {mean(prices):+.1f} |" in page
     for baseline in ("rand", "neg"):
         for dataset in ("tin100-10", "tin20b"):
-            points, total = _below(study, (3, 4, 5), baseline, dataset)
+            points, total = _below([study / f"seed-{seed}" for seed in (3, 4, 5)], baseline, dataset)
             assert f"| {baseline} | {dataset} | {' | '.join(points)} | {total} |" in page
 
 
@@ -158,3 +177,15 @@ def test_the_second_page_on_photographs_shows_the_one_trial_of_uniform():
     cells = [f"{validation['3/unif90'] - validation['3/TL']:+.1f}", f"{made['metrics']['acc_t']:.1f}"]
     cells += [f"{attack['metrics'][key]:.1f}" for attack in attacks for key in ("acc_pl", "acc_pl_worst")]
     assert f"| {' | '.join(cells)} |" in study.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_the_match_on_photographs_shows_how_far_null_space_is_below_every_other_loss():
+    """By both attackers, on all three datasets, seed by seed."""
+    study = ROOT / "docs/results/tin100_matched"
+    page = study.with_suffix(".md").read_text(encoding="utf-8")
+    runs = [study / f"matched-{seed}" for seed in (6, 7, 8)]
+    for baseline in ("rand", "unif", "neg", "gc"):
+        for dataset in ("tin100-10", "tin20b", "digits"):
+            for attacker, metric in (("tuned", "acc_pl_worst"), ("one setting", "acc_pl")):
+                points, total = _below(runs, baseline, dataset, metric)
+                assert f"| {baseline} | {dataset} | {attacker} | {' | '.join(points)} | {total} |" in page
