@@ -139,8 +139,12 @@ def _below(runs: Sequence[Path], baseline: str, dataset: str, metric: str = "acc
     }
     below = [other - null for other, null in zip(tuned[baseline], tuned["null"], strict=True)]
     assert len(below) == 3
-    half = 4.3027 * stdev(below) / 3**0.5  # t(0.975, 2)
-    return [f"{points:.1f}" for points in below], f"{mean(below):.1f} ± {half:.1f}"
+    return [f"{points:.1f}" for points in below], _interval(below)
+
+
+def _interval(three: Sequence[float]) -> str:
+    """Mean ± half width of the 95 % t interval of three seeds."""
+    return f"{mean(three):.1f} ± {4.3027 * stdev(three) / 3**0.5:.1f}"  # t(0.975, 2)
 
 
 def test_the_page_on_photographs_says_how_far_null_space_is_below_rand_by_seed():
@@ -189,3 +193,22 @@ def test_the_match_on_photographs_shows_how_far_null_space_is_below_every_other_
             for attacker, metric in (("tuned", "acc_pl_worst"), ("one setting", "acc_pl")):
                 points, total = _below(runs, baseline, dataset, metric)
                 assert f"| {baseline} | {dataset} | {attacker} | {' | '.join(points)} | {total} |" in page
+
+
+def test_the_match_on_photographs_shows_attackers_with_other_learning_rates():
+    """Of the probe and of full fine-tuning he takes what is best on his own held-out images, seed by seed."""
+    study = ROOT / "docs/results/tin100_matched"
+    page = study.with_suffix(".md").read_text(encoding="utf-8")
+    taken: dict[str, list[list[float]]] = {}
+    for model in ("scratch", "TL", "rand", "null"):
+        for seed in (6, 7, 8):
+            paths = (study / f"matched-{seed}/piggyback/{model}/tin100-10.json", study / f"lr/seed-{seed}/{model}.json")
+            probe, full = (json.loads(path.read_text(encoding="utf-8"))["metrics"] for path in paths)
+            assert probe["acc_pl"] == full["acc_pl"]  # the same weights
+            best = max((one["chosen"][0] for one in (probe, full)), key=lambda one: one["val"])["acc_pl"]
+            row = [probe["acc_pl"], probe["acc_pl_worst"], full["acc_pl_worst"], best]
+            taken.setdefault(model, []).append(row)
+        cells = [_interval(column) for column in zip(*taken[model], strict=True)]
+        assert f"| {model} | {' | '.join(cells)} |" in page
+    below = [r[3] - n[3] for r, n in zip(taken["rand"], taken["null"], strict=True)]
+    assert f"by {', '.join(f'{points:.1f}' for points in below[:2])} and {below[2]:.1f} points: {_interval(below)}" in page
