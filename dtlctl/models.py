@@ -132,6 +132,19 @@ def stages(backbone: nn.Module) -> list[list[nn.Module]]:
     return []
 
 
+def renew(backbone: nn.Module, fresh: nn.Module, last: int) -> None:
+    """Give the last stages of a backbone the weights and statistics of a freshly initialised one of its kind.
+
+    last: how many, 1 or more. Raises ValueError where fewer are known.
+    """
+    old, new = stages(backbone), stages(fresh)
+    if last > len(old):
+        raise ValueError(f"{last} of the last stages of {type(backbone).__name__}, but {len(old)} are known")
+    for ours, theirs in zip(old[-last:], new[-last:], strict=True):
+        for block, replacement in zip(ours, theirs, strict=True):
+            block.load_state_dict(replacement.state_dict())
+
+
 @contextmanager
 def watched(backbone: nn.Module) -> Iterator[list[Tensor]]:
     """Within, every forward pass appends the output of each stage, first stage first, to the list."""

@@ -101,6 +101,7 @@ class Dispose(Training):
     retain: Retain = Distill()
     repair: float = Field(0.0, ge=0, lt=1, description="last share of the steps, with lambda = 0")
     init: Literal["TL", "fresh"] = Field("TL", description="start from TL, or from a new network as a reference")
+    fresh_stages: int = Field(0, ge=0, description="of TL: how many of the last stages, and both heads, start anew")
     batch_norm: Literal["train", "frozen"] = "train"
 
     @model_validator(mode="after")
@@ -111,6 +112,16 @@ class Dispose(Training):
         if self.batch_size // self.unlearn.chunks < 2:
             raise ValueError(f"a chunk would hold {self.batch_size // self.unlearn.chunks} image; 2 are needed")
         return self
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Dispose:
+        if self.init == "fresh" and self.fresh_stages:
+            raise ValueError(f'init = "fresh" starts everything anew; fresh_stages = {self.fresh_stages} is for TL')
+        return self
+
+    @property
+    def new_heads(self) -> bool:
+        return self.init == "fresh" or self.fresh_stages > 0
 
 
 class Piggyback(Training):

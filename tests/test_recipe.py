@@ -100,6 +100,7 @@ MISTAKES = {
     "audit.attacks=['los']": "audit.attacks.0: 'los' is not valid; did you mean 'loss'?",
     "audit.modes=['reprob']": "audit.modes.0: 'reprob' is not valid; did you mean 'reprobe'?",
     "audit.attacks=['rmia']": 'audit: the attack "rmia" and references > 0 belong together; give both or neither',
+    "dispose.rand={init='fresh', fresh_stages=2}": 'dispose.rand: init = "fresh" starts everything anew; fresh_stages',
     "audit.references=3": "audit: references = 3 is odd; they are trained in pairs",
 }
 

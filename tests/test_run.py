@@ -12,7 +12,7 @@ import torch
 
 from dtlctl import checkpoint, models
 from dtlctl.cli import main
-from dtlctl.errors import CheckpointError, DivergedError
+from dtlctl.errors import CheckpointError, DivergedError, RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
 from dtlctl.stages import dispose as stage
@@ -112,6 +112,28 @@ def test_every_pair_of_losses_trains(recipe_file: Path, retain: str, unlearn: st
     experiment = lab(recipe_file, change)
     done = run(experiment, ("pretrain", "finetune", "dispose"), only=("pre", "TL", "rand"))
     assert [job.model for job in done] == ["pre", "TL", "rand"]
+
+
+@pytest.mark.parametrize(("start", "anew"), [("fresh_stages=1", "2"), ("fresh_stages=3", "012"), ('init="fresh"', "012s")])
+def test_a_disposal_starts_from_tl_but_for_what_is_drawn_anew(recipe_file: Path, start: str, anew: str):
+    """ResNet-8 has stages 0, 1, 2 after its stem; heads go with the stages that they read."""
+    experiment = lab(recipe_file, f"dispose={{rand={{{start}}}}}")
+    run(experiment, ("pretrain", "finetune"))
+    (job,) = experiment.chosen(("dispose",), ("rand",))
+    student = stage._student(experiment, job, global_batch_norm=True).state_dict()
+    tl = experiment.load_model("TL").state_dict()
+    fresh = experiment.new_model({"source": 10, "target": 10}, "dispose/init").state_dict()
+    drawn = tuple(f"backbone.stages.{number}." for number in anew if number != "s")
+    for name, tensor in student.items():
+        new = "s" in anew or name.startswith(("heads.", *drawn))
+        assert torch.equal(tensor, (fresh if new else tl)[name]), name
+    assert any(not torch.equal(tl[name], fresh[name]) for name in student if "stages.0" in name)
+
+
+def test_more_fresh_stages_than_there_are_is_one_line(recipe_file: Path):
+    experiment = lab(recipe_file, "dispose={rand={fresh_stages=4}}")
+    with pytest.raises(RecipeError, match="dispose/rand: fresh_stages draws anew 4 of the last stages of CifarResNet, but 3"):
+        run(experiment, ("pretrain", "finetune", "dispose"))
 
 
 @pytest.mark.parametrize(("before", "warned"), [(99.0, True), (0.0, False)])

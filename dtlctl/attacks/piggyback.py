@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dtlctl.attacks.tuning import Setting
 from dtlctl.errors import RecipeError
-from dtlctl.models import Classifier, stages
+from dtlctl.models import Classifier, renew
 from dtlctl.strict import Strict
 
 Rate = Annotated[float, Field(gt=0, le=100)]
@@ -53,11 +53,10 @@ class LastBlock(_Trained):
     kind: Literal["last-block"] = "last-block"
 
     def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
-        if not stages(model.backbone):
-            architecture = type(model.backbone).__name__
-            raise RecipeError(f'piggyback.attackers: kind "last-block" does not know the stages of {architecture}')
-        for old, new in zip(stages(model.backbone)[-1], stages(fresh.backbone)[-1], strict=True):
-            old.load_state_dict(new.state_dict())
+        try:
+            renew(model.backbone, fresh.backbone, 1)
+        except ValueError as error:
+            raise RecipeError(f'piggyback.attackers: kind "last-block" draws anew {error}') from None
 
 
 class Renorm(_Trained):

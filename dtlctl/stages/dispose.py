@@ -13,7 +13,7 @@ from dtlctl.data.tensors import Batch, Batches
 from dtlctl.engine import Objective
 from dtlctl.errors import RecipeError
 from dtlctl.experiment import Experiment
-from dtlctl.models import Classifier
+from dtlctl.models import Classifier, renew
 from dtlctl.objectives import views
 from dtlctl.objectives.batched import batchable
 from dtlctl.objectives.step import Step, View
@@ -28,10 +28,7 @@ def dispose(lab: Experiment, job: Job[Dispose]) -> None:
     # Collisions need each chunk's own batch statistics; one chunk means the statistics of the global batch.
     own_statistics = settings.unlearn.chunks > 1
     teacher = lab.load_model("TL", global_batch_norm=not own_statistics).eval().requires_grad_(False)
-    if settings.init == "TL":
-        student = lab.load_model("TL", global_batch_norm=not own_statistics)
-    else:
-        student = lab.new_model(teacher.classes, "dispose/init", global_batch_norm=not own_statistics)
+    student = _student(lab, job, global_batch_norm=not own_statistics)
     source = _batches(lab, "source", settings)
     target = _batches(lab, "target", settings) if settings.retain.needs_target else None
     objective = _objective(lab, settings, (student, teacher), (source, target), chunks)
@@ -47,6 +44,23 @@ def dispose(lab: Experiment, job: Job[Dispose]) -> None:
             "try a larger lambda or lr"
         )
     lab.publish(job, metrics, history, student)
+
+
+def _student(lab: Experiment, job: Job[Dispose], *, global_batch_norm: bool) -> Classifier:
+    """TL, TL with its last stages and heads drawn anew, or a new network."""
+    settings = job.settings
+    student = lab.load_model("TL", global_batch_norm=global_batch_norm)
+    if settings.init == "TL" and not settings.fresh_stages:
+        return student
+    fresh = lab.new_model(student.classes, "dispose/init", global_batch_norm=global_batch_norm)
+    if settings.init == "fresh":
+        return fresh
+    try:
+        renew(student.backbone, fresh.backbone, settings.fresh_stages)
+    except ValueError as error:
+        raise RecipeError(f"{job.title}: fresh_stages draws anew {error}") from None
+    student.heads.load_state_dict(fresh.heads.state_dict())
+    return student
 
 
 def diagnose(rows: list[dict[str, float]], before: float) -> dict[str, float]:
