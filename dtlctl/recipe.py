@@ -121,6 +121,7 @@ class Dispose(Training):
 
     @property
     def new_heads(self) -> bool:
+        """Whether the source head starts anew: only an unlearning loss that uses it trains it then."""
         return self.init == "fresh" or self.fresh_stages > 0
 
 

@@ -105,10 +105,10 @@ def test_splits_that_were_prepared_differently_are_refused(recipe_file: Path, mo
 
 
 @pytest.mark.parametrize(
-    "start", ['init="fresh", lambda=0.0, unlearn={kind="none"}', 'fresh_stages=1, batch_size=30, unlearn={kind="null-space"}']
+    "start", ['init="fresh", lambda=0.0, unlearn={kind="none"}', 'fresh_stages=1, unlearn={kind="null-space"}']
 )
 def test_a_head_that_was_never_trained_is_said_to_be_so(recipe_file: Path, start: str):
-    change = f"dispose={{rand={{steps=2, {start}}}}}"
+    change = f"dispose={{rand={{steps=2, batch_size=30, {start}}}}}"
     experiment = lab(recipe_file, change)
     with experiment.opened(("pretrain",), ()):
         run(experiment, ("pretrain", "finetune", "dispose", "audit"), only=("pre", "TL", "rand"))
