@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,9 +32,25 @@ def test_the_page_on_photographs_shows_the_paths_that_collisions_took():
         assert f"| {path.stem.removeprefix('gc-lr-')} | {row['acc_t']:.1f} | {' | '.join(cells)} |" in page
 
 
-def test_the_page_on_photographs_shows_every_trial():
+def _repair(settings: dict[str, Any]) -> list[str]:
+    return [f"{settings['repair']:g}"]
+
+
+def _start(settings: dict[str, Any]) -> list[str]:
+    """How many stages started anew (the key's name was another then), and the temperature."""
+    anew = "all" if settings["init"] == "fresh" else str(settings["reset"])
+    return [anew, f"{settings['retain']['temperature']:g}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "datasets"),
+    [("tin100_c10", _repair, ("tin100-10", "tin20b")), ("tin100_fresh", _start, ("tin100-10",))],
+)
+def test_the_pages_on_photographs_show_every_trial(
+    name: str, own: Callable[[dict[str, Any]], list[str]], datasets: Sequence[str]
+):
     """A row a trial: its settings, target accuracy on validation and test images, and PL of both attackers."""
-    study = ROOT / "docs/results/tin100_c10"
+    study = ROOT / "docs/results" / name
     page = study.with_suffix(".md").read_text(encoding="utf-8")
     validation = json.loads((study / "trials/validation.json").read_text(encoding="utf-8"))
     trials = sorted(path.parent for path in study.glob("trials/*/model.json"))
@@ -39,10 +58,10 @@ def test_the_page_on_photographs_shows_every_trial():
     for trial in trials:
         made = json.loads((trial / "model.json").read_text(encoding="utf-8"))
         settings, acc_v = made["settings"], validation["trials"].get(trial.name)
-        cells = [trial.name, settings["unlearn"]["kind"], f"{settings['lambda']:g}", f"{settings['repair']:g}"]
+        cells = [trial.name, settings["unlearn"]["kind"], f"{settings['lambda']:g}", *own(settings)]
         cells += [str(settings["steps"]), "–" if acc_v is None else f"{acc_v - validation['TL']:+.1f}"]
         cells += [f"{made['metrics']['acc_t']:.1f}"]
-        for path in (trial / "tin100-10.json", trial / "tin20b.json"):
+        for path in (trial / f"{dataset}.json" for dataset in datasets):
             attack = json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.exists() else {}
             cells += [f"{attack[key]:.1f}" if key in attack else "–" for key in ("acc_pl", "acc_pl_worst")]
         assert f"| {' | '.join(cells)} |" in page
@@ -187,23 +206,3 @@ def test_the_page_on_fresh_stages_shows_an_attacker_who_draws_the_last_stage_ane
         assert [one["acc_pl"] for one in metrics] == [_pl(model, n, "tin100-10", "one setting") for n in (6, 7, 8)]
         found = [one["acc_pl_worst"] for one in metrics]
         assert f"| {model} | {' | '.join(f'{one:.1f}' for one in found)} | {_interval(found)} |" in page
-
-
-def test_the_page_on_fresh_stages_shows_every_trial():
-    """A row a trial on seed 0: settings, what it costs on validation images, Acc_t, and PL of both attackers."""
-    study = ROOT / "docs/results/tin100_fresh"
-    page = study.with_suffix(".md").read_text(encoding="utf-8")
-    validation = json.loads((study / "trials/validation.json").read_text(encoding="utf-8"))
-    trials = sorted(path.parent for path in study.glob("trials/*/model.json"))
-    assert {trial.name for trial in trials} == {*validation["trials"]}
-    for trial in trials:
-        made = json.loads((trial / "model.json").read_text(encoding="utf-8"))
-        settings = made["settings"]
-        anew = "all" if settings["init"] == "fresh" else str(settings["reset"])  # the key's name was another then
-        cells = [trial.name, settings["unlearn"]["kind"], f"{settings['lambda']:g}", anew]
-        cells += [f"{settings['retain']['temperature']:g}", str(settings["steps"])]
-        cells += [f"{validation['trials'][trial.name] - validation['TL']:+.1f}", f"{made['metrics']['acc_t']:.1f}"]
-        path = trial / "tin100-10.json"
-        attack = json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.exists() else {}
-        cells += [f"{attack[key]:.1f}" if key in attack else "–" for key in ("acc_pl", "acc_pl_worst")]
-        assert f"| {' | '.join(cells)} |" in page
