@@ -122,9 +122,10 @@ def test_a_disposal_starts_from_tl_but_for_what_is_drawn_anew(recipe_file: Path,
     experiment = lab(recipe_file, f"dispose={{rand={{{start}}}}}")
     run(experiment, ("pretrain", "finetune"))
     (job,) = experiment.chosen(("dispose",), ("rand",))
-    student = stage._student(experiment, job, global_batch_norm=True).state_dict()
+    heads = {"source": 10, "target": 10}
+    student = stage._student(experiment, job, heads, global_batch_norm=True).state_dict()
     tl = experiment.load_model("TL").state_dict()
-    fresh = experiment.new_model({"source": 10, "target": 10}, "dispose/init").state_dict()
+    fresh = experiment.new_model(heads, "dispose/init").state_dict()
     drawn = tuple(f"backbone.stages.{number}." for number in anew if number != "s")
     for name, tensor in student.items():
         new = "s" in anew or name.startswith(("heads.", *drawn))

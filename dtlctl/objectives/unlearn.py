@@ -21,6 +21,14 @@ from dtlctl.objectives.step import Step, View
 from dtlctl.strict import Strict
 
 
+class OnePart(Strict):
+    """A loss of the global batch in one part: there are no graphs to hold one by one."""
+
+    chunks: ClassVar[int] = 1
+    memory: ClassVar[Literal["keep"]] = "keep"
+    trains_source_head: ClassVar[bool] = True
+
+
 class GradientCollision(Strict):
     """GC, Eq. 8: the mean inner product of the chunks' gradients. See `collision.py` for the mathematics."""
 
@@ -30,6 +38,7 @@ class GradientCollision(Strict):
     memory: Literal["auto", "batched", "keep", "recompute"] = Field(
         "auto", description="all chunks in one pass, one by one with their graphs kept, or one graph at a time"
     )
+    trains_source_head: ClassVar[bool] = True
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = {
@@ -50,12 +59,10 @@ class GradientCollision(Strict):
         return surrogate, value
 
 
-class RandomLabels(Strict):
+class RandomLabels(OnePart):
     """RAND, Eq. 11: cross-entropy to labels drawn once for every source image, uniformly over the classes."""
 
     kind: Literal["random-labels"] = "random-labels"
-    chunks: ClassVar[int] = 1
-    memory: ClassVar[Literal["keep"]] = "keep"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         classes = step.chunks[0].source.shape[1]
@@ -65,12 +72,10 @@ class RandomLabels(Strict):
         return loss, loss.detach()
 
 
-class Uniform(Strict):
+class Uniform(OnePart):
     """UNIF, Eq. 12: D_KL(U || P), in nats; 0 when the source head says nothing."""
 
     kind: Literal["uniform"] = "uniform"
-    chunks: ClassVar[int] = 1
-    memory: ClassVar[Literal["keep"]] = "keep"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         # D_KL(U || P) = sum_y 1/K (log 1/K - log P(y)) = -log K - mean_y log P(y)
@@ -78,19 +83,17 @@ class Uniform(Strict):
         return loss, loss.detach()
 
 
-class NegativeCrossEntropy(Strict):
+class NegativeCrossEntropy(OnePart):
     """NEG, Eq. 13: gradient ascent on the source task. Unbounded below."""
 
     kind: Literal["negative-ce"] = "negative-ce"
-    chunks: ClassVar[int] = 1
-    memory: ClassVar[Literal["keep"]] = "keep"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         loss = _mean([-F.cross_entropy(c.source, c.y) for c in step.chunks])
         return loss, loss.detach()
 
 
-class NullSpace(Strict):
+class NullSpace(OnePart):
     """The share of the representation that the target's answers do not explain, in [0, 1]. Ours, not the paper's.
 
     H is a stage's output on the source images of the global batch, flattened, Z their target logits (detached), both
@@ -102,8 +105,7 @@ class NullSpace(Strict):
 
     kind: Literal["null-space"] = "null-space"
     stages: int = Field(2, ge=1, description="how many of the last stages are narrowed")
-    chunks: ClassVar[int] = 1
-    memory: ClassVar[Literal["keep"]] = "keep"
+    trains_source_head: ClassVar[bool] = False
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         (view,) = step.chunks
@@ -136,12 +138,11 @@ def _unexplained(rows: Tensor, by: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     return step.processes * (hidden - over / under * whole) / under, over / under
 
 
-class Nothing(Strict):
+class Nothing(OnePart):
     """No unlearning: with `init = "fresh"` the reference `distilled`, a new network that only ever saw TL's answers."""
 
     kind: Literal["none"] = "none"
-    chunks: ClassVar[int] = 1
-    memory: ClassVar[Literal["keep"]] = "keep"
+    trains_source_head: ClassVar[bool] = False
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         zero = step.chunks[0].source.sum() * 0

@@ -92,7 +92,7 @@ def _head_state(lab: Experiment, job: Job[Audit], model: Classifier) -> str:
             )
         return "missing"
     variant = lab.recipe.dispose.get(job.model)
-    if variant and variant.new_heads and (variant.unlearn.kind in ("none", "null-space") or not variant.lam):
+    if variant and variant.new_heads and not (variant.unlearn.trains_source_head and variant.lam):
         if "as-is" in job.settings.modes and not lab.quiet:
             say(f"{job.title}: the source head of {job.model} was never trained; as-is attacks see noise")
         return "never trained"

@@ -28,7 +28,7 @@ def dispose(lab: Experiment, job: Job[Dispose]) -> None:
     # Collisions need each chunk's own batch statistics; one chunk means the statistics of the global batch.
     own_statistics = settings.unlearn.chunks > 1
     teacher = lab.load_model("TL", global_batch_norm=not own_statistics).eval().requires_grad_(False)
-    student = _student(lab, job, global_batch_norm=not own_statistics)
+    student = _student(lab, job, teacher.classes, global_batch_norm=not own_statistics)
     source = _batches(lab, "source", settings)
     target = _batches(lab, "target", settings) if settings.retain.needs_target else None
     objective = _objective(lab, settings, (student, teacher), (source, target), chunks)
@@ -46,15 +46,15 @@ def dispose(lab: Experiment, job: Job[Dispose]) -> None:
     lab.publish(job, metrics, history, student)
 
 
-def _student(lab: Experiment, job: Job[Dispose], *, global_batch_norm: bool) -> Classifier:
+def _student(lab: Experiment, job: Job[Dispose], heads: dict[str, int], *, global_batch_norm: bool) -> Classifier:
     """TL, TL with its last stages and heads drawn anew, or a new network."""
     settings = job.settings
-    student = lab.load_model("TL", global_batch_norm=global_batch_norm)
-    if settings.init == "TL" and not settings.fresh_stages:
-        return student
-    fresh = lab.new_model(student.classes, "dispose/init", global_batch_norm=global_batch_norm)
+    if not settings.new_heads:
+        return lab.load_model("TL", global_batch_norm=global_batch_norm)
+    fresh = lab.new_model(heads, "dispose/init", global_batch_norm=global_batch_norm)
     if settings.init == "fresh":
         return fresh
+    student = lab.load_model("TL", global_batch_norm=global_batch_norm)
     try:
         renew(student.backbone, fresh.backbone, settings.fresh_stages)
     except ValueError as error:
