@@ -60,14 +60,14 @@ def markdown(document: dict[str, Any]) -> str:
     found, keys = document["points"], list(document["points"][0]["values"])
     sets = list(dict.fromkeys(s for point in found for row in point["table"]["rows"] for s in row["piggyback"]))
     tuned = any("piggyback_worst" in row for point in found for row in point["table"]["rows"])
-    columns = ["Model", *keys, "Acc_s", "Acc_t", *(f"PL {s}" for s in sets)]
+    columns = ["Model", *("λ" if _is_odds(key) else key for key in keys), "Acc_s", "Acc_t", *(f"PL {s}" for s in sets)]
     columns += [f"PL {s} tuned" for s in sets] if tuned else []
     fixed, lines = set(_fixed(found)), []
     for number, point in enumerate(found):
         for row in point["table"]["rows"]:
             if row["model"] in fixed and number:
                 continue
-            values = ["–" if row["model"] in fixed else str(value) for value in point["values"].values()]
+            values = ["–"] * len(keys) if row["model"] in fixed else _values(point, row["model"])
             line = [row["model"], *values, report.number(row, "acc_s"), report.number(row, "acc_t")]
             kinds = ("piggyback", "piggyback_worst") if tuned else ("piggyback",)
             lines.append(line + [report.attacked_number(row, s, kind) for kind in kinds for s in sets])
@@ -76,6 +76,20 @@ def markdown(document: dict[str, Any]) -> str:
     note = f"Mean over seeds {', '.join(map(str, seeds))} ± half width of the 95 % interval."
     intro = f"Accuracies in %. {note}" if len(seeds) > 1 else f"Accuracies in %, seed {seeds[0]}."
     return f"{intro}\n\n{report.grid(columns, lines)}\n"
+
+
+def _is_odds(key: str) -> bool:
+    return key.endswith(".odds")
+
+
+def _along_a_curve(key: str) -> bool:
+    return key.endswith(".lambda") or _is_odds(key)
+
+
+def _values(point: dict[str, Any], model: str) -> list[str]:
+    """The values of the swept keys, with the λ that a factor of its odds came to."""
+    lam = point["table"]["recipe"]["dispose"].get(model, {}).get("lambda", "–")
+    return [str(lam if _is_odds(key) else value) for key, value in point["values"].items()]
 
 
 def _fixed(found: list[dict[str, Any]]) -> list[str]:
@@ -91,7 +105,7 @@ def draw(document: dict[str, Any]) -> dict[str, Any]:
     rows = [{row["model"]: row for row in point["table"]["rows"]} for point in found]
     drawn: dict[str, Any] = {}
     keys = list(found[0]["values"])
-    if any(key.endswith(".lambda") for key in keys):
+    if any(map(_along_a_curve, keys)):
         for name in sets:
             curves = _along_lambda(found, rows, name)
             drawn_through = {label.partition(" ")[0] for label in curves}
@@ -122,7 +136,7 @@ def _along_lambda(
     """[PL, Acc_t] by rising λ: one curve for every variant and choice of the other swept keys."""
     places: dict[str, dict[float, list[float]]] = {}
     for point, row in zip(found, rows, strict=True):
-        others = [str(value) for key, value in point["values"].items() if not key.endswith(".lambda")]
+        others = [str(value) for key, value in point["values"].items() if not _along_a_curve(key)]
         for variant, settings in point["table"]["recipe"]["dispose"].items():
             if variant in row and (place := _place(row[variant], name)):
                 places.setdefault(" ".join([variant, *others]), {})[settings["lambda"]] = place

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from dtlctl.experiment import Experiment
 from dtlctl.loading import load, parse_value
 from dtlctl.plan import STAGES, Job, Stage
 from dtlctl.progress import say
+from dtlctl.recipe import nearest
 
 RESULTS = ("pretrain/*.json", "target-only/*.json", "finetune/*.json", "dispose/*/*.json", "piggyback/*/*.json",
            "audit/*.json")  # fmt: skip
@@ -41,13 +43,29 @@ class Point:
         plain = re.sub(r"[^A-Za-z0-9._-]+", "", text.replace("*", "all")).strip("._-")
         return plain if 0 < len(plain) <= 64 else f"{plain[:48]}-{checkpoint.key(self.values)[:8]}"
 
-    def overrides(self, variants: Sequence[str]) -> list[str]:
-        """As `--set` would have them; `dispose.*.KEY` is KEY of all these variants."""
+    def overrides(self, lambdas: Mapping[str, float]) -> list[str]:
+        """As `--set` would have them. lambdas: the recipe's λ of every variant with an unlearning loss.
+
+        `dispose.*.KEY` is KEY of all these variants. `dispose.NAME.odds` is no key of the recipe, but a factor: λ is
+        set to where λ / (1 − λ), the weight of the unlearning loss over the retaining loss's in Eq. 1, is that many
+        times the recipe's.
+        """
         return [
-            f"{one}={json.dumps(value)}"
+            _override(one, value, lambdas)
             for key, value in self.values.items()
-            for one in ([key.replace("*", name, 1) for name in variants] if key.startswith("dispose.*.") else [key])
+            for one in ([key.replace("*", name, 1) for name in lambdas] if key.startswith("dispose.*.") else [key])
         ]
+
+
+def _override(key: str, value: Any, lambdas: Mapping[str, float]) -> str:
+    variant = re.fullmatch(r"dispose\.([^.]+)\.odds", key)
+    if variant is None:
+        return f"{key}={json.dumps(value)}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise RecipeError(f"--over {key}: {value!r} is no factor of the odds of lambda; give numbers above 0")
+    if (lam := lambdas.get(variant[1])) is None:
+        raise RecipeError(f"--over {key}: {variant[1]} has no unlearning loss" + nearest(variant[1], [*lambdas]))
+    return f"dispose.{variant[1]}.lambda={value * lam / (1 - lam + value * lam):g}"
 
 
 def points(over: Sequence[str]) -> list[Point]:
@@ -70,10 +88,10 @@ def run(
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RecipeError("sweep: start it as one process; --jobs N works on N points at a time")
     base = load(recipe, list(overrides))
-    variants = [name for name, settings in base.dispose.items() if settings.unlearn.kind != "none"]
+    lambdas = {name: settings.lam for name, settings in base.dispose.items() if settings.unlearn.kind != "none"}
     folder = out / f"{base.name}-sweep"
     grid = points(over)
-    calls = {p.name: [*overrides, *p.overrides(variants), f"name={p.name}"] for p in grid}
+    calls = {p.name: [*overrides, *p.overrides(lambdas), f"name={p.name}"] for p in grid}
     labs = [
         Experiment(load(recipe, calls[point.name]), folder, source=str(recipe), quiet=quiet or jobs > 1)
         for point in grid

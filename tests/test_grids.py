@@ -44,6 +44,22 @@ def test_curves_go_along_lambda_one_for_every_retaining_loss(monkeypatch: pytest
     assert curves == {"gc distill": [[50.0, 68.0], [30.0, 60.0]], "gc a-gem": [[51.0, 69.0], [31.0, 61.0]]}
 
 
+def test_a_curve_along_the_odds_of_lambda_shows_lambda(monkeypatch: pytest.MonkeyPatch):
+    """The factor is swept; the table and the order of the curve are those of the λ that it came to."""
+    calls = captured(monkeypatch, "of_curves")
+    found = [
+        point({"dispose.*.odds": odds}, lam, {"acc_t": acc_t, "piggyback": {"letters": pl}})
+        for odds, lam, acc_t, pl in ((2, 0.6, 60.0, 30.0), (0.5, 0.3, 68.0, 50.0))
+    ]
+    grids.draw({"points": found})
+    ((_, curves, _),) = calls
+    assert curves == {"gc": [[50.0, 68.0], [30.0, 60.0]]}
+    lines = [[cell.strip() for cell in line.split("|")[1:3]] for line in grids.markdown({"points": found}).splitlines()
+             if "|" in line]  # fmt: skip
+    assert lines[0] == ["Model", "λ"]
+    assert lines[2:] == [["TL", "–"], ["rand", "–"], ["gc", "0.6"], ["gc", "0.3"]]
+
+
 def test_one_swept_number_is_drawn_over_it(monkeypatch: pytest.MonkeyPatch):
     """Fig. 5: Acc_pl over γ of every model, and only of the dataset whose γ it is."""
     calls = captured(monkeypatch, "of_sweep")

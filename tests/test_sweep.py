@@ -34,7 +34,7 @@ def test_the_grid_and_its_names():
                                       "gc.lambda-0.5_seed-0", "gc.lambda-0.5_seed-1"]  # fmt: skip
     (point,) = sweep.points(["dispose.*.lambda=0.2"])
     assert point.name == "all.lambda-0.2"
-    assert point.overrides(["gc", "neg"]) == ["dispose.gc.lambda=0.2", "dispose.neg.lambda=0.2"]
+    assert point.overrides({"gc": 0.5, "neg": 0.1}) == ["dispose.gc.lambda=0.2", "dispose.neg.lambda=0.2"]
     long = sweep.points([f"data.source.path={'x' * 80},{'x' * 79}y"])
     assert len({p.name for p in long}) == 2
     assert all(len(p.name) <= 64 for p in long)
@@ -43,6 +43,20 @@ def test_the_grid_and_its_names():
             sweep.points([bad])
     with pytest.raises(RecipeError, match="given twice"):
         sweep.points(["seed=1", "seed=2"])
+
+
+def test_a_swept_factor_multiplies_the_odds_of_lambda():
+    """λ / (1 − λ): 1/4 and 3/1 at λ = 0.2 and 0.75; twice that is 1/2 and 6/1, so λ = 1/3 and 6/7."""
+    lambdas = {"gc": 0.2, "neg": 0.75, "rand": 0.012345}
+    same, double = sweep.points(["dispose.*.odds=1,2"])
+    assert double.name == "all.odds-2"
+    assert same.overrides(lambdas) == [f"dispose.{name}.lambda={lam}" for name, lam in lambdas.items()]
+    assert double.overrides(lambdas)[:2] == ["dispose.gc.lambda=0.333333", "dispose.neg.lambda=0.857143"]
+    assert sweep.points(["dispose.neg.odds=2"])[0].overrides(lambdas) == double.overrides(lambdas)[1:2]
+    for over, message in (("gc.odds=0", "above 0"), ("gc.odds=much", "above 0"), ("gc.odds=true", "above 0"),
+                          ("ngc.odds=2", "did you mean 'gc'")):  # fmt: skip
+        with pytest.raises(RecipeError, match=message):
+            sweep.points([f"dispose.{over}"])[0].overrides(lambdas)
 
 
 def test_a_sweep_trains_shared_parents_once_and_resumes(recipe_file: Path, call):
