@@ -117,7 +117,7 @@ def draw(document: dict[str, Any]) -> dict[str, Any]:
         lines = {
             name: {
                 model: [
-                    [point["values"][keys[0]], row[model]["piggyback"][name]]
+                    [point["values"][keys[0]], row[model][figures.quoted(row[model], name)][name]]
                     for point, row in zip(found, rows, strict=True)
                     if name in row.get(model, {}).get("piggyback", {})
                 ]
