@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from dtlctl.attacks.recovery import recovered
-
-Row = dict[str, Any]
+from dtlctl.results import Row
 
 LEFT = 0.1
 """The share of what TL gives away that must be left for an attack to have failed: less could be chance."""

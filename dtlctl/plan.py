@@ -38,6 +38,8 @@ class Job(Generic[Settings]):
             # Without tuned attackers there is nothing that these keys could have changed.
             for name in ("attackers", "attack_seeds", "held_out"):
                 del settings[name]
+        if not settings.get("fresh_stages", True):
+            del settings["fresh_stages"]  # likewise: what was made before there was the key is as good
         own_seed = settings.pop("seed", None)
         return {
             "settings": settings,

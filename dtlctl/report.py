@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from dtlctl import checkpoint
 from dtlctl.attacks.recovery import recovered
-from dtlctl.caveats import Row, caveats
+from dtlctl.caveats import caveats
 from dtlctl.errors import CheckpointError, RecipeError
-from dtlctl.plan import Job, jobs
-from dtlctl.recipe import REFERENCES, Recipe
-
-# Numbers by piggyback dataset: the sidecar's metric behind each.
-ATTACKS = {"piggyback": "acc_pl", "piggyback_worst": "acc_pl_worst", "piggyback_max": "acc_pl_max"}
+from dtlctl.results import ATTACKS, Row, recipe_of, rows_of
 
 TUNED = (
     "Under tuned attackers: PL of the table's one setting, of the attacker who is best on held-out images of his own, "
@@ -41,12 +36,12 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
     """
     from dtlctl import report_audit
 
-    recipes = [_recipe(run) for run in runs]
+    recipes = [recipe_of(run) for run in runs]
     plain = [{**r.resolved(), "seed": 0, "name": "", "checkpoint_minutes": 0} for r in recipes]
     for run, other in zip(runs, plain, strict=True):
         if other != plain[0]:
             raise RecipeError(f"{run}: its recipe differs from {runs[0]} in more than the seed; report them separately")
-    tables = [_rows(run, recipe) for run, recipe in zip(runs, recipes, strict=True)]
+    tables = [rows_of(run, recipe) for run, recipe in zip(runs, recipes, strict=True)]
     models = [model for model in tables[0] if all(model in t for t in tables)]
     by_seed: dict[str, list[Row]] = {model: [table[model] for table in tables] for model in models}
     rows = [_average(own) for own in by_seed.values()]
@@ -165,63 +160,6 @@ def attacked(row: Row, name: str) -> list[str]:
         return [*cells, "–"]
     width = f" [{share['low']:.0%}, {share['high']:.0%}]" if share.get("low") is not None else ""
     return [*cells, f"{share['share']:.0%}{width}"]
-
-
-def _recipe(run: Path) -> Recipe:
-    try:
-        document = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
-        return Recipe.model_validate(document)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(f"{run / 'recipe.json'}: not a run's recipe ({reason})") from None
-
-
-def _rows(run: Path, recipe: Recipe) -> dict[str, Row]:
-    """Measured numbers by model, the references first; stale results are left out."""
-    rows: dict[str, Row] = {}
-    plan = jobs(recipe)
-    weights: dict[str, str] = {}
-    for model in [*REFERENCES, *recipe.dispose]:
-        rows[model] = {"model": model, "piggyback": {}}
-    for job in plan:
-        sidecar = checkpoint.read_sidecar(run / job.path)
-        if sidecar is None or not _belongs(sidecar, job, recipe, weights):
-            continue
-        if "weights_sha256" in sidecar:
-            weights[job.model] = sidecar["weights_sha256"]
-        row, metrics = rows[job.model], sidecar["metrics"]
-        try:
-            if job.stage == "piggyback":
-                name = job.dataset.partition(".")[2]
-                for kind, metric in ATTACKS.items():
-                    if metric in metrics or kind == "piggyback":
-                        row.setdefault(kind, {})[name] = float(metrics[metric])
-                looks = [[look["step"], look["acc_pl"]] for look in sidecar.get("history", []) if "acc_pl" in look]
-                row.setdefault("curves", {})[name] = looks
-            elif job.stage == "audit":
-                if "loss" in metrics:
-                    row["audit_auc"] = float(metrics["loss"]["auc"])
-            else:
-                row.update({name: float(value) for name, value in metrics.items()})
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{run / job.path}: not the metrics of {job.stage}; delete it") from None
-    return {model: row for model, row in rows.items() if row["piggyback"] or len(row) > 2}
-
-
-def _belongs(sidecar: Row, job: Job[Any], recipe: Recipe, weights: dict[str, str]) -> bool:
-    """Whether the result was made as the run's recipe now says, from the model that is there now."""
-    described = all(sidecar.get(name) == value for name, value in job.described(recipe).items() if name != "settings")
-    described = described and _settings(sidecar, job, recipe) == job.described(recipe)["settings"]
-    return described and (job.parent is None or sidecar["parent"].get(job.parent) == weights.get(job.parent))
-
-
-def _settings(sidecar: Row, job: Job[Any], recipe: Recipe) -> Any:
-    """The result's settings as its job describes them; a key that is younger than the result is at its default."""
-    try:
-        settings = type(job.settings).model_validate(sidecar.get("settings"))
-        return replace(job, settings=settings).described(recipe)["settings"]
-    except ValueError:
-        return None
 
 
 def _average(rows: list[Row]) -> Row:

@@ -195,4 +195,6 @@ def test_what_does_not_change_a_result_does_not_make_it_stale(recipe_file: Path)
     assert described('dispose.gc.unlearn.memory="recompute"') == plain
     assert described("model.width=16", "model.channels_last=true") == described("model.width=16") != plain
     assert "precision" not in plain
+    assert "fresh_stages" not in plain["settings"]  # nor fresh stages, where there are none
+    assert described("dispose.gc.fresh_stages=2")["settings"] == {**plain["settings"], "fresh_stages": 2}
     assert described("precision=bfloat16") == {**plain, "precision": "bfloat16"}

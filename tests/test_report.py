@@ -112,6 +112,28 @@ def test_results_of_another_recipe_or_another_parent_are_left_out(recipe_file: P
     assert table["TL"]["acc_t"] == 70.0
 
 
+@pytest.mark.parametrize("changed", ["index", "test"])
+def test_attacks_with_different_data_are_not_put_into_one_table(recipe_file: Path, changed: str):
+    """A larger subset, or other test images, for one model: which of the two the recipe means cannot be told."""
+    folder = fake_run(recipe_file, "mixed", 0, 70.0)
+    for model in ("TL", "gc"):
+        path = folder / f"piggyback/{model}/again.json"
+        document = json.loads(path.read_text())
+        document["data"] = {"piggyback.again": {"index": "some", "test": "images"}}
+        if model == "gc":
+            document["data"]["piggyback.again"][changed] = "other"
+        path.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=r"gc/again.json: made from other images of data.*again than .*TL"):
+        report.summarise([folder])
+
+
+def test_a_result_of_another_precision_is_left_out(recipe_file: Path):
+    folder = fake_run(recipe_file, "rough", 0, 70.0)
+    path = folder / "dispose/gc/model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "precision": "bfloat16"}))
+    assert "gc" not in rows(report.summarise([folder]))
+
+
 def test_runs_that_differ_in_more_than_the_seed_are_refused(recipe_file: Path):
     first = fake_run(recipe_file, "a", 0, 70.0)
     second = fake_run(recipe_file, "b", 1, 70.0)

@@ -1,0 +1,93 @@
+"""What a run's folder says was measured: the numbers of its sidecars, by model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dtlctl import checkpoint
+from dtlctl.errors import CheckpointError
+from dtlctl.plan import Job, jobs
+from dtlctl.recipe import REFERENCES, Recipe
+
+Row = dict[str, Any]
+
+# Numbers by piggyback dataset: the sidecar's metric behind each.
+ATTACKS = {"piggyback": "acc_pl", "piggyback_worst": "acc_pl_worst", "piggyback_max": "acc_pl_max"}
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The run's recipe, every setting. Raises CheckpointError where there is none."""
+    try:
+        document = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+        return Recipe.model_validate(document)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(f"{run / 'recipe.json'}: not a run's recipe ({reason})") from None
+
+
+def rows_of(run: Path, recipe: Recipe) -> dict[str, Row]:
+    """Measured numbers by model, the references first; what was made from other settings or weights is left out.
+
+    Raises CheckpointError for a file that is no sidecar, and where two results have seen different data: which of
+    them is that of the recipe cannot be told without the data.
+    """
+    rows: dict[str, Row] = {}
+    plan = jobs(recipe)
+    weights: dict[str, str] = {}
+    data: dict[str, tuple[Row, Path]] = {}
+    for model in [*REFERENCES, *recipe.dispose]:
+        rows[model] = {"model": model, "piggyback": {}}
+    for job in plan:
+        sidecar = checkpoint.read_sidecar(run / job.path)
+        if sidecar is None or not _belongs(sidecar, job, recipe, weights):
+            continue
+        _agree(data, sidecar, run / job.path)
+        if "weights_sha256" in sidecar:
+            weights[job.model] = sidecar["weights_sha256"]
+        row, metrics = rows[job.model], sidecar["metrics"]
+        try:
+            if job.stage == "piggyback":
+                name = job.dataset.partition(".")[2]
+                for kind, metric in ATTACKS.items():
+                    if metric in metrics or kind == "piggyback":
+                        row.setdefault(kind, {})[name] = float(metrics[metric])
+                looks = [[look["step"], look["acc_pl"]] for look in sidecar.get("history", []) if "acc_pl" in look]
+                row.setdefault("curves", {})[name] = looks
+            elif job.stage == "audit":
+                if "loss" in metrics:
+                    row["audit_auc"] = float(metrics["loss"]["auc"])
+            else:
+                row.update({name: float(value) for name, value in metrics.items()})
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{run / job.path}: not the metrics of {job.stage}; delete it") from None
+    return {model: row for model, row in rows.items() if row["piggyback"] or len(row) > 2}
+
+
+def _belongs(sidecar: Row, job: Job[Any], recipe: Recipe, weights: dict[str, str]) -> bool:
+    """Whether the result was made as the run's recipe now says, from the model that is there now."""
+    described = all(sidecar.get(name) == value for name, value in job.described(recipe).items() if name != "settings")
+    described = described and _settings(sidecar, job, recipe) == job.described(recipe)["settings"]
+    described = described and sidecar.get("precision", recipe.precision) == recipe.precision
+    return described and (job.parent is None or sidecar["parent"].get(job.parent) == weights.get(job.parent))
+
+
+def _settings(sidecar: Row, job: Job[Any], recipe: Recipe) -> Any:
+    """The result's settings as its job describes them; a key that is younger than the result is at its default."""
+    try:
+        settings = type(job.settings).model_validate(sidecar.get("settings"))
+        return replace(job, settings=settings).described(recipe)["settings"]
+    except ValueError:
+        return None
+
+
+def _agree(data: dict[str, tuple[Row, Path]], sidecar: Row, path: Path) -> None:
+    """Keep what the result says of its data, by role; raise CheckpointError where another result said otherwise."""
+    for role, own in sidecar.get("data", {}).items():
+        other, first = data.setdefault(role, (own, path))
+        if any(own[name] != other[name] for name in own.keys() & other.keys()):
+            raise CheckpointError(
+                f"{path}: made from other images of data.{role} than {first}; do the stages again: dtlctl run RECIPE"
+            )
