@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
+from torchvision.ops import StochasticDepth
 
 from dtlctl.attacks import tuning
 from dtlctl.attacks.piggyback import Attacker, Probe
@@ -128,25 +130,37 @@ class Ground:
         return self.features
 
 
-def share_out(lab: Experiment, tasks: list[Callable[[], Result]], stop: threading.Event) -> list[Result]:
+def share_out(ground: Ground, tasks: list[Callable[[], Result]]) -> list[Result]:
     """Every task's result, in order. Tasks are shared out over processes and, on the CPU, over this one's threads.
 
-    One thread a task: networks and batches this small leave a second thread idle.
+    One thread a task: networks and batches this small leave a second thread idle. But threads share torch's random
+    numbers, so the trials of a network that draws some go one after the other, each from a seed of its own.
     """
-    engine = lab.engine
-    mine = tasks[engine.share.rank :: engine.processes]
-    threads = torch.get_num_threads() if engine.device.type == "cpu" else 1
-    torch.set_num_threads(1 if threads > 1 else threads)
-    pool = ThreadPoolExecutor(threads)
+    engine, cores = ground.lab.engine, torch.get_num_threads()
+    drawing = draws(ground.model)
+    at_once = 1 if drawing or engine.device.type != "cpu" else cores
+
+    def work(number: int) -> Result:
+        if drawing:
+            torch.manual_seed(ground.lab.seed(f"{ground.tag}/{number}"))
+        return tasks[number]()
+
+    torch.set_num_threads(1 if at_once > 1 else cores)
+    pool = ThreadPoolExecutor(at_once)
     try:
-        results = list(pool.map(lambda task: task(), mine))
+        results = list(pool.map(work, range(engine.share.rank, len(tasks), engine.processes)))
     except BaseException:
-        stop.set()
+        ground.stop.set()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(cores)
     gathered = engine.gather_objects(results)
     # Process r did tasks r, r + n, r + 2n, ...: deal them back into order.
     order = [number for rank in range(engine.processes) for number in range(rank, len(tasks), engine.processes)]
     return [result for _, result in sorted(zip(order, gathered, strict=True), key=lambda pair: pair[0])]
+
+
+def draws(model: torch.nn.Module) -> bool:
+    """Whether the network draws random numbers as it trains: dropout, or stochastic depth."""
+    return any(isinstance(m, (_DropoutNd, StochasticDepth)) and m.p > 0 for m in model.modules())

@@ -45,11 +45,11 @@ def _tuned(lab: Experiment, job: Job[Piggyback], single: float) -> dict[str, Any
         for seed in range(job.settings.attack_seeds):
             ground = Ground(lab, job, seed)
             grid = [(attacker, setting) for attacker in job.settings.attackers for setting in attacker.grid()]
-            tried = share_out(lab, [partial(ground.attempt, *point) for point in grid], ground.stop)
+            tried = share_out(ground, [partial(ground.attempt, *point) for point in grid])
             bar.advance(len(grid))
             best = [tuning.choose([t for t in tried if t.setting.kind == kind]) for kind in _kinds(job.settings)]
             makers = [(grid[tried.index(trial)][0], trial) for trial in best if trial]
-            again = share_out(lab, [partial(ground.strike, *pair) for pair in makers], ground.stop)
+            again = share_out(ground, [partial(ground.strike, *pair) for pair in makers])
             fits, trials, strikes = fits + len(tried) + len(again), trials + tried, [*strikes, again]
     seconds = time.perf_counter() - started
     worst = [tuning.choose([strike.trial for strike in again]) for again in strikes]
