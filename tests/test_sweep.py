@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dtlctl import checkpoint, matching, report, sweep
-from dtlctl.errors import RecipeError
+from dtlctl.errors import DivergedError, RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load, parse_value
 from dtlctl.recipe import Compare
@@ -213,6 +213,53 @@ def test_the_search_steps_out_until_the_price_is_passed_then_halves():
     assert len(matching.search(lambda lam: [9.0], 0.5, Compare(target_drop=5, rounds=30))["tried"]) == 5
     assert matching.logit(0.5) == 0
     assert matching.following([matching.logit(0.2)], [matching.logit(0.5)]) == pytest.approx(1 / 3)  # odds 1/4, 1: 1/2
+
+
+def test_a_lambda_that_diverges_is_too_dear():
+    """A drop of 25 λ points costs 12.5 at λ = 0.5; above 0.6 everything diverges.
+
+    In log-odds from 0.2 (-1.39) by 1 to 0.4046, by 2 to 0.8339 (1.61), which diverges; half-way 0.6488, which does
+    too; half-way again 0.5284, for 13.2 points. Were they not too dear, the search would go on upwards.
+    """
+
+    def drops(lam: float) -> list[float]:
+        if lam > 0.6:
+            raise DivergedError(f"diverged at {lam:g}")
+        return [25 * lam]
+
+    found = matching.search(drops, 0.2, Compare(target_drop=12.5, tolerance=1.0, rounds=6))
+    assert [one["lambda"] for one in found["tried"]] == [0.2, 0.4046, 0.8339, 0.6488, 0.5284]
+    assert found["tried"][2:4] == [{"lambda": lam, "drop": None, "drops": None} for lam in (0.8339, 0.6488)]
+    assert (found["lambda"], found["reached"]) == (0.5284, True)
+    best = matching.search(drops, 0.5, Compare(target_drop=90, rounds=2))
+    assert (best["lambda"], best["drop"], best["reached"]) == (0.5, 12.5, False)
+    with pytest.raises(DivergedError, match=r"every λ that was tried diverged \(0.9, 0.768\); the last: .* at 0.768"):
+        matching.search(drops, 0.9, Compare(target_drop=12.5, rounds=2))
+
+
+def test_compare_goes_on_past_a_lambda_that_diverges(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """gc and rand lose 1 point at 0.1, too little; 1 and then 1/2 further in log-odds, 0.232 and 0.1548, diverge."""
+    largest = 0.15
+
+    def perform(labs: list[Experiment], stages: tuple[str, ...], *_: object) -> None:
+        if "dispose" in stages and any(one.lam > largest for lab in labs for one in lab.recipe.dispose.values()):
+            raise DivergedError("training diverged at step 3")
+
+    monkeypatch.setattr(matching, "perform", perform)
+    monkeypatch.setattr(matching, "write", lambda *_: None)
+    monkeypatch.setattr(matching, "validation", lambda _, name: 70.0 if name == "TL" else 69.0)
+    monkeypatch.setattr(report, "summarise", lambda _: {})
+    change = "compare={target_drop=2.0, rounds=3, tolerance=0.1}"
+    document, _ = matching.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
+    document = json.loads(checkpoint.dump(document))  # which refuses NaN
+    for name in ("gc", "rand"):
+        found = document["variants"][name]
+        assert [(one["lambda"], one["drop"]) for one in found["tried"]] == [(0.1, 1.0), (0.232, None), (0.1548, None)]
+        assert (found["lambda"], found["reached"]) == (0.1, False)
+    assert matching._needed(document)[1].count("3, 2 diverged") == 2
+    largest = 0.0
+    with pytest.raises(DivergedError, match=r"\(0.1, 0.03927, 0.005501\); the last: dispose.gc-0.005501: .*at step 3"):
+        matching.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
 
 
 def test_a_drop_is_what_validation_loses_against_tl_of_the_same_seed(
