@@ -23,7 +23,7 @@ from dtlctl.loading import load
 from dtlctl.plan import Stage
 from dtlctl.progress import say
 from dtlctl.recipe import Compare, Dispose, Recipe
-from dtlctl.sweep import perform, relatives
+from dtlctl.sweep import one_process, perform, relatives
 
 LOW, HIGH = 0.0005, 0.9995
 """λ is looked for between these."""
@@ -39,18 +39,27 @@ def compare(
     where a disposal diverged. Raises RecipeError for a recipe with nothing to compare, or without target images to
     validate on, and DivergedError where every λ of a variant diverged.
     """
+    one_process("compare: start it as one process, without a launcher")
     base = load(path, list(overrides))
     variants = _comparable(path, base)
     settings = base.compare or Compare()
     seeds = settings.seeds or [base.seed]
     folder = out / f"{base.name}-compare"
 
-    def made(name: str, dispose: dict[str, Dispose], *stages: Stage) -> list[Experiment]:
+    def runs(name: str, dispose: dict[str, Dispose]) -> list[Experiment]:
         changes = [{"seed": seed, "name": f"{name}-{seed}", "dispose": dispose} for seed in seeds]
-        labs = [Experiment(_changed(base, change), folder, source=str(path), quiet=quiet) for change in changes]
+        return [Experiment(_changed(base, change), folder, source=str(path), quiet=quiet) for change in changes]
+
+    def made(name: str, dispose: dict[str, Dispose], *stages: Stage) -> list[Experiment]:
+        labs = runs(name, dispose)
         perform(labs, ("pretrain", "finetune", *stages), relatives(out, base.name))
         return labs
 
+    fraction = base.data.target.fraction
+    if fraction == 1 or not len(held_back(runs("search", {})[0])):
+        raise RecipeError(
+            f"{path}: data.target.fraction = {fraction:g} leaves no target images to validate λ on; make it smaller"
+        )
     tl = [validation(lab, "TL") for lab in made("search", {})]
     document: dict[str, Any] = {"compare": settings.model_dump(mode="json"), "seeds": seeds, "variants": {}}
     matched = dict(base.dispose)
@@ -76,14 +85,10 @@ def compare(
 
 
 def _comparable(path: Path, base: Recipe) -> list[str]:
-    """The variants whose λ is to be found. Raises RecipeError where there are none, or nothing to validate on."""
+    """The variants whose λ is to be found. Raises RecipeError where there are none."""
     variants = [name for name, one in base.dispose.items() if one.unlearn.kind != "none"]
     if not variants:
         raise RecipeError(f"{path}: compare needs a [dispose.NAME] table with an unlearning loss")
-    if base.data.target.fraction == 1:
-        raise RecipeError(
-            f"{path}: data.target.fraction = 1 leaves no target images to validate λ on; compare needs it below 1"
-        )
     return variants
 
 
@@ -147,8 +152,12 @@ def logit(lam: float) -> float:
 
 def validation(lab: Experiment, model: str) -> float:
     """Target accuracy in % on the images of the train split that nothing was trained on."""
-    rows = np.setdiff1d(np.arange(len(lab.images("target", "train").labels)), lab.index("target"))
-    return lab.engine.accuracy(lab.load_model(model), "target", lab.split("target", "train", rows))
+    return lab.engine.accuracy(lab.load_model(model), "target", lab.split("target", "train", held_back(lab)))
+
+
+def held_back(lab: Experiment) -> np.ndarray:
+    """Sorted int64 rows of the target's train split that are not in the run's subset of it; possibly none."""
+    return np.setdiff1d(np.arange(len(lab.images("target", "train").labels)), lab.index("target"))
 
 
 def markdown(document: dict[str, Any]) -> str:

@@ -85,8 +85,7 @@ def run(
     recipe: Path, over: Sequence[str], overrides: Sequence[str], out: Path, *, jobs: int = 1, quiet: bool = False
 ) -> list[tuple[Point, Experiment]]:
     """Do all points' stages under OUT/<name>-sweep; what is up to date there or in OUT/<name> is not done again."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise RecipeError("sweep: start it as one process; --jobs N works on N points at a time")
+    one_process("sweep: start it as one process; --jobs N works on N points at a time")
     base = load(recipe, list(overrides))
     lambdas = {name: settings.lam for name, settings in base.dispose.items() if settings.unlearn.kind != "none"}
     folder = out / f"{base.name}-sweep"
@@ -100,6 +99,12 @@ def run(
         raise RecipeError("sweep: two points have the same values")
     perform(labs, STAGES, relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
     return list(zip(grid, labs, strict=True))
+
+
+def one_process(otherwise: str) -> None:
+    """Raise RecipeError, with that message, under a launcher: each of its processes would do and print everything."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RecipeError(otherwise)
 
 
 def relatives(out: Path, name: str) -> list[Path]:

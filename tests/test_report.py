@@ -122,6 +122,17 @@ def test_runs_that_differ_in_more_than_the_seed_are_refused(recipe_file: Path):
         report.summarise([first, second])
 
 
+def test_a_seed_counts_once(recipe_file: Path, call):
+    """The run itself again, or a run of another name with its seed: its interval of ± 0.0 would be no interval."""
+    runs = [fake_run(recipe_file, name, seed, 70.0) for name, seed in (("a", 0), ("b", 1), ("again", 0))]
+    for given in ([runs[0], runs[0]], runs):
+        code, out, said = call("report", *given, "--to", recipe_file.parent / "to")
+        assert (code, out) == (2, "")
+        assert said.startswith(f"error: report: {runs[0]} is not the only run of seed 0;") and said.count("\n") == 1
+    assert not (recipe_file.parent / "to").exists()
+    assert call("report", *runs[:2], "--to", recipe_file.parent / "to")[0] == 0
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"recipe\.json: not a run's recipe"):
         report.summarise([tmp_path])

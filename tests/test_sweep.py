@@ -315,7 +315,9 @@ def test_validation_images_are_neither_trained_on_nor_tested_on(recipe_file: Pat
 def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     nothing = 'dispose={gc={unlearn={kind="none"}}, rand={unlearn={kind="none"}}}'
     for change, message in (
-        ("data.target.fraction=1.0", "leaves no target images to validate"),
+        ("data.target.fraction=1.0", "fraction = 1 leaves no target images to validate"),
+        # 199.6 of the 200 images of every class, rounded: all of them
+        ("data.target={path='builtin:greek', fraction=0.998}", "fraction = 0.998 leaves no target images to validate"),
         (nothing, r"needs a \[dispose.NAME\] table"),
     ):
         with pytest.raises(RecipeError, match=message):
@@ -326,4 +328,6 @@ def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="--jobs N"):
         sweep.run(recipe_file, ["seed=0,1"], [], recipe_file.parent, quiet=True)
+    with pytest.raises(RecipeError, match="compare: start it as one process"):
+        matching.compare(recipe_file, [], recipe_file.parent, command="x", quiet=True)
     assert [path.name for path in recipe_file.parent.iterdir()] == [recipe_file.name]
