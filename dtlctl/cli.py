@@ -213,7 +213,8 @@ def sweep(
     document = grids.summarise(done)
     words = [*(w for text in over for w in ("--over", text)), *(w for text in overrides or [] for w in ("--set", text))]
     folder = done[0][1].folder.parent / "report"
-    grids.write(document, folder, shlex.join(["dtlctl", "sweep", str(recipe), *words]), recipe.stem)
+    command = shlex.join(["dtlctl", "sweep", str(recipe), *words])
+    grids.write(document, folder, command, recipe.stem, [lab.folder for _, lab in done])
     print(
         json.dumps(document, ensure_ascii=False) if as_json else grids.markdown(document), end="\n" if as_json else ""
     )

@@ -124,7 +124,11 @@ def test_a_sweep_over_seeds_in_parallel_is_the_report_of_the_runs(recipe_file: P
         ]  # fmt: skip
         attacks = [json.loads(path.read_text()) for path in folder.glob("piggyback/*/again.json")]
         assert [attack["seed"] for attack in attacks] == [seed] * 3
-    assert call("report", *runs, "--to", recipe_file.parent / "plain")[1] == table
+    plain, swept = recipe_file.parent / "plain", runs[0].parent / "report"
+    assert call("report", *runs, "--to", plain)[1] == table
+    assert {path.name for path in swept.iterdir()} == {path.name for path in plain.iterdir()} >= {"audit.md", "roc.png"}
+    assert (swept / "audit.md").read_text() == (plain / "audit.md").read_text()
+    assert "Control and readouts" in (swept / "report.html").read_text()
 
 
 def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
