@@ -10,7 +10,7 @@ from typing import Any
 from dtlctl import checkpoint, figures, page, report
 from dtlctl.errors import CheckpointError
 from dtlctl.experiment import Experiment
-from dtlctl.sweep import Point
+from dtlctl.sweep import Point, names_in
 
 
 def summarise(done: Sequence[tuple[Point, Experiment]]) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def draw(document: dict[str, Any]) -> dict[str, Any]:
                 for model in rows[0]
             }
             for name in sets
-            if not keys[0].startswith("data.piggyback.") or keys[0].split(".")[2] == name
+            if not keys[0].startswith("data.piggyback.") or names_in(keys[0])[2] == name
         }
         drawn |= figures.of_sweep(keys[0], lines, rows[0])
     return drawn

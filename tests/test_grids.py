@@ -61,10 +61,10 @@ def test_a_curve_along_the_odds_of_lambda_shows_lambda(monkeypatch: pytest.Monke
     assert lines[2:] == [["TL", "–"], ["rand", "–"], ["gc", "0.6"], ["gc", "0.3"]]
 
 
-def test_one_swept_number_is_drawn_over_it(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("key", ["data.piggyback.letters.fraction", 'data.piggyback."letters".fraction'])
+def test_one_swept_number_is_drawn_over_it(monkeypatch: pytest.MonkeyPatch, key: str):
     """Fig. 5: the tuned attacker's Acc_pl, where there is one, over γ, and only of the dataset whose γ it is."""
     calls = captured(monkeypatch, "of_sweep")
-    key = "data.piggyback.letters.fraction"
     found = [
         point({key: g}, 0.1, {"acc_t": 1.0, "piggyback": {"letters": 1.0}, "piggyback_worst": {"letters": pl}})
         for g, pl in ((0.01, 20.0), (0.1, 40.0))

@@ -23,7 +23,9 @@ def test_values_are_toml_or_plain_words():
     assert parse_value("0.1,2,true") == [0.1, 2, True]
     assert parse_value("none, crop") == ["none", "crop"]
     assert parse_value('["TL"],["TL", "gc"]') == [["TL"], ["TL", "gc"]]
-    for text in ("{a=1}", "a,,b", ","):
+    assert parse_value(f"1,{'9' * 5000}") == ["1", "9" * 5000]  # more digits than Python reads
+    assert parse_value("[" * 5000) == ["[" * 5000]
+    for text in ("{a=1}", "[{a=1}]", "a,,b", ",", "2020-01-01", "1,[07:32:00]", "[[1]]"):
         with pytest.raises(RecipeError, match="tables and nothing cannot"):
             parse_value(text)
 
@@ -38,6 +40,9 @@ def test_the_grid_and_its_names():
     long = sweep.points([f"data.source.path={'x' * 80},{'x' * 79}y"])
     assert len({p.name for p in long}) == 2
     assert all(len(p.name) <= 64 for p in long)
+    same = sweep.points(["data.source.path=./a/b,./ab,./c"])  # what a folder's name cannot hold is left out of it
+    assert [p.name.rpartition("-")[0] for p in same[:2]] == ["data.source.path-.ab"] * 2
+    assert same[0].name != same[1].name and same[2].name == "data.source.path-.c"
     for bad in ("seed", "seed=", "=1", "name=a,b"):
         with pytest.raises(RecipeError, match="--over"):
             sweep.points([bad])
@@ -54,9 +59,23 @@ def test_a_swept_factor_multiplies_the_odds_of_lambda():
     assert double.overrides(lambdas)[:2] == ["dispose.gc.lambda=0.333333", "dispose.neg.lambda=0.857143"]
     assert sweep.points(["dispose.neg.odds=2"])[0].overrides(lambdas) == double.overrides(lambdas)[1:2]
     for over, message in (("gc.odds=0", "above 0"), ("gc.odds=much", "above 0"), ("gc.odds=true", "above 0"),
-                          ("ngc.odds=2", "did you mean 'gc'")):  # fmt: skip
+                          (f"gc.odds=1{'0' * 400}", "above 0"), ("ngc.odds=2", "did you mean 'gc'")):  # fmt: skip
         with pytest.raises(RecipeError, match=message):
             sweep.points([f"dispose.{over}"])[0].overrides(lambdas)
+
+
+def test_a_variant_whose_name_has_a_dot_is_swept(recipe_file: Path):
+    """λ = 0.2 is 1/4 in odds; 4 times that is 1, λ = 0.5: by the star, and by the name as the file quotes it."""
+    variant = 'dispose={"gc.v2"={lambda=0.2, steps=1, batch_size=8, unlearn={kind="uniform"}}}'
+    for over in ("dispose.*.lambda=0.5", "dispose.*.odds=4", 'dispose."gc.v2".odds=4', "dispose.'gc.v2'.odds=4"):
+        (point,) = sweep.points([over])
+        overrides = point.overrides({"gc.v2": 0.2})
+        assert overrides == ['dispose."gc.v2".lambda=0.5']
+        assert load(recipe_file, [variant, *overrides]).dispose["gc.v2"].lam == 0.5
+    assert sweep.names_in("data.piggyback.'a.b'.fraction") == ["data", "piggyback", "a.b", "fraction"]
+    for over in (".=1", "dispose=1", "dispose.odds=1", "a..odds=1"):
+        with pytest.raises(RecipeError):
+            load(recipe_file, sweep.points([over])[0].overrides({"gc": 0.1}))
 
 
 def test_a_sweep_trains_shared_parents_once_and_resumes(recipe_file: Path, call):
