@@ -133,6 +133,23 @@ def test_a_seed_counts_once(recipe_file: Path, call):
     assert call("report", *runs[:2], "--to", recipe_file.parent / "to")[0] == 0
 
 
+def test_data_that_is_out_of_reach_is_no_reason_to_report_nothing(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder that was there when the run was made, written without ./, and a hub id that a folder now has."""
+    changes = ("data.source={path='mine'}", "data.target={path='owner/name', revision='main'}")
+    folder, data = recipe_file.parent, [recipe_file.parent / name for name in ("mine", "owner/name")]
+    monkeypatch.chdir(folder)
+    data[0].mkdir()
+    run = fake_run(recipe_file, "run", 0, 70.0, *changes)
+    found = report.summarise([run])
+    data[0].rmdir()
+    data[1].mkdir(parents=True)
+    assert report.summarise([run]) == found
+    assert rows(found)["TL"]["acc_t"] == 70.0
+    for change, message in zip(changes, ("'mine' is no existing", "are for hub ids"), strict=True):
+        with pytest.raises(RecipeError, match=message):
+            load(recipe_file, [change])
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"recipe\.json: not a run's recipe"):
         report.summarise([tmp_path])
