@@ -135,6 +135,9 @@ def report(
     if to is None and len(runs) > 1:
         raise RecipeError("report: with several runs say where the report goes: --to DIR")
     table = reports.summarise(runs)
+    for run, seed in zip(runs, seeds := table["seeds"], strict=True):
+        if seeds.count(seed) > 1:
+            raise RecipeError(f"report: {run} is not the only run of seed {seed}; intervals are over different seeds")
     command = shlex.join(["dtlctl", "report", *map(str, runs)])
     reports.write(table, to or runs[0] / "report", command, runs)
     print(reports.dump(table) if as_json else reports.markdown(table), end="")
@@ -210,7 +213,8 @@ def sweep(
     document = grids.summarise(done)
     words = [*(w for text in over for w in ("--over", text)), *(w for text in overrides or [] for w in ("--set", text))]
     folder = done[0][1].folder.parent / "report"
-    grids.write(document, folder, shlex.join(["dtlctl", "sweep", str(recipe), *words]), recipe.stem)
+    command = shlex.join(["dtlctl", "sweep", str(recipe), *words])
+    grids.write(document, folder, command, recipe.stem, [lab.folder for _, lab in done])
     print(
         json.dumps(document, ensure_ascii=False) if as_json else grids.markdown(document), end="\n" if as_json else ""
     )

@@ -10,7 +10,7 @@ from typing import Any
 from dtlctl import checkpoint, figures, page, report
 from dtlctl.errors import CheckpointError
 from dtlctl.experiment import Experiment
-from dtlctl.sweep import Point
+from dtlctl.sweep import Point, names_in
 
 
 def summarise(done: Sequence[tuple[Point, Experiment]]) -> dict[str, Any]:
@@ -31,13 +31,15 @@ def summarise(done: Sequence[tuple[Point, Experiment]]) -> dict[str, Any]:
     return {"over": over, "points": found}
 
 
-def write(document: dict[str, Any], folder: Path, command: str, name: str) -> None:
+def write(document: dict[str, Any], folder: Path, command: str, name: str, runs: Sequence[Path]) -> None:
     """Write table.json, table.md, figures and report.html; a sweep over seeds alone is the report of these runs."""
     if len(document["points"]) == 1:
-        report.write(document["points"][0]["table"], folder, command)
+        report.write(document["points"][0]["table"], folder, command, runs)
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for earlier in ("audit.md", "roc.svg", "roc.png"):  # of a sweep over seeds alone: they are not this one's
+            (folder / earlier).unlink(missing_ok=True)
         drawn = figures.save(draw(document), folder)
         parts = [
             f"<h1>{escape(name)}: {escape(', '.join(document['over']))}</h1>",
@@ -54,7 +56,7 @@ def write(document: dict[str, Any], folder: Path, command: str, name: str) -> No
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """One row a point and model; what no swept key changes is shown once."""
+    """One row a point and model; what no swept key changes is shown once. Below, the caveats of the points."""
     if len(document["points"]) == 1:
         return report.markdown(document["points"][0]["table"])
     found, keys = document["points"], list(document["points"][0]["values"])
@@ -75,7 +77,17 @@ def markdown(document: dict[str, Any]) -> str:
     seeds = found[0]["table"]["seeds"]
     note = f"Mean over seeds {', '.join(map(str, seeds))} ± half width of the 95 % interval."
     intro = f"Accuracies in %. {note}" if len(seeds) > 1 else f"Accuracies in %, seed {seeds[0]}."
-    return f"{intro}\n\n{report.grid(columns, lines)}\n"
+    return "\n\n".join([intro, report.grid(columns, lines), *_caveats(found)]) + "\n"
+
+
+def _caveats(found: list[dict[str, Any]]) -> list[str]:
+    """The caveats of the points' tables, each once, with the points that it is of where these are not all."""
+    places: dict[str, list[str]] = {}
+    for point in found:
+        place = ", ".join(f"{key} = {value}" for key, value in point["values"].items())
+        for sentence in point["table"].get("caveats", []):
+            places.setdefault(sentence, []).append(place)
+    return [text if len(at) == len(found) else f"At {'; '.join(at)}: {text}" for text, at in places.items()]
 
 
 def _is_odds(key: str) -> bool:
@@ -124,7 +136,7 @@ def draw(document: dict[str, Any]) -> dict[str, Any]:
                 for model in rows[0]
             }
             for name in sets
-            if not keys[0].startswith("data.piggyback.") or keys[0].split(".")[2] == name
+            if not keys[0].startswith("data.piggyback.") or names_in(keys[0])[2] == name
         }
         drawn |= figures.of_sweep(keys[0], lines, rows[0])
     return drawn

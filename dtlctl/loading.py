@@ -79,13 +79,16 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> list[Any]:
-    """The values of `a,b,c`: TOML where it is TOML, else plain words. Raises RecipeError for a table among them."""
+    """The values of `a,b,c`: TOML where it is TOML, else plain words. Raises RecipeError for tables and dates."""
     try:
         values = tomllib.loads(f"x = [{text}]")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not only TOMLDecodeError, as above
         values = [word.strip() for word in text.split(",")]
-    if any(isinstance(value, dict) for value in values) or "" in values:
-        raise RecipeError(f"--over ...={text}: numbers, words and lists can be swept, tables and nothing cannot")
+    plain = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    if "" in values or not all(isinstance(one, bool | int | float | str) for one in plain):
+        raise RecipeError(
+            f"--over ...={_plain(text)}: numbers, words, lists of them can be swept; dates, tables and nothing cannot"
+        )
     return values
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from dtlctl import checkpoint, report
-from dtlctl.errors import RecipeError
+from dtlctl.errors import DivergedError, RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
 from dtlctl.plan import Stage
 from dtlctl.progress import say
 from dtlctl.recipe import Compare, Dispose, Recipe
-from dtlctl.sweep import perform, relatives
+from dtlctl.sweep import one_process, perform, relatives
 
 LOW, HIGH = 0.0005, 0.9995
 """λ is looked for between these."""
@@ -35,21 +35,31 @@ def compare(
     """The document of the comparison, and the folder of its report. Runs are kept below OUT/<name>-compare.
 
     {"compare": settings, "variants": {name: {"lambda", "drop", "reached", "tried": [{"lambda", "drop", "drops"}]}},
-    "table": ...}: drops in points of validation accuracy below TL, means over seeds, with each seed's in "drops".
-    Raises RecipeError for a recipe with nothing to compare, or without target images to validate on.
+    "table": ...}: drops in points of validation accuracy below TL, means over seeds, with each seed's in "drops"; null
+    where a disposal diverged. Raises RecipeError for a recipe with nothing to compare, or without target images to
+    validate on, and DivergedError where every λ of a variant diverged.
     """
+    one_process("compare: start it as one process, without a launcher")
     base = load(path, list(overrides))
     variants = _comparable(path, base)
     settings = base.compare or Compare()
     seeds = settings.seeds or [base.seed]
     folder = out / f"{base.name}-compare"
 
-    def made(name: str, dispose: dict[str, Dispose], *stages: Stage) -> list[Experiment]:
+    def runs(name: str, dispose: dict[str, Dispose]) -> list[Experiment]:
         changes = [{"seed": seed, "name": f"{name}-{seed}", "dispose": dispose} for seed in seeds]
-        labs = [Experiment(_changed(base, change), folder, source=str(path), quiet=quiet) for change in changes]
+        return [Experiment(_changed(base, change), folder, source=str(path), quiet=quiet) for change in changes]
+
+    def made(name: str, dispose: dict[str, Dispose], *stages: Stage) -> list[Experiment]:
+        labs = runs(name, dispose)
         perform(labs, ("pretrain", "finetune", *stages), relatives(out, base.name))
         return labs
 
+    fraction = base.data.target.fraction
+    if fraction == 1 or not len(held_back(runs("search", {})[0])):
+        raise RecipeError(
+            f"{path}: data.target.fraction = {fraction:g} leaves no target images to validate λ on; make it smaller"
+        )
     tl = [validation(lab, "TL") for lab in made("search", {})]
     document: dict[str, Any] = {"compare": settings.model_dump(mode="json"), "seeds": seeds, "variants": {}}
     matched = dict(base.dispose)
@@ -57,7 +67,10 @@ def compare(
 
         def drops(lam: float, variant: str = variant) -> list[float]:
             name = f"{variant}-{lam:.4g}"
-            labs = made("search", {name: base.dispose[variant].model_copy(update={"lam": lam})}, "dispose")
+            try:
+                labs = made("search", {name: base.dispose[variant].model_copy(update={"lam": lam})}, "dispose")
+            except DivergedError as error:
+                raise DivergedError(f"dispose.{name}: {error}") from None
             return [before - validation(lab, name) for before, lab in zip(tl, labs, strict=True)]
 
         found = search(drops, base.dispose[variant].lam, settings)
@@ -72,14 +85,10 @@ def compare(
 
 
 def _comparable(path: Path, base: Recipe) -> list[str]:
-    """The variants whose λ is to be found. Raises RecipeError where there are none, or nothing to validate on."""
+    """The variants whose λ is to be found. Raises RecipeError where there are none."""
     variants = [name for name, one in base.dispose.items() if one.unlearn.kind != "none"]
     if not variants:
         raise RecipeError(f"{path}: compare needs a [dispose.NAME] table with an unlearning loss")
-    if base.data.target.fraction == 1:
-        raise RecipeError(
-            f"{path}: data.target.fraction = 1 leaves no target images to validate λ on; compare needs it below 1"
-        )
     return variants
 
 
@@ -87,21 +96,33 @@ def search(drops: Callable[[float], list[float]], first: float, settings: Compar
     """The λ whose mean drop is `settings.target_drop`: steps away from the first until that is passed, then halves.
 
     It takes for granted that more unlearning costs more; where it does not, or where no λ is near enough, the best of
-    those tried is returned with `reached` false. Every one tried is kept.
+    those tried is returned with `reached` false. A λ at which `drops` raises DivergedError is too dear. Every one tried
+    is kept, a diverged one without a drop. Raises DivergedError where all of them diverged.
     """
+
+    def over(one: dict[str, Any]) -> float:
+        return math.inf if one["drop"] is None else one["drop"] - settings.target_drop
+
     cheap: list[float] = []
     dear: list[float] = []
     tried: list[dict[str, Any]] = []
     lam = rounded(first)
     while len(tried) < settings.rounds and lam not in [one["lambda"] for one in tried]:  # again: the range has ended
-        found = drops(lam)
-        tried.append({"lambda": lam, "drop": mean(found), "drops": found})
-        if abs(tried[-1]["drop"] - settings.target_drop) <= settings.tolerance:
+        try:
+            found = drops(lam)
+            tried.append({"lambda": lam, "drop": mean(found), "drops": found})
+        except DivergedError as error:
+            failure = error
+            tried.append({"lambda": lam, "drop": None, "drops": None})
+        if abs(above := over(tried[-1])) <= settings.tolerance:
             break
-        (cheap if tried[-1]["drop"] < settings.target_drop else dear).append(logit(lam))
+        (cheap if above < 0 else dear).append(logit(lam))
         lam = rounded(following(cheap, dear))
-    best = min(tried, key=lambda one: abs(one["drop"] - settings.target_drop))
-    reached = abs(best["drop"] - settings.target_drop) <= settings.tolerance
+    best = min(tried, key=lambda one: abs(over(one)))
+    if best["drop"] is None:
+        values = ", ".join(f"{one['lambda']:g}" for one in tried)
+        raise DivergedError(f"compare: every λ that was tried diverged ({values}); the last: {failure}")
+    reached = abs(over(best)) <= settings.tolerance
     return {"lambda": best["lambda"], "drop": best["drop"], "reached": reached, "tried": tried}
 
 
@@ -131,8 +152,12 @@ def logit(lam: float) -> float:
 
 def validation(lab: Experiment, model: str) -> float:
     """Target accuracy in % on the images of the train split that nothing was trained on."""
-    rows = np.setdiff1d(np.arange(len(lab.images("target", "train").labels)), lab.index("target"))
-    return lab.engine.accuracy(lab.load_model(model), "target", lab.split("target", "train", rows))
+    return lab.engine.accuracy(lab.load_model(model), "target", lab.split("target", "train", held_back(lab)))
+
+
+def held_back(lab: Experiment) -> np.ndarray:
+    """Sorted int64 rows of the target's train split that are not in the run's subset of it; possibly none."""
+    return np.setdiff1d(np.arange(len(lab.images("target", "train").labels)), lab.index("target"))
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -144,7 +169,7 @@ def _needed(document: dict[str, Any]) -> list[str]:
     """A sentence and a table."""
     settings = document["compare"]
     lines = [
-        [name, f"{one['lambda']:g}", f"{one['drop']:.1f}", "yes" if one["reached"] else "no", str(len(one["tried"]))]
+        [name, f"{one['lambda']:g}", f"{one['drop']:.1f}", "yes" if one["reached"] else "no", _tried(one["tried"])]
         for name, one in document["variants"].items()
     ]
     wanted = f"{settings['target_drop']:g} ± {settings['tolerance']:g}"
@@ -152,6 +177,12 @@ def _needed(document: dict[str, Any]) -> list[str]:
         f"Who needed which λ to be {wanted} points of Acc_t below TL, on target images held back for validation.",
         report.grid(["Variant", "λ", "points below TL", "reached", "values tried"], lines),
     ]
+
+
+def _tried(tried: list[dict[str, Any]]) -> str:
+    """How many values of λ were tried, and how many of them diverged, if any."""
+    diverged = sum(one["drop"] is None for one in tried)
+    return f"{len(tried)}, {diverged} diverged" if diverged else str(len(tried))
 
 
 def write(document: dict[str, Any], folder: Path, command: str) -> None:

@@ -177,6 +177,13 @@ class Compare(Strict):
         None, min_length=1, description="one λ for all these seeds; default: the recipe's seed"
     )
 
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: list[int] | None) -> list[int] | None:
+        if twice := [seed for seed in seeds or [] if (seeds or []).count(seed) > 1]:
+            raise ValueError(f"{twice[0]} is there twice; give each seed once")
+        return seeds
+
 
 class Recipe(Strict):
     name: Name

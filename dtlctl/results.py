@@ -22,7 +22,7 @@ def recipe_of(run: Path) -> Recipe:
     """The run's recipe, every setting. Raises CheckpointError where there is none."""
     try:
         document = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
-        return Recipe.model_validate(document)
+        return Recipe.model_validate(document, context={"finished": True})
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise CheckpointError(f"{run / 'recipe.json'}: not a run's recipe ({reason})") from None

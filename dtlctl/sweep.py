@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,13 +35,15 @@ class Point:
     """One choice for every swept key."""
 
     values: dict[str, Any]
+    hashed: bool = False
+    """Whether its name has a part of its hash, because another point of the grid would have the same name."""
 
     @property
     def name(self) -> str:
-        """The point as a folder's name, such as `gc.lambda-0.05`; long ones end in a part of their hash."""
+        """The point as a folder's name, such as `gc.lambda-0.05`; long ones end in a part of their hash too."""
         text = "_".join(f"{key.removeprefix('dispose.')}-{value}" for key, value in self.values.items())
         plain = re.sub(r"[^A-Za-z0-9._-]+", "", text.replace("*", "all")).strip("._-")
-        return plain if 0 < len(plain) <= 64 else f"{plain[:48]}-{checkpoint.key(self.values)[:8]}"
+        return plain if 0 < len(plain) <= 64 and not self.hashed else f"{plain[:48]}-{checkpoint.key(self.values)[:8]}"
 
     def overrides(self, lambdas: Mapping[str, float]) -> list[str]:
         """As `--set` would have them. lambdas: the recipe's λ of every variant with an unlearning loss.
@@ -53,19 +55,29 @@ class Point:
         return [
             _override(one, value, lambdas)
             for key, value in self.values.items()
-            for one in ([key.replace("*", name, 1) for name in lambdas] if key.startswith("dispose.*.") else [key])
+            for one in ([key.replace("*", _quoted(n), 1) for n in lambdas] if key.startswith("dispose.*.") else [key])
         ]
 
 
+def names_in(key: str) -> list[str]:
+    """The names in a dotted key, without the quotes that one with a dot has."""
+    return [name.strip("\"'") for name in re.findall(r"\"[^\"]*\"|'[^']*'|[^.]+", key)]
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"' if "." in name else name
+
+
 def _override(key: str, value: Any, lambdas: Mapping[str, float]) -> str:
-    variant = re.fullmatch(r"dispose\.([^.]+)\.odds", key)
-    if variant is None:
+    names = names_in(key)
+    if len(names) != 3 or (names[0], names[2]) != ("dispose", "odds"):
         return f"{key}={json.dumps(value)}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise RecipeError(f"--over {key}: {value!r} is no factor of the odds of lambda; give numbers above 0")
-    if (lam := lambdas.get(variant[1])) is None:
-        raise RecipeError(f"--over {key}: {variant[1]} has no unlearning loss" + nearest(variant[1], [*lambdas]))
-    return f"dispose.{variant[1]}.lambda={value * lam / (1 - lam + value * lam):g}"
+    # An integer may be larger than any float, and still below infinity.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise RecipeError(f"--over {key}: {value!r:.40} is no factor of the odds of lambda; give numbers above 0")
+    if (lam := lambdas.get(names[1])) is None:
+        raise RecipeError(f"--over {key}: {names[1]} has no unlearning loss" + nearest(names[1], [*lambdas]))
+    return f"dispose.{_quoted(names[1])}.lambda={value * lam / (1 - lam + value * lam):g}"
 
 
 def points(over: Sequence[str]) -> list[Point]:
@@ -78,15 +90,16 @@ def points(over: Sequence[str]) -> list[Point]:
         if key.strip() in axes or key.strip() == "name":
             raise RecipeError(f"--over {text}: {key.strip()} cannot be swept here (given twice, or the run's name)")
         axes[key.strip()] = parse_value(values)
-    return [Point(dict(zip(axes, choice, strict=True))) for choice in itertools.product(*axes.values())]
+    grid = [Point(dict(zip(axes, choice, strict=True))) for choice in itertools.product(*axes.values())]
+    taken = Counter(point.name for point in grid)
+    return [replace(point, hashed=taken[point.name] > 1) for point in grid]
 
 
 def run(
     recipe: Path, over: Sequence[str], overrides: Sequence[str], out: Path, *, jobs: int = 1, quiet: bool = False
 ) -> list[tuple[Point, Experiment]]:
     """Do all points' stages under OUT/<name>-sweep; what is up to date there or in OUT/<name> is not done again."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise RecipeError("sweep: start it as one process; --jobs N works on N points at a time")
+    one_process("sweep: start it as one process; --jobs N works on N points at a time")
     base = load(recipe, list(overrides))
     lambdas = {name: settings.lam for name, settings in base.dispose.items() if settings.unlearn.kind != "none"}
     folder = out / f"{base.name}-sweep"
@@ -100,6 +113,12 @@ def run(
         raise RecipeError("sweep: two points have the same values")
     perform(labs, STAGES, relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
     return list(zip(grid, labs, strict=True))
+
+
+def one_process(otherwise: str) -> None:
+    """Raise RecipeError, with that message, under a launcher: each of its processes would do and print everything."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RecipeError(otherwise)
 
 
 def relatives(out: Path, name: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,10 +61,10 @@ def test_a_curve_along_the_odds_of_lambda_shows_lambda(monkeypatch: pytest.Monke
     assert lines[2:] == [["TL", "–"], ["rand", "–"], ["gc", "0.6"], ["gc", "0.3"]]
 
 
-def test_one_swept_number_is_drawn_over_it(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("key", ["data.piggyback.letters.fraction", 'data.piggyback."letters".fraction'])
+def test_one_swept_number_is_drawn_over_it(monkeypatch: pytest.MonkeyPatch, key: str):
     """Fig. 5: the tuned attacker's Acc_pl, where there is one, over γ, and only of the dataset whose γ it is."""
     calls = captured(monkeypatch, "of_sweep")
-    key = "data.piggyback.letters.fraction"
     found = [
         point({key: g}, 0.1, {"acc_t": 1.0, "piggyback": {"letters": 1.0}, "piggyback_worst": {"letters": pl}})
         for g, pl in ((0.01, 20.0), (0.1, 40.0))
@@ -73,3 +74,23 @@ def test_one_swept_number_is_drawn_over_it(monkeypatch: pytest.MonkeyPatch):
     assert (swept, list(models)) == (key, ["TL", "rand", "gc"])
     assert lines == {"letters": {"TL": [[0.01, 60.0], [0.1, 60.0]], "rand": [[0.01, 50.0], [0.1, 50.0]],
                                  "gc": [[0.01, 20.0], [0.1, 40.0]]}}  # fmt: skip
+
+
+def test_a_caveat_of_a_point_stands_below_the_table_with_its_point():
+    """Of three points: one sentence of all, once; one of the first and third; one of the second alone."""
+    found = [point({"a": a, "b": "x"}, 0.1, {"acc_t": 1.0, "piggyback": {"letters": 1.0}}) for a in (1, 2, 3)]
+    for one, caveats in zip(found, (["All.", "Odd."], ["Even.", "All."], ["All.", "Odd."]), strict=True):
+        one["table"]["caveats"] = caveats
+    _, table, *below = grids.markdown({"points": found}).strip().split("\n\n")
+    assert table.startswith("| Model")
+    assert below == ["All.", "At a = 1, b = x; a = 3, b = x: Odd.", "At a = 2, b = x: Even."]
+
+
+def test_audits_of_an_earlier_sweep_over_seeds_are_not_left_beside_another_sweep(tmp_path: Path):
+    for name in ("audit.md", "roc.svg", "roc.png"):
+        (tmp_path / name).write_text("earlier")
+    found = [point({"a": a}, 0.1, {"acc_t": 1.0, "piggyback": {"letters": float(a)}}) for a in (1, 2)]
+    grids.write({"points": found, "over": {"a": ["1", "2"]}}, tmp_path, "dtlctl sweep", "name", [])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "table.json", "table.md", "report.html", "sweep-letters.svg", "sweep-letters.png"
+    }  # fmt: skip

@@ -101,6 +101,7 @@ MISTAKES = {
     "audit.modes=['reprob']": "audit.modes.0: 'reprob' is not valid; did you mean 'reprobe'?",
     "audit.attacks=['rmia']": 'audit: the attack "rmia" and references > 0 belong together; give both or neither',
     "dispose.rand={init='fresh', fresh_stages=2}": 'dispose.rand: init = "fresh" starts everything anew; fresh_stages',
+    "compare.seeds=[6, 5, 6]": "compare.seeds: 6 is there twice",
     "audit.references=3": "audit: references = 3 is odd; they are trained in pairs",
 }
 

@@ -144,6 +144,34 @@ def test_runs_that_differ_in_more_than_the_seed_are_refused(recipe_file: Path):
         report.summarise([first, second])
 
 
+def test_a_seed_counts_once(recipe_file: Path, call):
+    """The run itself again, or a run of another name with its seed: its interval of ± 0.0 would be no interval."""
+    runs = [fake_run(recipe_file, name, seed, 70.0) for name, seed in (("a", 0), ("b", 1), ("again", 0))]
+    for given in ([runs[0], runs[0]], runs):
+        code, out, said = call("report", *given, "--to", recipe_file.parent / "to")
+        assert (code, out) == (2, "")
+        assert said.startswith(f"error: report: {runs[0]} is not the only run of seed 0;") and said.count("\n") == 1
+    assert not (recipe_file.parent / "to").exists()
+    assert call("report", *runs[:2], "--to", recipe_file.parent / "to")[0] == 0
+
+
+def test_data_that_is_out_of_reach_is_no_reason_to_report_nothing(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder that was there when the run was made, written without ./, and a hub id that a folder now has."""
+    changes = ("data.source={path='mine'}", "data.target={path='owner/name', revision='main'}")
+    folder, data = recipe_file.parent, [recipe_file.parent / name for name in ("mine", "owner/name")]
+    monkeypatch.chdir(folder)
+    data[0].mkdir()
+    run = fake_run(recipe_file, "run", 0, 70.0, *changes)
+    found = report.summarise([run])
+    data[0].rmdir()
+    data[1].mkdir(parents=True)
+    assert report.summarise([run]) == found
+    assert rows(found)["TL"]["acc_t"] == 70.0
+    for change, message in zip(changes, ("'mine' is no existing", "are for hub ids"), strict=True):
+        with pytest.raises(RecipeError, match=message):
+            load(recipe_file, [change])
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"recipe\.json: not a run's recipe"):
         report.summarise([tmp_path])

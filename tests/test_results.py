@@ -86,7 +86,9 @@ def test_a_match_shows_every_value_of_lambda_that_was_tried(document: str, label
     page = path.parent.with_suffix(".md").read_text(encoding="utf-8")
     for variant, found in json.loads(path.read_text(encoding="utf-8"))["variants"].items():
         tried = [
-            f"{one['lambda']:g}: {one['drop']:.1f} ({', '.join(f'{drop:.1f}' for drop in one['drops'])})"
+            f"{one['lambda']:g}: diverged"
+            if one["drop"] is None
+            else f"{one['lambda']:g}: {one['drop']:.1f} ({', '.join(f'{drop:.1f}' for drop in one['drops'])})"
             for one in found["tried"]
         ]
         assert f"| {label.format(variant)} | {'; '.join(tried)} |" in page

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dtlctl import checkpoint, matching, report, sweep
-from dtlctl.errors import RecipeError
+from dtlctl.errors import DivergedError, RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load, parse_value
 from dtlctl.recipe import Compare
@@ -23,7 +23,9 @@ def test_values_are_toml_or_plain_words():
     assert parse_value("0.1,2,true") == [0.1, 2, True]
     assert parse_value("none, crop") == ["none", "crop"]
     assert parse_value('["TL"],["TL", "gc"]') == [["TL"], ["TL", "gc"]]
-    for text in ("{a=1}", "a,,b", ","):
+    assert parse_value(f"1,{'9' * 5000}") == ["1", "9" * 5000]  # more digits than Python reads
+    assert parse_value("[" * 5000) == ["[" * 5000]
+    for text in ("{a=1}", "[{a=1}]", "a,,b", ",", "2020-01-01", "1,[07:32:00]", "[[1]]"):
         with pytest.raises(RecipeError, match="tables and nothing cannot"):
             parse_value(text)
 
@@ -38,6 +40,9 @@ def test_the_grid_and_its_names():
     long = sweep.points([f"data.source.path={'x' * 80},{'x' * 79}y"])
     assert len({p.name for p in long}) == 2
     assert all(len(p.name) <= 64 for p in long)
+    same = sweep.points(["data.source.path=./a/b,./ab,./c"])  # what a folder's name cannot hold is left out of it
+    assert [p.name.rpartition("-")[0] for p in same[:2]] == ["data.source.path-.ab"] * 2
+    assert same[0].name != same[1].name and same[2].name == "data.source.path-.c"
     for bad in ("seed", "seed=", "=1", "name=a,b"):
         with pytest.raises(RecipeError, match="--over"):
             sweep.points([bad])
@@ -54,9 +59,23 @@ def test_a_swept_factor_multiplies_the_odds_of_lambda():
     assert double.overrides(lambdas)[:2] == ["dispose.gc.lambda=0.333333", "dispose.neg.lambda=0.857143"]
     assert sweep.points(["dispose.neg.odds=2"])[0].overrides(lambdas) == double.overrides(lambdas)[1:2]
     for over, message in (("gc.odds=0", "above 0"), ("gc.odds=much", "above 0"), ("gc.odds=true", "above 0"),
-                          ("ngc.odds=2", "did you mean 'gc'")):  # fmt: skip
+                          (f"gc.odds=1{'0' * 400}", "above 0"), ("ngc.odds=2", "did you mean 'gc'")):  # fmt: skip
         with pytest.raises(RecipeError, match=message):
             sweep.points([f"dispose.{over}"])[0].overrides(lambdas)
+
+
+def test_a_variant_whose_name_has_a_dot_is_swept(recipe_file: Path):
+    """λ = 0.2 is 1/4 in odds; 4 times that is 1, λ = 0.5: by the star, and by the name as the file quotes it."""
+    variant = 'dispose={"gc.v2"={lambda=0.2, steps=1, batch_size=8, unlearn={kind="uniform"}}}'
+    for over in ("dispose.*.lambda=0.5", "dispose.*.odds=4", 'dispose."gc.v2".odds=4', "dispose.'gc.v2'.odds=4"):
+        (point,) = sweep.points([over])
+        overrides = point.overrides({"gc.v2": 0.2})
+        assert overrides == ['dispose."gc.v2".lambda=0.5']
+        assert load(recipe_file, [variant, *overrides]).dispose["gc.v2"].lam == 0.5
+    assert sweep.names_in("data.piggyback.'a.b'.fraction") == ["data", "piggyback", "a.b", "fraction"]
+    for over in (".=1", "dispose=1", "dispose.odds=1", "a..odds=1"):
+        with pytest.raises(RecipeError):
+            load(recipe_file, sweep.points([over])[0].overrides({"gc": 0.1}))
 
 
 def test_a_sweep_trains_shared_parents_once_and_resumes(recipe_file: Path, call):
@@ -124,7 +143,11 @@ def test_a_sweep_over_seeds_in_parallel_is_the_report_of_the_runs(recipe_file: P
         ]  # fmt: skip
         attacks = [json.loads(path.read_text()) for path in folder.glob("piggyback/*/again.json")]
         assert [attack["seed"] for attack in attacks] == [seed] * 3
-    assert call("report", *runs, "--to", recipe_file.parent / "plain")[1] == table
+    plain, swept = recipe_file.parent / "plain", runs[0].parent / "report"
+    assert call("report", *runs, "--to", plain)[1] == table
+    assert {path.name for path in swept.iterdir()} == {path.name for path in plain.iterdir()} >= {"audit.md", "roc.png"}
+    assert (swept / "audit.md").read_text() == (plain / "audit.md").read_text()
+    assert "Control and readouts" in (swept / "report.html").read_text()
 
 
 def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
@@ -215,6 +238,53 @@ def test_the_search_steps_out_until_the_price_is_passed_then_halves():
     assert matching.following([matching.logit(0.2)], [matching.logit(0.5)]) == pytest.approx(1 / 3)  # odds 1/4, 1: 1/2
 
 
+def test_a_lambda_that_diverges_is_too_dear():
+    """A drop of 25 λ points costs 12.5 at λ = 0.5; above 0.6 everything diverges.
+
+    In log-odds from 0.2 (-1.39) by 1 to 0.4046, by 2 to 0.8339 (1.61), which diverges; half-way 0.6488, which does
+    too; half-way again 0.5284, for 13.2 points. Were they not too dear, the search would go on upwards.
+    """
+
+    def drops(lam: float) -> list[float]:
+        if lam > 0.6:
+            raise DivergedError(f"diverged at {lam:g}")
+        return [25 * lam]
+
+    found = matching.search(drops, 0.2, Compare(target_drop=12.5, tolerance=1.0, rounds=6))
+    assert [one["lambda"] for one in found["tried"]] == [0.2, 0.4046, 0.8339, 0.6488, 0.5284]
+    assert found["tried"][2:4] == [{"lambda": lam, "drop": None, "drops": None} for lam in (0.8339, 0.6488)]
+    assert (found["lambda"], found["reached"]) == (0.5284, True)
+    best = matching.search(drops, 0.5, Compare(target_drop=90, rounds=2))
+    assert (best["lambda"], best["drop"], best["reached"]) == (0.5, 12.5, False)
+    with pytest.raises(DivergedError, match=r"every λ that was tried diverged \(0.9, 0.768\); the last: .* at 0.768"):
+        matching.search(drops, 0.9, Compare(target_drop=12.5, rounds=2))
+
+
+def test_compare_goes_on_past_a_lambda_that_diverges(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """gc and rand lose 1 point at 0.1, too little; 1 and then 1/2 further in log-odds, 0.232 and 0.1548, diverge."""
+    largest = 0.15
+
+    def perform(labs: list[Experiment], stages: tuple[str, ...], *_: object) -> None:
+        if "dispose" in stages and any(one.lam > largest for lab in labs for one in lab.recipe.dispose.values()):
+            raise DivergedError("training diverged at step 3")
+
+    monkeypatch.setattr(matching, "perform", perform)
+    monkeypatch.setattr(matching, "write", lambda *_: None)
+    monkeypatch.setattr(matching, "validation", lambda _, name: 70.0 if name == "TL" else 69.0)
+    monkeypatch.setattr(report, "summarise", lambda _: {})
+    change = "compare={target_drop=2.0, rounds=3, tolerance=0.1}"
+    document, _ = matching.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
+    document = json.loads(checkpoint.dump(document))  # which refuses NaN
+    for name in ("gc", "rand"):
+        found = document["variants"][name]
+        assert [(one["lambda"], one["drop"]) for one in found["tried"]] == [(0.1, 1.0), (0.232, None), (0.1548, None)]
+        assert (found["lambda"], found["reached"]) == (0.1, False)
+    assert matching._needed(document)[1].count("3, 2 diverged") == 2
+    largest = 0.0
+    with pytest.raises(DivergedError, match=r"\(0.1, 0.03927, 0.005501\); the last: dispose.gc-0.005501: .*at step 3"):
+        matching.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
+
+
 def test_a_drop_is_what_validation_loses_against_tl_of_the_same_seed(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -268,7 +338,9 @@ def test_validation_images_are_neither_trained_on_nor_tested_on(recipe_file: Pat
 def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     nothing = 'dispose={gc={unlearn={kind="none"}}, rand={unlearn={kind="none"}}}'
     for change, message in (
-        ("data.target.fraction=1.0", "leaves no target images to validate"),
+        ("data.target.fraction=1.0", "fraction = 1 leaves no target images to validate"),
+        # 199.6 of the 200 images of every class, rounded: all of them
+        ("data.target={path='builtin:greek', fraction=0.998}", "fraction = 0.998 leaves no target images to validate"),
         (nothing, r"needs a \[dispose.NAME\] table"),
     ):
         with pytest.raises(RecipeError, match=message):
@@ -279,4 +351,6 @@ def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="--jobs N"):
         sweep.run(recipe_file, ["seed=0,1"], [], recipe_file.parent, quiet=True)
+    with pytest.raises(RecipeError, match="compare: start it as one process"):
+        matching.compare(recipe_file, [], recipe_file.parent, command="x", quiet=True)
     assert [path.name for path in recipe_file.parent.iterdir()] == [recipe_file.name]
