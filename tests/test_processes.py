@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from dtlctl.errors import RecipeError
+from dtlctl.objectives.unlearn import Uniform
+from dtlctl.recipe import Dispose
+from dtlctl.stages.dispose import _local_chunks
+
 # Retaining losses that need target batches, beside the tiny recipe's own two variants.
 MORE = """dispose={
     kd = {steps=4, batch_size=8, lr=0.02, retain={kind="distill", on="target"}},
@@ -46,3 +51,11 @@ def test_chunks_that_processes_cannot_share_are_refused(recipe_file: Path, dtlct
     result = dtlctl("dispose", recipe_file, "--only", "gc", *changes, processes=2)
     assert result.returncode != 0
     assert "unlearn.chunks = 3 cannot be shared by 2 processes (rest 1)" in result.stderr
+
+
+def test_a_batch_without_chunks_is_shared_equally_or_not_at_all():
+    """Else three processes would train on 63 images of 64, each batch after the first on others than one process."""
+    plain = Dispose(steps=1, batch_size=64, unlearn=Uniform())
+    assert [_local_chunks(plain, processes, "dispose/unif") for processes in (1, 2, 4)] == [1, 1, 1]
+    with pytest.raises(RecipeError, match=r"dispose/unif: batch_size = 64 cannot be shared equally by 3 .*rest 1"):
+        _local_chunks(plain, 3, "dispose/unif")

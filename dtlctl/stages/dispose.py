@@ -150,7 +150,14 @@ def _memory(settings: Dispose, student: Classifier, batch: Batch, chunks: int) -
 
 
 def _local_chunks(settings: Dispose, processes: int, title: str) -> int:
+    """How many chunks a process has: all have as many, and of a batch without chunks an equal share."""
     chunks = settings.unlearn.chunks
+    if chunks == 1 and settings.batch_size % processes:
+        size, rest = settings.batch_size, settings.batch_size % processes
+        raise RecipeError(
+            f"{title}: batch_size = {size} cannot be shared equally by {processes} processes (rest {rest})"
+            f"; make it a multiple of {processes}"
+        )
     if chunks > 1 and chunks % processes:
         raise RecipeError(
             f"{title}: unlearn.chunks = {chunks} cannot be shared by {processes} processes (rest {chunks % processes})"
@@ -160,7 +167,7 @@ def _local_chunks(settings: Dispose, processes: int, title: str) -> int:
 
 
 def _batches(lab: Experiment, role: str, settings: Dispose) -> Batches:
-    """Batches of equal chunks on equal processes: of a dataset smaller than a batch, as many images as divide."""
+    """Batches of equal chunks on equal processes; of a dataset smaller than a batch, as many images as divide."""
     images, parts = len(lab.index(role)), max(settings.unlearn.chunks, lab.engine.processes)
     size = min(settings.batch_size, images) // parts * parts
     if size < 2 * parts:
