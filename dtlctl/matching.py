@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dtlctl import checkpoint, report
+from dtlctl import checkpoint, demands, report
 from dtlctl.errors import RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
@@ -40,6 +40,8 @@ def compare(
     """
     base = load(path, list(overrides))
     variants = _comparable(path, base)
+    lab = Experiment(base, out, source=str(path), quiet=quiet)
+    demands.of_data(lab, lab.jobs)
     settings = base.compare or Compare()
     seeds = settings.seeds or [base.seed]
     folder = out / f"{base.name}-compare"

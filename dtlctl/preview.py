@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dtlctl import demands
 from dtlctl.data.cache import cached
 from dtlctl.data.sources import is_hub
 from dtlctl.data.subset import balanced
 from dtlctl.errors import DataError
-from dtlctl.plan import Job, jobs
+from dtlctl.experiment import Experiment
+from dtlctl.plan import Job
 from dtlctl.recipe import Recipe
 
 # A step of gradient collision in units of a step of plain training on the same images. The floor by operation count
@@ -18,14 +20,18 @@ from dtlctl.recipe import Recipe
 COLLISION_COST = 4.0
 
 
-def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
+def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
     """{"recipe", "parameters", "data": [...], "jobs": [...], "minutes"}: counts are None where data is not decoded.
 
-    Times are rough: a few steps of this model on this machine's CPU or GPU, multiplied up.
+    Times are rough: a few steps of this model on this machine's CPU or GPU, multiplied up. Raises RecipeError and
+    DataError, naming the recipe's file `source`, where the network or decoded data lacks what the recipe asks for.
     """
+    lab = Experiment(recipe, out, source=source, quiet=True)
     data = {role: _describe(recipe, role) for role in _roles(recipe)}
+    decoded = {role for role, row in data.items() if row["images"] is not None}
+    demands.of_data(lab, [job for job in lab.jobs if decoded.issuperset(job.roles)])
     parameters, seconds = _measure(recipe)
-    rows = [_job(recipe, out, job, data, seconds) for job in jobs(recipe)]
+    rows = [_job(recipe, out, job, data, seconds) for job in lab.jobs]
     known = [row["seconds"] for row in rows if row["seconds"] is not None]
     return {
         "recipe": recipe.name,
