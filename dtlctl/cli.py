@@ -118,7 +118,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, out: Out = RUNS, as_j
     from dtlctl import preview
     from dtlctl.loading import load
 
-    document = preview.plan(load(recipe, overrides), out)
+    document = preview.plan(load(recipe, overrides), out, str(recipe))
     print(json.dumps(document, indent=1, ensure_ascii=False) if as_json else preview.text(document))
 
 

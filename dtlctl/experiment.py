@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dtlctl import __version__, checkpoint, lock, models, stop
+from dtlctl import __version__, checkpoint, demands, lock, models, stop
 from dtlctl.data import cache as decoded
 from dtlctl.data.cache import Images
 from dtlctl.data.sources import Dataset, Split
@@ -36,6 +36,7 @@ class Experiment:
 
     def __init__(self, recipe: Recipe, out: Path, *, source: str = "RECIPE", quiet: bool = False):
         self.recipe, self.folder, self.source, self.quiet = recipe, out / recipe.name, source, quiet
+        demands.of_network(recipe, source)  # raises RecipeError
         self.jobs = jobs(recipe)
         self.images = cache(self._images)
         self.index = cache(self._index)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dtlctl import checkpoint, report
+from dtlctl import checkpoint, demands, report
 from dtlctl.errors import DivergedError, RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
@@ -41,25 +41,17 @@ def compare(
     """
     one_process("compare: start it as one process, without a launcher")
     base = load(path, list(overrides))
-    variants = _comparable(path, base)
+    variants = _comparable(Experiment(base, out, source=str(path), quiet=quiet))
     settings = base.compare or Compare()
     seeds = settings.seeds or [base.seed]
     folder = out / f"{base.name}-compare"
 
-    def runs(name: str, dispose: dict[str, Dispose]) -> list[Experiment]:
-        changes = [{"seed": seed, "name": f"{name}-{seed}", "dispose": dispose} for seed in seeds]
-        return [Experiment(_changed(base, change), folder, source=str(path), quiet=quiet) for change in changes]
-
     def made(name: str, dispose: dict[str, Dispose], *stages: Stage) -> list[Experiment]:
-        labs = runs(name, dispose)
+        changes = [{"seed": seed, "name": f"{name}-{seed}", "dispose": dispose} for seed in seeds]
+        labs = [Experiment(_changed(base, change), folder, source=str(path), quiet=quiet) for change in changes]
         perform(labs, ("pretrain", "finetune", *stages), relatives(out, base.name))
         return labs
 
-    fraction = base.data.target.fraction
-    if fraction == 1 or not len(held_back(runs("search", {})[0])):
-        raise RecipeError(
-            f"{path}: data.target.fraction = {fraction:g} leaves no target images to validate λ on; make it smaller"
-        )
     tl = [validation(lab, "TL") for lab in made("search", {})]
     document: dict[str, Any] = {"compare": settings.model_dump(mode="json"), "seeds": seeds, "variants": {}}
     matched = dict(base.dispose)
@@ -84,11 +76,20 @@ def compare(
     return document, folder / "report"
 
 
-def _comparable(path: Path, base: Recipe) -> list[str]:
-    """The variants whose λ is to be found. Raises RecipeError where there are none."""
-    variants = [name for name, one in base.dispose.items() if one.unlearn.kind != "none"]
+def _comparable(lab: Experiment) -> list[str]:
+    """The variants whose λ is to be found. Raises RecipeError where there are none, or nothing to validate on.
+
+    And what `demands.of_data` raises: all of it before anything trains.
+    """
+    variants = [name for name, one in lab.recipe.dispose.items() if one.unlearn.kind != "none"]
     if not variants:
-        raise RecipeError(f"{path}: compare needs a [dispose.NAME] table with an unlearning loss")
+        raise RecipeError(f"{lab.source}: compare needs a [dispose.NAME] table with an unlearning loss")
+    fraction = lab.recipe.data.target.fraction
+    if fraction == 1 or not len(held_back(lab)):
+        raise RecipeError(
+            f"{lab.source}: data.target.fraction = {fraction:g} leaves no target images to validate λ on; lower it"
+        )
+    demands.of_data(lab, lab.jobs)
     return variants
 
 

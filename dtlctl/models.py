@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -16,6 +17,8 @@ from dtlctl import small_maps
 _CIFAR_RESNETS = {f"resnet{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # 8, 20, 32, 44, 56, 110
 # Names that need no look into torchvision, so that checking a recipe stays quick.
 _KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *_CIFAR_RESNETS}
+# Families that pad every convolution: an image of one pixel would do.
+_ANY_SIZE = ("resnet", "resnext", "wide_resnet", "regnet")
 
 # ImageNet statistics: what every torchvision classifier expects.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -81,6 +84,19 @@ def build(
     Raises ValueError for a combination that does not exist.
     """
     check(arch, stem, width, image_size)
+    return _assemble(arch, heads, stem, width, image_size)
+
+
+@lru_cache(maxsize=8)
+def outline(arch: str, stem: str, width: int | None, image_size: int) -> Classifier:
+    """The network that `build` would make, without heads, to be looked at: it holds no numbers and draws none."""
+    # RegNet computes with tensors while it is built, which the meta device cannot.
+    device = "cpu" if arch.startswith("regnet") else "meta"
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        return _assemble(arch, {}, stem, width, image_size).eval()
+
+
+def _assemble(arch: str, heads: dict[str, int], stem: str, width: int | None, image_size: int) -> Classifier:
     if arch in _CIFAR_RESNETS:
         width = width or 16
         return Classifier(CifarResNet(_CIFAR_RESNETS[arch], width), 4 * width, heads)
@@ -174,6 +190,13 @@ def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None
         raise ValueError(f"image_size = {image_size} is not a multiple of {arch}'s patches of {patch} pixels")
     if stem == "imagenet" and arch in _CIFAR_RESNETS:
         raise ValueError(f'{arch} is a CIFAR ResNet and has only stem = "small"')
+    if not arch.startswith(_ANY_SIZE):
+        try:
+            outline(arch, stem, width, image_size).embed(torch.empty(1, 3, image_size, image_size, device="meta"))
+        except RuntimeError:
+            raise ValueError(
+                f"{arch} cannot take images of {image_size} pixels; set image_size, 224 for example"
+            ) from None
 
 
 def architectures() -> list[str]:

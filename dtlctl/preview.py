@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dtlctl import checkpoint, demands
 from dtlctl.data.cache import cached
 from dtlctl.data.sources import is_hub
 from dtlctl.data.subset import balanced
-from dtlctl.errors import DataError
-from dtlctl.plan import Job, jobs
+from dtlctl.errors import CheckpointError, DataError
+from dtlctl.experiment import Experiment
+from dtlctl.plan import Job
 from dtlctl.recipe import Recipe
 
 # A step of gradient collision in units of a step of plain training on the same images. The floor by operation count
 # is 3; small chunks and second derivatives of small layers cost more.
 COLLISION_COST = 4.0
+NOTES = {"to do": "", "stale": "there, but from other settings or data; ", "unreadable": "there, but unreadable; ",
+         "not checked": "there, not checked; "}  # fmt: skip
 
 
-def plan(recipe: Recipe, out: Path) -> dict[str, Any]:
+def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
     """{"recipe", "parameters", "data": [...], "jobs": [...], "minutes"}: counts are None where data is not decoded.
 
-    Times are rough: a few steps of this model on this machine's CPU or GPU, multiplied up.
+    Every job has a state: "to do"; "done"; "stale", made from other settings, data or parents; "unreadable"; or "not
+    checked", a sidecar that is there while the data it was made from is not decoded. Times are rough: a few steps of
+    this model on this machine's CPU or GPU, multiplied up, for what is not done. Of an audit they have the training of
+    rmia's references alone. Raises RecipeError and
+    DataError, naming the recipe's file `source`, where the network or decoded data lacks what the recipe asks for.
     """
+    lab = Experiment(recipe, out, source=source, quiet=True)
     data = {role: _describe(recipe, role) for role in _roles(recipe)}
+    decoded = {role for role, row in data.items() if row["images"] is not None}
+    demands.of_data(lab, [job for job in lab.jobs if decoded.issuperset(job.roles)])
     parameters, seconds = _measure(recipe)
-    rows = [_job(recipe, out, job, data, seconds) for job in jobs(recipe)]
+    rows = [_job(lab, job, data, seconds) for job in lab.jobs]
+    audits = [row for row in rows if row["stage"] == "audit" and row["state"] != "done"]
+    if audits:  # trained for the first, and kept for the others
+        audits[0]["seconds"] = _references(recipe, data["source"], seconds)
     known = [row["seconds"] for row in rows if row["seconds"] is not None]
     return {
         "recipe": recipe.name,
@@ -46,21 +61,16 @@ def text(document: dict[str, Any]) -> str:
     lines += ["", "stages"]
     for row in document["jobs"]:
         steps = "?" if row["steps"] is None else row["steps"]
-        cost = "" if row["seconds"] is None else f", about {row['seconds']:.0f} s"
-        state = (
-            "done"
-            if row["exists"]
-            else f"{steps} steps of {row['batch_size']}{cost}"
-            if row["batch_size"]
-            else "attack"
-        )
-        lines.append(f"  {row['title']:<32} {state}")
+        cost = f", about {row['seconds']:.0f} s" if row["seconds"] else ""
+        work = f"{steps} steps of {row['batch_size']}{cost}"
+        if not row["batch_size"]:
+            work = "attack" + (f"; the references of rmia{cost}" if cost else "")
+        lines.append(f"  {row['title']:<32} " + ("done" if row["state"] == "done" else NOTES[row["state"]] + work))
     total = document["minutes"]
-    lines += [
-        "",
-        "rough time: " + (f"{total} min on this machine" if total is not None else "known once data is decoded"),
-    ]
-    return "\n".join(lines)
+    rough = "known once data is decoded" if total is None else f"{total} min on this machine"
+    if total is not None and any(row["stage"] == "audit" and row["state"] != "done" for row in document["jobs"]):
+        rough += ", without the attacks of the audit themselves"
+    return "\n".join([*lines, "", f"rough time: {rough}"])
 
 
 def _roles(recipe: Recipe) -> list[str]:
@@ -75,15 +85,17 @@ def _dataset(recipe: Recipe, role: str):
 def _describe(recipe: Recipe, role: str) -> dict[str, Any]:
     dataset = _dataset(recipe, role)
     try:
-        train = cached(dataset, "train", recipe.model.image_size, role=role)
+        train, test = (cached(dataset, split, recipe.model.image_size, role=role) for split in ("train", "test"))
     except DataError as error:
-        return {"role": role, "path": dataset.path, "problem": str(error), "images": None, "classes": None}
+        nothing = dict.fromkeys(("images", "test_images", "classes"))
+        return {"role": role, "path": dataset.path, "problem": str(error), **nothing}
     chosen = None if train is None else len(balanced(train.labels, len(train.classes), dataset.fraction, 0))
     return {
         "role": role,
         "path": dataset.path,
         "problem": "revision not pinned" if is_hub(dataset) and dataset.revision is None else None,
         "images": chosen,
+        "test_images": None if test is None else len(test.labels),
         "classes": None if train is None else len(train.classes),
     }
 
@@ -112,7 +124,35 @@ def _measure(recipe: Recipe, rounds: int = 3) -> tuple[int, float]:
     return sum(p.numel() for p in model.parameters()), min(times) / batch
 
 
-def _job(recipe: Recipe, out: Path, job: Job[Any], data: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _state(lab: Experiment, job: Job[Any], data: dict[str, Any]) -> str:
+    """One of those that `plan` names. No data is decoded and no engine started for it."""
+    path = lab.folder / job.path
+    if not path.exists():
+        return "to do"
+    try:
+        checkpoint.read_sidecar(path)
+    except CheckpointError:
+        return "unreadable"
+    roles = {*job.roles, *(("source", "target") if job.parent else ())}
+    if any(data[role][count] is None for role in roles for count in ("images", "test_images")):
+        return "not checked"
+    with suppress(CheckpointError):  # of a parent: missing, stale or unreadable
+        return "done" if lab.done(job) else "stale"
+    return "stale"
+
+
+def _references(recipe: Recipe, source: dict[str, Any], seconds: float) -> float | None:
+    """Seconds that all reference models take; each sees half of the source's images, its test split among them."""
+    count, settings = recipe.audit.references, recipe.pretrain
+    if not count:
+        return 0.0
+    if source["images"] is None or source["test_images"] is None:
+        return None
+    half = (source["images"] + source["test_images"]) // 2
+    return count * settings.total_steps(half) * min(settings.batch_size, half) * seconds
+
+
+def _job(lab: Experiment, job: Job[Any], data: dict[str, Any], seconds: float) -> dict[str, Any]:
     images = data[job.dataset]["images"]
     size = getattr(job.settings, "batch_size", None)
     steps = None if images is None or size is None else job.settings.total_steps(images)
@@ -124,11 +164,12 @@ def _job(recipe: Recipe, out: Path, job: Job[Any], data: dict[str, Any], seconds
         trained = [(a, len(a.lr) + 1) for a in job.settings.attackers if a.kind != "probe"]
         fits = sum(count * a.steps * min(a.batch_size, images) for a, count in trained)
         cost += job.settings.attack_seeds * fits * seconds
+    state = _state(lab, job, data)
     return {
         "title": job.title,
         "stage": job.stage,
-        "exists": (out / recipe.name / job.path).exists(),
+        "state": state,
         "steps": steps,
         "batch_size": size and (size if images is None else min(size, images)),
-        "seconds": 0.0 if size is None else cost,
+        "seconds": 0.0 if size is None or state == "done" else cost,
     }

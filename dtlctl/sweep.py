@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtlctl import checkpoint
+from dtlctl import checkpoint, demands
 from dtlctl import stages as work
 from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, RecipeError
 from dtlctl.experiment import Experiment
@@ -111,6 +111,8 @@ def run(
     ]
     if len(calls) < len(grid):
         raise RecipeError("sweep: two points have the same values")
+    for lab in labs:
+        demands.of_data(lab, lab.jobs)
     perform(labs, STAGES, relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
     return list(zip(grid, labs, strict=True))
 

@@ -280,12 +280,17 @@ def test_the_single_setting_does_not_change_beside_tuned_attackers(recipe_file: 
     assert accuracies[0] == accuracies[1]
 
 
-def test_one_image_a_class_cannot_tune(recipe_file: Path):
+def test_one_image_a_class_cannot_tune_and_that_is_told_before_anything_trains(recipe_file: Path):
+    """1,000 digits: a hundredth is one of each of ten classes."""
     lab = Experiment(
         load(recipe_file, [ATTACKERS, "data.piggyback.again.fraction=0.01"]), recipe_file.parent, quiet=True
     )
-    with pytest.raises(DataError, match="holds out images of his own: he needs 2 or more"):
-        run(lab, ("piggyback",), only=("scratch",))
+    reason = (
+        r"data\.piggyback\.again\.fraction: 0\.01: a tuned attacker holds out images of his own: .*; make it larger"
+    )
+    with pytest.raises(DataError, match=f"^RECIPE: {reason}$"):
+        run(lab, ("pretrain", "finetune", "piggyback"))
+    assert not lab.folder.exists()
 
 
 def test_two_processes_share_the_trials(recipe_file: Path, dtlctl):

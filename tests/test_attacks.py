@@ -219,6 +219,28 @@ def test_every_branch_of_the_white_box_attacker_learns_and_nothing_moves_when_it
     assert torch.equal(whitebox._answer(net, inputs), whitebox._answer(net, inputs))
 
 
+@pytest.mark.parametrize(
+    ("arch", "path", "expected"),
+    [
+        ("resnet18", "layer", [1, 2, 3, 4]),
+        ("resnet8", "stages.", [0, 1, 2]),
+        ("resnet20", "stages.", [0, 2, 4, 6, 8]),
+        ("vit_b_32", "encoder.layers.encoder_layer_", [0, 2, 4, 6, 8, 11]),
+        ("vgg11", "features.", [0, 3, 6, 11, 13, 18]),
+        ("regnet_y_400mf", "trunk_output", [""]),
+    ],
+)
+def test_the_white_box_attacker_looks_at_stages(arch, path, expected):
+    """At most six, evenly: of ResNet-20's stem and nine blocks places 0, 1, 3, 5, 7, 9; of twelve layers 0, 2, 4, 6,
+    8, 11; of VGG's eight convolutions (modules 0, 3, 6, 8, 11, 13, 16, 18) the places 0, 1, 2, 4, 5, 7.
+    """
+    stem = "small" if arch in models._CIFAR_RESNETS else "imagenet"
+    backbone = models.outline(arch, stem, None, 64).backbone
+    first = ["stem"] if hasattr(backbone, "stem") else []
+    names = {module: name for name, module in backbone.named_modules()}
+    assert [names[stage] for stage in whitebox._stages(backbone)] == [*first, *(f"{path}{n}" for n in expected)]
+
+
 def test_the_last_layers_gradient_is_the_outer_product(images, overfitted):
     """∂CE/∂W = (softmax - one-hot) ⊗ embedding, what the white-box attacker forms in batches."""
     batch = part(images[1], slice(0, 1))

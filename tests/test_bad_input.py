@@ -98,6 +98,15 @@ def test_wrong_recipes_end_with_2_before_data_is_touched(call, recipe_file: Path
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_network_that_cannot_take_the_images_is_a_mistake_of_the_recipe(call, recipe_file: Path):
+    recipe_file.write_text(recipe_file.read_text().replace('arch = "resnet8"\nwidth = 4', 'arch = "alexnet"'))
+    reason = "alexnet cannot take images of 32 pixels; set image_size, 224 for example"
+    change = ("--set", "model={stem='imagenet', image_size=32}")
+    assert call("check", recipe_file, *change) == (2, "", f"error: {recipe_file}: model: {reason}\n")
+    for more in ((), ("--train",)):
+        assert call("bench", "--arch", "alexnet", *more) == (2, "", f"error: bench: {reason}\n")
+
+
 def test_divergence_ends_with_3(call, recipe_file: Path, tmp_path: Path):
     changes = ("--set", "pretrain.lr=100", "--set", "pretrain.steps=300", "--set", "pretrain.schedule=constant")
     code, out, err = call("pretrain", recipe_file, "--quiet", *changes)

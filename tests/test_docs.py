@@ -15,6 +15,7 @@ import typer.main
 
 from dtlctl.cli import app
 from dtlctl.errors import RecipeError
+from dtlctl.experiment import Experiment
 from dtlctl.loading import load
 from dtlctl.plan import jobs
 from dtlctl.recipe import Recipe
@@ -199,13 +200,13 @@ def is_mistake(block: str) -> bool:
     return block in [code for code, _ in mistakes()]
 
 
-def test_error_messages_are_quoted_as_they_are(monkeypatch: pytest.MonkeyPatch):
+def test_error_messages_are_quoted_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(ROOT)
     assert len(mistakes()) >= 3
     for code, message in mistakes():
         ((_, recipe, *rest),) = calls(code)
         with pytest.raises(RecipeError) as error:
-            load(Path(recipe), rest[1::2])
+            Experiment(load(Path(recipe), rest[1::2]), tmp_path, source=recipe)
         assert str(error.value) == message
 
 

@@ -141,6 +141,34 @@ def test_what_does_not_exist_is_refused(arch, stem, width, message):
         assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("arch", "takes", "too_small"),
+    [("vgg11", 32, 31), ("alexnet", 63, 62), ("densenet121", 29, 28), ("maxvit_t", 224, 32)],
+)
+def test_images_too_small_for_a_network_are_refused(arch, takes, too_small):
+    """VGG halves a side five times: 32 ends at 1 and 31 at 0. AlexNet's sides: 63, 15, 7, 3, 1 but 62, 14, 6, 2, and
+    its last pool wants 3. DenseNet: 29, 15, 8, 4, 2, 1 but 28, 14, 7, 3, 1, 0. MaxViT's windows are made for 224.
+    """
+    check(arch, "imagenet", None, takes)
+    for refuse in (check, lambda arch, stem, _, size: build(arch, {"a": 2}, stem=stem, image_size=size)):
+        with pytest.raises(ValueError, match=f"^{arch} cannot take images of {too_small} pixels; set image_size"):
+            refuse(arch, "imagenet", None, too_small)
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem"), [("alexnet", "imagenet"), ("regnet_y_400mf", "imagenet"), ("resnet8", "small")]
+)
+def test_looking_at_a_network_draws_no_random_number(arch, stem):
+    """Else a model's weights would depend on whether it had been looked at before."""
+    models.outline.cache_clear()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    outline = models.outline(arch, stem, None, 64)
+    assert torch.equal(torch.get_rng_state(), before)
+    shapes = {name: tensor.shape for name, tensor in build(arch, {}, stem=stem, image_size=64).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in outline.state_dict().items()} == shapes
+
+
 def test_the_model_normalises_its_input():
     """(x - mean) / std with ImageNet's statistics: an image of mean + k·std becomes k."""
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

@@ -134,9 +134,10 @@ def test_a_disposal_starts_from_tl_but_for_what_is_drawn_anew(recipe_file: Path,
 
 
 def test_more_fresh_stages_than_there_are_is_one_line(recipe_file: Path):
-    experiment = lab(recipe_file, "dispose={rand={fresh_stages=4}}")
-    with pytest.raises(RecipeError, match="rand: fresh_stages draws anew 4 of the last stages of CifarResNet, but 3 "):
-        run(experiment, ("pretrain", "finetune", "dispose"))
+    with pytest.raises(
+        RecipeError, match=r"dispose\.rand\.fresh_stages: 4, but resnet8 has 3 stages; write 3 or less$"
+    ):
+        lab(recipe_file, "dispose={rand={fresh_stages=4}}")
 
 
 @pytest.mark.parametrize(("before", "warned"), [(99.0, True), (0.0, False)])

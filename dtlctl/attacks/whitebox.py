@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtlctl import models
 from dtlctl.attacks.membership import Guess, Known
 from dtlctl.attacks.signals import View
 
@@ -136,12 +137,11 @@ def _mean(output: Tensor) -> Tensor:
 
 
 def _stages(backbone: nn.Module) -> list[nn.Module]:
-    """The backbone's stages: its sequential children, the last of them opened if it holds all the others' work."""
-    found: list[nn.Module] = [child for child in backbone.children() if isinstance(child, nn.Sequential)]
-    named = dict(backbone.named_children())
-    for name in ("stages", "features"):
-        if name in named:
-            found = [c for c in found if c is not named[name]] + list(named[name].children())
+    """Where the attacker looks: the blocks of the stages that are known, else sequential children; at most six."""
+    known = [block for stage in models.stages(backbone) for block in stage]
+    found = known or [child for child in backbone.children() if isinstance(child, nn.Sequential)]
+    if isinstance(backbone, models.CifarResNet):
+        found.insert(0, backbone.stem)
     if len(found) > MOST_STAGES:
         found = [found[int(place)] for place in np.linspace(0, len(found) - 1, MOST_STAGES)]
     return found

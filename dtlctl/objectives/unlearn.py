@@ -107,13 +107,16 @@ class NullSpace(OnePart):
     stages: int = Field(2, ge=1, description="how many of the last stages are narrowed")
     trains_source_head: ClassVar[bool] = False
 
+    @staticmethod
+    def least_images(classes: int) -> int:
+        """Images that a batch needs: with fewer, that many target classes explain much by chance."""
+        return 3 * classes
+
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         (view,) = step.chunks
         classes, images = view.target.shape[1], len(view.x) * step.processes
-        if images < 3 * classes:
-            raise RecipeError(
-                f"null-space: batch_size is {images}; {classes} target classes need {3 * classes} or more"
-            )
+        if images < (least := self.least_images(classes)):
+            raise RecipeError(f"null-space: batch_size is {images}; {classes} target classes need {least} or more")
         if len(view.maps) < self.stages:
             raise RecipeError(f"null-space: stages = {self.stages}, but only {len(view.maps)} of this model are known")
         answers = view.target.detach()

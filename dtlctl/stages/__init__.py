@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from importlib import import_module
 from typing import Any
 
+from dtlctl import demands
 from dtlctl.experiment import Experiment
 from dtlctl.plan import Job, Stage
 from dtlctl.progress import say
@@ -16,10 +17,12 @@ def run(
 ) -> list[Job[Any]]:
     """Do the jobs of these stages that are not up to date, in order; return those that were done.
 
-    `only` restricts to some models; `force` redoes what is up to date. Raises DtlError of whatever kind stops it.
+    `only` restricts to some models; `force` redoes what is up to date. Raises DtlError of whatever kind stops it,
+    before the first job trains where the data cannot do for one of them.
     """
-    done = []
-    for job in lab.chosen(stages, only):
+    done, chosen = [], lab.chosen(stages, only)
+    demands.of_data(lab, chosen)
+    for job in chosen:
         if lab.done(job) and not force:
             lab.tidy(job)
             continue

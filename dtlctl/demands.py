@@ -1,0 +1,96 @@
+"""What a recipe demands of its network and its data, looked at before anything trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from dtlctl import models
+from dtlctl.attacks import tuning
+from dtlctl.errors import DataError, RecipeError
+from dtlctl.objectives.unlearn import NullSpace
+
+if TYPE_CHECKING:
+    from dtlctl.experiment import Experiment
+    from dtlctl.plan import Job
+    from dtlctl.recipe import Dispose, Model, Piggyback, Recipe
+
+
+def of_network(recipe: Recipe, source: str) -> None:
+    """Raise RecipeError where the network lacks stages or layers that a variant or an attacker needs.
+
+    source: the recipe's file, for the message, which names the first mistake in full and the others by their keys.
+    """
+    found = [*_of_variants(recipe), *_of_attackers(recipe)]
+    if found:
+        others = ", ".join(place for place, _ in found[1:])
+        raise RecipeError(f"{source}: {found[0][0]}: {found[0][1]}" + (f"\nalso wrong: {others}" if others else ""))
+
+
+def of_data(lab: Experiment, jobs: Iterable[Job[Any]]) -> None:
+    """Raise RecipeError or DataError where a job's data has too many classes, or too few images, for its settings.
+
+    Reads data for those jobs alone that demand something of it.
+    """
+    for job in jobs:
+        if job.stage == "dispose" and isinstance(job.settings.unlearn, NullSpace):
+            _batch_for_null_space(lab, job)
+        if job.stage == "piggyback" and job.settings.attackers:
+            _images_to_hold_out(lab, job)
+
+
+def _batch_for_null_space(lab: Experiment, job: Job[Dispose]) -> None:
+    classes, size = len(lab.classes("target")), job.settings.batch_size
+    if size < (least := NullSpace.least_images(classes)):
+        raise RecipeError(
+            f"{lab.source}: dispose.{job.model}.batch_size: {size} images a step are too few for null-space; "
+            f"{classes} target classes need {least} or more"
+        )
+
+
+def _images_to_hold_out(lab: Experiment, job: Job[Piggyback]) -> None:
+    labels = lab.images(job.dataset, "train").labels[lab.index(job.dataset)]
+    try:
+        tuning.hold_out(labels, job.settings.held_out, 0)
+    except DataError as error:
+        fraction = lab.dataset(job.dataset).fraction
+        remedy = "make it larger" if fraction < 1 else "leave it out of the attackers' datasets"
+        raise DataError(f"{lab.source}: data.{job.dataset}.fraction: {fraction:g}: {error}; {remedy}") from None
+
+
+def _of_variants(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, reason) of every variant that asks for more stages than there are."""
+    for name, settings in recipe.dispose.items():
+        asked = {"fresh_stages": settings.fresh_stages}
+        if isinstance(settings.unlearn, NullSpace):
+            asked["unlearn.stages"] = settings.unlearn.stages
+        for key, count in asked.items():
+            if count and count > (known := len(models.stages(_backbone(recipe.model)))):
+                reason = f"{count}, but {recipe.model.arch} has {known} stages; write {known} or less"
+                if not known:
+                    reason = f"the stages of {recipe.model.arch} are not known; choose another network or variant"
+                yield f"dispose.{name}.{key}", reason
+
+
+def _of_attackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, reason) of every attacker who cannot prepare this network."""
+    for number, attacker in enumerate(recipe.piggyback.attackers):
+        lacking = ""
+        if attacker.kind == "last-block" and not models.stages(_backbone(recipe.model)):
+            lacking = "a known last stage"
+        if attacker.kind == "renorm" and not any(map(_is_batch_norm, _backbone(recipe.model).modules())):
+            lacking = "batch normalisation"
+        if lacking:
+            reason = f'kind "{attacker.kind}" needs {lacking}, which {recipe.model.arch} does not have; leave it out'
+            yield f"piggyback.attackers.{number}", reason
+
+
+def _backbone(spec: Model) -> nn.Module:
+    """Built only if something is demanded of it: most recipes need not wait for it."""
+    return models.outline(spec.arch, spec.stem, spec.width, spec.image_size).backbone
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)

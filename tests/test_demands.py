@@ -1,0 +1,74 @@
+"""What a recipe demands of its network and its data is looked at before anything trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtlctl import demands
+from dtlctl.data import cache
+from dtlctl.errors import RecipeError
+from dtlctl.loading import load
+
+NULL = "dispose.null={steps=2, batch_size=%d, unlearn={kind='null-space', stages=%d}}"
+
+
+def test_more_stages_than_the_network_has_end_every_command_before_data_is_read(
+    call, recipe_file: Path, tmp_path: Path
+):
+    """A CIFAR ResNet has three; the dataset that is not there would end a command with 4."""
+    changes = ("dispose.rand.fresh_stages=40", NULL % (64, 9), "data.source.path=./nowhere")
+    expected = f"error: {recipe_file}: dispose.rand.fresh_stages: 40, but resnet8 has 3 stages; write 3 or less\n"
+    expected += "also wrong: dispose.null.unlearn.stages\n"
+    for command in ("check", "pretrain", "run", "compare", "sweep"):
+        words = [*(word for change in changes for word in ("--set", change)), *("--over", "seed=0,1")]
+        found = call(command, recipe_file, *words[: None if command == "sweep" else -2])
+        assert found == (2, "", expected), command
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arch", "stages", "wrong"),
+    [
+        ("resnet18", 4, ""),
+        ("resnet18", 5, "dispose.null.unlearn.stages: 5, but resnet18 has 4 stages; write 4 or less"),
+        ("vgg11_bn", 2, ""),
+        (
+            "vit_b_32",
+            12,
+            'piggyback.attackers.0: kind "renorm" needs batch normalisation, which vit_b_32 does not have',
+        ),
+        ("vgg11", 2, 'piggyback.attackers.0: kind "renorm" needs batch normalisation, which vgg11 does not have'),
+        (
+            "regnet_y_400mf",
+            1,
+            "dispose.null.unlearn.stages: the stages of regnet_y_400mf are not known; choose another",
+        ),
+    ],
+)
+def test_what_a_network_has_is_known_without_training(recipe_file: Path, arch: str, stages: int, wrong: str):
+    """ResNet-18 has four stages, a vision transformer 12 layers and no batch normalisation, VGG no stages of a name."""
+    recipe_file.write_text(recipe_file.read_text().replace('arch = "resnet8"\nwidth = 4', f'arch = "{arch}"'))
+    changes = ("model={stem='imagenet', image_size=64}", NULL % (64, stages))
+    recipe = load(recipe_file, [*changes, "piggyback.attackers=[{kind='renorm'}, {kind='last-block'}]"])
+    if not wrong:
+        demands.of_network(recipe, "FILE")
+        return
+    with pytest.raises(RecipeError) as caught:
+        demands.of_network(recipe, "FILE")
+    assert str(caught.value).startswith(f"FILE: {wrong}")
+    assert str(caught.value).endswith("\nalso wrong: piggyback.attackers.1") == arch.startswith("regnet")
+
+
+def test_a_batch_too_small_for_the_null_space_is_told_before_anything_trains(call, recipe_file: Path, tmp_path: Path):
+    """Ten digits need 30 images a step."""
+    reason = "dispose.null.batch_size: 29 images a step are too few for null-space; 10 target classes need 30 or more"
+    expected = (2, "", f"error: {recipe_file}: {reason}\n")
+    for command in (("run",), ("compare",), ("sweep", "--over", "seed=0,1")):
+        assert call(*command, recipe_file, "--quiet", "--set", NULL % (29, 2)) == expected, command
+    assert not list((tmp_path / "runs").rglob("model.json"))
+    recipe = load(recipe_file)
+    cache.load(recipe.data.target, "train", recipe.model.image_size)
+    assert call("check", recipe_file, "--set", NULL % (29, 2)) == expected
+    assert call("check", recipe_file, "--set", NULL % (30, 2))[0] == 0

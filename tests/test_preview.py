@@ -1,0 +1,78 @@
+"""What `check` says of results that are there, and of what the rest will cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtlctl import preview
+from dtlctl.experiment import Experiment
+from dtlctl.loading import load
+from dtlctl.stages import run
+
+
+def planned(recipe_file: Path, *overrides: str) -> dict:
+    return preview.plan(load(recipe_file, list(overrides)), recipe_file.parent)
+
+
+def states(document: dict) -> dict[str, str]:
+    return {row["title"]: row["state"] for row in document["jobs"]}
+
+
+@pytest.fixture
+def trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny recipe after its disposals; from here on nobody may start an engine. An image costs one second."""
+    lab = Experiment(load(recipe_file), recipe_file.parent, quiet=True)
+    run(lab, ("pretrain", "finetune", "dispose"))
+    monkeypatch.setattr(Experiment, "engine", property(lambda _: pytest.fail("an engine was started")))
+    monkeypatch.setattr(preview, "_measure", lambda _: (1, 1.0))
+    return recipe_file
+
+
+def test_done_is_what_the_stages_would_skip(trained: Path):
+    """Another lambda makes a variant stale, another pre-training all that comes from it; `{}` is no sidecar."""
+    same = states(planned(trained))
+    models = ["pretrain", "target-only", "finetune", "dispose/gc", "dispose/rand"]
+    assert {title: state for title, state in same.items() if state != "to do"} == dict.fromkeys(models, "done")
+    assert same["audit/gc"] == same["piggyback/TL/again"] == "to do"
+    (trained.parent / "tiny/dispose/gc/model.json").write_text("{}")
+    found = planned(trained, "dispose.rand.lambda=0.3")
+    assert [states(found)[title] for title in models] == ["done", "done", "done", "unreadable", "stale"]
+    assert "dispose/gc                       there, but unreadable; 6 steps of 8, about 120 s" in preview.text(found)
+    found = planned(trained, "pretrain.steps=13")
+    assert [states(found)[title] for title in models] == ["stale", "done", "stale", "unreadable", "stale"]
+
+
+def test_without_decoded_data_nothing_is_called_done(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "empty"))
+    found = planned(trained)
+    assert [row["state"] for row in found["jobs"][:5]] == ["not checked"] * 5
+    assert "pretrain                         there, not checked; ? steps of 20" in preview.text(found)
+    assert not (tmp_path / "empty").exists()
+
+
+def test_the_cost_counts_references_once_and_nothing_that_is_done(trained: Path):
+    """In images, each a second; 1,000 digits to train on, 797 to test on. `source` has 100, `target` 20, `again` 30.
+
+    pretrain 2 epochs of 5 steps of 20 = 200; TGT and TL 4 of 10 each; gc 6 of 8, half of them 1 and half of them 4
+    times as dear: 120; rand 4 of 8 = 32; three attacks, 3 of 10 each. A reference sees (100 + 797) / 2 = 448 images,
+    2 epochs of 22 steps of 20 = 880, and there are four.
+    """
+    rmia = ("pretrain.epochs=2", "audit.references=4", 'audit.attacks=["rmia"]')
+    found = planned(trained, *rmia)
+    assert {row["title"]: row["seconds"] for row in found["jobs"]} == {
+        "pretrain": 200,
+        "target-only": 0,
+        "finetune": 40,
+        "dispose/gc": 120,
+        "dispose/rand": 32,
+        **dict.fromkeys((f"piggyback/{model}/again" for model in ("scratch", "TL", "gc")), 30),
+        "audit/pre": 3520,
+        **dict.fromkeys((f"audit/{model}" for model in ("TL", "gc", "rand")), 0),
+    }
+    assert found["minutes"] == round((200 + 40 + 120 + 32 + 90 + 3520) / 60, 1)
+    text = preview.text(found)
+    assert "audit/pre                        attack; the references of rmia, about 3520 s\n" in text
+    assert text.endswith("66.7 min on this machine, without the attacks of the audit themselves")
+    assert planned(trained)["minutes"] == 1.5  # the three attacks alone
