@@ -10,21 +10,23 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     """Batch normalisation whose training statistics are those of the global batch, on any backend.
 
     torch's own SyncBatchNorm runs on GPUs only. First derivatives only: collisions use per-chunk statistics instead.
+    An input of less precision than float32 is computed with in float32, as torch's own does; the output has its type.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        count = _sum_over_processes(torch.tensor(float(input.numel() // input.shape[1]), device=input.device))
-        mean = _sum_over_processes(input.sum((0, 2, 3))) / count
-        centred = input - mean[:, None, None]
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        count = _sum_over_processes(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
+        mean = _sum_over_processes(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
         variance = _sum_over_processes((centred**2).sum((0, 2, 3))) / count
         with torch.no_grad():
             for running, now in ((self.running_mean, mean), (self.running_var, variance * count / (count - 1))):
                 if running is not None and self.momentum is not None:
                     running.lerp_(now, self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None])
+        return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None]).to(input.dtype)
 
 
 class _SumOverProcesses(torch.autograd.Function):

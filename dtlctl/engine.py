@@ -8,7 +8,7 @@ second-order objectives rest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -158,17 +158,19 @@ class Engine:
         progress: Progress,
         evaluate: Callable[[int], dict[str, float]],
         reports: int = 8,
+        also: Collection[int] = (),
         memory: Memory | None = None,
         state: State | None = None,
     ) -> History:
         """Minimise `objective` over `steps` steps of SGD with momentum, as `plan` says.
 
-        At each of `reports` even intervals and at the end, the means of what the objective reported and what
-        `evaluate(steps done)` returns go into the history. With a `memory`, training goes on from the state that is
-        kept there, and keeps its own there when it is due and when a signal stops it; `state` is kept up to date.
-        Raises Stopped, and DivergedError for a gradient or, at the end, weights that are not finite. Such a gradient
-        never reaches the weights; the run stops at once, or, on an accelerator, where looking costs time, at the next
-        report or save.
+        At each of `reports` even intervals, after each of the numbers of steps in `also` and at the end, the means of
+        what the objective reported and what `evaluate(steps done)` returns go into the history. A mean is over all
+        steps since the row before: where an objective comes to report other things, `also` must say so. With a
+        `memory`, training goes on from the state that is kept there, and keeps its own there when it is due and when a
+        signal stops it; `state` is kept up to date. Raises Stopped, and DivergedError for a gradient or, at the end,
+        weights that are not finite. Such a gradient never reaches the weights; the run stops at once, or, on an
+        accelerator, where looking costs time, at the next report or save.
         """
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(weights, plan.lr, plan.momentum, weight_decay=plan.weight_decay, fused=True)
@@ -178,6 +180,7 @@ class Engine:
             memory.restore(self, state, model, optimizer, schedule)
         progress.advance(state.step)
         started, before, every = time.perf_counter(), state.seconds, max(1, steps // reports)
+        due = {*range(every, steps, every), *also, steps}
 
         def save() -> None:
             if memory:
@@ -187,12 +190,12 @@ class Engine:
 
         with stop.deferred():
             try:
-                self._report(state, every, steps, evaluate, progress)  # where a signal cut it short
+                self._report(state, due, evaluate, progress)  # where a signal cut it short
                 while state.step < steps:
                     self._heed(memory, save)
                     self._step(state, objective, model, weights, optimizer, plan.clip)
                     schedule.step()
-                    self._report(state, every, steps, evaluate, progress)
+                    self._report(state, due, evaluate, progress)
                     progress.advance(1, images=batch_size)
                 check_weights(model, steps)
             except Stopped:
@@ -229,11 +232,11 @@ class Engine:
         state.step += 1
 
     def _report(
-        self, state: State, every: int, steps: int, evaluate: Callable[[int], dict[str, float]], progress: Progress
+        self, state: State, due: set[int], evaluate: Callable[[int], dict[str, float]], progress: Progress
     ) -> None:
         """A row of the history, where one is due that is not there yet."""
         last = int(state.rows[-1]["step"]) if state.rows else 0
-        if state.step == last or (state.step % every and state.step < steps):
+        if state.step == last or state.step not in due:
             return
         check_reports(state, state.step)
         sums = self.all_reduce([torch.stack(list(state.sums.values()))])[0] / ((state.step - last) * self.processes)

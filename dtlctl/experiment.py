@@ -193,11 +193,13 @@ class Experiment:
         batches: Batches,
         measures: dict[str, tuple[str, str]],
         part: str = "",
+        also: Collection[int] = (),
     ) -> tuple[History, dict[str, float]]:
         """Train as the job's settings say, measuring {name: (head, role)} accuracies on the way and at the end.
 
         On the way only as often as no more images are tested than trained on. State is saved in the job's scratch
         folder and taken up from there; a job that trains more than once names its `part`s, each a plain file name.
+        After `also` so many steps there is a row in the history besides those at even intervals.
         """
         steps = job.settings.total_steps(batches.images)
         tested = sum(len(self.images(role, "test").labels) for _, role in measures.values())
@@ -214,7 +216,7 @@ class Experiment:
         with self.progress(job.title, steps) as bar:
             size = batches.batch_size
             history = self.engine.train(
-                model, objective, job.settings, steps, size, bar, evaluate, memory=memory, state=state
+                model, objective, job.settings, steps, size, bar, evaluate, also=also, memory=memory, state=state
             )
         return history, {name: history.rows[-1][name] for name in measures}
 

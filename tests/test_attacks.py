@@ -207,6 +207,18 @@ def test_per_image_gradients_are_those_of_a_loop(images, overfitted):
             torch.testing.assert_close(ours[place], expected, rtol=2e-3, atol=1e-6)
 
 
+def test_per_image_gradients_are_not_rounded_to_bfloat16(images, overfitted):
+    """Whatever precision the model trains in, they are those in float32; its answers stay as they were."""
+    batch = part(images[0], slice(0, 5))
+    model = network()
+    model.load_state_dict(overfitted.state_dict())
+    model.eval().precision = "bfloat16"
+    before = model(batch.x, "source")
+    for ours, exact in zip(*(gradients.per_image(m, batch.x, batch.y) for m in (model, overfitted)), strict=True):
+        assert torch.equal(ours, exact)
+    assert torch.equal(model(batch.x, "source"), before) and not torch.equal(before, overfitted(batch.x, "source"))
+
+
 def test_every_branch_of_the_white_box_attacker_learns_and_nothing_moves_when_it_answers(images, overfitted):
     """The defects of the public code: branches in plain lists are never trained; dropout stays on in evaluation."""
     seen = {n: v.double().numpy() for n, v in whitebox.observe(View(overfitted, [images[0]])).items()}

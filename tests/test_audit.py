@@ -59,6 +59,20 @@ def test_every_attack_in_both_modes(recipe_file: Path, tmp_path: Path):
     assert (tmp_path / "out" / "roc.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float64"])
+def test_every_precision_can_be_audited(recipe_file: Path, precision: str):
+    """The paper's attacks in both modes, once training is done."""
+    change = (
+        'audit={attacks=["loss", "adv-dist", "grad-w", "grad-x", "wb"], modes=["as-is", "reprobe"], repeats=2, '
+        "wb_repeats=1, adv_steps=2, images=40}"
+    )
+    experiment = pretrained(recipe_file, change, f'precision="{precision}"')
+    run(experiment, ("audit",), only=("pre",))
+    found = metrics(experiment, "pre")
+    names = {*experiment.recipe.audit.attacks, "adv-dist-l2"}
+    assert names == report_audit._results(found, "as-is").keys() == found["reprobe"].keys()
+
+
 def test_too_few_images_are_counted(recipe_file: Path):
     experiment = pretrained(recipe_file, "data.source.fraction=0.01", "pretrain.batch_size=4")
     message = "audit/pre: 10 members and 797 non-members are too few; 20 of each are needed"

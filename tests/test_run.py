@@ -97,6 +97,20 @@ def test_repair_ends_with_the_retaining_loss_alone(recipe_file: Path):
     assert ["unlearn" in row for row in history] == [True, True, True, False, False, False]
 
 
+def test_a_row_of_the_history_is_of_unlearning_or_of_repair(recipe_file: Path):
+    """20 steps, a row every 2, repair from round(20 * 0.55) = 11 on. NEG's loss is minus the source loss: so are means
+    over the same steps."""
+    change = 'dispose={neg={steps=20, batch_size=8, lr=0.02, repair=0.45, unlearn={kind="negative-ce"}}}'
+    experiment = lab(recipe_file, change)
+    run(experiment, ("pretrain", "finetune", "dispose"), only=("pre", "TL", "neg"))
+    made = json.loads((experiment.folder / "dispose/neg/model.json").read_text())
+    assert [row["step"] for row in made["history"]] == [2, 4, 6, 8, 10, 11, 12, 14, 16, 18, 20]
+    driven, repaired = made["history"][:6], made["history"][6:]
+    assert all(row["unlearn"] == pytest.approx(-row["source_loss"], abs=1e-6) for row in driven)
+    assert not any("unlearn" in row for row in repaired)
+    assert made["metrics"]["source_loss_unlearned"] == driven[-1]["source_loss"]
+
+
 def test_lambda_zero_and_no_unlearning_are_the_same(recipe_file: Path):
     """Eq. 1 at lambda = 0 is the retaining loss, whatever the unlearning loss; chunks = 1 on both sides."""
     changes = 'dispose={rand={lambda=0.0}, none={steps=4, batch_size=8, lr=0.02, lambda=0.0, unlearn={kind="none"}}}'
@@ -156,12 +170,23 @@ def test_tls_source_loss_is_that_of_train_mode_and_leaves_it_alone(recipe_file: 
     run(experiment, ("pretrain",))
     model, batches = experiment.load_model("pre").eval(), experiment.batches("source", 8, "dispose/source")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = stage._source_loss_of(experiment, model, batches, chunks=2, count=2)
+    found = stage._source_loss_of(experiment, model, batches, chunks=2, batch_norm="train", count=2)
     assert not model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     model.train()
     parts = [(b.x[rows], b.y[rows]) for b in (batches[0], batches[1]) for rows in (slice(0, 4), slice(4, 8))]
     losses = [-model(x, "source").log_softmax(1)[range(4), y].mean().item() for x, y in parts]
     assert found == pytest.approx(sum(losses) / 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
+def test_tls_source_loss_is_that_of_a_disposal_that_stands_still(recipe_file: Path, batch_norm: str):
+    """At a step size of next to nothing the student is TL in all 8 steps, which see the batches that TL was shown."""
+    experiment = lab(recipe_file, f'dispose={{gc={{steps=8, lr=1e-9, repair=0.0, batch_norm="{batch_norm}"}}}}')
+    run(experiment, ("pretrain", "finetune", "dispose"), only=("pre", "TL", "gc"))
+    made = json.loads((experiment.folder / "dispose/gc/model.json").read_text())
+    losses = [row["source_loss"] for row in made["history"]]
+    assert len(losses) == 8
+    assert made["metrics"]["source_loss_tl"] == pytest.approx(sum(losses) / 8, abs=1e-4)
 
 
 def test_the_diagnosis_looks_at_the_end_of_unlearning():

@@ -29,15 +29,16 @@ def distance(view: View, steps: int) -> dict[str, Tensor]:
 
 
 def minimal(model: Classifier, x: Tensor, y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The L∞ and L2 norms [B], of images x [B, 3, S, S] in [0, 1] with true labels y [B]."""
+    """The L∞ and L2 norms [B], of images x [B, 3, S, S] in [0, 1] with true labels y [B]; in the weights' type."""
     foolbox = _foolbox()
+    x = x.to(next(model.parameters()).dtype)
     wanted = [p for p in model.parameters() if p.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)  # foolbox back-propagates into everything that asks for it
     try:
         with torch.no_grad():
             right = (model(x, "source").argmax(1) == y).nonzero()[:, 0]
-        norms = [torch.zeros(len(x), device=x.device) for _ in range(2)]
+        norms = [x.new_zeros(len(x)) for _ in range(2)]
         if len(right):
             bounded = foolbox.PyTorchModel(_Source(model).eval(), bounds=(0, 1), device=x.device)
             # foolbox 3.3's own L2FMNAttack never projects: it divides a norm by itself. DDN changes its radius by a

@@ -6,6 +6,7 @@ knows he fits a logistic regression.
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import torch
@@ -44,10 +45,13 @@ def _statistics(view: View) -> tuple[Tensor, Tensor]:
 def per_image(model: Classifier, x: Tensor, y: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Statistics [B, 7] of each image's gradient by the weights, and by its pixels. x: [B, 3, S, S]; y: [B].
 
-    The model must be in eval mode. The gradients of `chunk` images exist at a time, by default as many as fit into
-    512 MiB and at most 64; of the others only the statistics are left.
+    The model must be in eval mode, and is not computed with in less precision than float32. The gradients of `chunk`
+    images exist at a time, by default as many as fit into 512 MiB and at most 64; of the others only the statistics
+    are left.
     """
     assert not model.training
+    model = copy.copy(model)  # of the same tensors
+    model.precision = "float32"  # under `vmap`, batch norm takes no bfloat16 beside statistics in float32
     parameters = {n: p.detach() for n, p in model.named_parameters() if not n.startswith("heads.") or "source" in n}
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     chunk = chunk or max(1, min(64, MEMORY // (2 * size)))

@@ -29,8 +29,8 @@ def refit(model: Classifier, features: Tensor, labels: Tensor, classes: int, str
     features = features.detach()
     centre, spread = features.mean(0), features.std(0).clamp(min=1e-6)
     inputs = (features - centre) / spread
-    weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
-    bias = torch.zeros(classes, device=features.device, requires_grad=True)
+    weight = features.new_zeros(classes, features.shape[1], requires_grad=True)
+    bias = features.new_zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:

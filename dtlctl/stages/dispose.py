@@ -31,10 +31,11 @@ def dispose(lab: Experiment, job: Job[Dispose]) -> None:
     student = _student(lab, job, teacher.classes, global_batch_norm=not own_statistics)
     source = _batches(lab, "source", settings)
     target = _batches(lab, "target", settings) if settings.retain.needs_target else None
-    objective = _objective(lab, settings, (student, teacher), (source, target), chunks)
+    repair_from = round(settings.total_steps(source.images) * (1 - settings.repair))
+    objective = _objective(lab, settings, (student, teacher), (source, target), chunks, repair_from)
     measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
-    before = _source_loss_of(lab, teacher, source, chunks)
-    history, metrics = lab.train(job, student, objective, source, measures)
+    before = _source_loss_of(lab, teacher, source, chunks, settings.batch_norm)
+    history, metrics = lab.train(job, student, objective, source, measures, also=(repair_from,))
     metrics |= diagnose(history.rows, before)
     after = metrics.get("source_loss_unlearned", before)
     if settings.unlearn.kind == "gradient-collision" and after < before and lab.engine.is_main:
@@ -66,17 +67,20 @@ def _student(lab: Experiment, job: Job[Dispose], heads: dict[str, int], *, globa
 def diagnose(rows: list[dict[str, float]], before: float) -> dict[str, float]:
     """Where the unlearning loss took the source's cross-entropy, in nats: out of its minimum, or back into it.
 
-    rows: the history, with `source_loss`. before: TL's, taken in the same way. Its counterpart is the last row in which
-    the unlearning loss was on; where it never was there is nothing to say.
+    rows: the history, with `source_loss`; one of them ends where repair begins. before: TL's, taken in the same way.
+    Its counterpart is the last row in which the unlearning loss was on; where it never was there is nothing to say.
     """
     driven = [row["source_loss"] for row in rows if "unlearn" in row]
     return {"source_loss_tl": before, "source_loss_unlearned": driven[-1]} if driven else {}
 
 
 @torch.no_grad()
-def _source_loss_of(lab: Experiment, model: Classifier, batches: Batches, chunks: int, count: int = 8) -> float:
-    """Cross-entropy on the first batches, in train mode and in chunks, as a disposal's first steps see it."""
-    probe = copy.deepcopy(model).train()  # its running statistics move
+def _source_loss_of(
+    lab: Experiment, model: Classifier, batches: Batches, chunks: int, batch_norm: str, count: int = 8
+) -> float:
+    """Cross-entropy on the first batches, in a disposal's mode and in its chunks, as its first steps see it."""
+    probe = copy.deepcopy(model)  # its running statistics may move
+    _set_mode(probe, views.momenta(probe), batch_norm)
     found = [
         F.cross_entropy(probe(x, "source"), y)
         for batch in (batches[number] for number in range(count))
@@ -91,12 +95,12 @@ def _objective(
     models: tuple[Classifier, Classifier],
     data: tuple[Batches, Batches | None],
     chunks: int,
+    repair_from: int,
 ) -> Objective:
-    """Eq. 1 with the settings' two losses; `chunks` is this process's number of them."""
+    """Eq. 1 with the settings' two losses, the unlearning loss for `repair_from` steps; `chunks` of this process."""
     (student, teacher), (source, target) = models, data
     unlearn, retain, parameters = settings.unlearn, settings.retain, list(student.parameters())
     norms, memory = views.momenta(student), _memory(settings, student, source[0], chunks)
-    repair_from = round(settings.total_steps(source.images) * (1 - settings.repair))
     images = len(lab.images("source", "train").labels)
 
     @torch.no_grad()
