@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# One colour for every model, told apart by the colour-blind too (Okabe and Ito), on light and on dark.
-COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#b8a500", "#8c8c8c", "#9467bd", "#17a589")
+# One colour for every model, told apart by the colour-blind too (Okabe and Ito, then Tol), on light and on dark.
+COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#b8a500", "#8c8c8c", "#9467bd", "#17a589",
+           "#882255", "#332288", "#999933", "#aa4499")  # fmt: skip
 INK = "#010203"
 """Nearly black, and in a page the text's own colour: there it becomes `currentColor`."""
 
@@ -161,4 +162,7 @@ def _lines(
             axes.plot(*zip(*points, strict=True), "o-", color=colours[model], label=model, markersize=3, linewidth=1.2)
     if log and all(point[0] > 0 for points in curves.values() for point in points):
         axes.set_xscale("log")
+        measured = sorted({point[0] for points in curves.values() for point in points})
+        axes.set_xticks(measured, [f"{value:g}" for value in measured])
+        axes.minorticks_off()
     return _finished(figure, axes, x, y, title)
