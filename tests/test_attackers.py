@@ -234,10 +234,10 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
     held_out, tested = {"full": 60.0, "probe": 70.0}, {"full": 20.0, "probe": 10.0}
 
     class Fake:
-        stop = threading.Event()
+        stop, model = threading.Event(), torch.nn.Identity()
 
-        def __init__(self, *_: object):
-            pass
+        def __init__(self, lab: Experiment, *_: object):
+            self.lab = lab
 
         def attempt(self, attacker: Any, setting: Setting) -> Trial:
             return Trial(setting, 0, [Look(1, held_out[setting.kind], 1.0)])
