@@ -1,0 +1,107 @@
+"""The page of curves on photographs: every number is that of its sidecars."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+
+STUDY = Path(__file__).parents[1] / "docs/results/tin100_curves"
+PAGE = STUDY.with_suffix(".md").read_text(encoding="utf-8")
+SEEDS = (6, 7, 8)
+REFERENCES = ("scratch", "TGT", "pre", "TL")
+LOSSES = ("gc", "rand", "unif", "neg", "null", "null-fresh")
+NO_LAMBDA = ("fresh", "distilled")
+CURVES = ("gc", "rand", "null", "null-fresh")
+ODDS = ("0.4", "1", "2.5")
+ATTACKERS = ("acc_pl_worst", "acc_pl")  # tuned, and of one setting
+
+
+def sidecars(path: str) -> list[dict[str, Any]]:
+    """Of all seeds."""
+    found = [json.loads((STUDY / path.format(seed)).read_text(encoding="utf-8")) for seed in SEEDS]
+    assert [one["seed"] for one in found] == [*SEEDS]
+    return found
+
+
+def interval(three: list[float], sign: str = "") -> str:
+    """Mean ± half width of the 95 % t interval of three seeds."""
+    return f"{mean(three):{sign}.1f} ± {4.3027 * stdev(three) / 3**0.5:.1f}"  # t(0.975, 2)
+
+
+def metric(path: str, name: str) -> list[float]:
+    return [one["metrics"][name] for one in sidecars(path)]
+
+
+def price(path: str) -> list[float]:
+    """Points of Acc_t from TL on the test images, seed by seed."""
+    return [
+        own - tl
+        for own, tl in zip(metric(f"{path}/model.json", "acc_t"), metric("TL/seed-{}.json", "acc_t"), strict=True)
+    ]
+
+
+def fraction_row(model: str) -> str:
+    """Fig. 5: PL on a tenth of the source's classes by both attackers, with 2.5, 10 and 40 % of the images."""
+    paths = [f"fraction/{gamma}/seed-{{}}/{model}.json" for gamma in ("0.025", "0.1", "0.4")]
+    return " | ".join([model, *(interval(metric(path, attacker)) for attacker in ATTACKERS for path in paths)])
+
+
+def below_on_validation(model: str, odds: str) -> float:
+    """Mean points of Acc_t below TL on target images that nothing is trained or tested on."""
+    validation = json.loads((STUDY / "validation.json").read_text(encoding="utf-8"))
+    return mean(validation[f"{seed}/TL"] - validation[f"{seed}/{model}/{odds}"] for seed in SEEDS)
+
+
+def taken(path: str) -> list[str]:
+    """PL on both datasets, by the tuned attacker and by the one setting."""
+    return [
+        interval(metric(f"{path}/{name}.json", attacker)) for name in ("tin100-10", "tin20b") for attacker in ATTACKERS
+    ]
+
+
+def curve_row(model: str, odds: str) -> str:
+    """Fig. 6a: what λ is, what it costs on validation and on test images, and what both attackers get."""
+    path = f"lambda/{odds}/seed-{{}}/{model}"
+    (lam,) = {one["settings"]["lambda"] for one in sidecars(f"{path}/model.json")}
+    cells = [f"{lam:.3g}", f"{below_on_validation(model, odds):.1f}", interval(price(path), "+"), *taken(path)]
+    return " | ".join([model, *cells])
+
+
+def drop_row(model: str, odds: str) -> str:
+    """Points of PL below TL under the tuned attacker, seed by seed."""
+    cells, before = [], "../tin100_matched/matched-{}/piggyback/TL"
+    for name in ("tin100-10", "tin20b"):
+        pairs = zip(
+            *(metric(f"{at}/{name}.json", ATTACKERS[0]) for at in (before, f"lambda/{odds}/seed-{{}}/{model}")),
+            strict=True,
+        )
+        cells.append(interval([tl - own for tl, own in pairs]))
+    (lam,) = {one["settings"]["lambda"] for one in sidecars(f"lambda/{odds}/seed-{{}}/{model}/model.json")}
+    return " | ".join([model, f"{lam:.3g}", f"{below_on_validation(model, odds):.1f}", *cells])
+
+
+def part_row(model: str) -> str:
+    """What a variant without λ costs, on validation images too, and what both attackers get."""
+    path = f"no-lambda/seed-{{}}/{model}"
+    return " | ".join([model, f"{below_on_validation(model, '1'):.1f}", interval(price(path), "+"), *taken(path)])
+
+
+@pytest.mark.parametrize("model", [*REFERENCES, *LOSSES, *NO_LAMBDA])
+def test_the_page_shows_what_more_images_give_the_attacker(model: str):
+    assert f"| {fraction_row(model)} |" in PAGE
+
+
+@pytest.mark.parametrize("odds", ODDS)
+def test_the_page_shows_every_point_of_the_curves(odds: str):
+    for model in CURVES:
+        assert f"| {curve_row(model, odds)} |" in PAGE
+        assert f"| {drop_row(model, odds)} |" in PAGE
+
+
+@pytest.mark.parametrize("model", NO_LAMBDA)
+def test_the_page_shows_what_each_part_does(model: str):
+    assert f"| {part_row(model)} |" in PAGE
