@@ -283,7 +283,7 @@ def test_the_stage_mixes_as_equation_1_and_then_repairs():
     lab = SimpleNamespace(engine=engine, images=lambda role, split: train, seed=lambda tag: 0)
     variant = {"steps": 4, "batch_size": 8, "lambda": 0.25, "repair": 0.5}
     plan = Dispose(**variant, unlearn={"kind": "negative-ce"}, retain={"kind": "target-ce"})
-    objective = _objective(lab, plan, (model, student().eval()), (source, target), 1)
+    objective = _objective(lab, plan, (model, student().eval()), (source, target), 1, repair_from=2)
     for number in range(4):
         ours, theirs = source[number], target[number]
         unlearn = -F.cross_entropy(model(ours.x, "source"), ours.y)
