@@ -29,8 +29,8 @@ def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
     Every job has a state: "to do"; "done"; "stale", made from other settings, data or parents; "unreadable"; or "not
     checked", a sidecar that is there while the data it was made from is not decoded. Times are rough: a few steps of
     this model on this machine's CPU or GPU, multiplied up, for what is not done. Of an audit they have the training of
-    rmia's references alone. Raises RecipeError and
-    DataError, naming the recipe's file `source`, where the network or decoded data lacks what the recipe asks for.
+    rmia's references alone. Raises RecipeError and DataError, naming the recipe's file `source`, where the network or
+    decoded data lacks what the recipe asks for.
     """
     lab = Experiment(recipe, out, source=source, quiet=True)
     data = {role: _describe(recipe, role) for role in _roles(recipe)}
