@@ -17,7 +17,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         x = input.to(torch.promote_types(input.dtype, torch.float32))
-        count = _sum_over_processes(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
+        count = _sum_over_processes(x.new_full((), x.numel() // x.shape[1]))
         mean = _sum_over_processes(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
         variance = _sum_over_processes((centred**2).sum((0, 2, 3))) / count

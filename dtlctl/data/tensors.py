@@ -65,11 +65,11 @@ class Batches:
             order = torch.randperm(self.images, generator=_generator(self.seed, 0, epoch))
             self._epoch, self._order = epoch, self.rows[order]
         rows = self.share.of(self._order[place * self.batch_size : (place + 1) * self.batch_size])
-        where = _sent(rows, self.device)
-        x = self.pixels[where] if self.pixels.is_cuda else _sent(self.pixels[rows], self.device)
+        where = sent(rows, self.device)
+        x = self.pixels[where] if self.pixels.is_cuda else sent(self.pixels[rows], self.device)
         if self.augment != "none":
             shifts, flips = self._draw(step, x.shape[-1] // 8)
-            x = crop_and_flip(x, _sent(shifts, self.device), _sent(flips, self.device))
+            x = crop_and_flip(x, sent(shifts, self.device), sent(flips, self.device))
         return Batch(_scaled(x), self.labels[where], rows)
 
     def _draw(self, step: int, padding: int) -> tuple[Tensor, Tensor]:
@@ -85,8 +85,8 @@ def evaluation_batches(
     """This process's share of a whole split, in order, as it is."""
     rows = share.of(torch.arange(len(labels)))
     for part in rows.split(batch_size):
-        x = torch.from_numpy(np.array(pixels[part.numpy()])).to(device)
-        yield Batch(_scaled(x), torch.from_numpy(np.array(labels[part.numpy()])).to(device), part)
+        x, y = (sent(torch.from_numpy(np.array(values[part.numpy()])), device) for values in (pixels, labels))
+        yield Batch(_scaled(x), y, part)
 
 
 def crop_and_flip(x: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def crop_and_flip(x: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
     return moved * inside[:, None]
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on the device. From memory that is not pinned, a copy would wait for all that a GPU has to do."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from dtlctl.data.tensors import sent
 from dtlctl.errors import RecipeError
 from dtlctl.objectives.batched import collide_batched
 from dtlctl.objectives.collision import collide
@@ -67,7 +68,7 @@ class RandomLabels(OnePart):
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         classes = step.chunks[0].source.shape[1]
         labels = random_labels(step.images, classes, step.seed)
-        wrong = [labels[chunk.rows].to(chunk.y.device) for chunk in step.chunks]
+        wrong = [sent(labels[chunk.rows], chunk.y.device) for chunk in step.chunks]
         loss = _mean([F.cross_entropy(c.source, y) for c, y in zip(step.chunks, wrong, strict=True)])
         return loss, loss.detach()
 
@@ -121,21 +122,27 @@ class NullSpace(OnePart):
             raise RecipeError(f"null-space: stages = {self.stages}, but only {len(view.maps)} of this model are known")
         answers = view.target.detach()
         answers = answers - answers.mean(1, keepdim=True)  # softmax does not see the mean of the logits
-        parts = [_unexplained(map_.flatten(1), answers, step) for map_ in view.maps[-self.stages :]]
+        (total,) = step.all_reduce([answers.sum(0)])
+        answers = answers - total / images
+        (square,) = step.all_reduce([answers.T @ answers])
+        # Once for all stages: on an accelerator the eigenvalues behind it are waited for.
+        inverse = torch.linalg.pinv(square, rtol=1e-5, hermitian=True)
+        parts = [_unexplained(map_.flatten(1), answers, inverse, step) for map_ in view.maps[-self.stages :]]
         scalars, values = zip(*parts, strict=True)
         return _mean(list(scalars)), _mean(list(values))
 
 
-def _unexplained(rows: Tensor, by: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+def _unexplained(rows: Tensor, by: Tensor, inverse: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     """|H - Z M|^2 / |H|^2 of this process's share of H [B, F] and Z [B, K], over the global batch: scalar and value.
 
-    Means and M are held constant: both sums are least at theirs, so the gradient is the same.
+    Z has no mean; inverse: (Z'Z)^-1 [K, K] of the global batch. Means and M are held constant: both sums are least at
+    theirs, so the gradient is the same.
     """
-    rows, count = rows.to(by.dtype), len(rows) * step.processes
-    row_mean, by_mean = (total / count for total in step.all_reduce([rows.detach().sum(0), by.sum(0)]))
-    rows, by = rows - row_mean, by - by_mean
-    square, product = step.all_reduce([by.T @ by, by.T @ rows.detach()])
-    hidden = (rows - by @ (torch.linalg.pinv(square, rtol=1e-5, hermitian=True) @ product)).square().sum()
+    rows = rows.to(by.dtype)
+    (total,) = step.all_reduce([rows.detach().sum(0)])
+    rows = rows - total / (len(rows) * step.processes)
+    (product,) = step.all_reduce([by.T @ rows.detach()])
+    hidden = (rows - by @ (inverse @ product)).square().sum()
     whole = rows.square().sum()
     over, under = step.all_reduce([hidden.detach(), whole.detach()])
     return step.processes * (hidden - over / under * whole) / under, over / under

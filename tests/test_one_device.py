@@ -1,0 +1,172 @@
+"""A training step mixes no devices and waits for no copy, shown on torch's `meta` device in an accelerator's place.
+
+Tensors on `meta` have shapes and no numbers: nothing is computed there, and asking for a number is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dtlctl import batchnorm, models
+from dtlctl import engine as engine_module
+from dtlctl.attacks.registry import ATTACKS
+from dtlctl.attacks.signals import View
+from dtlctl.data import tensors
+from dtlctl.data.tensors import Batch
+from dtlctl.engine import Engine
+from dtlctl.experiment import Experiment
+from dtlctl.loading import load
+from dtlctl.objectives import unlearn
+from dtlctl.recipe import Audit
+from dtlctl.stages import dispose as disposal
+from dtlctl.stages import run
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+META = torch.device("meta")
+COLLISION = '{kind="gradient-collision", chunks=2, memory="%s"}'
+
+
+class Watch(TorchDispatchMode):
+    """Refuses operations on several devices, and copies between them that are not in pinned memory."""
+
+    sending = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, options = func.overloadpacket.__name__, kwargs or {}
+        # A CPU tensor without dimensions is a number, and may meet any device; CPU rows may not index an accelerator's.
+        met = {t.device.type for t in tree_leaves((args, options)) if isinstance(t, torch.Tensor) and t.dim()}
+        if name == "_to_copy" and options.get("device") is not None:
+            met |= {options["device"].type}
+        assert len(met) < 2 or (self.sending and name == "_to_copy"), f"{name} between {sorted(met)}"
+        return func(*args, **options)
+
+
+class Made(TorchFunctionMode):
+    """Refuses `torch.tensor` on the accelerator: its number would be copied there from memory that is not pinned."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.tensor or "device" not in (kwargs or {}), "torch.tensor on the accelerator"
+        return func(*args, **(kwargs or {}))
+
+
+class Still(torch.optim.SGD):
+    """Changes nothing: `meta` has no fused SGD."""
+
+    def __init__(self, weights, lr, momentum, weight_decay, fused):
+        super().__init__(weights, lr, momentum, weight_decay=weight_decay)
+
+    def step(self, closure=None):
+        pass
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """Every step of training is watched; copies through `sent` are in pinned memory where there is such memory."""
+    watch, step, sent = Watch(), Engine._step, tensors.sent
+
+    def watched(self, *arguments) -> None:
+        with watch, Made():
+            step(self, *arguments)
+
+    def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        watch.sending = True
+        try:
+            return sent(tensor, device)
+        finally:
+            watch.sending = False
+
+    for module in (tensors, unlearn):
+        monkeypatch.setattr(module, "sent", pinned)
+    monkeypatch.setattr(Engine, "_step", watched)
+    return watch
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[Experiment], None]:
+    """Moves an experiment to `meta`, where nobody may look at a number or keep weights."""
+
+    def report(self, state, due, evaluate, progress) -> None:
+        if state.step in due:
+            state.rows.append(dict.fromkeys(("acc_s", "acc_t", "acc_pl", "source_loss"), 0.0) | {"step": state.step})
+
+    def move(lab: Experiment) -> None:
+        monkeypatch.setattr(torch.optim, "SGD", Still)
+        monkeypatch.setattr(engine_module, "check_weights", lambda *_: None)
+        monkeypatch.setattr(disposal, "_source_loss_of", lambda *_: 0.0)
+        monkeypatch.setattr(Engine, "_report", report)
+        monkeypatch.setattr(Experiment, "publish", lambda *_: None)
+        lab.engine.device = META
+
+    return move
+
+
+def opened(recipe_file: Path, *changes: str) -> Experiment:
+    recipe_file.write_text(recipe_file.read_text() + "[dispose.one]\nsteps = 3\nbatch_size = 32\nclip = 1.0\n")
+    return Experiment(load(recipe_file, list(changes)), recipe_file.parent / "runs", quiet=True)
+
+
+def test_the_watch_sees_what_mixes_and_what_is_not_pinned(watch):
+    there, here = torch.ones(3, device=META), torch.ones(3)
+    with watch, Made():
+        there + there * torch.ones(())
+        tensors.sent(here, META)
+        for wrong in (
+            lambda: there + here,
+            lambda: here.to(META),
+            lambda: there[torch.ones(2, dtype=torch.int64)],
+            lambda: torch.tensor(1.0, device=META),
+        ):
+            with pytest.raises(AssertionError):
+                wrong()
+
+
+def test_batch_norm_over_processes_stays_on_its_device(watch, monkeypatch):
+    monkeypatch.setattr(batchnorm, "_sum_over_processes", lambda values: values)
+    norm = batchnorm.GlobalBatchNorm(3, device=META)
+    with watch, Made():
+        norm(torch.ones(2, 3, 4, 4, device=META)).sum().backward()
+
+
+def test_training_stays_on_its_device(recipe_file, watch, elsewhere):
+    lab = opened(recipe_file, "pretrain.clip=1.0")
+    run(lab, ["pretrain", "finetune"])
+    elsewhere(lab)
+    run(lab, ["pretrain", "finetune", "piggyback"], only=["pre", "TL", "TGT", "scratch"], force=True)
+
+
+@pytest.mark.parametrize(
+    ("loss", "retain"),
+    [
+        (COLLISION % "keep", "distill"),
+        (COLLISION % "batched", "a-gem"),
+        (COLLISION % "recompute", "target-ce"),
+        ('{kind="random-labels"}', "distill"),
+        ('{kind="uniform"}', "target-ce"),
+        ('{kind="negative-ce"}', "a-gem"),
+        ('{kind="null-space", stages=2}', "distill"),
+        ('{kind="none"}', "distill"),
+    ],
+)
+def test_a_disposal_stays_on_its_device(recipe_file, watch, elsewhere, loss, retain):
+    lab = opened(recipe_file, f"dispose.one.unlearn={loss}", f'dispose.one.retain={{kind="{retain}"}}')
+    run(lab, ["pretrain", "finetune"], only=["pre", "TL"])
+    elsewhere(lab)
+    run(lab, ["dispose"], only=["one"])
+
+
+@pytest.mark.parametrize("attack", sorted(ATTACKS.keys() - {"adv-dist"}))  # foolbox looks at numbers
+def test_what_an_attack_sees_stays_on_its_device(attack):
+    torch.manual_seed(0)
+    model = models.build("resnet8", {"source": 3, "target": 2}, width=4, image_size=8).eval().to(META)
+    x, y = torch.empty(6, 3, 8, 8, device=META), torch.empty(6, dtype=torch.int64, device=META)
+    view = View(model, [Batch(x, y, torch.arange(6))])
+    with Watch(), Made():
+        seen = ATTACKS[attack].observe(view, Audit())
+    assert {(len(values), values.device) for values in seen.values()} == {(6, META)}
