@@ -225,20 +225,30 @@ class _Crew:
     def work(self, lab: Experiment, task: _Task, beside: int) -> None:
         """Do the task in a process of its own that shares the cores with so many others; raise what ended it."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // beside))}
-        command = [sys.executable, "-m", "dtlctl", task.stage, lab.source, "--quiet", "--out", str(lab.folder.parent)]
+        command = [sys.executable, "-m", "dtlctl", task.stage, lab.source, "--out", str(lab.folder.parent)]
+        command += ["--quiet"] * self.quiet
         command += [word for text in self.calls[lab.recipe.name] for word in ("--set", text)]
         command += [word for model in task.models for word in ("--only", model)]
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         self.running.append(process)
-        _, said = process.communicate()
-        if process.returncode:
+        assert process.stderr is not None
+        reason = self._relay(lab.recipe.name, process.stderr)
+        if code := process.wait():
             kinds: dict[int, type[DtlError]] = {2: RecipeError, 3: DivergedError, 4: DataError}
-            reason = said.strip().removeprefix("error: ") or f"ended with exit code {process.returncode}"
-            raise kinds.get(process.returncode, DtlError)(f"{lab.recipe.name}, {task.stage}: {reason}")
-        if not self.quiet:
-            say(f"{lab.recipe.name}: {task.stage} {', '.join(task.models)}")
+            reason = reason or f"ended with exit code {code}"
+            raise kinds.get(code, DtlError)(f"{lab.recipe.name}, {task.stage}: {reason}")
+
+    def _relay(self, name: str, lines: Iterable[str]) -> str:
+        """Say what a process says, under its run's name, as it comes; return the error that it ends with, if any."""
+        error = ""
+        for line in lines:
+            if self.quiet or error or line.startswith("error: "):
+                error += line
+            else:
+                say(f"{name}: {line.rstrip()}")
+        return error.strip().removeprefix("error: ")
 
     def dismiss(self) -> None:
         for process in self.running:

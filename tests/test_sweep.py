@@ -161,20 +161,20 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
     turn, clock = threading.Condition(), [0]
 
     class Process:
-        returncode = 0
+        stderr: tuple[str, ...] = ()
 
         def __init__(self, command: list[str], env: dict[str, str], **_: object):
             self.place = next(w for w in command if w.startswith("name=r"))[5:], command[3]
             log.append((" ".join(self.place), env["OMP_NUM_THREADS"]))
 
-        def communicate(self) -> tuple[str, str]:
+        def wait(self) -> int:
             with turn:
                 if self.place == ("r0", "pretrain"):
                     assert turn.wait_for(lambda: clock[0] == 3, timeout=20)
                 clock[0] += 1
                 done.add(self.place)
                 turn.notify_all()
-            return "", ""
+            return 0
 
         def poll(self) -> int:
             return 0
@@ -204,6 +204,18 @@ def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, call
     assert code == 3, said
     assert re.search(r"error: seed-[01], pretrain: .*diverged at step", said)  # both do; the first ends it
     assert len(said.strip().splitlines()) == 2
+
+
+def test_a_parallel_sweep_says_what_its_runs_say_under_their_names(recipe_file: Path, call):
+    """As it comes, each line once, and of a failure the error alone."""
+    change = "target-only={lr=100.0, steps=200, schedule='constant'}"
+    code, _, said = call("sweep", recipe_file, "--over", "seed=0,1", "--set", change, "--jobs", "2")
+    assert code == 3, said
+    *talk, last, _ = said.strip().splitlines()
+    assert re.match(r"error: seed-[01], finetune: .*diverged", last)
+    for seed in (0, 1):
+        assert len([line for line in talk if re.match(rf"seed-{seed}: pretrain: acc_s \d", line)]) == 1
+    assert all(line.startswith(("seed-0: ", "seed-1: ")) for line in talk)
 
 
 @pytest.mark.parametrize(("wanted", "reached"), [(2.0, True), (60.0, False)])
