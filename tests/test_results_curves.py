@@ -17,6 +17,7 @@ LOSSES = ("gc", "rand", "unif", "neg", "null", "null-fresh")
 NO_LAMBDA = ("fresh", "distilled")
 CURVES = ("gc", "rand", "null", "null-fresh")
 ODDS = ("0.4", "1", "2.5")
+RETAINING = {"SRC-KD": "gc", "TGT-KD": "gc-tgt-kd", "TGT-CE": "gc-tgt-ce", "TGT-A-GEM": "gc-tgt-a-gem"}
 ATTACKERS = ("acc_pl_worst", "acc_pl")  # tuned, and of one setting
 
 
@@ -90,6 +91,27 @@ def part_row(model: str) -> str:
     return " | ".join([model, f"{below_on_validation(model, '1'):.1f}", interval(price(path), "+"), *taken(path)])
 
 
+def retaining_row(name: str) -> str:
+    """Fig. 6b, seeds 6 and 7: points of Acc_t from TL on validation and on test images, and PL by both attackers."""
+    validation = json.loads((STUDY / "retain/validation.json").read_text(encoding="utf-8"))
+    columns: list[list[str]] = []
+    for seed in SEEDS[:2]:
+        found = {}
+        for model in (RETAINING[name], "TL"):
+            for file in ("model", "tin100-10", "tin20b"):
+                sidecar = json.loads((STUDY / f"retain/seed-{seed}/{model}/{file}.json").read_text(encoding="utf-8"))
+                assert (sidecar["seed"], sidecar["model"]) == (seed, model)
+                found[model, file] = sidecar["metrics"]
+        own = RETAINING[name]
+        prices = [
+            validation[f"{seed}/{own}"] - validation[f"{seed}/TL"],
+            found[own, "model"]["acc_t"] - found["TL", "model"]["acc_t"],
+        ]
+        left = [found[own, file][attacker] for file in ("tin100-10", "tin20b") for attacker in ATTACKERS]
+        columns.append([*(f"{price:+.1f}" for price in prices), *(f"{pl:.1f}" for pl in left)])
+    return " | ".join([name, *map(", ".join, zip(*columns, strict=True))])
+
+
 @pytest.mark.parametrize("model", [*REFERENCES, *LOSSES, *NO_LAMBDA])
 def test_the_page_shows_what_more_images_give_the_attacker(model: str):
     assert f"| {fraction_row(model)} |" in PAGE
@@ -105,3 +127,8 @@ def test_the_page_shows_every_point_of_the_curves(odds: str):
 @pytest.mark.parametrize("model", NO_LAMBDA)
 def test_the_page_shows_what_each_part_does(model: str):
     assert f"| {part_row(model)} |" in PAGE
+
+
+@pytest.mark.parametrize("name", RETAINING)
+def test_the_page_shows_what_each_retaining_loss_does(name: str):
+    assert f"| {retaining_row(name)} |" in PAGE
