@@ -138,3 +138,23 @@ def test_the_page_shows_what_each_part_does(model: str):
 @pytest.mark.parametrize(("name", "model", "seeds"), RETAINING)
 def test_the_page_shows_what_each_retaining_loss_does(name: str, model: str, seeds: tuple[int, ...]):
     assert f"| {retaining_row(name, model, seeds)} |" in PAGE
+
+
+def test_the_page_tells_what_is_taken_where_the_target_is_distilled():
+    """By the tuned attacker on TL in both seeds, and how far below that RAND and null-space are on seed 6."""
+    left = {
+        (seed, model, name): json.loads((STUDY / f"retain/seed-{seed}/{model}/{name}.json").read_text())["metrics"]
+        for seed, models in ((6, ("TL", "rand-tgt-kd", "null-tgt-kd")), (7, ("TL",)))
+        for model in models
+        for name in ("tin100-10", "tin20b")
+    }
+    for name, unit in (("tin100-10", "tin100-10 (one setting: {})"), ("tin20b", "tin20b ({})")):
+        tuned, single = ([f"{left[seed, 'TL', name][a]:.1f}" for seed in (6, 7)] for a in ATTACKERS)
+        assert f"{' and '.join(tuned)} % on {unit.format(', '.join(single))}" in PAGE
+    taken = [
+        f"{left[6, 'TL', name][ATTACKERS[0]] - left[6, model, name][ATTACKERS[0]]:.1f}"
+        for model in ("null-tgt-kd", "rand-tgt-kd")
+        for name in ("tin100-10", "tin20b")
+    ]
+    said = "takes {} points from the tuned attacker on the source's own classes, and {} on 20 others; RAND {} and {}."
+    assert said.format(*taken) in PAGE
