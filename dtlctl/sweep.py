@@ -234,7 +234,8 @@ class _Crew:
         )
         self.running.append(process)
         assert process.stderr is not None
-        reason = self._relay(lab.recipe.name, process.stderr)
+        with process.stderr as lines:  # closed here: `running` keeps the process as long as the sweep lasts
+            reason = self._relay(lab.recipe.name, lines)
         if code := process.wait():
             kinds: dict[int, type[DtlError]] = {2: RecipeError, 3: DivergedError, 4: DataError}
             reason = reason or f"ended with exit code {code}"

@@ -75,6 +75,33 @@ def recipe_file(tmp_path: Path) -> Path:
     return path
 
 
+COLLISION = '{kind="gradient-collision", chunks=2, memory="%s"}'
+EVERY_LOSS = [
+    (COLLISION % "keep", "distill"),
+    (COLLISION % "batched", "distill"),
+    (COLLISION % "recompute", "distill"),
+    ('{kind="random-labels"}', "distill"),
+    ('{kind="uniform"}', "target-ce"),
+    ('{kind="negative-ce"}', "a-gem"),
+    ('{kind="null-space", stages=2}', "distill"),
+    ('{kind="none"}', "distill"),
+]
+"""(unlearn, kind of retain): every loss once, and gradient collision in every way of holding graphs."""
+
+
+@pytest.fixture
+def opened(recipe_file: Path):
+    """Open the tiny recipe, changed, with one short variant more, `one`."""
+    from dtlctl.experiment import Experiment
+    from dtlctl.loading import load
+
+    def experiment(*changes: str) -> Experiment:
+        recipe_file.write_text(recipe_file.read_text() + "[dispose.one]\nsteps = 3\nbatch_size = 32\nclip = 1.0\n")
+        return Experiment(load(recipe_file, list(changes)), recipe_file.parent / "runs", quiet=True)
+
+    return experiment
+
+
 @pytest.fixture
 def dtlctl(tmp_path: Path):
     """Run the command line in a fresh process, in an empty folder."""

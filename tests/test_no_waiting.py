@@ -11,13 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtlctl import engine as engine_module
 from dtlctl.engine import Engine
-from dtlctl.experiment import Experiment
-from dtlctl.loading import load
 from dtlctl.stages import run
+from tests.conftest import EVERY_LOSS
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "index by a mask",
            "linalg_pinv"}  # fmt: skip
-COLLISION = '{kind="gradient-collision", chunks=2, memory="%s"}'
 
 
 class Asked(TorchDispatchMode):
@@ -66,25 +64,10 @@ def test_the_watch_sees_what_waits():
     assert asked.waits() == {"_local_scalar_dense": 2, "nonzero": 1, "index by a mask": 1}
 
 
-@pytest.mark.parametrize(
-    ("unlearn", "retain"),
-    [
-        (COLLISION % "keep", "distill"),
-        (COLLISION % "batched", "distill"),
-        (COLLISION % "recompute", "distill"),
-        ('{kind="random-labels"}', "distill"),
-        ('{kind="uniform"}', "target-ce"),
-        ('{kind="negative-ce"}', "a-gem"),
-        ('{kind="null-space", stages=2}', "distill"),
-        ('{kind="none"}', "distill"),
-    ],
-)
-def test_no_step_waits(recipe_file, monkeypatch, unlearn, retain):
+@pytest.mark.parametrize(("unlearn", "retain"), EVERY_LOSS)
+def test_no_step_waits(opened, monkeypatch, unlearn, retain):
     """Pre-training with clipping, fine-tuning, and a disposal by every loss, in every way of holding graphs."""
-    changes = [f"dispose.one.unlearn={unlearn}", f'dispose.one.retain={{kind="{retain}"}}', "pretrain.clip=1.0"]
-    text = recipe_file.read_text()
-    recipe_file.write_text(text + "[dispose.one]\nsteps = 3\nbatch_size = 32\nclip = 1.0\n")
-    lab = Experiment(load(recipe_file, changes), recipe_file.parent / "runs", quiet=True)
+    lab = opened(f"dispose.one.unlearn={unlearn}", f'dispose.one.retain={{kind="{retain}"}}', "pretrain.clip=1.0")
 
     def trained() -> None:
         run(lab, ["pretrain", "finetune", "dispose"], only=["pre", "TL", "one"])

@@ -6,7 +6,6 @@ Tensors on `meta` have shapes and no numbers: nothing is computed there, and ask
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,21 +21,24 @@ from dtlctl.data import tensors
 from dtlctl.data.tensors import Batch
 from dtlctl.engine import Engine
 from dtlctl.experiment import Experiment
-from dtlctl.loading import load
 from dtlctl.objectives import unlearn
 from dtlctl.recipe import Audit
 from dtlctl.stages import dispose as disposal
 from dtlctl.stages import run
+from tests.conftest import EVERY_LOSS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
 META = torch.device("meta")
-COLLISION = '{kind="gradient-collision", chunks=2, memory="%s"}'
 
 
 class Watch(TorchDispatchMode):
     """Refuses operations on several devices, and copies between them that are not in pinned memory."""
 
     sending = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, options = func.overloadpacket.__name__, kwargs or {}
@@ -45,6 +47,7 @@ class Watch(TorchDispatchMode):
         if name == "_to_copy" and options.get("device") is not None:
             met |= {options["device"].type}
         assert len(met) < 2 or (self.sending and name == "_to_copy"), f"{name} between {sorted(met)}"
+        self.seen |= met
         return func(*args, **options)
 
 
@@ -107,11 +110,6 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[Experiment], None]:
     return move
 
 
-def opened(recipe_file: Path, *changes: str) -> Experiment:
-    recipe_file.write_text(recipe_file.read_text() + "[dispose.one]\nsteps = 3\nbatch_size = 32\nclip = 1.0\n")
-    return Experiment(load(recipe_file, list(changes)), recipe_file.parent / "runs", quiet=True)
-
-
 def test_the_watch_sees_what_mixes_and_what_is_not_pinned(watch):
     there, here = torch.ones(3, device=META), torch.ones(3)
     with watch, Made():
@@ -134,31 +132,21 @@ def test_batch_norm_over_processes_stays_on_its_device(watch, monkeypatch):
         norm(torch.ones(2, 3, 4, 4, device=META)).sum().backward()
 
 
-def test_training_stays_on_its_device(recipe_file, watch, elsewhere):
-    lab = opened(recipe_file, "pretrain.clip=1.0")
+def test_training_stays_on_its_device(opened, watch, elsewhere):
+    lab = opened("pretrain.clip=1.0")
     run(lab, ["pretrain", "finetune"])
     elsewhere(lab)
     run(lab, ["pretrain", "finetune", "piggyback"], only=["pre", "TL", "TGT", "scratch"], force=True)
+    assert "meta" in watch.seen
 
 
-@pytest.mark.parametrize(
-    ("loss", "retain"),
-    [
-        (COLLISION % "keep", "distill"),
-        (COLLISION % "batched", "a-gem"),
-        (COLLISION % "recompute", "target-ce"),
-        ('{kind="random-labels"}', "distill"),
-        ('{kind="uniform"}', "target-ce"),
-        ('{kind="negative-ce"}', "a-gem"),
-        ('{kind="null-space", stages=2}', "distill"),
-        ('{kind="none"}', "distill"),
-    ],
-)
-def test_a_disposal_stays_on_its_device(recipe_file, watch, elsewhere, loss, retain):
-    lab = opened(recipe_file, f"dispose.one.unlearn={loss}", f'dispose.one.retain={{kind="{retain}"}}')
+@pytest.mark.parametrize(("loss", "retain"), EVERY_LOSS)
+def test_a_disposal_stays_on_its_device(opened, watch, elsewhere, loss, retain):
+    lab = opened(f"dispose.one.unlearn={loss}", f'dispose.one.retain={{kind="{retain}"}}')
     run(lab, ["pretrain", "finetune"], only=["pre", "TL"])
     elsewhere(lab)
     run(lab, ["dispose"], only=["one"])
+    assert "meta" in watch.seen
 
 
 @pytest.mark.parametrize("attack", sorted(ATTACKS.keys() - {"adv-dist"}))  # foolbox looks at numbers

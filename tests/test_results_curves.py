@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,10 +29,10 @@ RETAINING = [
 ATTACKERS = ("acc_pl_worst", "acc_pl")  # tuned, and of one setting
 
 
-def sidecars(path: str) -> list[dict[str, Any]]:
-    """Of all seeds."""
-    found = [json.loads((STUDY / path.format(seed)).read_text(encoding="utf-8")) for seed in SEEDS]
-    assert [one["seed"] for one in found] == [*SEEDS]
+def sidecars(path: str, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
+    """Of these seeds."""
+    found = [json.loads((STUDY / path.format(seed)).read_text(encoding="utf-8")) for seed in seeds]
+    assert [one["seed"] for one in found] == [*seeds]
     return found
 
 
@@ -40,8 +41,8 @@ def interval(three: list[float], sign: str = "") -> str:
     return f"{mean(three):{sign}.1f} ± {4.3027 * stdev(three) / 3**0.5:.1f}"  # t(0.975, 2)
 
 
-def metric(path: str, name: str) -> list[float]:
-    return [one["metrics"][name] for one in sidecars(path)]
+def metric(path: str, name: str, seeds: Sequence[int] = SEEDS) -> list[float]:
+    return [one["metrics"][name] for one in sidecars(path, seeds)]
 
 
 def price(path: str) -> list[float]:
@@ -101,21 +102,18 @@ def part_row(model: str) -> str:
 def retaining_row(name: str, model: str, seeds: tuple[int, ...]) -> str:
     """Fig. 6b, seed by seed: points of Acc_t from TL on validation and on test images, and PL by both attackers."""
     validation = json.loads((STUDY / "retain/validation.json").read_text(encoding="utf-8"))
-    columns: list[list[str]] = []
-    for seed in seeds:
-        found = {}
-        for one in (model, "TL"):
-            for file in ("model", "tin100-10", "tin20b"):
-                sidecar = json.loads((STUDY / f"retain/seed-{seed}/{one}/{file}.json").read_text(encoding="utf-8"))
-                assert (sidecar["seed"], sidecar["model"]) == (seed, one)
-                found[one, file] = sidecar["metrics"]
-        prices = [
-            validation[f"{seed}/{model}"] - validation[f"{seed}/TL"],
-            found[model, "model"]["acc_t"] - found["TL", "model"]["acc_t"],
-        ]
-        left = [found[model, file][attacker] for file in ("tin100-10", "tin20b") for attacker in ATTACKERS]
-        columns.append([*(f"{price:+.1f}" for price in prices), *(f"{pl:.1f}" for pl in left)])
-    return " | ".join([name, *map(", ".join, zip(*columns, strict=True))])
+    own, tl = (metric(f"retain/seed-{{}}/{one}/model.json", "acc_t", seeds) for one in (model, "TL"))
+    prices = [
+        [validation[f"{seed}/{model}"] - validation[f"{seed}/TL"] for seed in seeds],
+        [after - before for after, before in zip(own, tl, strict=True)],
+    ]
+    cells = [", ".join(f"{price:+.1f}" for price in column) for column in prices]
+    cells += [
+        ", ".join(f"{pl:.1f}" for pl in metric(f"retain/seed-{{}}/{model}/{data}.json", attacker, seeds))
+        for data in ("tin100-10", "tin20b")
+        for attacker in ATTACKERS
+    ]
+    return " | ".join([name, *cells])
 
 
 @pytest.mark.parametrize("model", [*REFERENCES, *LOSSES, *NO_LAMBDA])
@@ -141,20 +139,18 @@ def test_the_page_shows_what_each_retaining_loss_does(name: str, model: str, see
 
 
 def test_the_page_tells_what_is_taken_where_the_target_is_distilled():
-    """By the tuned attacker on TL in both seeds, and how far below that RAND and null-space are on seed 6."""
-    left = {
-        (seed, model, name): json.loads((STUDY / f"retain/seed-{seed}/{model}/{name}.json").read_text())["metrics"]
-        for seed, models in ((6, ("TL", "rand-tgt-kd", "null-tgt-kd")), (7, ("TL",)))
-        for model in models
-        for name in ("tin100-10", "tin20b")
-    }
-    for name, unit in (("tin100-10", "tin100-10 (one setting: {})"), ("tin20b", "tin20b ({})")):
-        tuned, single = ([f"{left[seed, 'TL', name][a]:.1f}" for seed in (6, 7)] for a in ATTACKERS)
-        assert f"{' and '.join(tuned)} % on {unit.format(', '.join(single))}" in PAGE
-    taken = [
-        f"{left[6, 'TL', name][ATTACKERS[0]] - left[6, model, name][ATTACKERS[0]]:.1f}"
-        for model in ("null-tgt-kd", "rand-tgt-kd")
-        for name in ("tin100-10", "tin20b")
-    ]
+    """TL in both seeds, and how far below it the tuned attacker is on RAND and null-space on seed 6."""
+    acc_t = [f"{value:.1f}" for value in metric("retain/seed-{}/TL/model.json", "acc_t", (6, 7))]
+    assert f"TL has {' and '.join(acc_t)} % of Acc_t" in PAGE
+    for data, said in (("tin100-10", "on tin100-10 (one setting: {}, {})"), ("tin20b", "on tin20b ({}, {})")):
+        values = [pl for attacker in ATTACKERS for pl in metric(f"retain/seed-{{}}/TL/{data}.json", attacker, (6, 7))]
+        assert ("{} and {} % " + said).format(*(f"{pl:.1f}" for pl in values)) in PAGE
+    taken = []
+    for model in ("null-tgt-kd", "rand-tgt-kd"):
+        for data in ("tin100-10", "tin20b"):
+            (before,), (after,) = (
+                metric(f"retain/seed-{{}}/{one}/{data}.json", ATTACKERS[0], (6,)) for one in ("TL", model)
+            )
+            taken.append(f"{before - after:.1f}")
     said = "takes {} points from the tuned attacker on the source's own classes, and {} on 20 others; RAND {} and {}."
     assert said.format(*taken) in PAGE

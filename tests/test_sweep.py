@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import threading
@@ -157,13 +158,14 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
     """
     labs = [Experiment(load(recipe_file, [f"name=r{n}"]), recipe_file.parent, quiet=True) for n in range(3)]
     log: list[tuple[str, str]] = []
+    pipes: list[io.StringIO] = []
     done: set[tuple[str, str]] = set()
     turn, clock = threading.Condition(), [0]
 
     class Process:
-        stderr: tuple[str, ...] = ()
-
         def __init__(self, command: list[str], env: dict[str, str], **_: object):
+            self.stderr = io.StringIO()
+            pipes.append(self.stderr)
             self.place = next(w for w in command if w.startswith("name=r"))[5:], command[3]
             log.append((" ".join(self.place), env["OMP_NUM_THREADS"]))
 
@@ -196,6 +198,7 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
     done.clear()
     sweep.perform(labs[1:2], ("pretrain",), jobs=2, calls=calls)
     assert log[-1] == ("r1 pretrain", "2")
+    assert all(pipe.closed for pipe in pipes)  # a sweep of hundreds of tasks would run out of them
 
 
 def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, call):
