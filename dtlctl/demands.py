@@ -80,7 +80,7 @@ def _of_attackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
         lacking = ""
         if attacker.kind == "last-block" and not models.stages(_backbone(recipe.model)):
             lacking = "a known last stage"
-        if attacker.kind == "renorm" and not any(map(_is_batch_norm, _backbone(recipe.model).modules())):
+        if "renorm" in attacker.kind and not any(map(_is_batch_norm, _backbone(recipe.model).modules())):
             lacking = "batch normalisation"
         if lacking:
             reason = f'kind "{attacker.kind}" needs {lacking}, which {recipe.model.arch} does not have; leave it out'

@@ -15,7 +15,7 @@ import torch
 
 from dtlctl import models
 from dtlctl.attacks import tuning
-from dtlctl.attacks.piggyback import Full, LastBlock, Renorm
+from dtlctl.attacks.piggyback import Full, LastBlock, Probe, Renorm, RenormProbe
 from dtlctl.attacks.trials import Ground, Strike
 from dtlctl.attacks.tuning import Look, Setting, Trial
 from dtlctl.errors import DataError, RecipeError
@@ -26,7 +26,8 @@ from dtlctl.stages import piggyback, run
 
 ATTACKERS = (
     'piggyback.attackers=[{kind="full", lr=[0.01, 0.1], steps=4}, {kind="full", optimizer="adam", lr=[0.01], steps=4}, '
-    '{kind="probe", C=[0.1, 1.0]}, {kind="last-block", lr=[0.05], steps=4}, {kind="renorm", lr=[0.05], steps=4}]'
+    '{kind="probe", C=[0.1, 1.0]}, {kind="last-block", lr=[0.05], steps=4}, {kind="renorm", lr=[0.05], steps=4}, '
+    '{kind="renorm-probe", C=[1.0]}]'
 )
 
 
@@ -125,6 +126,27 @@ def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():
         Renorm().prepare(plain, plain, x)
 
 
+def test_a_renorm_probe_sees_through_running_statistics(recipe_file: Path):
+    """Running means of 10,000 silence every unit for the probe; with the images' own statistics nothing has changed."""
+    change = 'piggyback.attackers=[{kind="probe"}, {kind="renorm-probe"}]'
+    lab = Experiment(load(recipe_file, [change]), recipe_file.parent, quiet=True)
+    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
+    ground = Ground(lab, job, 0)
+    for module in ground.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None:
+            module.running_mean.fill_(1e4)
+
+    def own(features: Any) -> np.ndarray:
+        (x, _), _ = features
+        return x
+
+    plain, renormalised = (own(ground._features(attacker)) for attacker in (Probe(), RenormProbe()))
+    assert own(ground.features["probe"]).std(0).max() > 0.01
+    assert plain.std(0).max() < 1e-6
+    assert np.allclose(renormalised, own(ground.features["renorm-probe"]), atol=1e-5)
+    assert renormalised.std(0).max() > 0.01
+
+
 def test_training_keeps_the_best_look_and_survives_divergence():
     """Held-out labels that contradict the training make later looks worse. At rate 1e30 no look is finite; no error."""
     from dtlctl.data.tensors import Batches
@@ -155,7 +177,7 @@ def test_a_linear_probe_separates_what_is_separable():
 
 
 def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file: Path):
-    """2 + 1 settings of full, 2 of probe, 1 + 1 of the others, by 2 seeds: 14 trials, and 4 strikes a seed."""
+    """2 + 1 settings of full, 2 of probe, 1 each of the 3 others, by 2 seeds: 16 trials, and 5 strikes a seed."""
     documents = []
     for name, threads in (("one", 1), ("two", 2)):
         lab = Experiment(
@@ -171,8 +193,9 @@ def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file:
         {k: v for k, v in d.items() if k not in ("trials_per_minute", "attack_seconds")} for d in documents
     )
     assert metrics == other
-    assert len(metrics["trials"]) == 14
-    assert [strike["kind"] for strike in metrics["attackers"]] == ["full", "probe", "last-block", "renorm"] * 2
+    assert len(metrics["trials"]) == 16
+    kinds = ["full", "probe", "last-block", "renorm", "renorm-probe"]
+    assert [strike["kind"] for strike in metrics["attackers"]] == kinds * 2
     for seed in (0, 1):
         strikes = [s for s in metrics["attackers"] if s["seed"] == seed]
         mine = [t for t in metrics["trials"] if t["seed"] == seed]
@@ -212,8 +235,7 @@ def test_a_probe_is_fitted_to_the_training_part_and_judged_by_the_held_out(recip
     (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
     ground, (attacker,) = Ground(lab, job, 0), job.settings.attackers
     trial = ground.attempt(attacker, attacker.grid()[0])
-    assert ground.features
-    (x, y), test = ground.features
+    (x, y), test = ground.features["probe"]
     train, held = ground.parts
     assert (len(train), len(held), len(test[1])) == (20, 10, len(lab.images("source", "test").labels))
     fitted = tuning.Linear(x[train], y[train], 100.0)

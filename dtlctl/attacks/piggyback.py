@@ -60,52 +60,75 @@ class LastBlock(_Trained):
 
 
 class Renorm(_Trained):
-    """Undoes what only hides knowledge under batch normalisation, then trains all weights.
-
-    Every convolution is rescaled to the norm that a new one has: with batch normalisation behind it the function
-    stays, and the effective learning rate, which goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350).
-    Then the running statistics are those of the attacker's images.
-    """
+    """Undoes what only hides knowledge under batch normalisation (`renormalise`), then trains all weights."""
 
     kind: Literal["renorm"] = "renorm"
 
-    @torch.no_grad()
     def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if not norms:
-            raise RecipeError('piggyback.attackers: kind "renorm" needs a model with batch normalisation')
-        for old, new in zip(model.backbone.modules(), fresh.backbone.modules(), strict=True):
-            if isinstance(old, nn.Conv2d) and isinstance(new, nn.Conv2d):
-                scale = new.weight.norm() / old.weight.norm().clamp(min=1e-12)
-                old.weight.mul_(scale)
-                if old.bias is not None:
-                    old.bias.mul_(scale)
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over batches
-        training = model.training
-        model.train()
-        for part in images.tensor_split(max(1, len(images) // 256)):
-            model.embed(part)
-        model.train(training)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        renormalise(model, fresh, images)
 
 
-class Probe(Strict):
-    """A linear classifier on the frozen features: L2-regularised logistic regression, at most 300 steps of L-BFGS.
+class Frozen(Strict):
+    """Attackers who train a linear classifier alone: L2-regularised logistic regression, at most 300 steps of L-BFGS.
 
     Features are computed once, in eval mode, without augmentation, and standardised with the training images' moments.
     """
 
-    kind: Literal["probe"] = "probe"
+    kind: str
     C: list[Rate] = Field([0.01, 0.1, 1.0, 10.0], min_length=1, description="inverse strengths of the L2 term to try")
     datasets: Datasets = None
 
     def grid(self) -> list[Setting]:
         return [Setting(self.kind, "logistic", C) for C in self.C]
 
+    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+        """Change `model` in place before it computes features; the arguments are those of `_Trained.prepare`."""
 
-Attacker = Annotated[Full | Probe | LastBlock | Renorm, Field(discriminator="kind")]
+
+class Probe(Frozen):
+    """Features are what the published model computes."""
+
+    kind: Literal["probe"] = "probe"
+
+
+class RenormProbe(Frozen):
+    """Features are what the model computes once it is renormalised for the attacker's images (`renormalise`)."""
+
+    kind: Literal["renorm-probe"] = "renorm-probe"
+
+    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+        renormalise(model, fresh, images)
+
+
+@torch.no_grad()
+def renormalise(model: Classifier, fresh: Classifier, images: Tensor) -> None:
+    """Give every convolution of `model` the norm that a new one has, and batch normalisation the images' statistics.
+
+    With batch normalisation behind it a rescaled convolution computes the same, and the effective learning rate, which
+    goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350). `fresh` and `images` are those of `prepare`.
+    Raises RecipeError for a model without batch normalisation.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise RecipeError("piggyback.attackers: to renormalise needs a model with batch normalisation")
+    for old, new in zip(model.backbone.modules(), fresh.backbone.modules(), strict=True):
+        if isinstance(old, nn.Conv2d) and isinstance(new, nn.Conv2d):
+            scale = new.weight.norm() / old.weight.norm().clamp(min=1e-12)
+            old.weight.mul_(scale)
+            if old.bias is not None:
+                old.bias.mul_(scale)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+    training = model.training
+    model.train()
+    for part in images.tensor_split(max(1, len(images) // 256)):
+        model.embed(part)
+    model.train(training)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+Attacker = Annotated[Full | Probe | LastBlock | Renorm | RenormProbe, Field(discriminator="kind")]
 """Every attacker that a recipe can name."""

@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
 from dtlctl.attacks import tuning
-from dtlctl.attacks.piggyback import Attacker, Probe
+from dtlctl.attacks.piggyback import Attacker, Frozen
 from dtlctl.attacks.tuning import Setting, Trial
 from dtlctl.data.tensors import Batch, Batches, evaluation_batches
 from dtlctl.experiment import Experiment
@@ -58,13 +58,14 @@ class Ground:
         self.model = start(lab, job, f"{self.tag}/head", alone=True)
         self.fresh = lab.new_model({}, f"{self.tag}/fresh", global_batch_norm=False)
         self.stop = threading.Event()
-        self.features = self._features() if any(isinstance(a, Probe) for a in job.settings.attackers) else None
+        frozen = {a.kind: a for a in job.settings.attackers if isinstance(a, Frozen)}
+        self.features = {kind: self._features(attacker) for kind, attacker in frozen.items()}
 
     def attempt(self, attacker: Attacker, setting: Setting) -> Trial:
         """Train on the training part and look at the held-out part."""
         train, held = self.parts
-        if isinstance(attacker, Probe):
-            (x, y), _ = self._embedded()
+        if isinstance(attacker, Frozen):
+            (x, y), _ = self.features[attacker.kind]
             fitted = tuning.Linear(x[train], y[train], setting.rate)
             return Trial(setting, self.seed, [fitted.look(x[held], y[held])])
         model = self._prepared(attacker, train)
@@ -77,8 +78,8 @@ class Ground:
     def strike(self, attacker: Attacker, trial: Trial) -> Strike:
         """The trial's setting and length once more, on all of the attacker's images."""
         everything = np.arange(len(self.own))
-        if isinstance(attacker, Probe):
-            (x, y), test = self._embedded()
+        if isinstance(attacker, Frozen):
+            (x, y), test = self.features[attacker.kind]
             return Strike(trial, tuning.Linear(x, y, trial.setting.rate).look(*test).accuracy)
         model = self._prepared(attacker, everything)
         tuning.train(
@@ -90,8 +91,7 @@ class Ground:
 
     def _prepared(self, attacker: Attacker, rows: np.ndarray) -> Classifier:
         model = copy.deepcopy(self.model)
-        if not isinstance(attacker, Probe):
-            attacker.prepare(model, self.fresh, self._pixels(rows)[0])
+        attacker.prepare(model, self.fresh, self._pixels(rows)[0])
         return model
 
     def _batches(self, rows: np.ndarray, size: int) -> Batches:
@@ -116,18 +116,14 @@ class Ground:
         return evaluation_batches(images.pixels[rows], images.labels[rows], device=self.lab.engine.device)
 
     @torch.no_grad()
-    def _features(self) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _features(self, attacker: Attacker) -> list[tuple[np.ndarray, np.ndarray]]:
         """(features [N, F], labels [N]) of the attacker's own images and of the test split, computed once."""
-        self.model.eval()
+        model = self._prepared(attacker, np.arange(len(self.own))).eval()
         found = []
         for part in (self._whole("train", self.own), self._test()):
-            pairs = [(self.model.embed(batch.x).double().cpu().numpy(), batch.y.cpu().numpy()) for batch in part]
+            pairs = [(model.embed(batch.x).double().cpu().numpy(), batch.y.cpu().numpy()) for batch in part]
             found.append((np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs])))
         return found
-
-    def _embedded(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        assert self.features is not None
-        return self.features
 
 
 def share_out(ground: Ground, tasks: list[Callable[[], Result]]) -> list[Result]:
