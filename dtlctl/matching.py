@@ -94,7 +94,7 @@ def _comparable(lab: Experiment) -> list[str]:
 
 
 def search(drops: Callable[[float], list[float]], first: float, settings: Compare) -> dict[str, Any]:
-    """The λ whose mean drop is `settings.target_drop`: steps away from the first until that is passed, then halves.
+    """The λ whose mean drop is `settings.target_drop`, looked for as `following` says.
 
     It takes for granted that more unlearning costs more; where it does not, or where no λ is near enough, the best of
     those tried is returned with `reached` false. A λ at which `drops` raises DivergedError is too dear. Every one tried
@@ -104,8 +104,6 @@ def search(drops: Callable[[float], list[float]], first: float, settings: Compar
     def over(one: dict[str, Any]) -> float:
         return math.inf if one["drop"] is None else one["drop"] - settings.target_drop
 
-    cheap: list[float] = []
-    dear: list[float] = []
     tried: list[dict[str, Any]] = []
     lam = rounded(first)
     while len(tried) < settings.rounds and lam not in [one["lambda"] for one in tried]:  # again: the range has ended
@@ -115,10 +113,9 @@ def search(drops: Callable[[float], list[float]], first: float, settings: Compar
         except DivergedError as error:
             failure = error
             tried.append({"lambda": lam, "drop": None, "drops": None})
-        if abs(above := over(tried[-1])) <= settings.tolerance:
+        if abs(over(tried[-1])) <= settings.tolerance:
             break
-        (cheap if above < 0 else dear).append(logit(lam))
-        lam = rounded(following(cheap, dear))
+        lam = rounded(following([(one["lambda"], one["drop"]) for one in tried], settings.target_drop))
     best = min(tried, key=lambda one: abs(over(one)))
     if best["drop"] is None:
         values = ", ".join(f"{one['lambda']:g}" for one in tried)
@@ -127,17 +124,22 @@ def search(drops: Callable[[float], list[float]], first: float, settings: Compar
     return {"lambda": best["lambda"], "drop": best["drop"], "reached": reached, "tried": tried}
 
 
-def following(cheap: Sequence[float], dear: Sequence[float]) -> float:
-    """The λ to try after these log-odds, which cost too little or too much.
+def following(tried: Sequence[tuple[float, float | None]], price: float) -> float:
+    """The λ to try after these pairs of λ and drop (None: diverged, so too dear), of which none costs the price.
 
-    Half-way between the dearest that is too cheap and the cheapest that is too dear. While all are on one side of the
-    price: 1 away from the outermost, then 2, 4, ...: the recipe's own λ is a guess, so what is near it comes first.
+    In log-odds, half-way between the dearest that is too cheap and the cheapest that is too dear. While all are on one
+    side, a step away from the outermost: of at most 1, then 2, 4, ...: the recipe's own λ is a guess, so what is near
+    it comes first. A step is shorter where the drop is near the price: as long as if the drop went with the odds.
+    (Measured drops go with the odds or steeper: docs/results/tin100_curves.md, "Along λ".)
     """
+    cheap = [(logit(lam), drop) for lam, drop in tried if drop is not None and drop < price]
+    dear = [(logit(lam), drop) for lam, drop in tried if drop is None or drop > price]
     if cheap and dear:
-        middle = (max(cheap) + min(dear)) / 2
+        middle = (max(cheap)[0] + min(dear)[0]) / 2
     else:
-        step = 2.0 ** (len(cheap or dear) - 1)
-        middle = max(cheap) + step if cheap else min(dear) - step
+        outermost, drop = max(cheap) if cheap else min(dear)
+        step = 2.0 ** (len(tried) - 1) * (min(1, abs(math.log(drop / price))) if drop and drop > 0 else 1)
+        middle = outermost + step if cheap else outermost - step
     return 1 / (1 + math.exp(-middle))
 
 

@@ -238,32 +238,39 @@ def test_the_search_finds_the_matching_lambda(wanted: float, reached: bool):
 
 
 def test_the_search_steps_out_until_the_price_is_passed_then_halves():
-    """In log-odds: from 0 by 1 to -1, by 2 to -3, by 4 to -7 (mirrored too); then half-way between -7 and -3: -5."""
+    """In log-odds: from 0 by 1 to -1, by 2 to -3, by 4 to -7 (mirrored too); then half-way between -7 and -3: -5.
+
+    Less where the price is near: a drop of 7 for 5 asks for ln(7/5) = 0.336 in the place of 1, and twice that after.
+    """
 
     def wanted(drop_of: Callable[[float], float]) -> list[float]:
         found = matching.search(lambda lam: [drop_of(matching.logit(lam))], 0.5, Compare(target_drop=5, rounds=5))
         return [matching.logit(one["lambda"]) for one in found["tried"]]
 
-    assert wanted(lambda odds: 9.0 if odds > -4 else 1.0) == pytest.approx([0, -1, -3, -7, -5], abs=0.01)
-    assert wanted(lambda odds: 1.0 if odds < 4 else 9.0) == pytest.approx([0, 1, 3, 7, 5], abs=0.1)  # 4 digits of λ
-    outside = wanted(lambda odds: 9.0)  # -15 would be the next: the range ends at λ = 0.0005, and nothing is done twice
+    assert wanted(lambda odds: 20.0 if odds > -4 else 1.0) == pytest.approx([0, -1, -3, -7, -5], abs=0.01)
+    assert wanted(lambda odds: 1.0 if odds < 4 else 20.0) == pytest.approx([0, 1, 3, 7, 5], abs=0.1)  # 4 digits of λ
+    outside = wanted(
+        lambda odds: 20.0
+    )  # -15 would be the next: the range ends at λ = 0.0005, and nothing is done twice
     assert outside[3:] == pytest.approx([-7, matching.logit(matching.LOW)], abs=0.01)
-    assert len(matching.search(lambda lam: [9.0], 0.5, Compare(target_drop=5, rounds=30))["tried"]) == 5
+    assert len(matching.search(lambda lam: [20.0], 0.5, Compare(target_drop=5, rounds=30))["tried"]) == 5
+    assert wanted(lambda odds: 7.0 if odds > -1 else 1.0)[:4] == pytest.approx([0, -0.336, -1.009, -0.673], abs=0.01)
+    assert wanted(lambda odds: -1.0 if odds < 2 else 5.0) == pytest.approx([0, 1, 3], abs=0.01)  # no drop, no ratio
     assert matching.logit(0.5) == 0
-    assert matching.following([matching.logit(0.2)], [matching.logit(0.5)]) == pytest.approx(1 / 3)  # odds 1/4, 1: 1/2
+    assert matching.following([(0.2, 1.0), (0.5, 9.0)], 5.0) == pytest.approx(1 / 3)  # odds 1/4 and 1: 1/2
 
 
 def test_a_lambda_that_diverges_is_too_dear():
-    """A drop of 25 λ points costs 12.5 at λ = 0.5; above 0.6 everything diverges.
+    """1 point up to λ = 0.5, 12.5 from there; above 0.6 everything diverges.
 
     In log-odds from 0.2 (-1.39) by 1 to 0.4046, by 2 to 0.8339 (1.61), which diverges; half-way 0.6488, which does
-    too; half-way again 0.5284, for 13.2 points. Were they not too dear, the search would go on upwards.
+    too; half-way again 0.5284, for 12.5 points. Were they not too dear, the search would go on upwards.
     """
 
     def drops(lam: float) -> list[float]:
         if lam > 0.6:
             raise DivergedError(f"diverged at {lam:g}")
-        return [25 * lam]
+        return [1.0 if lam < 0.5 else 12.5]
 
     found = matching.search(drops, 0.2, Compare(target_drop=12.5, tolerance=1.0, rounds=6))
     assert [one["lambda"] for one in found["tried"]] == [0.2, 0.4046, 0.8339, 0.6488, 0.5284]
@@ -287,7 +294,7 @@ def test_compare_goes_on_past_a_lambda_that_diverges(recipe_file: Path, monkeypa
     monkeypatch.setattr(matching, "write", lambda *_: None)
     monkeypatch.setattr(matching, "validation", lambda _, name: 70.0 if name == "TL" else 69.0)
     monkeypatch.setattr(report, "summarise", lambda _: {})
-    change = "compare={target_drop=2.0, rounds=3, tolerance=0.1}"
+    change = "compare={target_drop=4.0, rounds=3, tolerance=0.1}"
     document, _ = matching.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
     document = json.loads(checkpoint.dump(document))  # which refuses NaN
     for name in ("gc", "rand"):
