@@ -63,7 +63,10 @@ def compare(
                 labs = made("search", {name: base.dispose[variant].model_copy(update={"lam": lam})}, "dispose")
             except DivergedError as error:
                 raise DivergedError(f"dispose.{name}: {error}") from None
-            return [before - validation(lab, name) for before, lab in zip(tl, labs, strict=True)]
+            lost = [before - validation(lab, name) for before, lab in zip(tl, labs, strict=True)]
+            if not quiet:
+                say(f"{name}: {', '.join(f'{points:.1f}' for points in lost)} points below TL, by seed")
+            return lost
 
         found = search(drops, base.dispose[variant].lam, settings)
         document["variants"][variant] = found

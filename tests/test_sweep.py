@@ -308,20 +308,24 @@ def test_compare_goes_on_past_a_lambda_that_diverges(recipe_file: Path, monkeypa
 
 
 def test_a_drop_is_what_validation_loses_against_tl_of_the_same_seed(
-    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """TL has 70 and 80, gc 68 and 79 at λ = 0.1: drops 2 and 1. rand has 60 and 70: 10 each, so it is out of reach."""
+    """TL has 70 and 80, gc 68 and 79 at λ = 0.1: drops 2 and 1, as is told.
+
+    rand has 60 and 70: 10 each, so it is out of reach.
+    """
     scores = {"TL": (70.0, 80.0), "gc": (68.0, 79.0), "rand": (60.0, 70.0)}
     monkeypatch.setattr(matching, "perform", lambda *_: None)
     monkeypatch.setattr(matching, "write", lambda *_: None)
     monkeypatch.setattr(matching, "validation", lambda lab, name: scores[name.partition("-")[0]][lab.recipe.seed - 5])
     monkeypatch.setattr(report, "summarise", lambda runs: [run.name for run in runs])
     change = "compare={target_drop=1.5, rounds=1, tolerance=0.1, seeds=[5, 6]}"
-    document, _ = matching.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
+    document, _ = matching.compare(recipe_file, [change], recipe_file.parent, command="x")
     assert document["table"] == ["matched-5", "matched-6"]
     gc, rand = document["variants"]["gc"], document["variants"]["rand"]
     assert gc == {"lambda": 0.1, "drop": 1.5, "reached": True, "tried": [{"lambda": 0.1, "drop": 1.5, "drops": [2, 1]}]}
     assert (rand["drop"], rand["reached"]) == (10.0, False)
+    assert "gc-0.1: 2.0, 1.0 points below TL, by seed" in capsys.readouterr().err.splitlines()
 
 
 def test_compare_matches_on_held_back_images_and_reports(recipe_file: Path, call):
