@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 from torchvision.ops import StochasticDepth
 
@@ -51,6 +52,18 @@ def test_trials_of_a_network_that_draws_are_decided_by_the_seed_alone(two_thread
 def test_trials_of_a_network_that_draws_nothing_run_at_once(two_threads: None):
     meeting = threading.Barrier(2)
     assert share_out(ground(nn.Linear(2, 2)), [lambda: meeting.wait(20) * 0 + 1] * 2) == [1, 1]
+
+
+def test_trials_that_run_at_once_have_one_blas_thread_each(two_threads: None):
+    """Otherwise two probes have four threads on two cores, and take three times as long."""
+
+    def blas() -> set[int]:
+        return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
+
+    with threadpool_limits(2, "blas"):
+        assert share_out(ground(nn.Linear(2, 2)), [blas] * 2) == [{1}] * 2
+        assert share_out(ground(nn.Sequential(nn.Dropout(0.5))), [blas]) == [{2}]
+        assert blas() == {2}
 
 
 def test_dropout_and_stochastic_depth_draw_where_they_have_a_probability():

@@ -132,6 +132,8 @@ def share_out(ground: Ground, tasks: list[Callable[[], Result]]) -> list[Result]
     One thread a task: networks and batches this small leave a second thread idle. But threads share torch's random
     numbers, so the trials of a network that draws some go one after the other, each from a seed of its own.
     """
+    from threadpoolctl import threadpool_limits
+
     engine, cores = ground.lab.engine, torch.get_num_threads()
     drawing = draws(ground.model)
     at_once = 1 if drawing or engine.device.type != "cpu" else cores
@@ -141,6 +143,7 @@ def share_out(ground: Ground, tasks: list[Callable[[], Result]]) -> list[Result]
             torch.manual_seed(ground.lab.seed(f"{ground.tag}/{number}"))
         return tasks[number]()
 
+    blas = threadpool_limits(1 if at_once > 1 else None, "blas")  # two probes of two threads each are slower
     torch.set_num_threads(1 if at_once > 1 else cores)
     pool = ThreadPoolExecutor(at_once)
     try:
@@ -150,6 +153,7 @@ def share_out(ground: Ground, tasks: list[Callable[[], Result]]) -> list[Result]
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        blas.restore_original_limits()  # OpenMP's with them, so torch's own come after
         torch.set_num_threads(cores)
     gathered = engine.gather_objects(results)
     # Process r did tasks r, r + n, r + 2n, ...: deal them back into order.
