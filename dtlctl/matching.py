@@ -193,8 +193,8 @@ def _tried(tried: list[dict[str, Any]]) -> str:
 
 def write(document: dict[str, Any], folder: Path, command: str) -> None:
     """Write compare.json, table.json, table.md, figures and report.html. Raises CheckpointError where it cannot."""
+    checkpoint.write(folder / "compare.json", report.dump(document).encode())  # first: it cannot be made from the runs
     report.write(document["table"], folder, command, before=_needed(document))
-    checkpoint.write(folder / "compare.json", report.dump(document).encode())
 
 
 def _changed(base: Recipe, changes: dict[str, Any]) -> Recipe:

@@ -118,8 +118,8 @@ def _who(attackers: list[dict[str, Any]], single: dict[str, Any]) -> str:
     if not attackers:
         return text + " No tuned attacker was asked for: read these numbers as those of a weak one."
     rates = [
-        f"{a['kind']} ({'C' if a['kind'] == 'probe' else a['optimizer'] + ', learning rate'} "
-        f"{', '.join(f'{r:g}' for r in a.get('lr', a.get('C', [])))}"
+        f"{a['kind']} ({'C' if 'C' in a else a['optimizer'] + ', learning rate'} "
+        f"{', '.join(f'{r:g}' for r in a.get('C', a.get('lr', [])))}"
         + (f"; on {', '.join(a['datasets'])} only" if a.get("datasets") else "")
         + ")"
         for a in attackers

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dtlctl import checkpoint, demands
+from dtlctl.attacks.piggyback import Frozen
 from dtlctl.data.cache import cached
 from dtlctl.data.sources import is_hub
 from dtlctl.data.subset import balanced
@@ -161,7 +162,7 @@ def _job(lab: Experiment, job: Job[Any], data: dict[str, Any], seconds: float) -
         share = 1 - job.settings.repair
         cost *= 1 + share * (COLLISION_COST - 1)
     if cost is not None and job.stage == "piggyback":
-        trained = [(a, len(a.lr) + 1) for a in job.settings.attackers if a.kind != "probe"]
+        trained = [(a, len(a.lr) + 1) for a in job.settings.attackers if not isinstance(a, Frozen)]
         fits = sum(count * a.steps * min(a.batch_size, images) for a, count in trained)
         cost += job.settings.attack_seeds * fits * seconds
     state = _state(lab, job, data)

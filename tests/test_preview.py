@@ -76,3 +76,10 @@ def test_the_cost_counts_references_once_and_nothing_that_is_done(trained: Path)
     assert "audit/pre                        attack; the references of rmia, about 3520 s\n" in text
     assert text.endswith("66.7 min on this machine, without the attacks of the audit themselves")
     assert planned(trained)["minutes"] == 1.5  # the three attacks alone
+
+
+def test_the_cost_of_attackers_is_that_of_those_who_train_weights(trained: Path):
+    """Besides the 30 images of the one setting: `full` 2 rates and once more, each 4 steps of 10: 120. Probes: 0."""
+    full = '{kind="full", lr=[0.1, 0.2], steps=4, batch_size=10}'
+    found = planned(trained, f'piggyback.attackers=[{full}, {{kind="probe"}}, {{kind="renorm-probe"}}]')
+    assert {row["title"]: row["seconds"] for row in found["jobs"]}["piggyback/TL/again"] == 150

@@ -8,10 +8,12 @@ import shutil
 import subprocess
 from hashlib import sha256
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from dtlctl import report
+from dtlctl import page, report
+from dtlctl.attacks.piggyback import Attacker, Frozen
 from dtlctl.attacks.recovery import recovered
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.loading import load
@@ -175,6 +177,16 @@ def test_data_that_is_out_of_reach_is_no_reason_to_report_nothing(recipe_file: P
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"recipe\.json: not a run's recipe"):
         report.summarise([tmp_path])
+
+
+def test_the_page_tells_what_every_kind_of_attacker_tries():
+    (kinds, _) = get_args(Attacker)
+    attackers = [kind() for kind in get_args(kinds)]
+    assert len(attackers) >= 5
+    said = page._who([one.model_dump(mode="json") for one in attackers], {"steps": 3, "epochs": None, "lr": 0.05})
+    for one in attackers:
+        varied = "C" if isinstance(one, Frozen) else "sgd, learning rate"
+        assert f"{one.kind} ({varied} {', '.join(f'{setting.rate:g}' for setting in one.grid())})" in said
 
 
 TUNED = ('piggyback.attackers=[{kind="full"}]',)
