@@ -65,7 +65,7 @@ def test_the_curve_and_the_match_show_their_documents():
     curve = json.loads((folder / "quickstart_curve/table.json").read_text())
     for part in grids.markdown(curve).strip().split("\n\n"):
         assert part in (folder / "quickstart_curve.md").read_text(encoding="utf-8")
-    for name in ("quickstart_matched", "tin100_matched", "tin100_fresh"):
+    for name in ("quickstart_matched", "tin100_matched", "tin100_fresh", "tin100_target"):
         found = json.loads((folder / name / "compare.json").read_text())
         for part in matching._needed(found):
             assert part in (folder / f"{name}.md").read_text(encoding="utf-8")
@@ -78,6 +78,8 @@ def test_the_curve_and_the_match_show_their_documents():
         ("tin100_matched/compare.json", "{}"),
         ("tin100_matched/first_search.json", "{}, first search"),
         ("tin100_fresh/compare.json", "{}"),
+        ("tin100_target/compare.json", "{}"),
+        ("tin100_target/tried.json", "{}, tried before"),
     ],
 )
 def test_a_match_shows_every_value_of_lambda_that_was_tried(document: str, label: str):

@@ -1,0 +1,70 @@
+"""The page on retaining with the target's images: every number is that of its sidecars."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+STUDY = Path(__file__).parents[1] / "docs/results/tin100_target"
+PAGE = STUDY.with_suffix(".md").read_text(encoding="utf-8")
+SEEDS = (6, 7, 8)
+LOSSES = ("null-tgt", "rand-tgt")
+DATASETS = ("tin100-10", "tin20b")
+ATTACKERS = {"tuned": "acc_pl_worst", "one setting": "acc_pl"}
+
+
+def pl(model: str, dataset: str, attacker: str) -> list[float]:
+    """PL seed by seed, of the one setting, of the tuned attacker, or of one of his kinds."""
+    found = []
+    for seed in SEEDS:
+        path = STUDY / f"matched-{seed}/piggyback/{model}/{dataset}.json"
+        document = json.loads(path.read_text(encoding="utf-8"))
+        assert document["seed"] == seed
+        kinds = {one["kind"]: one["acc_pl"] for one in document["metrics"]["attackers"]}
+        found.append({**kinds, **{name: document["metrics"][key] for name, key in ATTACKERS.items()}}[attacker])
+    return found
+
+
+def drops(model: str, dataset: str, attacker: str) -> list[float]:
+    """Points of PL below TL, seed by seed."""
+    pairs = zip(pl("TL", dataset, attacker), pl(model, dataset, attacker), strict=True)
+    return [before - after for before, after in pairs]
+
+
+def interval(three: list[float]) -> str:
+    """Mean ± half width of the 95 % t interval of three seeds."""
+    return f"{mean(three):.1f} ± {4.3027 * stdev(three) / 3**0.5:.1f}"  # t(0.975, 2)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_page_shows_what_running_statistics_hide(dataset: str):
+    for model in ("TL", *LOSSES):
+        cells = [interval(pl(model, dataset, attacker)) for attacker in ("probe", "renorm-probe", "tuned")]
+        assert f"| {model} | {dataset} | {' | '.join(cells)} |" in PAGE
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("attacker", ATTACKERS)
+def test_the_page_shows_what_each_loss_takes_by_seed(dataset: str, attacker: str):
+    """And how many times RAND's drop that of `null-space` is: by seed, and of the means."""
+    taken = {model: drops(model, dataset, attacker) for model in LOSSES}
+    for model, three in taken.items():
+        points = " | ".join(f"{one:.1f}" for one in three)
+        assert f"| {model} | {dataset} | {attacker} | {points} | {interval(three)} |" in PAGE
+    ours, theirs = ([*taken[model], mean(taken[model])] for model in LOSSES)
+    times = " | ".join(f"{one / other:.1f}" for one, other in zip(ours, theirs, strict=True))
+    assert f"| times | {dataset} | {attacker} | {times} |" in PAGE
+
+
+def test_the_page_says_what_null_space_is_ahead_by():
+    below = [
+        interval([rand - null for null, rand in zip(*(pl(one, name, "tuned") for one in LOSSES), strict=True)])
+        for name in DATASETS
+    ]
+    taken = [[interval(drops(model, name, "tuned")) for name in DATASETS] for model in LOSSES]
+    (own, other), (theirs, their_other) = taken
+    assert f"it takes {own} points on a tenth of the source's classes and {other} on 20 others" in PAGE
+    assert f"RAND {theirs} and {their_other}: 1.4 and 1.5 times. He gets {below[0]} and {below[1]} points less" in PAGE
