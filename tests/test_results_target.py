@@ -47,7 +47,7 @@ def test_the_page_shows_what_running_statistics_hide(dataset: str):
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-@pytest.mark.parametrize("attacker", ATTACKERS)
+@pytest.mark.parametrize("attacker", [*ATTACKERS, "probe"])
 def test_the_page_shows_what_each_loss_takes_by_seed(dataset: str, attacker: str):
     """And how many times RAND's drop that of `null-space` is: by seed, and of the means."""
     taken = {model: drops(model, dataset, attacker) for model in LOSSES}
@@ -66,5 +66,7 @@ def test_the_page_says_what_null_space_is_ahead_by():
     ]
     taken = [[interval(drops(model, name, "tuned")) for name in DATASETS] for model in LOSSES]
     (own, other), (theirs, their_other) = taken
+    alike = [f"{interval(drops(model, name, 'probe'))}" for model in ("rand-tgt", "null-tgt") for name in DATASETS]
+    assert "here they take {} and {}, and {} and {}.".format(*alike) in PAGE
     assert f"it takes {own} points on a tenth of the source's classes and {other} on 20 others" in PAGE
     assert f"RAND {theirs} and {their_other}: 1.4 and 1.5 times. He gets {below[0]} and {below[1]} points less" in PAGE

@@ -249,9 +249,7 @@ def test_the_search_steps_out_until_the_price_is_passed_then_halves():
 
     assert wanted(lambda odds: 20.0 if odds > -4 else 1.0) == pytest.approx([0, -1, -3, -7, -5], abs=0.01)
     assert wanted(lambda odds: 1.0 if odds < 4 else 20.0) == pytest.approx([0, 1, 3, 7, 5], abs=0.1)  # 4 digits of λ
-    outside = wanted(
-        lambda odds: 20.0
-    )  # -15 would be the next: the range ends at λ = 0.0005, and nothing is done twice
+    outside = wanted(lambda odds: 20.0)  # next would be -15, but the range ends at λ = 0.0005: nothing is done twice
     assert outside[3:] == pytest.approx([-7, matching.logit(matching.LOW)], abs=0.01)
     assert len(matching.search(lambda lam: [20.0], 0.5, Compare(target_drop=5, rounds=30))["tried"]) == 5
     assert wanted(lambda odds: 7.0 if odds > -1 else 1.0)[:4] == pytest.approx([0, -0.336, -1.009, -0.673], abs=0.01)
