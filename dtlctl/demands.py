@@ -51,13 +51,18 @@ def _batch_for_null_space(lab: Experiment, job: Job[Dispose]) -> None:
 
 
 def _images_to_hold_out(lab: Experiment, job: Job[Piggyback]) -> None:
-    labels = lab.images(job.dataset, "train").labels[lab.index(job.dataset)]
-    try:
-        tuning.hold_out(labels, job.settings.held_out, 0)
-    except DataError as error:
-        fraction = lab.dataset(job.dataset).fraction
+    fraction = lab.dataset(job.dataset).fraction
+    if job.settings.choose_on == "test":
+        labels, share = lab.images(job.dataset, "test").labels, 0.5
+        where, remedy = "piggyback.choose_on", f'the test split of data.{job.dataset} is too small; write "own"'
+    else:
+        labels, share = lab.images(job.dataset, "train").labels[lab.index(job.dataset)], job.settings.held_out
+        where = f"data.{job.dataset}.fraction: {fraction:g}"
         remedy = "make it larger" if fraction < 1 else "leave it out of the attackers' datasets"
-        raise DataError(f"{lab.source}: data.{job.dataset}.fraction: {fraction:g}: {error}; {remedy}") from None
+    try:
+        tuning.hold_out(labels, share, 0)
+    except DataError as error:
+        raise DataError(f"{lab.source}: {where}: {error}; {remedy}") from None
 
 
 def _of_variants(recipe: Recipe) -> Iterator[tuple[str, str]]:

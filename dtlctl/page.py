@@ -51,7 +51,7 @@ HEADINGS = {
 """By the first words of the paragraph that introduces a table."""
 CAPTIONS = {
     "piggyback": "Piggyback accuracy by dataset, as in Fig. 2 of the paper; bars: the one setting of the recipe, "
-    "lines: 95 % interval over seeds, diamonds: the attacker tuned on held-out images of his own.",
+    "lines: 95 % interval over seeds, diamonds: the attacker tuned on held-out images.",
     "tradeoff": "What the owner keeps over what the attacker gets, the tuned one if any, as in Fig. 6.",
     "steps": "How fast the attacker of the one setting gets there.",
     "sweep": "Piggyback accuracy over the swept key, as in Fig. 5.",

@@ -36,10 +36,12 @@ class Job(Generic[Settings]):
         settings = self.settings.model_dump(mode="json", by_alias=True, exclude=aside)
         if not settings.get("attackers", True):
             # Without tuned attackers there is nothing that these keys could have changed.
-            for name in ("attackers", "attack_seeds", "held_out"):
+            for name in ("attackers", "attack_seeds", "held_out", "choose_on"):
                 del settings[name]
+        if settings.get("choose_on") == "own":
+            del settings["choose_on"]  # what was made before there was the key is as good
         if not settings.get("fresh_stages", True):
-            del settings["fresh_stages"]  # likewise: what was made before there was the key is as good
+            del settings["fresh_stages"]  # likewise
         own_seed = settings.pop("seed", None)
         return {
             "settings": settings,

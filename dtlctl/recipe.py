@@ -131,6 +131,9 @@ class Piggyback(Training):
     models: list[str] | None = Field(None, min_length=1, description="default: scratch, TGT, pre, TL and all variants")
     attackers: list[Attacker] = Field([], description="tuned attackers, besides the one setting of this table")
     attack_seeds: int = Field(1, ge=1, le=100, description="repetitions of every tuned attacker")
+    choose_on: Literal["own", "test"] = Field(
+        "own", description="images that choose settings: of the attacker's own, or half of the test split"
+    )
     held_out: float = Field(0.25, gt=0, lt=1, description="share of the attacker's own images that chooses settings")
 
     def attacking(self, dataset: str) -> Piggyback:

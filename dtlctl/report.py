@@ -15,10 +15,11 @@ from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.results import ATTACKS, Row, recipe_of, rows_of
 
 TUNED = (
-    "Under tuned attackers: PL of the table's one setting, of the attacker who is best on held-out images of his own, "
+    "Under tuned attackers: PL of the table's one setting, of the attacker who is best on {chosen}, "
     "and of the best of all by test accuracy, which nobody can choose; the share (PL − scratch) / (TL − scratch) that "
     "the tuned attacker recovers, with its 95 % bootstrap interval over seeds."
 )
+FRESH = "half of the test images, and judged by the other half"
 
 PAIRED = " Taken seed by seed: ± is of the difference."
 
@@ -127,7 +128,8 @@ def markdown(table: dict[str, Any]) -> str:
             *(f"{s} {kind}" for s in sets for kind in ("one setting", "tuned", "best of all", "recovered")),
         ]
         lines = [[row["model"], *(cell for s in sets for cell in attacked(row, s))] for row in rows]
-        parts += [TUNED, grid(columns, lines), *table.get("caveats", [])]
+        chosen = FRESH if table["recipe"]["piggyback"].get("choose_on") == "test" else "held-out images of his own"
+        parts += [TUNED.format(chosen=chosen), grid(columns, lines), *table.get("caveats", [])]
     return "\n\n".join(parts) + "\n"
 
 

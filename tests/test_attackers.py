@@ -137,7 +137,7 @@ def test_a_renorm_probe_sees_through_running_statistics(recipe_file: Path):
             module.running_mean.fill_(1e4)
 
     def own(features: Any) -> np.ndarray:
-        (x, _), _ = features
+        x, _ = features["train"]
         return x
 
     plain, renormalised = (own(ground._features(attacker)) for attacker in (Probe(), RenormProbe()))
@@ -235,14 +235,42 @@ def test_a_probe_is_fitted_to_the_training_part_and_judged_by_the_held_out(recip
     (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
     ground, (attacker,) = Ground(lab, job, 0), job.settings.attackers
     trial = ground.attempt(attacker, attacker.grid()[0])
-    (x, y), test = ground.features["probe"]
-    train, held = ground.parts
-    assert (len(train), len(held), len(test[1])) == (20, 10, len(lab.images("source", "test").labels))
+    (x, y), test = ground.features["probe"]["train"], ground.features["probe"]["test"]
+    train, (split, held) = ground.train, ground.held
+    assert (split, len(train), len(held), len(test[1])) == ("train", 20, 10, len(lab.images("source", "test").labels))
     fitted = tuning.Linear(x[train], y[train], 100.0)
     assert fitted.look(x[train], y[train]).accuracy == 100
     assert trial.best == fitted.look(x[held], y[held])
     assert trial.best.accuracy < 100
     assert ground.strike(attacker, trial).acc_pl == tuning.Linear(x, y, 100.0).look(*test).accuracy
+
+
+def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """All 30 own images train; of the test split, the same number of every class chooses, and the rest judges."""
+    table = '[{kind="probe", C=[100.0]}, {kind="full", lr=[0.1], steps=20}]'
+    lab = Experiment(load(recipe_file, ['piggyback.choose_on="test"', f"piggyback.attackers={table}"]),
+                     recipe_file.parent, quiet=True)  # fmt: skip
+    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
+    ground, (probe, full), labels = Ground(lab, job, 0), job.settings.attackers, lab.images("source", "test").labels
+    split, held = ground.held
+    assert split == "test" and list(ground.train) == list(range(30))
+    assert sorted([*held, *ground.judges]) == list(range(len(labels)))
+    assert set(np.bincount(labels[held])) == {min(np.bincount(labels)) // 2}
+    (x, y), (tests, answers) = ground.features["probe"]["train"], ground.features["probe"]["test"]
+    fitted = tuning.Linear(x, y, 100.0)
+    trial = ground.attempt(probe, probe.grid()[0])
+    assert trial.best == fitted.look(tests[held], answers[held])
+    assert ground.strike(probe, trial).acc_pl == fitted.look(tests[ground.judges], answers[ground.judges]).accuracy
+
+    seen, judged = [], []
+    train, accuracy = tuning.train, tuning.accuracy
+    monkeypatch.setattr(tuning, "train", lambda *a, **k: seen.append((a[2].rows, k)) or train(*a, **k))
+    monkeypatch.setattr(tuning, "accuracy", lambda m, h, b: judged.extend(b := list(b)) or accuracy(m, h, b))
+    ground.strike(full, ground.attempt(full, full.grid()[0]))
+    pixels = torch.from_numpy(lab.images("source", "test").pixels).float() / 255
+    assert [len(rows) for rows, _ in seen] == [30, 30]
+    assert torch.allclose(seen[0][1]["held_out"][0], pixels[held])
+    assert torch.allclose(torch.cat([batch.x for batch in judged]), pixels[ground.judges])
 
 
 def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
@@ -307,9 +335,7 @@ def test_one_image_a_class_cannot_tune_and_that_is_told_before_anything_trains(r
     lab = Experiment(
         load(recipe_file, [ATTACKERS, "data.piggyback.again.fraction=0.01"]), recipe_file.parent, quiet=True
     )
-    reason = (
-        r"data\.piggyback\.again\.fraction: 0\.01: a tuned attacker holds out images of his own: .*; make it larger"
-    )
+    reason = r"data\.piggyback\.again\.fraction: 0\.01: tuned attackers hold out images: .*; make it larger"
     with pytest.raises(DataError, match=f"^RECIPE: {reason}$"):
         run(lab, ("pretrain", "finetune", "piggyback"))
     assert not lab.folder.exists()

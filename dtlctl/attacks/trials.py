@@ -17,6 +17,7 @@ from torchvision.ops import StochasticDepth
 from dtlctl.attacks import tuning
 from dtlctl.attacks.piggyback import Attacker, Frozen
 from dtlctl.attacks.tuning import Setting, Trial
+from dtlctl.data.sources import Split
 from dtlctl.data.tensors import Batch, Batches, evaluation_batches
 from dtlctl.experiment import Experiment
 from dtlctl.models import Classifier
@@ -25,6 +26,8 @@ from dtlctl.recipe import Piggyback
 
 Result = TypeVar("Result")
 HEAD = "piggyback"
+Features = dict[Split, tuple[np.ndarray, np.ndarray]]
+"""Features [N, F] and labels [N] of the images of a split."""
 
 
 def start(lab: Experiment, job: Job[Piggyback], head: str, *, alone: bool = False) -> Classifier:
@@ -49,29 +52,27 @@ class Strike(NamedTuple):
 
 
 class Ground:
-    """One repetition of the attack on one model: the split of the attacker's images, the new head, the features."""
+    """One repetition of the attack on one model: which images train, choose and judge, the new head, the features."""
 
     def __init__(self, lab: Experiment, job: Job[Piggyback], seed: int):
         self.lab, self.job, self.seed, self.tag = lab, job, seed, f"piggyback/{job.dataset}/attack/{seed}"
         self.own, self.labels = lab.index(job.dataset), lab.images(job.dataset, "train").labels
-        self.parts = tuning.hold_out(self.labels[self.own], job.settings.held_out, lab.seed(f"{self.tag}/split"))
+        self.train, self.held, self.judges = self._split(lab.seed(f"{self.tag}/split"))
         self.model = start(lab, job, f"{self.tag}/head", alone=True)
         self.fresh = lab.new_model({}, f"{self.tag}/fresh", global_batch_norm=False)
         self.stop = threading.Event()
         frozen = {a.kind: a for a in job.settings.attackers if isinstance(a, Frozen)}
-        self.features = {kind: self._features(attacker) for kind, attacker in frozen.items()}
+        self.features: dict[str, Features] = {kind: self._features(attacker) for kind, attacker in frozen.items()}
 
     def attempt(self, attacker: Attacker, setting: Setting) -> Trial:
         """Train on the training part and look at the held-out part."""
-        train, held = self.parts
         if isinstance(attacker, Frozen):
-            (x, y), _ = self.features[attacker.kind]
-            fitted = tuning.Linear(x[train], y[train], setting.rate)
-            return Trial(setting, self.seed, [fitted.look(x[held], y[held])])
-        model = self._prepared(attacker, train)
+            (x, y), (held, answers) = self._known(attacker, "train", self.train), self._known(attacker, *self.held)
+            return Trial(setting, self.seed, [tuning.Linear(x, y, setting.rate).look(held, answers)])
+        model = self._prepared(attacker, self.train)
         looks = tuning.train(
-            model, HEAD, self._batches(train, attacker.batch_size), setting,
-            steps=attacker.steps, warmup=attacker.warmup, held_out=self._pixels(held), stopped=self.stop.is_set,
+            model, HEAD, self._batches(self.train, attacker.batch_size), setting, steps=attacker.steps,
+            warmup=attacker.warmup, held_out=self._pixels(*self.held), stopped=self.stop.is_set,
         )  # fmt: skip
         return Trial(setting, self.seed, looks)
 
@@ -79,7 +80,7 @@ class Ground:
         """The trial's setting and length once more, on all of the attacker's images."""
         everything = np.arange(len(self.own))
         if isinstance(attacker, Frozen):
-            (x, y), test = self.features[attacker.kind]
+            (x, y), test = self._known(attacker, "train", everything), self._known(attacker, "test", self.judges)
             return Strike(trial, tuning.Linear(x, y, trial.setting.rate).look(*test).accuracy)
         model = self._prepared(attacker, everything)
         tuning.train(
@@ -87,11 +88,28 @@ class Ground:
             steps=attacker.steps, warmup=attacker.warmup, until=trial.best and trial.best.step,
             stopped=self.stop.is_set,
         )  # fmt: skip
-        return Strike(trial, tuning.accuracy(model, HEAD, self._test()))
+        return Strike(trial, tuning.accuracy(model, HEAD, self._whole("test", self.judges)))
+
+    def _split(self, seed: int) -> tuple[np.ndarray, tuple[Split, np.ndarray], np.ndarray]:
+        """Places of the images that train, among the attacker's own; that choose, with their split; and that judge."""
+        test = self.lab.images(self.job.dataset, "test").labels
+        if self.job.settings.choose_on == "test":
+            judges, held = tuning.hold_out(test, 0.5, seed)
+            return np.arange(len(self.own)), ("test", held), judges
+        train, held = tuning.hold_out(self.labels[self.own], self.job.settings.held_out, seed)
+        return train, ("train", held), np.arange(len(test))
+
+    def _rows(self, split: Split, places: np.ndarray) -> np.ndarray:
+        """Rows of the dataset's split: in the train split, places are among the attacker's own images."""
+        return self.own[places] if split == "train" else places
+
+    def _known(self, attacker: Frozen, split: Split, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        x, y = self.features[attacker.kind][split]
+        return x[places], y[places]
 
     def _prepared(self, attacker: Attacker, rows: np.ndarray) -> Classifier:
         model = copy.deepcopy(self.model)
-        attacker.prepare(model, self.fresh, self._pixels(rows)[0])
+        attacker.prepare(model, self.fresh, self._pixels("train", rows)[0])
         return model
 
     def _batches(self, rows: np.ndarray, size: int) -> Batches:
@@ -102,27 +120,27 @@ class Ground:
             train.pixels, train.labels, self.own[rows], batch_size=size, augment=augment, seed=seed, device=device
         )
 
-    def _pixels(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Some of the attacker's images [N, 3, S, S] in [0, 1], not augmented, and their labels [N]."""
-        parts = list(self._whole("train", self.own[rows]))
+    def _pixels(self, split: Split, places: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Images [N, 3, S, S] in [0, 1], not augmented, and their labels [N]."""
+        parts = list(self._whole(split, self._rows(split, places)))
         return torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
 
-    def _test(self) -> Iterator[Batch]:
-        return self._whole("test", np.arange(len(self.lab.images(self.job.dataset, "test").labels)))
-
-    def _whole(self, split: Any, rows: np.ndarray) -> Iterator[Batch]:
+    def _whole(self, split: Split, rows: np.ndarray) -> Iterator[Batch]:
         """All of these rows, on this process: trials are shared out, batches are not."""
         images = self.lab.images(self.job.dataset, split)
         return evaluation_batches(images.pixels[rows], images.labels[rows], device=self.lab.engine.device)
 
     @torch.no_grad()
-    def _features(self, attacker: Attacker) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(features [N, F], labels [N]) of the attacker's own images and of the test split, computed once."""
+    def _features(self, attacker: Attacker) -> Features:
+        """Of the attacker's own images and of the test split, computed once."""
         model = self._prepared(attacker, np.arange(len(self.own))).eval()
-        found = []
-        for part in (self._whole("train", self.own), self._test()):
+        test = np.arange(len(self.lab.images(self.job.dataset, "test").labels))
+        found: Features = {}
+        splits: list[tuple[Split, np.ndarray]] = [("train", self.own), ("test", test)]
+        for split, rows in splits:
+            part = self._whole(split, rows)
             pairs = [(model.embed(batch.x).double().cpu().numpy(), batch.y.cpu().numpy()) for batch in part]
-            found.append((np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs])))
+            found[split] = np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs])
         return found
 
 

@@ -1,4 +1,4 @@
-"""Tuning an attacker on data of his own: a held-out part chooses the setting and the step, the test split nothing."""
+"""Tuning an attacker: held-out images choose the setting and the step; those that judge him choose nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Look(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """One setting, trained on the attacker's training part; it never meets the test split."""
+    """One setting, trained on the attacker's training part; it never meets the images that judge him."""
 
     setting: Setting
     seed: int
@@ -78,7 +78,7 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     smallest = min(map(len, groups))
     if smallest < 2:
-        raise DataError("a tuned attacker holds out images of his own: he needs 2 or more of every class")
+        raise DataError("tuned attackers hold out images: 2 or more of every class are needed")
     count = min(smallest - 1, max(1, round(share * smallest)))
     rng = np.random.default_rng(seed)
     held = np.sort(np.concatenate([rng.permutation(group)[:count] for group in groups]))

@@ -35,7 +35,7 @@ def _tuned(lab: Experiment, job: Job[Piggyback], single: float) -> dict[str, Any
 
     Each attacker tries his grid on the training part of his images and keeps what is best on the held-out part, the
     step too; with that he trains once more, on all he has. The worst case is the attacker who is best on held-out
-    images. `acc_pl_max` looks at the test split instead: no attacker can do that, so it is an upper bound.
+    images. `acc_pl_max` looks at the images that judge instead: no attacker can do that, so it is an upper bound.
     """
     started, fits = time.perf_counter(), 0
     trials: list[Trial] = []
