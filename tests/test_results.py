@@ -46,6 +46,12 @@ def test_the_page_on_performance_shows_what_was_measured(path: Path):
     assert found and shown.strip() == f"```text\n{text(json.loads(path.read_text()))}\n```"
 
 
+def test_the_page_on_performance_shows_what_was_printed():
+    """Where the sidecar of a benchmark was lost, what it printed was kept."""
+    printed = (ROOT / "docs/results/bench/train_h200.txt").read_text(encoding="utf-8")
+    assert f"```text\n{printed.strip()}\n```" in (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+
+
 def test_two_processes_made_what_one_made():
     """The page's numbers are those of the two sidecars, and of the comparison of their weights."""
     folder = ROOT / "docs/results/two_processes"
@@ -65,7 +71,7 @@ def test_the_curve_and_the_match_show_their_documents():
     curve = json.loads((folder / "quickstart_curve/table.json").read_text())
     for part in grids.markdown(curve).strip().split("\n\n"):
         assert part in (folder / "quickstart_curve.md").read_text(encoding="utf-8")
-    for name in ("quickstart_matched", "tin100_matched", "tin100_fresh", "tin100_target"):
+    for name in ("quickstart_matched", "tin100_matched", "tin100_fresh", "tin100_target", "tin100_gpu"):
         found = json.loads((folder / name / "compare.json").read_text())
         for part in matching._needed(found):
             assert part in (folder / f"{name}.md").read_text(encoding="utf-8")
@@ -80,6 +86,8 @@ def test_the_curve_and_the_match_show_their_documents():
         ("tin100_fresh/compare.json", "{}"),
         ("tin100_target/compare.json", "{}"),
         ("tin100_target/tried.json", "{}, tried before"),
+        ("tin100_gpu/compare.json", "{}"),
+        ("tin100_gpu/unfinished.json", "{}, not attacked"),
     ],
 )
 def test_a_match_shows_every_value_of_lambda_that_was_tried(document: str, label: str):
