@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dtlctl import checkpoint
@@ -54,6 +55,8 @@ def rows_of(run: Path, recipe: Recipe) -> dict[str, Row]:
                 for kind, metric in ATTACKS.items():
                     if metric in metrics or kind == "piggyback":
                         row.setdefault(kind, {})[name] = float(metrics[metric])
+                if metrics.get("chosen"):
+                    row.setdefault("held_out", {})[name] = fmean(one["val"] for one in metrics["chosen"])
                 looks = [[look["step"], look["acc_pl"]] for look in sidecar.get("history", []) if "acc_pl" in look]
                 row.setdefault("curves", {})[name] = looks
             elif job.stage == "audit":

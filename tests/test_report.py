@@ -325,3 +325,29 @@ def test_files_are_written(recipe_file: Path, dtlctl):
     assert (recipe_file.parent / "out" / "piggyback.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (recipe_file.parent / "out" / "piggyback.svg").read_text()
     assert dtlctl("report", folder, folder).returncode == 2
+
+
+@pytest.mark.parametrize(("held_out", "told"), [((90.0, 86.0), True), ((90.0, 69.0), False)])
+def test_held_out_images_that_mislead_are_named(recipe_file: Path, held_out, told):
+    """Tuned, TL gets 70 and 75: 72.5 on average. Held-out images say 88, 15.5 more, or 79.5, which is 7 more."""
+    runs = [fake_run(recipe_file, f"misled{seed}", seed, 70.0, *TUNED) for seed in (0, 1)]
+    for run, seen, worst in zip(runs, held_out, (70.0, 75.0), strict=True):
+        for model, accuracies in (("scratch", (5.0, 10.0)), ("TL", (60.0, worst)), ("gc", (20.0, 40.0))):
+            attack(run, model, *accuracies)
+        path = run / "piggyback/TL/again.json"
+        document = json.loads(path.read_text())
+        document["metrics"]["chosen"] = [{"val": seen - 4}, {"val": seen + 4}]
+        path.write_text(json.dumps(document))
+    sentence = (
+        "again: held-out images mislead the tuned attackers. On TL they are right on 88.0 % of them and on 72.5 % of "
+        'the test images. Let fresh images choose: piggyback.choose_on = "test".'
+    )
+    assert report.summarise(runs)["caveats"] == [sentence] * told
+
+
+def test_the_table_says_which_images_chose(recipe_file: Path):
+    for number, (choose_on, words) in enumerate((("own", "images of his own, and"), ("test", report.FRESH))):
+        run = fake_run(recipe_file, f"who{number}", 0, 70.0, *TUNED, f'piggyback.choose_on="{choose_on}"')
+        for model in ("scratch", "TL", "gc"):
+            attack(run, model, 20.0, 30.0)
+        assert words in report.markdown(report.summarise([run]))
