@@ -36,6 +36,15 @@ def test_the_held_out_images_of_a_known_source_mislead():
             assert found[model]["acc_pl"] > found[model]["acc_pl_worst"]
 
 
+def test_the_page_shows_the_path_of_gradient_collision():
+    for seed in (6, 7, 8):
+        history = json.loads((STUDY / f"matched-{seed}/dispose/gc/model.json").read_text(encoding="utf-8"))["history"]
+        for row in (row for row in history if row["step"] in (75, 120, 150, 300, 600)):
+            numbers = f"{row['source_loss']:.2f} | {row['gradient_norm']:.1f} | {row['weight_norm']:.1f}"
+            accuracies = " | ".join(f"{row[key]:.1f}" if key in row else "–" for key in ("acc_s", "acc_t"))
+            assert f"| {seed} | {row['step']} | {numbers} | {accuracies} |" in PAGE
+
+
 def test_one_gpu_made_it():
     for path in STUDY.glob("matched-*/*/**/*.json"):
         document = json.loads(path.read_text(encoding="utf-8"))
