@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,28 @@ def test_a_batch_depends_on_the_seed_and_its_number_alone():
     for step in (11, 0, 5, 5, 2, 9):
         assert equal(batches[step], backwards[step])
         assert not equal(batches[step], other[step])
+
+
+@pytest.mark.parametrize(
+    ("augment", "seed", "step", "digest"),
+    [
+        ("none", 0, 0, "a58ed0a48ef61b37"),
+        ("none", 0, 7, "8e5271e8889e5772"),
+        ("none", 5, 2, "b618b6e768e236ca"),
+        ("crop", 0, 0, "3a72975461b7cba8"),
+        ("crop", 0, 7, "53007478574544b2"),
+        ("crop", 5, 2, "b71ebd53fde94ced"),
+        ("crop-flip", 0, 0, "9efb8a2e190c08bf"),
+        ("crop-flip", 0, 7, "20044870e672a3a6"),
+        ("crop-flip", 5, 2, "3446ba523de88b00"),
+    ],
+)
+def test_batches_are_those_of_published_results(augment, seed, step, digest):
+    pixels = (np.arange(40 * 3 * 16 * 16) * 7919 % 251).astype(np.uint8).reshape(40, 3, 16, 16)
+    labels, options = np.arange(40) % 7, {"batch_size": 12, "augment": augment, "seed": seed, "device": CPU}
+    batch = Batches(pixels, labels, np.arange(40), **options)[step]
+    parts = b"".join(part.numpy().tobytes() for part in (batch.x, batch.y, batch.rows))
+    assert hashlib.sha256(parts).hexdigest()[:16] == digest
 
 
 @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
