@@ -1,11 +1,14 @@
 import hashlib
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dtlctl.data import tensors
 from dtlctl.data.tensors import Batches, Share, crop_and_flip, evaluation_batches
 
 SIDE = 8
@@ -57,6 +60,35 @@ def test_batches_are_those_of_published_results(augment, seed, step, digest):
     batch = Batches(pixels, labels, np.arange(40), **options)[step]
     parts = b"".join(part.numpy().tobytes() for part in (batch.x, batch.y, batch.rows))
     assert hashlib.sha256(parts).hexdigest()[:16] == digest
+
+
+class There(TorchDispatchMode):
+    """Counts the operations that give new numbers on torch's `meta` device, which stands for an accelerator."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and result.device.type == "meta":
+            self.operations[func.overloadpacket.__name__] += 1
+        return result
+
+
+@pytest.mark.parametrize(("augment", "copies", "operations"), [("none", 0, 4), ("crop-flip", 1, 9)])
+def test_a_step_gives_an_accelerator_little_to_do(monkeypatch, augment, copies, operations):
+    """Where the images lie there already, as here: each of these costs a launch, each copy a wait for memory too."""
+    copied, sent = [], tensors.sent
+    monkeypatch.setattr(tensors, "sent", lambda tensor, device: copied.append(tensor) or sent(tensor, device))
+    monkeypatch.setattr(tensors, "_resident", lambda pixels, device: torch.from_numpy(pixels).to(device))
+    batches = make(augment=augment, device=torch.device("meta"))
+    batches[0]  # an epoch's order is sent with its first batch
+    copied.clear()
+    with There() as there:
+        batches[1]
+    assert len(copied) == copies
+    assert there.operations.total() == operations, there.operations
 
 
 @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -57,20 +59,23 @@ class Batches:
         self.augment, self.seed, self.device, self.share = augment, seed, device, share
         self.rows = torch.from_numpy(np.ascontiguousarray(index))
         self.pixels, self.labels = _resident(pixels, device), torch.from_numpy(np.array(labels)).to(device)
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._order, self._order_there = -1, self.rows, self.rows
 
     def __getitem__(self, step: int) -> Batch:
         epoch, place = divmod(step, self.images // self.batch_size)
         if epoch != self._epoch:
             order = torch.randperm(self.images, generator=_generator(self.seed, 0, epoch))
             self._epoch, self._order = epoch, self.rows[order]
-        rows = self.share.of(self._order[place * self.batch_size : (place + 1) * self.batch_size])
-        where = sent(rows, self.device)
-        x = self.pixels[where] if self.pixels.is_cuda else sent(self.pixels[rows], self.device)
+            self._order_there = sent(self._order, self.device)  # once an epoch, not a part of it every step
+        part = slice(place * self.batch_size, (place + 1) * self.batch_size)
+        rows, there = self.share.of(self._order[part]), self.share.of(self._order_there[part])
+        resident = self.pixels.device == self._order_there.device
+        # On the CPU, `index_select` copies whole images and is several times as fast as an index in brackets.
+        x = self.pixels.index_select(0, there if resident else rows)
+        x = x if resident else sent(x, self.device)
         if self.augment != "none":
-            shifts, flips = self._draw(step, x.shape[-1] // 8)
-            x = crop_and_flip(x, sent(shifts, self.device), sent(flips, self.device))
-        return Batch(_scaled(x), self.labels[where], rows)
+            x = crop_and_flip(x, *self._draw(step, x.shape[-1] // 8))
+        return Batch(_scaled(x), self.labels[there], rows)
 
     def _draw(self, step: int, padding: int) -> tuple[Tensor, Tensor]:
         generator = _generator(self.seed, 1, step)
@@ -92,16 +97,25 @@ def evaluation_batches(
 def crop_and_flip(x: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
     """Shift every image by its own (dy, dx), black moving in, and mirror those where `flips` is true.
 
-    x: [B, C, S, S] of any dtype; shifts: int64 [B, 2], |shift| < S; flips: bool [B].
+    x: [B, C, S, S] of any dtype, on any device; shifts: int64 [B, 2], |shift| < S, and flips: bool [B], on the CPU.
     """
     channels, size = x.shape[1:3]
-    line = torch.arange(size, device=x.device)
-    ys = line + shifts[:, :1]  # [B, S]: the input row of every output row
-    columns = torch.where(flips[:, None], size - 1 - line, line) + shifts[:, 1:]
-    inside = ((ys >= 0) & (ys < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
-    places = ys.clamp(0, size - 1)[:, :, None] * size + columns.clamp(0, size - 1)[:, None, :]
-    moved = x.flatten(2).gather(2, places.flatten(1)[:, None].expand(-1, channels, -1)).view(x.shape)
-    return moved * inside[:, None]
+    moves = shifts + (size - 1)
+    moves[:, 1].add_(flips, alpha=2 * size - 1)
+    ys, columns = _lines(size, x.device)[sent(moves, x.device)].unbind(1)  # [B, S]
+    places = torch.add(columns.unsqueeze(1), ys.unsqueeze(2), alpha=size + 2)  # [B, S, S]
+    framed = F.pad(x, (1, 1, 1, 1)).flatten(2)
+    return framed.gather(2, places.view(len(x), 1, -1).expand(-1, channels, -1)).view(x.shape)
+
+
+@lru_cache
+def _lines(size: int, device: torch.device) -> Tensor:
+    """int64 [2(2S - 1), S]: what a line shows when moved by 1 - S to S - 1, then the same mirrored.
+
+    Place 0 and place S + 1 are the black frame around an image.
+    """
+    moved = torch.arange(2 - size, 2 * size, device=device).clamp(0, size + 1).unfold(0, size, 1)
+    return torch.cat([moved, moved.flip(1)])
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
