@@ -30,6 +30,8 @@ Item = TypeVar("Item")
 Model = TypeVar("Model", bound=nn.Module)
 Objective = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 """number of the step -> (scalar to back-propagate, detached scalars to report); means over this process's share."""
+_ZERO = torch.zeros((), dtype=torch.float64)
+"""What sums start from: adding to it turns any number into float64."""
 
 
 @dataclass
@@ -221,10 +223,10 @@ class Engine:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = self._share_gradients(weights, clip)
-        # Where it is 1, a fused step changes nothing, and nobody had to wait for the number.
-        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        # Where it is 1, a fused step changes nothing, and nobody had to wait for the number. No nan is below infinity.
+        optimizer.found_inf = (~(norm < torch.inf)).float()  # type: ignore[attr-defined]
         for name, value in {**parts, "gradient_norm": norm}.items():
-            state.sums[name] = state.sums.get(name, 0) + value.detach().double()
+            state.sums[name] = state.sums.get(name, _ZERO) + value.detach()
         if self.device.type == "cpu":
             check_reports(state, state.step + 1)
         optimizer.step()
