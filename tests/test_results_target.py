@@ -70,3 +70,27 @@ def test_the_page_says_what_null_space_is_ahead_by():
     assert "here they take {} and {}, and {} and {}.".format(*alike) in PAGE
     assert f"it takes {own} points on a tenth of the source's classes and {other} on 20 others" in PAGE
     assert f"RAND {theirs} and {their_other}: 1.4 and 1.5 times. He gets {below[0]} and {below[1]} points less" in PAGE
+
+
+def test_the_page_shows_attackers_with_other_learning_rates():
+    """By seed, and with what held-out images choose of these and the probes; then the differences."""
+    best: dict[str, list[float]] = {}
+    for model in ("TL", *LOSSES):
+        full = [json.loads((STUDY / f"lr/seed-{seed}/{model}.json").read_text())["metrics"] for seed in SEEDS]
+        probes = [json.loads((STUDY / f"matched-{seed}/piggyback/{model}/tin100-10.json").read_text())["metrics"]
+                  for seed in SEEDS]  # fmt: skip
+        assert all(abs(one["acc_pl"] - two["acc_pl"]) <= 0.25 for one, two in zip(full, probes, strict=True))
+        mine = [one["acc_pl_worst"] for one in full]
+        best[model] = [
+            max(one["chosen"] + two["attackers"], key=lambda strike: strike["val"])["acc_pl"]
+            for one, two in zip(full, probes, strict=True)
+        ]
+        cells = [*(f"{one:.1f}" for one in mine), interval(mine), interval(best[model])]
+        assert f"| {model} | {' | '.join(cells)} |" in PAGE
+    below = [theirs - ours for ours, theirs in zip(*(best[model] for model in LOSSES), strict=True)]
+    first, second, third = (f"{points:.1f}" for points in below)
+    taken = [[tl - one for tl, one in zip(best["TL"], best[model], strict=True)] for model in LOSSES]
+    assert f"gets {first}, {second} and {third} points less" in PAGE and f"({interval(below)})" in PAGE
+    ours, theirs = map(interval, taken)
+    times = f"{mean(taken[0]) / mean(taken[1]):.1f}"
+    assert f"{ours} points less than from `TL`, and {theirs} from `rand-tgt`: {times} times" in PAGE
