@@ -172,7 +172,7 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
         def wait(self) -> int:
             with turn:
                 if self.place == ("r0", "pretrain"):
-                    assert turn.wait_for(lambda: clock[0] == 3, timeout=20)
+                    assert turn.wait_for(lambda: clock[0] >= 3, timeout=20)  # a fourth may be done before this wakes
                 clock[0] += 1
                 done.add(self.place)
                 turn.notify_all()
