@@ -341,6 +341,23 @@ def test_one_image_a_class_cannot_tune_and_that_is_told_before_anything_trains(r
     assert not lab.folder.exists()
 
 
+def test_a_test_split_too_small_to_choose_by_is_told_before_anything_trains(recipe_file: Path, monkeypatch):
+    lab = Experiment(load(recipe_file, [ATTACKERS, 'piggyback.choose_on="test"']), recipe_file.parent, quiet=True)
+    images = lab.images
+
+    def one_of_each(role: str, split: str) -> Any:
+        found = images(role, split)
+        return found if split == "train" else found._replace(labels=np.arange(10))
+
+    monkeypatch.setattr(lab, "images", one_of_each)
+    reason = (
+        r"piggyback\.choose_on: .* 2 or more of every class .*; the test split of data\.piggyback\.again is too small"
+    )
+    with pytest.raises(DataError, match=rf'^RECIPE: {reason}; write "own"$'):
+        run(lab, ("pretrain", "finetune", "piggyback"))
+    assert not lab.folder.exists()
+
+
 def test_two_processes_share_the_trials(recipe_file: Path, dtlctl):
     """Trials are whole on one process each, so they are the same to the last digit."""
     result = dtlctl("piggyback", recipe_file, "--only", "scratch", "--set", ATTACKERS, "--set", "name=two", processes=2)
