@@ -13,7 +13,7 @@ LEFT = 0.1
 
 
 MISLED = 10.0
-"""Points by which held-out images must flatter an attacker before that is told: a few images differ by less."""
+"""Points by which held-out images must flatter an attacker before that is told: some hundred images differ by less."""
 
 
 def caveats(models: Mapping[str, Sequence[Row]], seeds: Sequence[int]) -> list[str]:
@@ -46,7 +46,8 @@ def _failures(models: Mapping[str, Sequence[Row]], seeds: Sequence[int]) -> list
 def _misled(models: Mapping[str, Sequence[Row]]) -> list[str]:
     """Wherever held-out images flatter the attacker on TL: it was trained on them, and what it knows chooses badly."""
     rows = models.get("TL", [])
-    names = [name for name in (rows[0].get("held_out", {}) if rows else {}) if all(_tuned(name, row) for row in rows)]
+    sets = rows[0].get("held_out", {}) if rows else {}
+    names = [name for name in sets if all(name in row.get("held_out", {}) for row in rows)]
     means = {
         name: [fmean(row[kind][name] for row in rows) for kind in ("held_out", "piggyback_worst")] for name in names
     }
@@ -56,10 +57,6 @@ def _misled(models: Mapping[str, Sequence[Row]]) -> list[str]:
         for name, (held, tested) in means.items()
         if held - tested > MISLED
     ]
-
-
-def _tuned(name: str, row: Row) -> bool:
-    return name in row.get("held_out", {}) and name in row.get("piggyback_worst", {})
 
 
 def _failed(name: str, row: Row, scratch: Row, tl: Row) -> bool:

@@ -55,7 +55,7 @@ def rows_of(run: Path, recipe: Recipe) -> dict[str, Row]:
                 for kind, metric in ATTACKS.items():
                     if metric in metrics or kind == "piggyback":
                         row.setdefault(kind, {})[name] = float(metrics[metric])
-                if metrics.get("chosen"):
+                if metrics.get("chosen") and job.settings.choose_on == "own":
                     row.setdefault("held_out", {})[name] = fmean(one["val"] for one in metrics["chosen"])
                 looks = [[look["step"], look["acc_pl"]] for look in sidecar.get("history", []) if "acc_pl" in look]
                 row.setdefault("curves", {})[name] = looks
