@@ -221,6 +221,16 @@ def test_distillation_is_the_mean_over_chunks():
     assert Distill().loss(step(chunks)).item() == pytest.approx((log(1 / 2) + 3 * log(3 / 2)) / 8)
 
 
+def test_distillation_on_both_is_the_mean_of_source_and_target():
+    """The student disagrees on one of two source images, and on no target image: a quarter of the divergence."""
+    chunks = [view(teacher=[LEAN, LEAN], target=[EVEN, LEAN])]
+    target = [view(teacher=[LEAN, EVEN], target=[LEAN, EVEN])]
+    for first, second in ((chunks, target), (target, chunks)):
+        loss = Distill(on="both").loss(step(first, second))
+        assert loss.item() == pytest.approx((log(1 / 2) + 3 * log(3 / 2)) / 4 / 4)
+    assert Distill(on="both").needs_target
+
+
 @pytest.mark.parametrize("retain", [TargetCrossEntropy(), AveragedGem()])
 def test_target_cross_entropy_by_hand(retain):
     """-log of 3/4 and 1/2 in one chunk, of 1/4 and 1/2 in the other, on the target's images only."""

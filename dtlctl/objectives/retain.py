@@ -25,22 +25,22 @@ class _Retain(Strict):
 
 
 class Distill(_Retain):
-    """SRC-KD and TGT-KD, Eq. 2: D_KL(P(y|x; TL) || P(y|x; student)) through the target head, in nats.
+    """SRC-KD and TGT-KD, Eq. 2: D_KL(P(y|x; TL) || P(y|x; student)) through the target head, in nats; or their mean.
 
     With a temperature T both distributions are softened and the loss is scaled by T^2 (Hinton et al.,
     arXiv:1503.02531); T = 1 is Eq. 2.
     """
 
     kind: Literal["distill"] = "distill"
-    on: Literal["source", "target"] = Field("source", description="images to distil on: SRC-KD or TGT-KD")
+    on: Literal["source", "target", "both"] = Field("source", description="images to distil on: SRC-KD, TGT-KD, both")
     temperature: float = Field(1.0, gt=0, description="softens teacher and student alike")
 
     @property
     def needs_target(self) -> bool:
-        return self.on == "target"
+        return self.on != "source"
 
     def loss(self, step: Step) -> Tensor:
-        views = step.chunks if self.on == "source" else step.target
+        views = {"source": step.chunks, "target": step.target, "both": [*step.chunks, *step.target]}[self.on]
         return torch.stack([self._divergence(step.teacher(v.x), v.target) for v in views]).mean()
 
     def _divergence(self, teacher: Tensor, student: Tensor) -> Tensor:
