@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,34 @@ def of_data(lab: Experiment, jobs: Iterable[Job[Any]]) -> None:
             _batch_for_null_space(lab, job)
         if job.stage == "piggyback" and job.settings.attackers:
             _images_to_hold_out(lab, job)
+
+
+def of_processes(lab: Experiment, jobs: Iterable[Job[Any]]) -> None:
+    """Raise RecipeError where a disposal that is not there yet cannot be shared by the processes of this start."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    for job in jobs:
+        if job.stage == "dispose" and not (lab.folder / job.path).exists():
+            local_chunks(job.settings, processes, f"{lab.source}: {job.title}")
+
+
+def local_chunks(settings: Dispose, processes: int, title: str) -> int:
+    """How many chunks a process has: all have as many, and of a batch without chunks an equal share.
+
+    Raises RecipeError where that cannot be.
+    """
+    chunks = settings.unlearn.chunks
+    if chunks == 1 and settings.batch_size % processes:
+        size, rest = settings.batch_size, settings.batch_size % processes
+        raise RecipeError(
+            f"{title}: batch_size = {size} cannot be shared equally by {processes} processes (rest {rest})"
+            f"; make it a multiple of {processes}"
+        )
+    if chunks > 1 and chunks % processes:
+        raise RecipeError(
+            f"{title}: unlearn.chunks = {chunks} cannot be shared by {processes} processes (rest {chunks % processes})"
+            f"; make chunks a multiple of {processes}"
+        )
+    return max(1, chunks // processes)
 
 
 def _batch_for_null_space(lab: Experiment, job: Job[Dispose]) -> None:

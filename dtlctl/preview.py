@@ -156,8 +156,9 @@ def _references(recipe: Recipe, source: dict[str, Any], seconds: float) -> float
 def _job(lab: Experiment, job: Job[Any], data: dict[str, Any], seconds: float) -> dict[str, Any]:
     images = data[job.dataset]["images"]
     size = getattr(job.settings, "batch_size", None)
-    steps = None if images is None or size is None else job.settings.total_steps(images)
-    cost = None if steps is None else steps * min(size, images) * seconds
+    asked = getattr(job.settings, "steps", None)  # else so many epochs of the images
+    steps = asked if images is None or size is None else job.settings.total_steps(images)
+    cost = None if images is None or size is None else steps * min(size, images) * seconds
     if cost is not None and job.stage == "dispose" and job.settings.unlearn.chunks > 1:
         share = 1 - job.settings.repair
         cost *= 1 + share * (COLLISION_COST - 1)

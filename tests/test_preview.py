@@ -48,7 +48,9 @@ def test_without_decoded_data_nothing_is_called_done(trained: Path, tmp_path: Pa
     monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "empty"))
     found = planned(trained)
     assert [row["state"] for row in found["jobs"][:5]] == ["not checked"] * 5
-    assert "pretrain                         there, not checked; ? steps of 20" in preview.text(found)
+    assert "pretrain                         there, not checked; 12 steps of 20" in preview.text(found)
+    unknown = preview.text(planned(trained, "pretrain={epochs=2, batch_size=20}"))
+    assert "pretrain                         there, not checked; ? steps of 20" in unknown
     assert not (tmp_path / "empty").exists()
 
 

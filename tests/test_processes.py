@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from dtlctl.demands import local_chunks
 from dtlctl.errors import RecipeError
 from dtlctl.objectives.unlearn import Uniform
 from dtlctl.recipe import Dispose
-from dtlctl.stages.dispose import _local_chunks
 
 # Retaining losses that need target batches, beside the tiny recipe's own two variants.
 MORE = """dispose={
@@ -62,18 +62,17 @@ def test_two_processes_take_a_step_in_bfloat16_as_one_does(recipe_file: Path, dt
         assert difference < (1e-5 if "running" in name else 1e-3), f"{name} differs by {difference:.1e}"
 
 
-def test_chunks_that_processes_cannot_share_are_refused(recipe_file: Path, dtlctl):
-    for stage in ("pretrain", "finetune"):
-        assert dtlctl(stage, recipe_file).returncode == 0
+def test_chunks_that_processes_cannot_share_are_refused_before_anything_trains(recipe_file: Path, dtlctl):
     changes = ("--set", "dispose.gc.unlearn.chunks=3", "--set", "dispose.gc.batch_size=9")
-    result = dtlctl("dispose", recipe_file, "--only", "gc", *changes, processes=2)
+    result = dtlctl("run", recipe_file, *changes, processes=2)
     assert result.returncode != 0
-    assert "unlearn.chunks = 3 cannot be shared by 2 processes (rest 1)" in result.stderr
+    assert "dispose/gc: unlearn.chunks = 3 cannot be shared by 2 processes (rest 1)" in result.stderr
+    assert not list((recipe_file.parent / "runs").rglob("model.json"))
 
 
 def test_a_batch_without_chunks_is_shared_equally_or_not_at_all():
     """Else three processes would train on 63 images of 64, each batch after the first on others than one process."""
     plain = Dispose(steps=1, batch_size=64, unlearn=Uniform())
-    assert [_local_chunks(plain, processes, "dispose/unif") for processes in (1, 2, 4)] == [1, 1, 1]
+    assert [local_chunks(plain, processes, "dispose/unif") for processes in (1, 2, 4)] == [1, 1, 1]
     with pytest.raises(RecipeError, match=r"dispose/unif: batch_size = 64 cannot be shared equally by 3 .*rest 1"):
-        _local_chunks(plain, 3, "dispose/unif")
+        local_chunks(plain, 3, "dispose/unif")

@@ -54,7 +54,7 @@ def price(path: str) -> list[float]:
 
 
 def fraction_row(model: str) -> str:
-    """Fig. 5: PL on a tenth of the source's classes by both attackers, with 2.5, 10 and 40 % of the images."""
+    """Fig. 5: PL on a tenth of the source's images by both attackers, with 2.5, 10 and 40 % of the images."""
     paths = [f"fraction/{gamma}/seed-{{}}/{model}.json" for gamma in ("0.025", "0.1", "0.4")]
     return " | ".join([model, *(interval(metric(path, attacker)) for attacker in ATTACKERS for path in paths)])
 

@@ -68,7 +68,7 @@ def test_the_page_says_what_null_space_is_ahead_by():
     (own, other), (theirs, their_other) = taken
     alike = [f"{interval(drops(model, name, 'probe'))}" for model in ("rand-tgt", "null-tgt") for name in DATASETS]
     assert "here they take {} and {}, and {} and {}.".format(*alike) in PAGE
-    assert f"it takes {own} points on a tenth of the source's classes and {other} on 20 others" in PAGE
+    assert f"it takes {own} points on a tenth of the source's images and {other} on 20 others" in PAGE
     assert f"RAND {theirs} and {their_other}: 1.4 and 1.5 times. He gets {below[0]} and {below[1]} points less" in PAGE
 
 

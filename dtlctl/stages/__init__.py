@@ -18,9 +18,10 @@ def run(
     """Do the jobs of these stages that are not up to date, in order; return those that were done.
 
     `only` restricts to some models; `force` redoes what is up to date. Raises DtlError of whatever kind stops it,
-    before the first job trains where the data cannot do for one of them.
+    before the first job trains where the data or the processes cannot do for one of them.
     """
     done, chosen = [], lab.chosen(stages, only)
+    demands.of_processes(lab, chosen)
     demands.of_data(lab, chosen)
     for job in chosen:
         if lab.done(job) and not force:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtlctl import demands
 from dtlctl.data.tensors import Batch, Batches
 from dtlctl.engine import Objective
 from dtlctl.errors import RecipeError
@@ -24,7 +25,7 @@ from dtlctl.recipe import Dispose
 
 def dispose(lab: Experiment, job: Job[Dispose]) -> None:
     settings = job.settings
-    chunks = _local_chunks(settings, lab.engine.processes, job.title)
+    chunks = demands.local_chunks(settings, lab.engine.processes, job.title)
     # Collisions need each chunk's own batch statistics; one chunk means the statistics of the global batch.
     own_statistics = settings.unlearn.chunks > 1
     teacher = lab.load_model("TL", global_batch_norm=not own_statistics).eval().requires_grad_(False)
@@ -151,23 +152,6 @@ def _memory(settings: Dispose, student: Classifier, batch: Batch, chunks: int) -
             'this one has others; write "auto", "keep" or "recompute"'
         )
     return views.choose(student, batch.x, chunks) if wanted == "auto" else wanted
-
-
-def _local_chunks(settings: Dispose, processes: int, title: str) -> int:
-    """How many chunks a process has: all have as many, and of a batch without chunks an equal share."""
-    chunks = settings.unlearn.chunks
-    if chunks == 1 and settings.batch_size % processes:
-        size, rest = settings.batch_size, settings.batch_size % processes
-        raise RecipeError(
-            f"{title}: batch_size = {size} cannot be shared equally by {processes} processes (rest {rest})"
-            f"; make it a multiple of {processes}"
-        )
-    if chunks > 1 and chunks % processes:
-        raise RecipeError(
-            f"{title}: unlearn.chunks = {chunks} cannot be shared by {processes} processes (rest {chunks % processes})"
-            f"; make chunks a multiple of {processes}"
-        )
-    return max(1, chunks // processes)
 
 
 def _batches(lab: Experiment, role: str, settings: Dispose) -> Batches:
