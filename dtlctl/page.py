@@ -124,9 +124,12 @@ def _who(attackers: list[dict[str, Any]], single: dict[str, Any]) -> str:
         + ")"
         for a in attackers
     ]
+    chosen = "images held out of the attacker's own; the test split picks nothing"
+    if single.get("choose_on") == "test":
+        chosen = "half of the test images; the other half judges it"
     return (
-        text + f" The tuned ones: {escape('; '.join(rates))}. Each picks its setting and its length on images held out "
-        "of the attacker's own; the test split picks nothing. Then it trains once more, on all he has."
+        text + f" The tuned ones: {escape('; '.join(rates))}. Each picks its setting and its length on {chosen}. "
+        "Then it trains once more, on all he has."
     )
 
 

@@ -17,7 +17,7 @@ from dtlctl.results import ATTACKS, Row, recipe_of, rows_of
 TUNED = (
     "Under tuned attackers: PL of the table's one setting, of the attacker who is best on {chosen}, "
     "and of the best of all by test accuracy, which nobody can choose; the share (PL − scratch) / (TL − scratch) that "
-    "the tuned attacker recovers, with its 95 % bootstrap interval over seeds."
+    "the tuned attacker recovers, with its 95 % t interval over seeds."
 )
 FRESH = "half of the test images, and judged by the other half"
 

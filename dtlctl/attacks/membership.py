@@ -107,23 +107,28 @@ def judge(
         float((hits.mean() + misses.mean()) / 2),
         float(low[1]),
         float(high[1]),
-        tuple(tpr_at(members, others, rate) for rate in RATES),
+        tuple(tpr_at(members, others, rate, weights) for rate in RATES),
         tuple(float(_caught(members, others, int(rate * len(others) + 1e-9)).mean()) for rate in grid(len(others))),
     )
 
 
-def tpr_at(members: np.ndarray, others: np.ndarray, rate: float) -> tuple[float, float, float] | None:
-    """The share of members [M] above all but `rate` of the others [N], with its 95 % Clopper-Pearson interval.
+def tpr_at(
+    members: np.ndarray, others: np.ndarray, rate: float, weights: tuple[np.ndarray, np.ndarray]
+) -> tuple[float, float, float] | None:
+    """The share of members [M] above all but `rate` of the others [N], and a 95 % interval.
 
     None where `rate` · N is below one non-member. The threshold is a point of the judged images' own ROC curve: it
-    says what the ranking would allow, not what an attacker would choose.
+    says what the ranking would allow, not what an attacker would choose. It hangs on the few highest of the others, so
+    Clopper-Pearson's interval, which takes it as given, is too narrow; the interval is the wider, at either end, of
+    that one and the bootstrap's. weights: how often each member and each other is drawn, [R, M] and [R, N].
     """
     allowed = int(rate * len(others) + 1e-9)
     if not allowed:
         return None
     caught = _caught(members, others, allowed)
-    interval = binomtest(int(caught.sum()), len(caught)).proportion_ci(0.95, "exact")
-    return float(caught.mean()), float(interval.low), float(interval.high)
+    given = binomtest(int(caught.sum()), len(caught)).proportion_ci(0.95, "exact")
+    drawn = np.quantile(_weighted_tpr(members, others, allowed, *weights), [0.025, 0.975])
+    return float(caught.mean()), float(min(given.low, drawn[0])), float(max(given.high, drawn[1]))
 
 
 def grid(others: int, points: int = 16) -> list[float]:
@@ -200,3 +205,13 @@ def _weighted_auc(
     left, right = np.searchsorted(ordered, members, "left"), np.searchsorted(ordered, members, "right")
     wins = (below[:, left] + below[:, right]) / 2
     return (weights * wins).sum(1) / (len(members) * len(others))
+
+
+def _weighted_tpr(
+    members: np.ndarray, others: np.ndarray, allowed: int, weights: np.ndarray, other_weights: np.ndarray
+) -> np.ndarray:
+    """The share of members above all but `allowed` of the others in every bootstrap sample, drawn as above: [R]."""
+    order = np.argsort(-others)
+    passed = np.cumsum(other_weights[:, order], axis=1) > allowed
+    thresholds = others[order][passed.argmax(1)]
+    return (weights * (members > thresholds[:, None])).sum(1) / len(members)
