@@ -60,7 +60,8 @@ def rows_of(run: Path, recipe: Recipe) -> dict[str, Row]:
                 looks = [[look["step"], look["acc_pl"]] for look in sidecar.get("history", []) if "acc_pl" in look]
                 row.setdefault("curves", {})[name] = looks
             elif job.stage == "audit":
-                if "loss" in metrics:
+                # Through a head that nothing has trained an attack sees noise: its 0.5 would read as forgetting.
+                if "loss" in metrics and metrics.get("source_head", "trained") == "trained":
                     row["audit_auc"] = float(metrics["loss"]["auc"])
             else:
                 row.update({name: float(value) for name, value in metrics.items()})

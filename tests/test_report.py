@@ -101,6 +101,19 @@ def test_one_run_has_no_intervals_and_differences_are_in_points(recipe_file: Pat
     assert [cell.strip() for cell in lines[1][1:-1]] == ["gc", "+0.0", "-60.0", "+0.0"]
 
 
+@pytest.mark.parametrize(("state", "shown"), [("trained", "0.750"), ("never trained", "–"), (None, "0.750")])
+def test_the_auc_of_a_head_that_was_never_trained_is_noise_and_left_out(recipe_file: Path, state, shown: str):
+    """Sidecars that are older than the field say nothing of the head; theirs is shown."""
+    folder = fake_run(recipe_file, "noise", 0, 70.0)
+    path = folder / "audit/gc.json"
+    document = json.loads(path.read_text())
+    document["metrics"] |= {"source_head": state} if state else {}
+    path.write_text(json.dumps(document))
+    lines = report.markdown(report.summarise([folder])).splitlines()
+    cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines[2:9]}
+    assert (cells["TL"], cells["gc"]) == ("0.750", shown)
+
+
 def test_results_of_another_recipe_or_another_parent_are_left_out(recipe_file: Path):
     folder = fake_run(recipe_file, "stale", 0, 70.0)
     variant = json.loads((folder / "dispose/gc/model.json").read_text())
