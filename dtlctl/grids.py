@@ -56,13 +56,13 @@ def write(document: dict[str, Any], folder: Path, command: str, name: str, runs:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """One row a point and model; what no swept key changes is shown once. Below, the caveats of the points."""
+    """One row a point and model; what no swept key of its own changes is shown once. Below, the caveats."""
     if len(document["points"]) == 1:
         return report.markdown(document["points"][0]["table"])
     found, keys = document["points"], list(document["points"][0]["values"])
     sets = list(dict.fromkeys(s for point in found for row in point["table"]["rows"] for s in row["piggyback"]))
     tuned = any("piggyback_worst" in row for point in found for row in point["table"]["rows"])
-    columns = ["Model", *("λ" if _is_odds(key) else key for key in keys), "Acc_s", "Acc_t", *(f"PL {s}" for s in sets)]
+    columns = ["Model", *map(_heading, keys), "Acc_s", "Acc_t", *(f"PL {s}" for s in sets)]
     columns += [f"PL {s} tuned" for s in sets] if tuned else []
     fixed, lines = set(_fixed(found)), []
     for number, point in enumerate(found):
@@ -72,7 +72,9 @@ def markdown(document: dict[str, Any]) -> str:
             values = ["–"] * len(keys) if row["model"] in fixed else _values(point, row["model"])
             line = [row["model"], *values, report.number(row, "acc_s"), report.number(row, "acc_t")]
             kinds = ("piggyback", "piggyback_worst") if tuned else ("piggyback",)
-            lines.append(line + [report.attacked_number(row, s, kind) for kind in kinds for s in sets])
+            line += [report.attacked_number(row, s, kind) for kind in kinds for s in sets]
+            if line not in lines:  # a model whose own λ is the same at two points was made once
+                lines.append(line)
     lines.sort(key=lambda line: line[0] not in fixed)
     seeds = found[0]["table"]["seeds"]
     note = f"Mean over seeds {', '.join(map(str, seeds))} ± half width of the 95 % interval."
@@ -98,10 +100,18 @@ def _along_a_curve(key: str) -> bool:
     return key.endswith(".lambda") or _is_odds(key)
 
 
+def _heading(key: str) -> str:
+    """Of a swept key's column: a factor of odds is shown as the λ that it came to."""
+    if not _is_odds(key):
+        return key
+    return "λ" if (variant := names_in(key)[1]) == "*" else f"λ {variant}"
+
+
 def _values(point: dict[str, Any], model: str) -> list[str]:
-    """The values of the swept keys, with the λ that a factor of its odds came to."""
-    lam = point["table"]["recipe"]["dispose"].get(model, {}).get("lambda", "–")
-    return [str(lam if _is_odds(key) else value) for key, value in point["values"].items()]
+    """The values of the swept keys; for a factor of a variant's odds its λ, and nothing for other models."""
+    lam = str(point["table"]["recipe"]["dispose"].get(model, {}).get("lambda", "–"))
+    own = {key: lam if names_in(key)[1] in ("*", model) else "–" for key in point["values"] if _is_odds(key)}
+    return [own.get(key, str(value)) for key, value in point["values"].items()]
 
 
 def _fixed(found: list[dict[str, Any]]) -> list[str]:
