@@ -13,6 +13,8 @@ COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#b
            "#882255", "#332288", "#999933", "#aa4499")  # fmt: skip
 INK = "#010203"
 """Nearly black, and in a page the text's own colour: there it becomes `currentColor`."""
+NAMES = ("piggyback", "roc", "tradeoff-*", "steps-*", "sweep-*", "curve-*")
+"""Of all figures of a report."""
 
 
 def of_table(table: dict[str, Any]) -> dict[str, Any]:
@@ -61,9 +63,15 @@ def quoted(row: dict[str, Any], name: str) -> str:
 
 
 def save(figures: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Write NAME.png and NAME.svg of every figure; return each one's SVG for a page. Closes the figures."""
+    """Write NAME.png and NAME.svg of every figure; return each one's SVG for a page. Closes the figures.
+
+    Figures of an earlier report in this folder that are not drawn again are removed: nothing vouches for them now.
+    """
     import matplotlib.pyplot as plt
 
+    earlier = {path for name in NAMES for form in ("svg", "png") for path in folder.glob(f"{name}.{form}")}
+    for path in earlier - {folder / f"{name}.{form}" for name in figures for form in ("svg", "png")}:
+        path.unlink()
     drawn = {}
     for name, figure in figures.items():
         with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):

@@ -38,8 +38,7 @@ def write(document: dict[str, Any], folder: Path, command: str, name: str, runs:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for earlier in ("audit.md", "roc.svg", "roc.png"):  # of a sweep over seeds alone: they are not this one's
-            (folder / earlier).unlink(missing_ok=True)
+        (folder / "audit.md").unlink(missing_ok=True)  # of a sweep over seeds alone: it is not this one's
         drawn = figures.save(draw(document), folder)
         parts = [
             f"<h1>{escape(name)}: {escape(', '.join(document['over']))}</h1>",

@@ -65,8 +65,8 @@ def write(
 ) -> None:
     """Write table.json, table.md, figures, report.html and, of the audits of `runs`, audit.md into `folder`.
 
-    command: what makes it again. before: Markdown parts to stand before the tables. Raises CheckpointError where
-    that cannot be.
+    Those of an earlier report there that this one has not are removed. command: what makes it again. before: Markdown
+    parts to stand before the tables. Raises CheckpointError where that cannot be.
     """
     from dtlctl import figures, page, report_audit
 
@@ -79,6 +79,8 @@ def write(
         checkpoint.write(folder / "table.md", ("\n\n".join(text) + "\n").encode())
         if audited:
             checkpoint.write(folder / "audit.md", ("\n\n".join(audited) + "\n").encode())
+        else:
+            (folder / "audit.md").unlink(missing_ok=True)  # of audits that are gone, or not of this recipe
         checkpoint.write(folder / "table.json", dump(table).encode())  # last: it vouches for the others
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None

@@ -112,11 +112,12 @@ def test_a_caveat_of_a_point_stands_below_the_table_with_its_point():
     assert below == ["All.", "At a = 1, b = x; a = 3, b = x: Odd.", "At a = 2, b = x: Even."]
 
 
-def test_audits_of_an_earlier_sweep_over_seeds_are_not_left_beside_another_sweep(tmp_path: Path):
-    for name in ("audit.md", "roc.svg", "roc.png"):
+def test_files_of_an_earlier_report_are_not_left_beside_a_sweep(tmp_path: Path):
+    """Neither the audits of a sweep over seeds nor figures of other keys; what no report draws is not ours."""
+    for name in ("audit.md", "roc.svg", "roc.png", "curve-letters.svg", "sweep-greek.png", "mine.png"):
         (tmp_path / name).write_text("earlier")
     found = [point({"a": a}, 0.1, {"acc_t": 1.0, "piggyback": {"letters": float(a)}}) for a in (1, 2)]
     grids.write({"points": found, "over": {"a": ["1", "2"]}}, tmp_path, "dtlctl sweep", "name", [])
     assert {path.name for path in tmp_path.iterdir()} == {
-        "table.json", "table.md", "report.html", "sweep-letters.svg", "sweep-letters.png"
+        "table.json", "table.md", "report.html", "sweep-letters.svg", "sweep-letters.png", "mine.png"
     }  # fmt: skip

@@ -350,6 +350,19 @@ def test_files_are_written(recipe_file: Path, dtlctl):
     assert dtlctl("report", folder, folder).returncode == 2
 
 
+def test_a_report_without_attacks_leaves_no_figure_of_those_that_were_there(recipe_file: Path):
+    """Audits and attacks are gone: so are audit.md, the bars, the trade-off, the steps and the ROC curves."""
+    folder = full_page(recipe_file).parent
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {f"{name}.{form}" for name in ("piggyback", "tradeoff-again") for form in ("svg", "png")}
+    for name in ("audit.md", "roc.svg", "roc.png", "tradeoff-of-an-earlier-name.png", "notes.md"):
+        (folder / name).write_text("earlier")
+    for attacks in ("piggyback", "audit"):
+        shutil.rmtree(folder.parent / attacks)
+    report.write(report.summarise([folder.parent]), folder, "dtlctl report")
+    assert {path.name for path in folder.iterdir()} == {"table.json", "table.md", "report.html", "notes.md"}
+
+
 @pytest.mark.parametrize(
     ("held_out", "choose_on", "told"),
     [((90.0, 86.0), "own", True), ((90.0, 69.0), "own", False), ((90.0, 86.0), "test", False)],
