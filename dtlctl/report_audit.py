@@ -7,10 +7,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from dtlctl import checkpoint
 from dtlctl.attacks.membership import RATES
 from dtlctl.figures import COLOURS, INK
 from dtlctl.report import grid
+from dtlctl.results import belonging, recipe_of
 
 Audits = dict[str, dict[str, Any]]
 """The metrics of every audited model, by name, in the order of the table."""
@@ -18,19 +18,14 @@ UNRESOLVED = "not to be resolved by"
 
 
 def read(run: Path) -> Audits:
-    """The audits under a run's folder whose models are still those that were audited.
+    """The audits that belong to the run's recipe, as the rows of its table do.
 
-    Raises CheckpointError for a file there that is no sidecar.
+    Raises CheckpointError where there is no recipe, and for a file there that is no sidecar.
     """
-    found: Audits = {}
-    for path in sorted((run / "audit").glob("*.json"), key=lambda p: (_rank(p.stem), p.stem)):
-        place = {"pre": "pretrain", "TL": "finetune"}.get(path.stem, f"dispose/{path.stem}")
-        sidecar, model = checkpoint.read_sidecar(path), checkpoint.read_sidecar(run / place / "model.json")
-        if not sidecar or not model or "blind" not in sidecar["metrics"]:
-            continue
-        if model.get("weights_sha256") == sidecar["parent"].get(path.stem):
-            found[path.stem] = sidecar["metrics"]
-    return found
+    audits = [
+        (job.model, sidecar["metrics"]) for job, sidecar in belonging(run, recipe_of(run)) if job.stage == "audit"
+    ]
+    return {model: metrics for model, metrics in sorted(audits, key=lambda one: _order(one[0])) if "blind" in metrics}
 
 
 def read_all(runs: Sequence[Path]) -> list[tuple[str, Audits]]:
@@ -106,8 +101,8 @@ def chart(audits: Audits) -> Any:
     return figure
 
 
-def _rank(model: str) -> int:
-    return {"pre": 0, "TL": 1}.get(model, 2)
+def _order(model: str) -> tuple[int, str]:
+    return {"pre": 0, "TL": 1}.get(model, 2), model
 
 
 def _results(metrics: dict[str, Any], mode: str) -> dict[str, Any]:

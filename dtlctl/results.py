@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -29,6 +30,21 @@ def recipe_of(run: Path) -> Recipe:
         raise CheckpointError(f"{run / 'recipe.json'}: not a run's recipe ({reason})") from None
 
 
+def belonging(run: Path, recipe: Recipe) -> Iterator[tuple[Job[Any], Row]]:
+    """The recipe's results that are there, in order: jobs and their sidecars.
+
+    What was made from other settings or weights is left out. Raises CheckpointError for a file that is no sidecar.
+    """
+    weights: dict[str, str] = {}
+    for job in jobs(recipe):
+        sidecar = checkpoint.read_sidecar(run / job.path)
+        if sidecar is None or not _belongs(sidecar, job, recipe, weights):
+            continue
+        if "weights_sha256" in sidecar:
+            weights[job.model] = sidecar["weights_sha256"]
+        yield job, sidecar
+
+
 def rows_of(run: Path, recipe: Recipe) -> dict[str, Row]:
     """Measured numbers by model, the references first; what was made from other settings or weights is left out.
 
@@ -36,18 +52,11 @@ def rows_of(run: Path, recipe: Recipe) -> dict[str, Row]:
     them is that of the recipe cannot be told without the data.
     """
     rows: dict[str, Row] = {}
-    plan = jobs(recipe)
-    weights: dict[str, str] = {}
     data: dict[str, tuple[Row, Path]] = {}
     for model in [*REFERENCES, *recipe.dispose]:
         rows[model] = {"model": model, "piggyback": {}}
-    for job in plan:
-        sidecar = checkpoint.read_sidecar(run / job.path)
-        if sidecar is None or not _belongs(sidecar, job, recipe, weights):
-            continue
+    for job, sidecar in belonging(run, recipe):
         _agree(data, sidecar, run / job.path)
-        if "weights_sha256" in sidecar:
-            weights[job.model] = sidecar["weights_sha256"]
         row, metrics = rows[job.model], sidecar["metrics"]
         try:
             if job.stage == "piggyback":

@@ -130,6 +130,30 @@ def test_a_head_that_was_never_trained_is_said_to_be_so(recipe_file: Path, start
     assert metrics(experiment, "TL")["source_head"] == "trained"
 
 
+def test_the_audits_shown_are_those_of_the_recipe(recipe_file: Path):
+    """Neither audit.md nor the table has audits with other repeats, of a variant at another λ, or of one that is gone.
+
+    The recipe is what the last command had; changed back, all are there again.
+    """
+    first, text = lab(recipe_file), recipe_file.read_text()
+    stages = ("pretrain", "finetune", "dispose", "audit")
+    with first.opened(stages, ()):
+        run(first, stages)
+    without_rand = text[: text.index("[dispose.rand]")] + text[text.index("[piggyback]") :]
+    for changed, changes, shown in (
+        (text, ["dispose.gc.lambda=0.9"], ["pre", "TL", "rand"]),
+        (text, ["audit.repeats=3"], []),
+        (text, ['audit.models=["TL", "gc"]'], ["TL", "gc"]),
+        (without_rand, [], ["pre", "TL", "gc"]),
+        (text, [], ["pre", "TL", "gc", "rand"]),
+    ):
+        recipe_file.write_text(changed)
+        with lab(recipe_file, *changes).opened(("pretrain",), ()):
+            table = report.summarise([first.folder])
+        assert list(report_audit.read(first.folder)) == shown, changes
+        assert [row["model"] for row in table["rows"] if "audit_auc" in row] == shown
+
+
 def test_two_processes_find_what_one_finds(recipe_file: Path, dtlctl):
     change = 'audit={attacks=["loss", "grad-w"], modes=["as-is", "reprobe"], repeats=2, relearn_steps=0}'
     pretrained(recipe_file, change)
