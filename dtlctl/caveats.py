@@ -24,6 +24,16 @@ def caveats(models: Mapping[str, Sequence[Row]], seeds: Sequence[int]) -> list[s
     return [*_failures(models, seeds), *_misled(models)]
 
 
+def left_out(tables: Sequence[Mapping[str, Row]], seeds: Sequence[int]) -> list[str]:
+    """A sentence for all models that are not in the table because one of the seeds has no numbers of theirs."""
+    lacking = {
+        model: [str(seed) for seed, table in zip(seeds, tables, strict=True) if model not in table]
+        for model in dict.fromkeys(model for table in tables for model in table)
+    }
+    said = [f"{model} (seed{'s' * (len(at) > 1)} {', '.join(at)})" for model, at in lacking.items() if at]
+    return [f"Left out, because a seed lacks it: {', '.join(said)}."] if said else []
+
+
 def _failures(models: Mapping[str, Sequence[Row]], seeds: Sequence[int]) -> list[str]:
     """Wherever the one setting gets less than from scratch, and a tuned attacker much more.
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from dtlctl import checkpoint
 from dtlctl.attacks.recovery import recovered
-from dtlctl.caveats import caveats
+from dtlctl.caveats import caveats, left_out
 from dtlctl.errors import CheckpointError, RecipeError
-from dtlctl.results import ATTACKS, Row, recipe_of, rows_of
+from dtlctl.results import ATTACKS, Row, measured, recipe_of, refuse_other_images
 
 TUNED = (
     "Under tuned attackers: PL of the table's one setting, of the attacker who is best on {chosen}, "
@@ -42,7 +42,9 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
     for run, other in zip(runs, plain, strict=True):
         if other != plain[0]:
             raise RecipeError(f"{run}: its recipe differs from {runs[0]} in more than the seed; report them separately")
-    tables = [rows_of(run, recipe) for run, recipe in zip(runs, recipes, strict=True)]
+    found = [measured(run, recipe) for run, recipe in zip(runs, recipes, strict=True)]
+    refuse_other_images(found)
+    seeds, tables = [recipe.seed for recipe in recipes], [one.rows for one in found]
     models = [model for model in tables[0] if all(model in t for t in tables)]
     by_seed: dict[str, list[Row]] = {model: [table[model] for table in tables] for model in models}
     rows = [_average(own) for own in by_seed.values()]
@@ -53,9 +55,9 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
             _add_shares(row, own, by_seed["scratch"], by_seed["TL"])
     return {
         "recipe": recipes[0].resolved(),
-        "seeds": [r.seed for r in recipes],
+        "seeds": seeds,
         "rows": rows,
-        "caveats": caveats(by_seed, [r.seed for r in recipes]),
+        "caveats": [*caveats(by_seed, seeds), *left_out(tables, seeds)],
         "audits_sha256": checkpoint.key({"audits": report_audit.read_all(runs)}),
     }
 
@@ -131,8 +133,8 @@ def markdown(table: dict[str, Any]) -> str:
         ]
         lines = [[row["model"], *(cell for s in sets for cell in attacked(row, s))] for row in rows]
         chosen = FRESH if table["recipe"]["piggyback"].get("choose_on") == "test" else "held-out images of his own"
-        parts += [TUNED.format(chosen=chosen), grid(columns, lines), *table.get("caveats", [])]
-    return "\n\n".join(parts) + "\n"
+        parts += [TUNED.format(chosen=chosen), grid(columns, lines)]
+    return "\n\n".join([*parts, *table.get("caveats", [])]) + "\n"
 
 
 def _differences(rows: list[Row], sets: list[str], tuned: list[str]) -> tuple[list[str], list[list[str]]]:

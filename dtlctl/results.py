@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from dtlctl import checkpoint
 from dtlctl.errors import CheckpointError
@@ -45,8 +45,15 @@ def belonging(run: Path, recipe: Recipe) -> Iterator[tuple[Job[Any], Row]]:
         yield job, sidecar
 
 
-def rows_of(run: Path, recipe: Recipe) -> dict[str, Row]:
-    """Measured numbers by model, the references first; what was made from other settings or weights is left out.
+class Measured(NamedTuple):
+    """What a run's results say."""
+
+    rows: dict[str, Row]  # numbers by model, the references first
+    data: dict[str, tuple[Row, Path]]  # by role: the images that they have seen, and a sidecar that says so
+
+
+def measured(run: Path, recipe: Recipe) -> Measured:
+    """The numbers of all results that belong to the recipe.
 
     Raises CheckpointError for a file that is no sidecar, and where two results have seen different data: which of
     them is that of the recipe cannot be told without the data.
@@ -56,7 +63,7 @@ def rows_of(run: Path, recipe: Recipe) -> dict[str, Row]:
     for model in [*REFERENCES, *recipe.dispose]:
         rows[model] = {"model": model, "piggyback": {}}
     for job, sidecar in belonging(run, recipe):
-        _agree(data, sidecar, run / job.path)
+        _agree(data, sidecar.get("data", {}), run / job.path)
         row, metrics = rows[job.model], sidecar["metrics"]
         try:
             if job.stage == "piggyback":
@@ -76,7 +83,15 @@ def rows_of(run: Path, recipe: Recipe) -> dict[str, Row]:
                 row.update({name: float(value) for name, value in metrics.items()})
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{run / job.path}: not the metrics of {job.stage}; delete it") from None
-    return {model: row for model, row in rows.items() if row["piggyback"] or len(row) > 2}
+    return Measured({model: row for model, row in rows.items() if row["piggyback"] or len(row) > 2}, data)
+
+
+def refuse_other_images(found: Iterable[Measured]) -> None:
+    """Raise CheckpointError unless these runs have seen the same images; which subset of them goes with the seed."""
+    shared: dict[str, tuple[Row, Path]] = {}
+    for one in found:
+        for role, (own, path) in one.data.items():
+            _agree(shared, {role: {split: own[split] for split in ("train", "test") if split in own}}, path)
 
 
 def _belongs(sidecar: Row, job: Job[Any], recipe: Recipe, weights: dict[str, str]) -> bool:
@@ -96,9 +111,9 @@ def _settings(sidecar: Row, job: Job[Any], recipe: Recipe) -> Any:
         return None
 
 
-def _agree(data: dict[str, tuple[Row, Path]], sidecar: Row, path: Path) -> None:
-    """Keep what the result says of its data, by role; raise CheckpointError where another result said otherwise."""
-    for role, own in sidecar.get("data", {}).items():
+def _agree(data: dict[str, tuple[Row, Path]], seen: dict[str, Row], path: Path) -> None:
+    """Keep what the result has seen, by role; raise CheckpointError where another result has seen something else."""
+    for role, own in seen.items():
         other, first = data.setdefault(role, (own, path))
         if any(own[name] != other[name] for name in own.keys() & other.keys()):
             raise CheckpointError(

@@ -160,6 +160,39 @@ def test_runs_that_differ_in_more_than_the_seed_are_refused(recipe_file: Path):
         report.summarise([first, second])
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_runs_that_saw_other_images_are_not_averaged(recipe_file: Path, call, split: str):
+    """The same folder with other files in it, for one seed; that every seed draws another subset is no difference."""
+    runs = [fake_run(recipe_file, name, seed, 70.0) for seed, name in enumerate("ab")]
+    for run, images in zip(runs, ("some", "other"), strict=True):
+        for model in ("TL", "gc"):
+            path = run / f"piggyback/{model}/again.json"
+            identity = {"train": "same", "test": "same", "index": run.name, split: images}
+            path.write_text(json.dumps({**json.loads(path.read_text()), "data": {"piggyback.again": identity}}))
+    code, out, said = call("report", *runs, "--to", recipe_file.parent / "to")
+    assert (code, out, said.count("\n")) == (4, "", 1)
+    first, second = (run / "piggyback/TL/again.json" for run in runs)
+    assert said.startswith(f"error: {second}: made from other images of data.piggyback.again than {first}; do the")
+    for run in runs:
+        assert call("report", run)[0] == 0
+    path.write_text(path.read_text().replace('"other"', '"some"'))
+    second.write_text(second.read_text().replace('"other"', '"some"'))
+    assert call("report", *runs, "--to", recipe_file.parent / "to")[0] == 0
+
+
+def test_a_model_that_one_run_lacks_is_named(recipe_file: Path):
+    """Of three seeds the second has no rand, the first and the third no gc: what is left is averaged and that said."""
+    runs = [fake_run(recipe_file, name, seed, 70.0) for seed, name in enumerate("abc")]
+    for run, model in zip(runs, ("gc", "rand", "gc"), strict=True):
+        shutil.rmtree(run / "dispose" / model)
+    table = report.summarise(runs)
+    assert rows(table).keys() == {"scratch", "TGT", "pre", "TL"}
+    sentence = "Left out, because a seed lacks it: rand (seed 1), gc (seeds 0, 2)."
+    assert table["caveats"] == [sentence]
+    assert report.markdown(table).strip().endswith(f"\n\n{sentence}")
+    assert report.summarise(runs[:1])["caveats"] == []
+
+
 def test_a_seed_counts_once(recipe_file: Path, call):
     """The run itself again, or a run of another name with its seed: its interval of ± 0.0 would be no interval."""
     runs = [fake_run(recipe_file, name, seed, 70.0) for name, seed in (("a", 0), ("b", 1), ("again", 0))]
