@@ -258,7 +258,7 @@ class Experiment:
             "wall_seconds": round(history.seconds, 3),
             "images_per_second": round(history.images_per_second, 1),
             "precision": self.recipe.precision,
-            **circumstances(engine),
+            **circumstances(self, job),
         }
 
         def write() -> None:

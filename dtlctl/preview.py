@@ -78,13 +78,8 @@ def _roles(recipe: Recipe) -> list[str]:
     return ["source", "target", *(f"piggyback.{name}" for name in recipe.data.piggyback)]
 
 
-def _dataset(recipe: Recipe, role: str):
-    kind, _, name = role.partition(".")
-    return recipe.data.piggyback[name] if name else getattr(recipe.data, kind)
-
-
 def _describe(recipe: Recipe, role: str) -> dict[str, Any]:
-    dataset = _dataset(recipe, role)
+    dataset = recipe.data.of(role)
     try:
         train, test = (cached(dataset, split, recipe.model.image_size, role=role) for split in ("train", "test"))
     except DataError as error:

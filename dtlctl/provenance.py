@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dtlctl import __version__
+from dtlctl import __version__, origins
+from dtlctl.plan import Job
 
 if TYPE_CHECKING:
-    from dtlctl.engine import Engine
+    from dtlctl.experiment import Experiment
 
 
-def circumstances(engine: Engine) -> dict[str, Any]:
+def circumstances(lab: Experiment, job: Job[Any]) -> dict[str, Any]:
     """The part of a sidecar that no result depends on."""
     from accelerate import __version__ as accelerate_version
 
+    engine = lab.engine
     return {
+        "datasets": origins.of(lab, job),
         "peak_memory_bytes": _peak_memory(engine.device),
         "processes": engine.processes,
         "device": _name(engine.device),

@@ -58,6 +58,11 @@ class Data(Strict):
     target: Dataset
     piggyback: dict[Name, Dataset] = Field({}, description="any number of named datasets")
 
+    def of(self, role: str) -> Dataset:
+        """The table for `source`, `target` or `piggyback.NAME`."""
+        kind, _, name = role.partition(".")
+        return self.piggyback[name] if name else getattr(self, kind)
+
 
 class Training(Strict):
     """How one stage optimises. Batch size, learning rate and length are global: processes only change the speed."""

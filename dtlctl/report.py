@@ -57,7 +57,11 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
         "recipe": recipes[0].resolved(),
         "seeds": seeds,
         "rows": rows,
-        "caveats": [*caveats(by_seed, seeds), *left_out(tables, seeds)],
+        "caveats": [
+            *caveats(by_seed, seeds),
+            *left_out(tables, seeds),
+            *dict.fromkeys(sentence for one in found for sentence in one.renamed),
+        ],
         "audits_sha256": checkpoint.key({"audits": report_audit.read_all(runs)}),
     }
 

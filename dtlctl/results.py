@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from dtlctl import checkpoint
+from dtlctl import checkpoint, origins
 from dtlctl.errors import CheckpointError
 from dtlctl.plan import Job, jobs
 from dtlctl.recipe import REFERENCES, Recipe
@@ -33,12 +33,13 @@ def recipe_of(run: Path) -> Recipe:
 def belonging(run: Path, recipe: Recipe) -> Iterator[tuple[Job[Any], Row]]:
     """The recipe's results that are there, in order: jobs and their sidecars.
 
-    What was made from other settings or weights is left out. Raises CheckpointError for a file that is no sidecar.
+    What was made from other settings, images or weights is left out. Raises CheckpointError for a file that is no
+    sidecar.
     """
     weights: dict[str, str] = {}
     for job in jobs(recipe):
         sidecar = checkpoint.read_sidecar(run / job.path)
-        if sidecar is None or not _belongs(sidecar, job, recipe, weights):
+        if sidecar is None or not _belongs(sidecar, job, recipe, weights) or _of_other_data(sidecar, job, recipe, run):
             continue
         if "weights_sha256" in sidecar:
             weights[job.model] = sidecar["weights_sha256"]
@@ -50,6 +51,7 @@ class Measured(NamedTuple):
 
     rows: dict[str, Row]  # numbers by model, the references first
     data: dict[str, tuple[Row, Path]]  # by role: the images that they have seen, and a sidecar that says so
+    renamed: list[str]  # a sentence for every dataset that some of them call otherwise than the recipe
 
 
 def measured(run: Path, recipe: Recipe) -> Measured:
@@ -60,10 +62,13 @@ def measured(run: Path, recipe: Recipe) -> Measured:
     """
     rows: dict[str, Row] = {}
     data: dict[str, tuple[Row, Path]] = {}
+    renamed: dict[tuple[str, str], dict[str, None]] = {}
     for model in [*REFERENCES, *recipe.dispose]:
         rows[model] = {"model": model, "piggyback": {}}
     for job, sidecar in belonging(run, recipe):
         _agree(data, sidecar.get("data", {}), run / job.path)
+        for named in origins.renamed(sidecar, job, recipe).items():
+            renamed.setdefault(named, {})[job.model] = None
         row, metrics = rows[job.model], sidecar["metrics"]
         try:
             if job.stage == "piggyback":
@@ -83,7 +88,11 @@ def measured(run: Path, recipe: Recipe) -> Measured:
                 row.update({name: float(value) for name, value in metrics.items()})
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{run / job.path}: not the metrics of {job.stage}; delete it") from None
-    return Measured({model: row for model, row in rows.items() if row["piggyback"] or len(row) > 2}, data)
+    sentences = [
+        f"data.{role} for {', '.join(models)}: {text}. What saw other images is made again by dtlctl run RECIPE."
+        for (role, text), models in renamed.items()
+    ]
+    return Measured({m: row for m, row in rows.items() if row["piggyback"] or len(row) > 2}, data, sentences)
 
 
 def refuse_other_images(found: Iterable[Measured]) -> None:
@@ -100,6 +109,13 @@ def _belongs(sidecar: Row, job: Job[Any], recipe: Recipe, weights: dict[str, str
     described = described and _settings(sidecar, job, recipe) == job.described(recipe)["settings"]
     described = described and sidecar.get("precision", recipe.precision) == recipe.precision
     return described and (job.parent is None or sidecar["parent"].get(job.parent) == weights.get(job.parent))
+
+
+def _of_other_data(sidecar: Row, job: Job[Any], recipe: Recipe, run: Path) -> bool:
+    try:
+        return origins.is_other(sidecar, job, recipe)
+    except (AttributeError, TypeError, ValueError):
+        raise CheckpointError(f"{run / job.path}: not the data of {job.stage}; delete it") from None
 
 
 def _settings(sidecar: Row, job: Job[Any], recipe: Recipe) -> Any:

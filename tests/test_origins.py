@@ -1,0 +1,113 @@
+"""A report tells results of other data than its recipe's from the sidecars alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dtlctl import origins, report
+from dtlctl.data.subset import balanced
+from dtlctl.errors import CheckpointError
+from dtlctl.experiment import Experiment
+from dtlctl.loading import load
+from dtlctl.plan import STAGES
+from dtlctl.stages import run
+
+
+def lab(recipe_file: Path, *changes: str) -> Experiment:
+    return Experiment(load(recipe_file, list(changes)), recipe_file.parent / "runs", quiet=True)
+
+
+@pytest.fixture
+def finished(recipe_file: Path) -> Path:
+    """The folder of the tiny recipe's run, everything done."""
+    done = lab(recipe_file)
+    with done.opened(STAGES, ()):
+        run(done, STAGES)
+    return done.folder
+
+
+def rows(folder: Path) -> dict[str, dict]:
+    return {row["model"]: row for row in report.summarise([folder])["rows"]}
+
+
+@pytest.mark.parametrize("sizes", [[5, 5], [3, 8, 4], [50, 49, 51], [1, 1, 40]])
+def test_a_fraction_draws_as_many_images_as_is_said(sizes: list[int]):
+    """By the sizes of a train split alone, what `balanced` finds from its labels."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    for fraction in [0.001, 0.03, 0.1, 0.145, 0.25, 0.5, 0.9, 0.99, 1.0]:
+        origin = origins.Origin.model_validate(
+            {
+                "table": {"path": "builtin:digits"},
+                "train_images": len(labels),
+                "classes": len(sizes),
+                "smallest_class": min(sizes),
+            }
+        )
+        assert origin.drawn(fraction) == len(balanced(labels, len(sizes), fraction, 0))
+
+
+def test_results_of_another_fraction_or_augmentation_are_left_out(recipe_file: Path, finished: Path):
+    """One stage again, with another table: the attacks that stand in the folder were not made as its recipe says.
+
+    0.031 draws as many images of a class as 0.03 does: the same ones.
+    """
+    before = rows(finished)
+    assert before["TL"]["piggyback"].keys() == {"again"}
+    for change, attacked in (
+        ("data.piggyback.again.fraction=0.5", False),
+        ("data.piggyback.again.augment=crop-flip", False),
+        ("data.piggyback.again.fraction=0.031", True),
+    ):
+        other = lab(recipe_file, change)
+        with other.opened(("pretrain",), ()):
+            run(other, ("pretrain",))
+        found = report.summarise([finished])
+        assert [bool(row["piggyback"]) for row in found["rows"] if row["model"] in ("TL", "gc")] == [attacked] * 2
+        assert found["caveats"] == []
+    with lab(recipe_file, "data.target.fraction=0.5").opened(("pretrain",), ()):
+        assert rows(finished).keys() == {"scratch", "pre"}
+    with lab(recipe_file).opened(("pretrain",), ()):
+        assert rows(finished) == before
+
+
+def test_augmentation_is_compared_in_sidecars_that_have_no_table(recipe_file: Path, finished: Path):
+    """Older ones, which are valid still: what they say of their data has the augmentation."""
+    for path in finished.glob("*/**/*.json"):
+        document = json.loads(path.read_text())
+        del document["datasets"]
+        path.write_text(json.dumps(document))
+    before = rows(finished)
+    assert before["gc"]["piggyback"] and before["gc"]["audit_auc"]
+    with lab(recipe_file, "data.piggyback.again.fraction=0.5").opened(("pretrain",), ()):
+        assert rows(finished) == before
+    with lab(recipe_file, "data.piggyback.again.augment=crop").opened(("pretrain",), ()):
+        assert not rows(finished)["gc"]["piggyback"]
+
+
+def test_a_dataset_that_has_another_name_now_is_named_below_the_tables(recipe_file: Path, finished: Path):
+    """It may be the same one, and what `run` calls up to date is not left out; the data may be out of reach."""
+    path = finished / "recipe.json"
+    recipe, before = json.loads(path.read_text()), rows(finished)
+    recipe["data"]["piggyback"]["again"] |= {"path": "elsewhere/now", "test": "valid", "revision": "v1"}
+    path.write_text(json.dumps(recipe))
+    table = report.summarise([finished])
+    assert {row["model"]: row for row in table["rows"]} == before
+    sentence = (
+        'data.piggyback.again for scratch, TL, gc: made with path = "builtin:digits", no revision, test = "test"; '
+        'the recipe has path = "elsewhere/now", revision = "v1", test = "valid". '
+        "What saw other images is made again by dtlctl run RECIPE."
+    )
+    assert table["caveats"] == [sentence]
+    assert report.markdown(table).strip().endswith(sentence)
+
+
+@pytest.mark.parametrize("datasets", [3, {"piggyback.again": {"table": 3}}, {"piggyback.again": {"train_images": 1}}])
+def test_datasets_that_are_none_are_named(finished: Path, datasets: object):
+    path = finished / "piggyback/TL/again.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "datasets": datasets}))
+    with pytest.raises(CheckpointError, match=r"TL/again\.json: not the data of piggyback; delete it"):
+        report.summarise([finished])
