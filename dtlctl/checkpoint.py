@@ -186,6 +186,8 @@ def write(path: Path, blob: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(temporary):  # of a dead process with our number: in a container all have the same
+            temporary.unlink()
         with open(temporary, "xb") as file:  # never through a link that somebody left there
             file.write(blob)
             file.flush()

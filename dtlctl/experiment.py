@@ -63,7 +63,7 @@ class Experiment:
             yield
 
     def _open(self, stack: ExitStack) -> None:
-        folders = sorted({self._path(job).parent for job in self.jobs})
+        folders = sorted({place for job in self.jobs for place in (self._path(job).parent, self.scratch(job))})
         lock.refuse_links(self.folder, [*folders, self.folder / "report"])
         if taken_over := stack.enter_context(lock.held(self.folder)):
             say(taken_over)

@@ -116,7 +116,7 @@ def test_a_stale_lock_is_explained_and_taken_over(call, recipe_file: Path, tmp_p
     assert "process 4194304 on gone since 2026-01-01T00:00:00Z ended without letting go" in err
 
 
-@pytest.mark.parametrize("name", ["", "pretrain", "dispose", "report"])
+@pytest.mark.parametrize("name", ["", "pretrain", "pretrain/model.resume", "dispose", "report"])
 def test_a_link_out_of_the_run_folder_is_refused(call, recipe_file: Path, tmp_path: Path, name: str):
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -131,11 +131,25 @@ def test_a_link_out_of_the_run_folder_is_refused(call, recipe_file: Path, tmp_pa
 
 def test_half_written_files_are_swept_at_start(call, recipe_file: Path, tmp_path: Path):
     folder = tmp_path / "runs" / "tiny" / "pretrain"
-    folder.mkdir(parents=True)
+    resume = folder / "model.resume"
+    resume.mkdir(parents=True)
     for name in (".model.json.7.tmp", ".model.safetensors.next", "..model.safetensors.next.7.tmp"):
         (folder / name).write_bytes(b"half")
+    (resume / ".state.safetensors.7.tmp").write_bytes(b"half")
     assert call("finetune", recipe_file, "--only", "TGT", "--quiet")[0] == 0
-    assert not list(folder.iterdir())
+    assert list(folder.iterdir()) == [resume]
+    assert not list(resume.iterdir())
+
+
+def test_a_half_written_file_of_a_dead_process_with_our_number_is_in_nobodys_way(tmp_path: Path):
+    """In a container every process may have the same. A link that lies there is removed, not followed."""
+    temporary, outside = tmp_path / f".state.{os.getpid()}.tmp", tmp_path / "outside"
+    temporary.write_bytes(b"half")
+    checkpoint.write(tmp_path / "state", b"whole")
+    temporary.symlink_to(outside)
+    checkpoint.write(tmp_path / "state", b"again")
+    assert (tmp_path / "state").read_bytes() == b"again"
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
 def test_a_dead_process_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch):
