@@ -53,6 +53,14 @@ def publish_json(path: Path, document: dict[str, Any]) -> None:
     write(path, dump(document).encode())
 
 
+def renew_json(path: Path, document: dict[str, Any]) -> None:
+    """As `publish_json`, but a file that says the same already is left alone, however old it is."""
+    with suppress(OSError):  # none, or none to be read: writing will tell whether it can be replaced
+        if path.read_bytes() == dump(document).encode():
+            return
+    publish_json(path, document)
+
+
 def publish(folder: Path, model: Any, sidecar: dict[str, Any]) -> None:
     """Publish `model.safetensors` and `model.json`, the weights' hash added to `sidecar`.
 

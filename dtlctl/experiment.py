@@ -69,10 +69,7 @@ class Experiment:
             say(taken_over)
         for folder in [self.folder, *folders]:
             checkpoint.settle(folder)
-        document = self.recipe.resolved()
-        path = self.folder / "recipe.json"
-        if not path.exists() or path.read_text(encoding="utf-8") != checkpoint.dump(document):
-            checkpoint.publish_json(path, document)
+        checkpoint.renew_json(self.folder / "recipe.json", self.recipe.resolved())
 
     def _by_main(self, work: Callable[[], Any]) -> Any:
         """Done once, by the main process. No engine is started where there is one process."""
