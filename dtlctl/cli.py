@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -284,6 +285,8 @@ def _is_main() -> bool:
 def main() -> None:
     """Run the command line; every foreseen failure becomes one or two lines on stderr and an exit code."""
     stop.listen()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a table with "?" for what the terminal lacks, such as "λ"
     try:
         app(prog_name="dtlctl")
     except DtlError as error:

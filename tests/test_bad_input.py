@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -88,6 +89,32 @@ def test_a_truncated_checkpoint_stops_what_depends_on_it(call, recipe_file: Path
     assert len(err.splitlines()) == 2
     assert call("pretrain", recipe_file, "--quiet", "--force")[0] == 0  # the remedy works
     assert call("finetune", recipe_file, "--quiet", "--only", "TL")[0] == 0
+
+
+def test_a_damaged_copy_of_the_recipe_is_made_again_or_named(call, recipe_file: Path, tmp_path: Path):
+    """What is no UTF-8 is replaced; a folder cannot be. One that says the same is not written again."""
+    copy = tmp_path / "runs" / "tiny" / "recipe.json"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(b"\xff\xfe")
+    assert call("pretrain", recipe_file, "--quiet")[0] == 0
+    assert json.loads(copy.read_bytes())["name"] == "tiny"
+    before = copy.stat().st_mtime_ns
+    assert call("pretrain", recipe_file, "--quiet")[0] == 0
+    assert copy.stat().st_mtime_ns == before
+    copy.unlink()
+    copy.mkdir()
+    code, _, err = call("pretrain", recipe_file, "--quiet")
+    assert (code, err.count("\n")) == (4, 1)
+    assert "recipe.json: cannot be written: Is a directory" in err
+
+
+def test_a_terminal_that_lacks_a_letter_shows_the_table(call, dtlctl, recipe_file: Path, tmp_path: Path, monkeypatch):
+    """The report has dashes that ASCII does not have."""
+    assert call("pretrain", recipe_file, "--quiet")[0] == 0
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    found = dtlctl("report", "runs/tiny")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.endswith(" ? |\n")
 
 
 def test_wrong_recipes_end_with_2_before_data_is_touched(call, recipe_file: Path, tmp_path: Path):
