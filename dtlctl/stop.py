@@ -40,6 +40,12 @@ def pending() -> int:
     return _Now.noted
 
 
+def obey() -> None:
+    """Raise Stopped if a signal came. For where a library may have caught the one that was raised on the spot."""
+    if _Now.noted:
+        raise Stopped(_Now.noted)
+
+
 @contextmanager
 def deferred() -> Iterator[None]:
     """Inside, signals are noted only; one that nobody obeyed raises Stopped at the end."""

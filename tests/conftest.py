@@ -119,6 +119,7 @@ def dtlctl(tmp_path: Path):
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path: Path):
     """Run a command in this process: (exit code, stdout, stderr)."""
+    from dtlctl import stop
     from dtlctl.cli import main
 
     monkeypatch.chdir(tmp_path)
@@ -136,5 +137,6 @@ def call(monkeypatch, capsys, tmp_path: Path):
         return code, captured.out, captured.err
 
     yield run
+    stop.listen()  # a signal of this test is none of the next one's
     for number, handler in handlers:
         signal.signal(number, handler)

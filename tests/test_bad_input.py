@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
+
+from dtlctl.data import cache
+from dtlctl.errors import Stopped
 
 
 def pictures(folder: Path, *, names: list[str], labels: list[int], corrupt: int | None = None) -> Path:
@@ -62,6 +67,29 @@ def test_a_corrupt_image_is_named_by_its_row(call, recipe_file: Path, tmp_path: 
     assert code == 4
     assert "row 5" in err
     assert len(errors(err)) == 1
+
+
+@pytest.mark.parametrize("way", ["raised", "another error", "swallowed"])
+def test_a_signal_while_a_dataset_is_opened_is_no_bad_data(call, recipe_file: Path, tmp_path: Path, monkeypatch, way):
+    """Exit code 130, whatever the library makes of the exception that a signal raises inside of it."""
+    data = pictures(tmp_path / "p", names=["a", "b"], labels=[0, 1] * 4)
+    opened = datasets.load_dataset_builder
+
+    def interrupted(**arguments):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except Stopped:
+            if way == "raised":
+                raise
+            if way == "another error":
+                raise ConnectionError("the connection was closed") from None
+        return opened(**arguments)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", interrupted)
+    monkeypatch.setattr(cache, "_decode", lambda *_: pytest.fail("images are decoded all the same"))
+    code, out, err = call("pretrain", recipe_file, "--quiet", "--set", f"data.source.path={data}")
+    assert (code, out) == (130, "")
+    assert err.startswith("error: stopped by a signal")
 
 
 def test_a_missing_dataset_is_named_with_its_key(call, recipe_file: Path):

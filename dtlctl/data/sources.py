@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field, ValidationInfo, model_validator
 
 from dtlctl.data.tables import check_split, from_files, from_hub, nearest
-from dtlctl.errors import DataError
+from dtlctl.errors import DataError, DtlError
 from dtlctl.strict import Strict
 
 if TYPE_CHECKING:
@@ -244,6 +244,8 @@ def _reader(dataset: Dataset, split: Split, role: str, table: Any, column: str) 
     try:
         # Decoding is left to us, so that an error can name the row.
         table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except DtlError:
+        raise
     except Exception as error:  # pyarrow's casts raise TypeError, ValueError and its own
         raise DataError(
             f"data.{role}.image: column {column!r} of {dataset.path} is {table.features[column]}, not images"

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtlctl.errors import DataError
+from dtlctl import stop
+from dtlctl.errors import DataError, DtlError
 
 if TYPE_CHECKING:
     from dtlctl.data.sources import Dataset, Split
@@ -74,13 +75,16 @@ def _build(dataset: Dataset, role: str, hint: str, **arguments: Any) -> Mapping[
             builder = datasets.load_dataset_builder(**arguments)
             _check_builder(dataset, builder)
             builder.download_and_prepare()
-            return builder.as_dataset()
-    except DataError:
+            tables = builder.as_dataset()
+    except DtlError:
         raise
     # datasets, huggingface_hub, httpx, fsspec and pyarrow raise out of a dozen unrelated trees.
     except Exception as error:
+        stop.obey()
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
         raise DataError(f"data.{role}.path: {dataset.path} could not be loaded: {reason}{hint}") from error
+    stop.obey()
+    return tables
 
 
 def _check_builder(dataset: Dataset, builder: Any) -> None:
