@@ -265,3 +265,16 @@ def test_the_last_layers_gradient_is_the_outer_product(images, overfitted):
     seen = whitebox.observe(View(model, [batch]))
     error = seen["logits"].softmax(1) - F.one_hot(batch.y, CLASSES)
     torch.testing.assert_close(error.T @ seen["embedding"], expected)
+
+
+def test_the_white_box_attacker_holds_out_a_fifth_of_either_group():
+    """Of the eight and eight that he knows of the least that can be audited, two and two, whatever the seed. With
+    images of one group alone there is no threshold between the two.
+    """
+    rng = np.random.default_rng(0)
+    seen = {"logits": rng.normal(size=(16, 3)), "embedding": rng.normal(size=(16, 5)), "loss": rng.random((16, 1))}
+    seen["label"] = rng.integers(3, size=(16, 1)).astype(float)
+    known = membership.Known(seen, np.repeat([True, False], 8))
+    for seed in range(8):
+        guess = whitebox.infer(known, seen, seed, epochs=1)
+        assert (guess.member.sum(), (~guess.member).sum()) == (2, 2), seed

@@ -52,12 +52,13 @@ def observe(view: View) -> dict[str, Tensor]:
 def infer(known: Known, seen: dict[str, np.ndarray], seed: int, epochs: int = 100, patience: int = 10) -> Guess:
     """The attacker's network: BCE, Adam 1e-4, batch 64, at most 100 epochs.
 
-    A fifth of what he knows is held out: the epoch with the smallest loss there is kept, after `patience` epochs
-    without a better one he stops, and the threshold is fitted there.
+    A fifth of either group that he knows is held out: the epoch with the smallest loss there is kept, after `patience`
+    epochs without a better one he stops, and the threshold is fitted there.
     """
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(known.member))
-    held, trained = np.split(order, [max(2, len(order) // 5)])
+    groups = [rng.permutation(np.flatnonzero(known.member == member)) for member in (True, False)]
+    parts = [np.split(group, [max(1, round(len(group) / 5))]) for group in groups]
+    held, trained = (np.concatenate(part) for part in zip(*parts, strict=True))
     scales = {n: (v[trained].mean(0), v[trained].std(0) + 1e-6) for n, v in known.seen.items() if n != "label"}
     mine, theirs = _tensors(known.seen, scales), _tensors(seen, scales)
     truth = torch.from_numpy(known.member).float()
