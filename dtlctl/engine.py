@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
 from dtlctl import stop
@@ -32,6 +33,8 @@ Objective = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 """number of the step -> (scalar to back-propagate, detached scalars to report); means over this process's share."""
 _ZERO = torch.zeros((), dtype=torch.float64)
 """What sums start from: adding to it turns any number into float64."""
+_PATIENCE = timedelta(days=7)
+"""Processes wait while the main one decodes, however long; a dead one is found by its closed connection."""
 
 
 @dataclass
@@ -49,13 +52,15 @@ class Engine:
 
     def __init__(self) -> None:
         # Without a GPU, Accelerate must be told so, or it looks for a backend that cannot start.
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
+        )
         self.device: torch.device = self.accelerator.device
         self.processes: int = self.accelerator.num_processes
         self.share = Share(self.accelerator.process_index, self.processes)
         # Agreements go over CPU memory: asking an accelerator's queue would wait for all that is in it.
         apart = self.device.type == "cuda" and self.processes > 1
-        self._control: Any = torch.distributed.new_group(backend="gloo") if apart else None
+        self._control: Any = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE) if apart else None
 
     def place(self, model: Model, *, global_batch_norm: bool) -> Model:
         """The model on this device; with several processes, batch statistics over all of them or each one's own."""
@@ -287,8 +292,3 @@ def _scheduler(optimizer: torch.optim.Optimizer, plan: Training, steps: int) -> 
     if plan.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-
-
-def is_loss(error: RuntimeError) -> bool:
-    """Whether the error is that of a message whose other end is gone."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,12 @@ def test_a_batch_without_chunks_is_shared_equally_or_not_at_all():
     assert [local_chunks(plain, processes, "dispose/unif") for processes in (1, 2, 4)] == [1, 1, 1]
     with pytest.raises(RecipeError, match=r"dispose/unif: batch_size = 64 cannot be shared equally by 3 .*rest 1"):
         local_chunks(plain, 3, "dispose/unif")
+
+
+def test_processes_wait_for_the_main_one_as_long_as_it_takes():
+    """Decoding a large dataset takes longer than the 30 minutes after which torch gives up."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [*launcher, str(Path(__file__).parent / "wait_in_processes.py")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr
+    assert sorted(found.stdout.split("\n")[:2]) == [f"process {rank} of 2 goes on" for rank in (0, 1)]
