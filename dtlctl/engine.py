@@ -183,6 +183,7 @@ class Engine:
         optimizer = torch.optim.SGD(weights, plan.lr, plan.momentum, weight_decay=plan.weight_decay, fused=True)
         schedule = _scheduler(optimizer, plan, steps)
         state = state or State()
+        self._draw_apart()
         if memory:
             memory.restore(self, state, model, optimizer, schedule)
         progress.advance(state.step)
@@ -214,6 +215,11 @@ class Engine:
                 raise
         seconds = before + time.perf_counter() - started
         return History(state.rows, seconds, steps * batch_size / max(seconds, 1e-9))
+
+    def _draw_apart(self) -> None:
+        """Random numbers of this process's own, or all would drop the same units; the first one's stay as they are."""
+        if self.share.rank:
+            torch.manual_seed(torch.initial_seed() + self.share.rank)
 
     def _step(
         self,

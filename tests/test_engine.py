@@ -1,0 +1,36 @@
+"""What the engine does for every training, whatever is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dtlctl.data.tensors import Share
+from dtlctl.engine import Engine
+from dtlctl.progress import Progress
+from dtlctl.recipe import Training
+
+
+def dropped(rank: int) -> Tensor:
+    """What dropout makes of ones at the first step of a training, as this process of three."""
+    torch.manual_seed(5)
+    model, engine = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 1)), Engine()
+    engine.share, seen = Share(rank, 3), []
+
+    def objective(step: int):
+        seen.append(model[0](torch.ones(64)))
+        loss = model[1](seen[-1]).sum()
+        return loss, {"loss": loss.detach()}
+
+    engine.train(model, objective, Training(steps=1, batch_size=2), 1, 2, Progress("", 1, enabled=False), lambda _: {})
+    return seen[0]
+
+
+def test_every_process_draws_a_dropout_of_its_own_and_the_first_that_of_one_process():
+    """Image i of every share would lose the same units: a global batch would have a third of its masks."""
+    torch.manual_seed(5)
+    nn.Linear(64, 1)
+    alone = nn.Dropout(0.5)(torch.ones(64))
+    assert torch.equal(dropped(0), alone)
+    assert not torch.equal(dropped(1), alone) and not torch.equal(dropped(2), alone)
+    assert not torch.equal(dropped(1), dropped(2))
