@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
-from dtlctl import stop
+from dtlctl import schedules, stop
 from dtlctl.batchnorm import GlobalBatchNorm
 from dtlctl.data.tensors import Batch, Share
 from dtlctl.errors import DivergedError, DtlError, Elsewhere, Stopped
-from dtlctl.finite import check_reports, check_weights
+from dtlctl.finite import check_answers, check_reports, check_weights
 from dtlctl.progress import Progress
 from dtlctl.recipe import Training
 from dtlctl.resume import Memory, State
@@ -181,7 +181,7 @@ class Engine:
         """
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(weights, plan.lr, plan.momentum, weight_decay=plan.weight_decay, fused=True)
-        schedule = _scheduler(optimizer, plan, steps)
+        schedule = schedules.scheduler(optimizer, plan, steps)
         state = state or State()
         self._draw_apart()
         if memory:
@@ -269,15 +269,20 @@ class Engine:
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module, head: str, batches: Iterable[Batch]) -> float:
-        """Test accuracy in %, over all processes' shares; the model is left in the mode it was in."""
-        counts = torch.zeros(2, dtype=torch.float64, device=self.device)
+        """Test accuracy in %, over all processes' shares; the model is left in the mode it was in.
+
+        Raises DivergedError, in all processes, where an answer is not finite: argmax would make class 0 of it.
+        """
+        counts = torch.zeros(3, dtype=torch.float64, device=self.device)
         training = model.training
         model.eval()
         for batch in batches:
-            hits = model(batch.x, head).argmax(1) == batch.y
-            counts += torch.stack([hits.sum(), torch.full_like(hits.sum(), len(hits))])
+            logits = model(batch.x, head)
+            hits, bad = (logits.argmax(1) == batch.y).sum(), (~logits.isfinite()).any(1).sum()
+            counts += torch.stack([hits, torch.full_like(hits, len(logits)), bad])
         model.train(training)
-        hits, total = self.all_reduce([counts])[0].tolist()
+        hits, total, bad = self.all_reduce([counts])[0].tolist()
+        check_answers(int(bad), int(total), head)
         return 100 * hits / total
 
     def _share_gradients(self, parameters: list[nn.Parameter], clip: float | None) -> Tensor:
@@ -290,11 +295,3 @@ class Engine:
         if clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         return norm
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, plan: Training, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    if plan.schedule == "one-cycle" and steps > 1:
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.lr, steps, cycle_momentum=False)
-    if plan.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

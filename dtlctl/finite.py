@@ -28,3 +28,11 @@ def check_weights(model: nn.Module, step: int) -> None:
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise DivergedError(f"training diverged at step {step}, the last: {name} is not finite\n{_REMEDY}")
+
+
+def check_answers(bad: int, total: int, head: str) -> None:
+    """Raise DivergedError if a head's logits of some of `total` images are not finite, though all weights may be."""
+    if bad:
+        raise DivergedError(
+            f"training diverged: the {head} head's answers to {bad} of {total} images are not finite\n{_REMEDY}"
+        )

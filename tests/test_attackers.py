@@ -126,6 +126,23 @@ def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():
         Renorm().prepare(plain, plain, x)
 
 
+def test_features_that_are_not_finite_make_a_failed_trial_and_wrong_answers(recipe_file: Path):
+    """scikit-learn refuses them. What the attacker cannot fit is a trial without a look; what judges him, a miss."""
+    lab = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="probe"}]']), recipe_file.parent, quiet=True)
+    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
+    ground, (probe,) = Ground(lab, job, 0), job.settings.attackers
+    setting = probe.grid()[0]
+    trial = ground.attempt(probe, setting)
+    before, (features, _) = ground.strike(probe, trial).acc_pl, ground.features["probe"]["test"]
+    features[: len(features) // 2] = np.nan
+    assert 0 < ground.strike(probe, trial).acc_pl < before
+    features[:] = np.inf
+    assert ground.strike(probe, trial).acc_pl == 0
+    ground.features["probe"]["train"][0][ground.held[1][0]] = np.inf
+    failed = ground.attempt(probe, setting)
+    assert failed.looks == [] and tuning.choose([failed, trial]) is trial
+
+
 def test_a_renorm_probe_sees_through_running_statistics(recipe_file: Path):
     """Running means of 10,000 silence every unit for the probe; with the images' own statistics nothing has changed."""
     change = 'piggyback.attackers=[{kind="probe"}, {kind="renorm-probe"}]'

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from dtlctl.data.tensors import Share
+from dtlctl.data.tensors import Batch, Share
 from dtlctl.engine import Engine
+from dtlctl.errors import DivergedError
 from dtlctl.progress import Progress
 from dtlctl.recipe import Training
 
@@ -34,3 +36,20 @@ def test_every_process_draws_a_dropout_of_its_own_and_the_first_that_of_one_proc
     assert torch.equal(dropped(0), alone)
     assert not torch.equal(dropped(1), alone) and not torch.equal(dropped(2), alone)
     assert not torch.equal(dropped(1), dropped(2))
+
+
+class Answers(nn.Module):
+    """Its answer is the image."""
+
+    def forward(self, x: Tensor, head: str) -> Tensor:
+        return x
+
+
+def test_answers_that_are_not_finite_are_no_accuracy():
+    """For argmax all three of the second batch would be of class 0, and two of them right."""
+    y = torch.tensor([0, 1, 0])
+    good = Batch(torch.eye(3), y, torch.arange(3))
+    assert Engine().accuracy(Answers(), "source", [good]) == pytest.approx(200 / 3)
+    bad = Batch(torch.tensor([[0.0, torch.nan], [0.0, torch.inf], [1.0, 0.0]]), y, torch.arange(3))
+    with pytest.raises(DivergedError, match=r"the source head's answers to 2 of 6 images are not finite\n.*smaller lr"):
+        Engine().accuracy(Answers(), "source", [good, bad])

@@ -68,6 +68,8 @@ class Ground:
         """Train on the training part and look at the held-out part."""
         if isinstance(attacker, Frozen):
             (x, y), (held, answers) = self._known(attacker, "train", self.train), self._known(attacker, *self.held)
+            if not (np.isfinite(x).all() and np.isfinite(held).all()):
+                return Trial(setting, self.seed, [])
             return Trial(setting, self.seed, [tuning.Linear(x, y, setting.rate).look(held, answers)])
         model = self._prepared(attacker, self.train)
         looks = tuning.train(

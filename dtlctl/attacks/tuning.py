@@ -52,7 +52,7 @@ class Trial(NamedTuple):
     setting: Setting
     seed: int
     looks: list[Look]
-    """Empty where the training diverged before the first look."""
+    """Empty where the training diverged before the first look, or a probe's features are not finite."""
 
     @property
     def best(self) -> Look | None:
@@ -166,7 +166,7 @@ def accuracy(model: Any, head: str, batches: Iterable[Batch]) -> float:
 
 
 class Linear:
-    """Logistic regression on standardised features [N, F] (float64), labels [N]."""
+    """Logistic regression on standardised features [N, F] (float64, finite), labels [N]."""
 
     def __init__(self, features: np.ndarray, labels: np.ndarray, C: float):
         from sklearn.exceptions import ConvergenceWarning
@@ -179,10 +179,11 @@ class Linear:
         self.fitted = LogisticRegression(C=C, max_iter=300).fit(self._scaled(features), labels)
 
     def look(self, features: np.ndarray, labels: np.ndarray) -> Look:
-        """Accuracy and loss on other images of the same classes."""
-        p = self.fitted.predict_proba(self._scaled(features))
-        right = self.fitted.classes_[p.argmax(1)] == labels
-        own = p[np.arange(len(labels)), np.searchsorted(self.fitted.classes_, labels)]
+        """Accuracy and loss on other images of the same classes; features that are not finite are a wrong answer."""
+        finite = np.isfinite(features).all(1)
+        p = self.fitted.predict_proba(self._scaled(np.where(finite[:, None], features, self.mean)))
+        right = (self.fitted.classes_[p.argmax(1)] == labels) & finite
+        own = p[np.arange(len(labels)), np.searchsorted(self.fitted.classes_, labels)] * finite
         return Look(0, 100 * float(right.mean()), float(-np.log(own.clip(1e-12)).mean()))
 
     def _scaled(self, features: np.ndarray) -> np.ndarray:
