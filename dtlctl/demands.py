@@ -11,6 +11,7 @@ from torch import nn
 from dtlctl import models
 from dtlctl.attacks import tuning
 from dtlctl.errors import DataError, RecipeError
+from dtlctl.objectives.batched import batchable
 from dtlctl.objectives.unlearn import NullSpace
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ def of_data(lab: Experiment, jobs: Iterable[Job[Any]]) -> None:
     Reads data for those jobs alone that demand something of it.
     """
     for job in jobs:
+        if job.stage == "dispose":
+            # What is there need not be shared by the processes of this start.
+            processes = 1 if (lab.folder / job.path).exists() else int(os.environ.get("WORLD_SIZE", "1"))
+            for role in ("source", "target") if job.settings.retain.needs_target else ("source",):
+                equal_parts(lab, job, role, processes)
         if job.stage == "dispose" and isinstance(job.settings.unlearn, NullSpace):
             _batch_for_null_space(lab, job)
         if job.stage == "piggyback" and job.settings.attackers:
@@ -70,6 +76,23 @@ def local_chunks(settings: Dispose, processes: int, title: str) -> int:
     return max(1, chunks // processes)
 
 
+def equal_parts(lab: Experiment, job: Job[Dispose], role: str, processes: int) -> int:
+    """Images of a step of a disposal on the role's data: equal chunks on equal processes, of a small dataset fewer.
+
+    Raises RecipeError where a chunk, or a process's share, has fewer than two.
+    """
+    images, size, chunks = len(lab.index(role)), job.settings.batch_size, job.settings.unlearn.chunks
+    parts = max(chunks, processes)
+    if min(size, images) >= 2 * parts:
+        return min(size, images) // parts * parts
+    key = f"data.{role}.fraction" if images < size else f"dispose.{job.model}.batch_size"
+    kind = "chunks" if chunks >= processes else "processes"
+    raise RecipeError(
+        f"{lab.source}: dispose.{job.model}: {min(size, images)} images of data.{role} a step make no {parts} equal "
+        f"parts of 2 or more, for as many {kind}; make {key} larger, or take fewer {kind}"
+    )
+
+
 def _batch_for_null_space(lab: Experiment, job: Job[Dispose]) -> None:
     classes, size = len(lab.classes("target")), job.settings.batch_size
     if size < (least := NullSpace.least_images(classes)):
@@ -95,8 +118,11 @@ def _images_to_hold_out(lab: Experiment, job: Job[Piggyback]) -> None:
 
 
 def _of_variants(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(key, reason) of every variant that asks for more stages than there are."""
+    """(key, reason) of every variant that asks for more stages than there are, or for one pass that cannot be."""
     for name, settings in recipe.dispose.items():
+        if settings.unlearn.memory == "batched" and not batchable(_backbone(recipe.model)):
+            reason = f"{recipe.model.arch} has other layers than convolutions, linear layers and batch norms"
+            yield f"dispose.{name}.unlearn.memory", f'"batched": {reason}; write "auto", "keep" or "recompute"'
         asked = {"fresh_stages": settings.fresh_stages}
         if isinstance(settings.unlearn, NullSpace):
             asked["unlearn.stages"] = settings.unlearn.stages

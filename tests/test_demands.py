@@ -72,3 +72,44 @@ def test_a_batch_too_small_for_the_null_space_is_told_before_anything_trains(cal
     cache.load(recipe.data.target, "train", recipe.model.image_size)
     assert call("check", recipe_file, "--set", NULL % (29, 2)) == expected
     assert call("check", recipe_file, "--set", NULL % (30, 2))[0] == 0
+
+
+def test_images_that_make_no_equal_chunks_are_told_before_anything_trains(call, recipe_file: Path, tmp_path: Path):
+    """Eight chunks of two need 16 images; one of every digit is ten."""
+    recipe = load(recipe_file)
+    for dataset in (recipe.data.source, recipe.data.target):
+        cache.load(dataset, "train", recipe.model.image_size)
+    changes = ["data.target.fraction=0.005", "dispose.gc.retain={kind='target-ce'}", "dispose.gc.batch_size=16"]
+    words = [word for change in (*changes, "dispose.gc.unlearn.chunks=8") for word in ("--set", change)]
+    reason = "dispose.gc: 10 images of data.target a step make no 8 equal parts of 2 or more, for as many chunks"
+    remedy = "make data.target.fraction larger, or take fewer chunks"
+    expected = (2, "", f"error: {recipe_file}: {reason}; {remedy}\n")
+    assert call("check", recipe_file, *words) == expected
+    assert call("run", recipe_file, "--quiet", *words) == expected
+    assert not list((tmp_path / "runs").rglob("model.json"))
+    assert call("check", recipe_file, *words[:-2])[0] == 0  # in two chunks
+
+
+def test_shares_of_processes_are_told_too_unless_the_result_is_there(opened, monkeypatch):
+    """Twenty processes have one target image each; a result that was made on one needs none of them."""
+    lab = opened("dispose.one.batch_size=40", "dispose.one.retain={kind='target-ce'}")
+    (job,) = [job for job in lab.jobs if job.path == "dispose/one/model.json"]
+    lab.index("target"), lab.index("source")
+    monkeypatch.setenv("WORLD_SIZE", "20")
+    with pytest.raises(RecipeError, match=r"20 images of data.target a step make no 20 .* take fewer processes"):
+        demands.of_data(lab, [job])
+    (lab.folder / job.path).parent.mkdir(parents=True)
+    (lab.folder / job.path).touch()
+    demands.of_data(lab, [job])
+
+
+def test_one_pass_of_a_network_that_cannot_is_told_before_data_is_read(call, recipe_file: Path):
+    """A vision transformer has layer norms and attention."""
+    recipe_file.write_text(recipe_file.read_text().replace('arch = "resnet8"\nwidth = 4', 'arch = "vit_b_32"'))
+    changes = ("model={stem='imagenet', image_size=64}", "data.source.path=./nowhere")
+    changes = (*changes, "dispose.gc.unlearn={kind='gradient-collision', chunks=2, memory='batched'}")
+    words = [word for change in changes for word in ("--set", change)]
+    reason = 'dispose.gc.unlearn.memory: "batched": vit_b_32 has other layers than convolutions, linear layers and '
+    reason += 'batch norms; write "auto", "keep" or "recompute"'
+    for command in ("check", "run"):
+        assert call(command, recipe_file, *words) == (2, "", f"error: {recipe_file}: {reason}\n")

@@ -16,7 +16,6 @@ from dtlctl.errors import RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.models import Classifier, renew
 from dtlctl.objectives import views
-from dtlctl.objectives.batched import batchable
 from dtlctl.objectives.step import Step, View
 from dtlctl.plan import Job
 from dtlctl.progress import say
@@ -30,8 +29,8 @@ def dispose(lab: Experiment, job: Job[Dispose]) -> None:
     own_statistics = settings.unlearn.chunks > 1
     teacher = lab.load_model("TL", global_batch_norm=not own_statistics).eval().requires_grad_(False)
     student = _student(lab, job, teacher.classes, global_batch_norm=not own_statistics)
-    source = _batches(lab, "source", settings)
-    target = _batches(lab, "target", settings) if settings.retain.needs_target else None
+    source = _batches(lab, "source", job)
+    target = _batches(lab, "target", job) if settings.retain.needs_target else None
     repair_from = round(settings.total_steps(source.images) * (1 - settings.repair))
     objective = _objective(lab, settings, (student, teacher), (source, target), chunks, repair_from)
     measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
@@ -146,23 +145,12 @@ def _source_loss(chunks: Sequence[View]) -> Tensor:
 def _memory(settings: Dispose, student: Classifier, batch: Batch, chunks: int) -> views.Memory:
     """How the chunks' graphs are held; without collisions there is one chunk, and nothing to choose."""
     wanted = settings.unlearn.memory
-    if wanted == "batched" and not batchable(student):
-        raise RecipeError(
-            'unlearn.memory = "batched" is for networks of convolutions, linear layers and batch norms alone; '
-            'this one has others; write "auto", "keep" or "recompute"'
-        )
     return views.choose(student, batch.x, chunks) if wanted == "auto" else wanted
 
 
-def _batches(lab: Experiment, role: str, settings: Dispose) -> Batches:
+def _batches(lab: Experiment, role: str, job: Job[Dispose]) -> Batches:
     """Batches of equal chunks on equal processes; of a dataset smaller than a batch, as many images as divide."""
-    images, parts = len(lab.index(role)), max(settings.unlearn.chunks, lab.engine.processes)
-    size = min(settings.batch_size, images) // parts * parts
-    if size < 2 * parts:
-        raise RecipeError(
-            f"data.{role}: {images} images make no {parts} equal parts (chunks or processes) of 2 or more"
-        )
-    return lab.batches(role, size, f"dispose/{role}")
+    return lab.batches(role, demands.equal_parts(lab, job, role, lab.engine.processes), f"dispose/{role}")
 
 
 def _set_mode(student: Classifier, norms: views.Momenta, batch_norm: str) -> None:
