@@ -27,8 +27,8 @@ One TOML recipe describes an experiment. `dtlctl run RECIPE` does all of it: pre
 audit, report. Every stage is a command of its own, skips what is up to date, and runs unchanged on many processes:
 torchrun --nproc_per_node N -m dtlctl run RECIPE.
 
-Exit codes: 0 done; 2 the recipe or the call is wrong; 3 training diverged; 4 data or checkpoint unusable; 130 or 143
-stopped by a signal.
+Exit codes: 0 done; 1 memory ran out or a process is gone; 2 the recipe or the call is wrong; 3 training diverged; 4
+data or checkpoint unusable; 130 or 143 stopped by a signal.
 """
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -271,7 +271,7 @@ def _performed(
                 say(f"everything is up to date in {lab.folder}; nothing was done (--force redoes it)")
             yield lab
     except RuntimeError as error:
-        from dtlctl.engine import is_loss
+        from dtlctl.failures import is_loss
 
         if not is_loss(error):
             raise

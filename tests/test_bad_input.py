@@ -13,11 +13,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 
+from dtlctl import stages
 from dtlctl.data import cache
-from dtlctl.errors import Stopped
+from dtlctl.errors import DtlError, Stopped
 
 
 def pictures(folder: Path, *, names: list[str], labels: list[int], corrupt: int | None = None) -> Path:
@@ -185,3 +187,35 @@ def test_a_signal_ends_the_run_with_its_code_and_keeps_finished_results(recipe_f
     assert "stopped by a signal" in err
     assert "Traceback" not in err
     assert finished.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+    ],
+)
+def test_memory_that_runs_out_is_told_with_the_job_and_its_keys(opened, monkeypatch, error):
+    """A collision can hold one graph at a time; whoever does so, or has none, can only take smaller steps."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(stages, "_stage", lambda _: fail)
+    monkeypatch.setattr(stages.demands, "of_data", lambda *_: None)
+    lab = opened('dispose.one.unlearn={kind="gradient-collision", chunks=4, memory="recompute"}')
+    smaller = "a batch_size below %d, or more processes, each on a device of its own"
+    for model, ways in (
+        ("gc", f'unlearn.memory = "recompute", or {smaller % 8}'),
+        ("one", smaller % 32),
+        ("rand", smaller % 8),
+    ):
+        with pytest.raises(DtlError) as caught:
+            stages.run(lab, ("dispose",), only=(model,), force=True)
+        assert str(caught.value) == f"RECIPE: dispose/{model}: memory ran out\nit takes less with {ways}"
+        assert caught.value.exit_code == 1
+    monkeypatch.setattr(stages, "_stage", lambda _: lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        stages.run(lab, ("dispose",), only=("rand",), force=True)

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from dtlctl import demands
+from dtlctl.errors import DtlError
 from dtlctl.experiment import Experiment
 from dtlctl.plan import Job, Stage
 from dtlctl.progress import say
@@ -27,7 +28,14 @@ def run(
         if lab.done(job) and not force:
             lab.tidy(job)
             continue
-        _stage(job.stage)(lab, job)
+        try:
+            _stage(job.stage)(lab, job)
+        except (RuntimeError, MemoryError) as error:
+            from dtlctl.failures import is_shortage, shortage
+
+            if not is_shortage(error):
+                raise
+            raise DtlError(f"{lab.source}: {shortage(job)}") from error
         done.append(job)
         if not lab.quiet and lab.engine.is_main:
             say(f"{job.title}: {lab.summary(job)}")
