@@ -25,7 +25,7 @@ def recipe_of(run: Path) -> Recipe:
     try:
         document = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
         return Recipe.model_validate(document, context={"finished": True})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise CheckpointError(f"{run / 'recipe.json'}: not a run's recipe ({reason})") from None
 
