@@ -38,7 +38,9 @@ class Stopped(DtlError):
     """A signal asked the run to end; finished results and the state of unfinished ones are kept."""
 
     def __init__(self, signum: int):
-        super().__init__("stopped by a signal; what is finished or saved is kept, and the same command goes on from there")
+        super().__init__(
+            "stopped by a signal; what is finished or saved is kept, and the same command goes on from there"
+        )
         self.exit_code = 128 + signum
 
 

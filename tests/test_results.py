@@ -71,7 +71,7 @@ def test_the_curve_and_the_match_show_their_documents():
     curve = json.loads((folder / "quickstart_curve/table.json").read_text())
     for part in grids.markdown(curve).strip().split("\n\n"):
         assert part in (folder / "quickstart_curve.md").read_text(encoding="utf-8")
-    for name in ("quickstart_matched", "tin100_matched", "tin100_fresh", "tin100_target", "tin100_gpu"):
+    for name in ("quickstart_matched", "tin100_matched", "tin100_fresh", "tin100_target", "tin100_both", "tin100_gpu"):
         found = json.loads((folder / name / "compare.json").read_text())
         for part in matching._needed(found):
             assert part in (folder / f"{name}.md").read_text(encoding="utf-8")
@@ -86,6 +86,8 @@ def test_the_curve_and_the_match_show_their_documents():
         ("tin100_fresh/compare.json", "{}"),
         ("tin100_target/compare.json", "{}"),
         ("tin100_target/tried.json", "{}, tried before"),
+        ("tin100_both/compare.json", "{}"),
+        ("tin100_both/tried.json", "{}, tried beside"),
         ("tin100_gpu/compare.json", "{}"),
         ("tin100_gpu/unfinished.json", "{}, not attacked"),
     ],

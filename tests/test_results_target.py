@@ -14,23 +14,24 @@ SEEDS = (6, 7, 8)
 LOSSES = ("null-tgt", "rand-tgt")
 DATASETS = ("tin100-10", "tin20b")
 ATTACKERS = {"tuned": "acc_pl_worst", "one setting": "acc_pl"}
+METRICS = {**ATTACKERS, "best of all": "acc_pl_max"}
 
 
-def pl(model: str, dataset: str, attacker: str) -> list[float]:
+def pl(model: str, dataset: str, attacker: str, study: Path = STUDY) -> list[float]:
     """PL seed by seed, of the one setting, of the tuned attacker, or of one of his kinds."""
     found = []
     for seed in SEEDS:
-        path = STUDY / f"matched-{seed}/piggyback/{model}/{dataset}.json"
+        path = study / f"matched-{seed}/piggyback/{model}/{dataset}.json"
         document = json.loads(path.read_text(encoding="utf-8"))
         assert document["seed"] == seed
         kinds = {one["kind"]: one["acc_pl"] for one in document["metrics"]["attackers"]}
-        found.append({**kinds, **{name: document["metrics"][key] for name, key in ATTACKERS.items()}}[attacker])
+        found.append({**kinds, **{name: document["metrics"][key] for name, key in METRICS.items()}}[attacker])
     return found
 
 
-def drops(model: str, dataset: str, attacker: str) -> list[float]:
+def drops(model: str, dataset: str, attacker: str, study: Path = STUDY) -> list[float]:
     """Points of PL below TL, seed by seed."""
-    pairs = zip(pl("TL", dataset, attacker), pl(model, dataset, attacker), strict=True)
+    pairs = zip(pl("TL", dataset, attacker, study), pl(model, dataset, attacker, study), strict=True)
     return [before - after for before, after in pairs]
 
 

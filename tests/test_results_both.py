@@ -1,0 +1,74 @@
+"""The page on retaining with both datasets' images: its numbers are those of its sidecars and of tin100_target's."""
+
+from __future__ import annotations
+
+import json
+from statistics import mean
+
+import pytest
+from test_results_target import DATASETS, SEEDS, drops, interval, pl
+from test_results_target import STUDY as TARGET
+
+STUDY = TARGET.with_name("tin100_both")
+PAGE = STUDY.with_suffix(".md").read_text(encoding="utf-8")
+ATTACKERS = ("tuned", "one setting", "probe", "renorm-probe")
+OTHERS = ("rand-tgt", "null-tgt")
+
+
+def test_both_pages_attack_disposals_of_the_same_models():
+    for seed in SEEDS:
+        ours, theirs = (
+            json.loads((study / f"matched-{seed}" / path).read_text(encoding="utf-8"))
+            for study, path in ((STUDY, "dispose/null-both/model.json"), (TARGET, "dispose/rand-tgt/model.json"))
+        )
+        assert ours["parent"] == theirs["parent"]
+        assert {**ours["settings"], **dict.fromkeys(("unlearn", "retain", "lambda", "fresh_stages"))} == {
+            **theirs["settings"],
+            **dict.fromkeys(("unlearn", "retain", "lambda", "fresh_stages")),
+        }
+    for dataset in DATASETS:
+        assert pl("TL", dataset, "tuned", STUDY) == pl("TL", dataset, "tuned")
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("attacker", ATTACKERS)
+def test_the_page_shows_what_each_loss_takes_by_seed(dataset: str, attacker: str):
+    """And how many times RAND's drop that of `null-both` is: by seed, and of the means."""
+    taken = {"null-both": drops("null-both", dataset, attacker, STUDY)}
+    taken |= {model: drops(model, dataset, attacker) for model in OTHERS}
+    for model, three in taken.items():
+        points = " | ".join(f"{one:.1f}" for one in three)
+        assert f"| {model} | {dataset} | {attacker} | {points} | {interval(three)} |" in PAGE
+    ours, rand = ([*taken[model], mean(taken[model])] for model in ("null-both", "rand-tgt"))
+    times = " | ".join(f"{one / other:.1f}" for one, other in zip(ours, rand, strict=True))
+    assert f"| times RAND's | {dataset} | {attacker} | {times} |" in PAGE
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_page_shows_what_the_best_attacker_takes(dataset: str):
+    """The best of all by test accuracy, which nobody can choose, seed by seed."""
+    for model, study in (("TL", TARGET), ("null-both", STUDY), ("rand-tgt", TARGET), ("null-tgt", TARGET)):
+        best = pl(model, dataset, "best of all", study)
+        assert f"| {model} | {dataset} | {' | '.join(f'{one:.1f}' for one in best)} | {interval(best)} |" in PAGE
+
+
+def test_the_page_says_how_much_less_an_attacker_gets():
+    for other, words in (
+        ("rand-tgt", "gets {} points less from it than from RAND on the source's own classes and {} less on 20 others"),
+        ("null-tgt", "Than from `null-tgt` he gets {} and {} less"),
+    ):
+        less = [
+            [
+                theirs - ours
+                for theirs, ours in zip(pl(other, d, "tuned"), pl("null-both", d, "tuned", STUDY), strict=True)
+            ]
+            for d in DATASETS
+        ]
+        assert words.format(*map(interval, less)) in PAGE
+    ours, rand = (drops("null-both", "tin20b", "probe", STUDY), drops("rand-tgt", "tin20b", "probe"))
+    times = f"{mean(ours) / mean(rand):.1f} times"
+    assert f"it is {interval(ours)} points against {interval(rand)}, {times}" in PAGE
+    best = zip(pl("rand-tgt", "tin20b", "best of all"), pl("null-both", "tin20b", "best of all", STUDY), strict=True)
+    assert f"by the best of all attackers he gets {interval([one - other for one, other in best])} points less" in PAGE
+    (own, other) = (mean(drops("null-both", d, "tuned", STUDY)) / mean(drops("rand-tgt", d, "tuned")) for d in DATASETS)
+    assert f"{own:.1f} and {other:.1f} times RAND's drop" in PAGE
