@@ -72,3 +72,24 @@ def test_the_page_says_how_much_less_an_attacker_gets():
     assert f"by the best of all attackers he gets {interval([one - other for one, other in best])} points less" in PAGE
     (own, other) = (mean(drops("null-both", d, "tuned", STUDY)) / mean(drops("rand-tgt", d, "tuned")) for d in DATASETS)
     assert f"{own:.1f} and {other:.1f} times RAND's drop" in PAGE
+
+
+FOUND = (
+    ("Gradient collision", "tin100_matched", "gc", "the source"),
+    ("Random labels", "tin100_matched", "rand", "the source"),
+    ("Uniform", "tin100_matched", "unif", "the source"),
+    ("`null-space`", "tin100_matched", "null", "the source"),
+    ("`null-space`, fresh stages", "tin100_fresh", "null-fresh", "the source"),
+    ("Random labels", "tin100_target", "rand-tgt", "the target"),
+    ("`null-space`", "tin100_target", "null-tgt", "the target"),
+    ("`null-space`, fresh stages", "tin100_both", "null-both", "both"),
+)
+
+
+@pytest.mark.parametrize(("loss", "name", "model", "images"), FOUND)
+def test_the_readme_says_what_was_found(loss: str, name: str, model: str, images: str):
+    study = TARGET.with_name(name)
+    price = -json.loads((study / "compare.json").read_text(encoding="utf-8"))["variants"][model]["drop"]
+    taken = " | ".join(interval(drops(model, dataset, "tuned", study)) for dataset in DATASETS)
+    readme = (TARGET.parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"| {loss} | {images} | {price:+.1f} | {taken} |" in readme
