@@ -74,6 +74,15 @@ def test_the_page_says_how_much_less_an_attacker_gets():
     assert f"{own:.1f} and {other:.1f} times RAND's drop" in PAGE
 
 
+def test_the_page_says_what_a_choice_of_learning_rates_gets_on_one_seed():
+    places = ((STUDY, "null-both"), (TARGET, "rand-tgt"), (TARGET, "null-tgt"))
+    paths = [study / f"lr/seed-6/{model}.json" for study, model in places]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    assert len({json.dumps(one["settings"]) for one in found}) == 1
+    ours, rand, null = (f"{one['metrics']['acc_pl_worst']:.1f}" for one in found)
+    assert f"he gets {ours} % from it ([sidecar](tin100_both/lr)), {rand} from RAND and {null} from `null-tgt`" in PAGE
+
+
 FOUND = (
     ("Gradient collision", "tin100_matched", "gc", "the source"),
     ("Random labels", "tin100_matched", "rand", "the source"),
