@@ -34,26 +34,20 @@ def of_network(recipe: Recipe, source: str) -> None:
 def of_data(lab: Experiment, jobs: Iterable[Job[Any]]) -> None:
     """Raise RecipeError or DataError where a job's data has too many classes, or too few images, for its settings.
 
-    Reads data for those jobs alone that demand something of it.
+    And RecipeError where a disposal that is not there yet cannot be shared by the processes of this start. Reads data
+    for those jobs alone that demand something of it.
     """
     for job in jobs:
         if job.stage == "dispose":
             # What is there need not be shared by the processes of this start.
             processes = 1 if (lab.folder / job.path).exists() else int(os.environ.get("WORLD_SIZE", "1"))
+            local_chunks(job.settings, processes, f"{lab.source}: {job.title}")
             for role in ("source", "target") if job.settings.retain.needs_target else ("source",):
                 equal_parts(lab, job, role, processes)
         if job.stage == "dispose" and isinstance(job.settings.unlearn, NullSpace):
             _batch_for_null_space(lab, job)
         if job.stage == "piggyback" and job.settings.attackers:
             _images_to_hold_out(lab, job)
-
-
-def of_processes(lab: Experiment, jobs: Iterable[Job[Any]]) -> None:
-    """Raise RecipeError where a disposal that is not there yet cannot be shared by the processes of this start."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    for job in jobs:
-        if job.stage == "dispose" and not (lab.folder / job.path).exists():
-            local_chunks(job.settings, processes, f"{lab.source}: {job.title}")
 
 
 def local_chunks(settings: Dispose, processes: int, title: str) -> int:

@@ -7,13 +7,13 @@ the recipe's tables too, outside the key: the same images may well be somewhere 
 from __future__ import annotations
 
 import json
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
 
 from dtlctl.data.sources import Dataset
+from dtlctl.data.subset import per_class
 from dtlctl.plan import Job
 from dtlctl.recipe import Recipe
 from dtlctl.strict import Strict
@@ -31,11 +31,10 @@ class Origin(Strict):
     smallest_class: int = Field(ge=1)
 
     def drawn(self, fraction: float) -> int:
-        """How many images that fraction draws, as `subset.balanced` does: as many are the same ones."""
+        """How many images that fraction draws: as many are the same ones."""
         if fraction == 1:
             return self.train_images
-        share = Fraction(str(float(fraction))) * self.train_images / self.classes
-        return self.classes * min(max(1, int(share + Fraction(1, 2))), self.smallest_class)
+        return self.classes * per_class(fraction, self.train_images, self.classes, self.smallest_class)
 
 
 def of(lab: Experiment, job: Job[Any]) -> dict[str, Any]:

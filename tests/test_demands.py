@@ -92,7 +92,9 @@ def test_images_that_make_no_equal_chunks_are_told_before_anything_trains(call, 
 
 def test_shares_of_processes_are_told_too_unless_the_result_is_there(opened, monkeypatch):
     """Twenty processes have one target image each; a result that was made on one needs none of them."""
-    lab = opened("dispose.one.batch_size=40", "dispose.one.retain={kind='target-ce'}")
+    lab = opened(
+        "dispose.one.batch_size=40", "dispose.one.unlearn={kind='uniform'}", "dispose.one.retain={kind='target-ce'}"
+    )
     (job,) = [job for job in lab.jobs if job.path == "dispose/one/model.json"]
     lab.index("target"), lab.index("source")
     monkeypatch.setenv("WORLD_SIZE", "20")

@@ -29,14 +29,19 @@ def balanced(labels: np.ndarray, classes: int, fraction: float, seed: int) -> np
         raise ValueError(f"class {counts.argmin()} has no rows")
     if fraction == 1:
         return np.arange(len(labels), dtype=np.int64)
-    # As a recipe writes it, 0.145 * 1000 / 10 is 14.5; in floating point it is a little less.
-    share = Fraction(str(float(fraction))) * len(labels) / classes
-    each = min(max(1, int(share + Fraction(1, 2))), int(counts.min()))
+    each = per_class(fraction, len(labels), classes, int(counts.min()))
     drawn = [
         np.random.default_rng([_STREAM, seed, label]).permutation(np.flatnonzero(labels == label))[:each]
         for label in range(classes)
     ]
     return np.sort(np.concatenate(drawn)).astype(np.int64)
+
+
+def per_class(fraction: float, images: int, classes: int, smallest: int) -> int:
+    """How many images of every class a fraction below 1 of a train split is; smallest: images of its smallest class."""
+    # As a recipe writes it, 0.145 * 1000 / 10 is 14.5; in floating point it is a little less.
+    share = Fraction(str(float(fraction))) * images / classes
+    return min(max(1, int(share + Fraction(1, 2))), smallest)
 
 
 def digest(index: np.ndarray) -> str:

@@ -22,7 +22,6 @@ def run(
     before the first job trains where the data or the processes cannot do for one of them.
     """
     done, chosen = [], lab.chosen(stages, only)
-    demands.of_processes(lab, chosen)
     demands.of_data(lab, chosen)
     for job in chosen:
         if lab.done(job) and not force:
