@@ -74,13 +74,13 @@ def run(
     with _performed(STAGES, recipe, overrides, out, None, force, quiet) as lab:
         if not _is_main():
             return
-        from dtlctl import report
+        from dtlctl.report import files, summary, tables
 
         folder = lab.folder / "report"
-        table = report.summarise([lab.folder])
-        if not report.is_current(table, folder):
-            report.write(table, folder, f"dtlctl run {recipe}", [lab.folder])
-    print(report.dump(table) if as_json else report.markdown(table), end="")
+        table = summary.summarise([lab.folder])
+        if not files.is_current(table, folder):
+            files.write(table, folder, f"dtlctl run {recipe}", [lab.folder])
+    print(files.dump(table) if as_json else tables.markdown(table), end="")
     if not quiet:
         from dtlctl.progress import say
 
@@ -130,18 +130,18 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Tables and plots from the sidecars of one run, or means and intervals over several seeds."""
-    from dtlctl import report as reports
     from dtlctl.errors import RecipeError
+    from dtlctl.report import files, summary, tables
 
     if to is None and len(runs) > 1:
         raise RecipeError("report: with several runs say where the report goes: --to DIR")
-    table = reports.summarise(runs)
+    table = summary.summarise(runs)
     for run, seed in zip(runs, seeds := table["seeds"], strict=True):
         if seeds.count(seed) > 1:
             raise RecipeError(f"report: {run} is not the only run of seed {seed}; intervals are over different seeds")
     command = shlex.join(["dtlctl", "report", *map(str, runs)])
-    reports.write(table, to or runs[0] / "report", command, runs)
-    print(reports.dump(table) if as_json else reports.markdown(table), end="")
+    files.write(table, to or runs[0] / "report", command, runs)
+    print(files.dump(table) if as_json else tables.markdown(table), end="")
 
 
 @app.command()
@@ -177,21 +177,21 @@ def bench(
             other = "the benchmark of collisions; leave it or --train out" if train else "training; add --train"
             raise RecipeError(f"bench: {option} is for {other}")
     if train:
-        from dtlctl import bench_train
+        from dtlctl.bench import training
 
         source, length = data or "builtin:letters", steps or 20
-        document = bench_train.run(
+        document = training.run(
             arch, stem, image_size, batch_size, precision, repeats, channels_last, source, length, quiet=quiet
         )
-        print(json.dumps(document, indent=1) if as_json else bench_train.text(document))
+        print(json.dumps(document, indent=1) if as_json else training.text(document))
         return
-    from dtlctl import bench as benchmark
+    from dtlctl.bench import collision
 
     counts = chunks or "2,4,8,16,32"
-    document = benchmark.run(
+    document = collision.run(
         arch, stem, image_size, batch_size, counts, ways, precision, repeats, channels_last, quiet=quiet
     )
-    print(json.dumps(document, indent=1) if as_json else benchmark.text(document))
+    print(json.dumps(document, indent=1) if as_json else collision.text(document))
 
 
 @app.command()
@@ -207,8 +207,8 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Run the recipe at every point of a grid, share what points have in common, and print one table."""
-    from dtlctl import grids
     from dtlctl import sweep as sweeps
+    from dtlctl.report import grids
 
     done = sweeps.run(recipe, over, overrides or [], out, jobs=jobs, quiet=quiet)
     document = grids.summarise(done)

@@ -3,6 +3,20 @@
 A message is one or two lines: what is wrong, where (file, key, row), what to do.
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What a message adds to an unknown word: the closest known one, or nothing."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The closest known one, and all of them."""
+    return f"{nearest(word, known := list(known))} (valid: {', '.join(known)})"
+
 
 class DtlError(Exception):
     """The root; `exit_code` is what the shell sees."""

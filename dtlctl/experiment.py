@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dtlctl import __version__, checkpoint, demands, lock, models, stop
+from dtlctl import __version__, checkpoint, lock, models, network_demands, origins, stop
 from dtlctl.data import cache as decoded
 from dtlctl.data.cache import Images
-from dtlctl.data.sources import Dataset, Split
+from dtlctl.data.dataset import Dataset, Split
 from dtlctl.data.subset import balanced, digest
 from dtlctl.data.tensors import Batch, Batches, evaluation_batches
 from dtlctl.errors import CheckpointError, RecipeError
@@ -36,7 +36,7 @@ class Experiment:
 
     def __init__(self, recipe: Recipe, out: Path, *, source: str = "RECIPE", quiet: bool = False):
         self.recipe, self.folder, self.source, self.quiet = recipe, out / recipe.name, source, quiet
-        demands.of_network(recipe, source)  # raises RecipeError
+        network_demands.check(recipe, source)  # raises RecipeError
         self.jobs = jobs(recipe)
         self.images = cache(self._images)
         self.index = cache(self._index)
@@ -255,7 +255,8 @@ class Experiment:
             "wall_seconds": round(history.seconds, 3),
             "images_per_second": round(history.images_per_second, 1),
             "precision": self.recipe.precision,
-            **circumstances(self, job),
+            "datasets": {role: origins.of(self.dataset(role), self.images(role, "train")) for role in job.roles},
+            **circumstances(engine.device, engine.processes),
         }
 
         def write() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dtlctl.errors import RecipeError
-from dtlctl.recipe import Recipe, nearest
+from dtlctl.errors import RecipeError, suggest
+from dtlctl.recipe import Recipe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -127,17 +127,17 @@ def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
     first = errors[0]
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        reason = "unknown key" + nearest(str(first["loc"][-1]), _fields_at(first["loc"][:-1]))
+        reason = "unknown key" + suggest(str(first["loc"][-1]), _fields_at(first["loc"][:-1]))
     elif first["type"] == "missing":
         reason = "this key is required"
     elif first["type"] == "union_tag_invalid":
         kinds = re.findall(r"'([^']+)'", first["ctx"]["expected_tags"])
-        reason = f"unknown kind {first['ctx']['tag']!r}" + nearest(first["ctx"]["tag"], kinds)
+        reason = f"unknown kind {first['ctx']['tag']!r}" + suggest(first["ctx"]["tag"], kinds)
     elif first["type"] == "union_tag_not_found":
         reason = 'the table needs a kind, as in { kind = "..." }'
     elif first["type"] == "literal_error":
         choices = re.findall(r"'([^']+)'", first["ctx"]["expected"])
-        reason = f"{first['input']!r} is not valid" + nearest(str(first["input"]), choices)
+        reason = f"{first['input']!r} is not valid" + suggest(str(first["input"]), choices)
     elif first["type"] not in ("value_error",):
         reason += f" (it is {first['input']!r})"
     reason = _plain(reason, 500)

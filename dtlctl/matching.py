@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from dtlctl import checkpoint, demands, report
+from dtlctl import checkpoint, data_demands
 from dtlctl.errors import DivergedError, RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
 from dtlctl.plan import Stage
 from dtlctl.progress import say
 from dtlctl.recipe import Compare, Dispose, Recipe
+from dtlctl.report import files, summary, tables
 from dtlctl.sweep import one_process, perform, relatives
 
 LOW, HIGH = 0.0005, 0.9995
@@ -74,7 +75,7 @@ def compare(
         if not quiet:
             say(f"{variant}: λ = {found['lambda']:g}, {found['drop']:.1f} points below TL")
     final = made("matched", matched, "dispose", "piggyback")
-    document["table"] = report.summarise([lab.folder for lab in final])
+    document["table"] = summary.summarise([lab.folder for lab in final])
     write(document, folder / "report", command)
     return document, folder / "report"
 
@@ -82,7 +83,7 @@ def compare(
 def _comparable(lab: Experiment) -> list[str]:
     """The variants whose λ is to be found. Raises RecipeError where there are none, or nothing to validate on.
 
-    And what `demands.of_data` raises: all of it before anything trains.
+    And what `data_demands.check` raises: all of it before anything trains.
     """
     variants = [name for name, one in lab.recipe.dispose.items() if one.unlearn.kind != "none"]
     if not variants:
@@ -92,7 +93,7 @@ def _comparable(lab: Experiment) -> list[str]:
         raise RecipeError(
             f"{lab.source}: data.target.fraction = {fraction:g} leaves no target images to validate λ on; lower it"
         )
-    demands.of_data(lab, lab.jobs)
+    data_demands.check(lab, lab.jobs)
     return variants
 
 
@@ -168,7 +169,7 @@ def held_back(lab: Experiment) -> np.ndarray:
 
 def markdown(document: dict[str, Any]) -> str:
     """Who needed which λ, then the report of the matched runs."""
-    return "\n\n".join([*_needed(document), report.markdown(document["table"])])
+    return "\n\n".join([*_needed(document), tables.markdown(document["table"])])
 
 
 def _needed(document: dict[str, Any]) -> list[str]:
@@ -181,7 +182,7 @@ def _needed(document: dict[str, Any]) -> list[str]:
     wanted = f"{settings['target_drop']:g} ± {settings['tolerance']:g}"
     return [
         f"Who needed which λ to be {wanted} points of Acc_t below TL, on target images held back for validation.",
-        report.grid(["Variant", "λ", "points below TL", "reached", "values tried"], lines),
+        tables.grid(["Variant", "λ", "points below TL", "reached", "values tried"], lines),
     ]
 
 
@@ -193,8 +194,8 @@ def _tried(tried: list[dict[str, Any]]) -> str:
 
 def write(document: dict[str, Any], folder: Path, command: str) -> None:
     """Write compare.json, table.json, table.md, figures and report.html. Raises CheckpointError where it cannot."""
-    checkpoint.write(folder / "compare.json", report.dump(document).encode())  # first: it cannot be made from the runs
-    report.write(document["table"], folder, command, before=_needed(document))
+    checkpoint.write(folder / "compare.json", files.dump(document).encode())  # first: it cannot be made from the runs
+    files.write(document["table"], folder, command, before=_needed(document))
 
 
 def _changed(base: Recipe, changes: dict[str, Any]) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dtlctl import small_maps
+from dtlctl.errors import nearest
 
 # CIFAR ResNets of He et al. 2016 (arXiv:1512.03385, section 4.2) have 6n+2 layers: three stages of n basic blocks.
 _CIFAR_RESNETS = {f"resnet{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # 8, 20, 32, 44, 56, 110
@@ -176,11 +176,9 @@ def watched(backbone: nn.Module) -> Iterator[list[Tensor]]:
 def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None:
     """Raise ValueError, with the nearest valid name, unless `build` can make this model."""
     if arch not in _KNOWN and arch not in (names := architectures()):
-        near = difflib.get_close_matches(arch, names, 1)
         raise ValueError(
-            f"unknown architecture {arch!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-            + " (any torchvision classifier, resnet10, or a CIFAR ResNet: resnet8, resnet20, resnet32, ...)"
+            f"unknown architecture {arch!r}{nearest(arch, names)}"
+            " (any torchvision classifier, resnet10, or a CIFAR ResNet: resnet8, resnet20, resnet32, ...)"
         )
     if width is not None and arch not in _CIFAR_RESNETS:
         raise ValueError(f"width belongs to the CIFAR ResNets (resnet8, resnet20, ...), not to {arch}")

@@ -7,19 +7,17 @@ the recipe's tables too, outside the key: the same images may well be somewhere 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from dtlctl.data.sources import Dataset
+from dtlctl.data.cache import Images
+from dtlctl.data.dataset import Dataset
 from dtlctl.data.subset import per_class
 from dtlctl.plan import Job
 from dtlctl.recipe import Recipe
 from dtlctl.strict import Strict
-
-if TYPE_CHECKING:
-    from dtlctl.experiment import Experiment
 
 
 class Origin(Strict):
@@ -37,15 +35,11 @@ class Origin(Strict):
         return self.classes * per_class(fraction, self.train_images, self.classes, self.smallest_class)
 
 
-def of(lab: Experiment, job: Job[Any]) -> dict[str, Any]:
-    """For the job's sidecar: an `Origin` as JSON for every role."""
-    found = {}
-    for role in job.roles:
-        train = lab.images(role, "train")
-        smallest = int(np.bincount(train.labels, minlength=len(train.classes)).min())
-        sizes = {"train_images": len(train.labels), "classes": len(train.classes), "smallest_class": smallest}
-        found[role] = {"table": lab.dataset(role).model_dump(mode="json"), **sizes}
-    return found
+def of(dataset: Dataset, train: Images) -> dict[str, Any]:
+    """An `Origin` as JSON, for a sidecar. train: the train split."""
+    smallest = int(np.bincount(train.labels, minlength=len(train.classes)).min())
+    sizes = {"train_images": len(train.labels), "classes": len(train.classes), "smallest_class": smallest}
+    return {"table": dataset.model_dump(mode="json"), **sizes}
 
 
 def is_other(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> bool:

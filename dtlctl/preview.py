@@ -7,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dtlctl import checkpoint, demands
+from dtlctl import checkpoint, data_demands
 from dtlctl.attacks.piggyback import Frozen
 from dtlctl.data.cache import cached
-from dtlctl.data.sources import is_hub
+from dtlctl.data.dataset import is_hub
 from dtlctl.data.subset import balanced
 from dtlctl.errors import CheckpointError, DataError
 from dtlctl.experiment import Experiment
@@ -36,7 +36,7 @@ def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
     lab = Experiment(recipe, out, source=source, quiet=True)
     data = {role: _describe(recipe, role) for role in _roles(recipe)}
     decoded = {role for role, row in data.items() if row["images"] is not None}
-    demands.of_data(lab, [job for job in lab.jobs if decoded.issuperset(job.roles)])
+    data_demands.check(lab, [job for job in lab.jobs if decoded.issuperset(job.roles)])
     parameters, seconds = _measure(recipe)
     rows = [_job(lab, job, data, seconds) for job in lab.jobs]
     audits = [row for row in rows if row["stage"] == "audit" and row["state"] != "done"]

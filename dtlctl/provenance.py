@@ -6,27 +6,21 @@ import platform
 import resource
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from dtlctl import __version__, origins
-from dtlctl.plan import Job
-
-if TYPE_CHECKING:
-    from dtlctl.experiment import Experiment
+from dtlctl import __version__
 
 
-def circumstances(lab: Experiment, job: Job[Any]) -> dict[str, Any]:
-    """The part of a sidecar that no result depends on."""
+def circumstances(device: torch.device, processes: int) -> dict[str, Any]:
+    """A part of a sidecar that no result depends on."""
     from accelerate import __version__ as accelerate_version
 
-    engine = lab.engine
     return {
-        "datasets": origins.of(lab, job),
-        "peak_memory_bytes": _peak_memory(engine.device),
-        "processes": engine.processes,
-        "device": _name(engine.device),
+        "peak_memory_bytes": _peak_memory(device),
+        "processes": processes,
+        "device": _name(device),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {
             "dtlctl": __version__,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Annotated, Any, Literal
 
@@ -10,7 +9,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dtlctl import models
 from dtlctl.attacks.piggyback import Attacker
-from dtlctl.data.sources import Dataset
+from dtlctl.data.dataset import Dataset
+from dtlctl.errors import suggest
 from dtlctl.objectives.retain import Distill, Retain
 from dtlctl.objectives.unlearn import GradientCollision, Unlearn
 from dtlctl.strict import Strict
@@ -23,12 +23,6 @@ def _plain_name(name: str) -> str:
     if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
         raise ValueError("this name is reserved on Windows")
     return name
-
-
-def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """What an error adds to an unknown word: the closest valid one, and all of them."""
-    near = difflib.get_close_matches(word, known, 1, 0.5)
-    return (f"; did you mean {near[0]!r}?" if near else "") + f" (valid: {', '.join(known)})"
 
 
 Name = Annotated[str, AfterValidator(_plain_name)]
@@ -224,12 +218,12 @@ class Recipe(Strict):
             for dataset in attacker.datasets or []:
                 if dataset not in self.data.piggyback:
                     where = f"piggyback.attackers.{number}.datasets"
-                    raise ValueError(f"{where}: unknown dataset {dataset!r}" + nearest(dataset, [*self.data.piggyback]))
+                    raise ValueError(f"{where}: unknown dataset {dataset!r}" + suggest(dataset, [*self.data.piggyback]))
         for table, chosen in (("piggyback", self.piggyback.models), ("audit", self.audit.models)):
             known = [*REFERENCES, *self.dispose]
             for model in chosen or []:
                 if model not in known:
-                    raise ValueError(f"{table}.models: unknown model {model!r}" + nearest(model, known))
+                    raise ValueError(f"{table}.models: unknown model {model!r}" + suggest(model, known))
                 if table == "audit" and model in ("scratch", "TGT"):
                     raise ValueError(f"audit.models: {model} never saw the source; there is nothing to infer")
         return self

@@ -17,14 +17,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtlctl import checkpoint, demands
+from dtlctl import checkpoint, data_demands
 from dtlctl import stages as work
-from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, RecipeError
+from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, RecipeError, suggest
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load, parse_value
 from dtlctl.plan import STAGES, Job, Stage
 from dtlctl.progress import say
-from dtlctl.recipe import nearest
 
 RESULTS = ("pretrain/*.json", "target-only/*.json", "finetune/*.json", "dispose/*/*.json", "piggyback/*/*.json",
            "audit/*.json")  # fmt: skip
@@ -76,7 +75,7 @@ def _override(key: str, value: Any, lambdas: Mapping[str, float]) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise RecipeError(f"--over {key}: {value!r:.40} is no factor of the odds of lambda; give numbers above 0")
     if (lam := lambdas.get(names[1])) is None:
-        raise RecipeError(f"--over {key}: {names[1]} has no unlearning loss" + nearest(names[1], [*lambdas]))
+        raise RecipeError(f"--over {key}: {names[1]} has no unlearning loss" + suggest(names[1], [*lambdas]))
     return f"dispose.{_quoted(names[1])}.lambda={value * lam / (1 - lam + value * lam):g}"
 
 
@@ -112,7 +111,7 @@ def run(
     if len(calls) < len(grid):
         raise RecipeError("sweep: two points have the same values")
     for lab in labs:
-        demands.of_data(lab, lab.jobs)
+        data_demands.check(lab, lab.jobs)
     perform(labs, STAGES, relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
     return list(zip(grid, labs, strict=True))
 

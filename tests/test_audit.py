@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtlctl import report, report_audit
 from dtlctl.errors import CheckpointError, DataError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
+from dtlctl.report import audit, files, summary
 from dtlctl.stages import run
 
 EVERYTHING = (
@@ -43,18 +43,18 @@ def test_every_attack_in_both_modes(recipe_file: Path, tmp_path: Path):
     run(experiment, ("audit",), only=("pre",))
     found = metrics(experiment, "pre")
     names = {*experiment.recipe.audit.attacks, "adv-dist-l2"}
-    assert names == report_audit._results(found, "as-is").keys() == found["reprobe"].keys()
+    assert names == audit._results(found, "as-is").keys() == found["reprobe"].keys()
     assert found["members"] == found["others"] == 40
     assert found["source_head"] == "trained"
     assert found["loss"]["tpr_at_0.01"] is None
     assert found["relearning"]["steps"] == 0  # the pre-trained model has nothing to relearn
     assert 0 < found["entropy_readout"]["share_of_log_k"] < 1
     assert set(found["cost"]) == {"as-is", "reprobe", "cpu_seconds"}
-    report.write(report.summarise([experiment.folder]), tmp_path / "out", "dtlctl report", [experiment.folder])
+    files.write(summary.summarise([experiment.folder]), tmp_path / "out", "dtlctl report", [experiment.folder])
     page = (tmp_path / "out" / "audit.md").read_text()
     assert "not to be resolved by fewer than 1000 non-members" in page
     assert "nan" not in page.lower().replace("dominan", "")
-    for part in report_audit.tables(report_audit.read(experiment.folder)):
+    for part in audit.tables(audit.read(experiment.folder)):
         assert part in page
     assert (tmp_path / "out" / "roc.png").read_bytes().startswith(b"\x89PNG")
 
@@ -70,7 +70,7 @@ def test_every_precision_can_be_audited(recipe_file: Path, precision: str):
     run(experiment, ("audit",), only=("pre",))
     found = metrics(experiment, "pre")
     names = {*experiment.recipe.audit.attacks, "adv-dist-l2"}
-    assert names == report_audit._results(found, "as-is").keys() == found["reprobe"].keys()
+    assert names == audit._results(found, "as-is").keys() == found["reprobe"].keys()
 
 
 def test_too_few_images_are_counted(recipe_file: Path):
@@ -149,8 +149,8 @@ def test_the_audits_shown_are_those_of_the_recipe(recipe_file: Path):
     ):
         recipe_file.write_text(changed)
         with lab(recipe_file, *changes).opened(("pretrain",), ()):
-            table = report.summarise([first.folder])
-        assert list(report_audit.read(first.folder)) == shown, changes
+            table = summary.summarise([first.folder])
+        assert list(audit.read(first.folder)) == shown, changes
         assert [row["model"] for row in table["rows"] if "audit_auc" in row] == shown
 
 
@@ -173,16 +173,16 @@ def test_a_report_is_out_of_date_when_any_attack_says_something_else(recipe_file
     """The table holds the AUC of the loss alone; audit.md and the curves hold all attacks."""
     experiment = pretrained(recipe_file)
     run(experiment, ("audit",), only=("pre",))
-    report.write(table := report.summarise([experiment.folder]), tmp_path / "out", "dtlctl report", [experiment.folder])
-    assert report.is_current(report.summarise([experiment.folder]), tmp_path / "out")
+    files.write(table := summary.summarise([experiment.folder]), tmp_path / "out", "dtlctl report", [experiment.folder])
+    assert files.is_current(summary.summarise([experiment.folder]), tmp_path / "out")
     path = experiment.folder / "audit" / "pre.json"
     sidecar = json.loads(path.read_text())
     sidecar["metrics"]["blind"]["auc"] = 0.123
     path.write_text(json.dumps(sidecar))
-    changed = report.summarise([experiment.folder])
+    changed = summary.summarise([experiment.folder])
     assert changed["rows"] == table["rows"]
-    assert not report.is_current(changed, tmp_path / "out")
-    report.write(changed, tmp_path / "out", "dtlctl report", [experiment.folder])
+    assert not files.is_current(changed, tmp_path / "out")
+    files.write(changed, tmp_path / "out", "dtlctl report", [experiment.folder])
     assert "0.123" in (tmp_path / "out" / "audit.md").read_text()
 
 
@@ -191,5 +191,5 @@ def test_runs_of_one_name_in_two_places_both_show_their_audits(recipe_file: Path
     run(experiment, ("audit",), only=("pre",))
     other = tmp_path / "elsewhere" / experiment.folder.name
     shutil.copytree(experiment.folder, other)
-    report.write(report.summarise([other]), tmp_path / "out", "dtlctl report", [experiment.folder, other])
+    files.write(summary.summarise([other]), tmp_path / "out", "dtlctl report", [experiment.folder, other])
     assert (tmp_path / "out" / "audit.md").read_text().count(f"## {other.name}\n") == 2

@@ -204,7 +204,7 @@ def test_memory_that_runs_out_is_told_with_the_job_and_its_keys(opened, monkeypa
         raise error
 
     monkeypatch.setattr(stages, "_stage", lambda _: fail)
-    monkeypatch.setattr(stages.demands, "of_data", lambda *_: None)
+    monkeypatch.setattr(stages.data_demands, "check", lambda *_: None)
     lab = opened('dispose.one.unlearn={kind="gradient-collision", chunks=4, memory="recompute"}')
     smaller = "a batch_size below %d, or more processes, each on a device of its own"
     for model, ways in (

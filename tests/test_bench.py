@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from dtlctl import bench
-from dtlctl.bench_steps import WAYS, Bench
+from dtlctl.bench import meter
+from dtlctl.bench.steps import WAYS, Bench
 
 SMALL = (
     "--arch",
@@ -54,7 +54,7 @@ def test_the_error_is_that_of_the_gradient():
 
 def test_a_step_s_peak_counts_what_it_allocates_and_frees():
     """64 MiB of float32, filled and dropped: about that much is seen, where the system tells at all."""
-    peak = bench._peak(lambda: torch.ones(2**24).sum(), torch.device("cpu"))
+    peak = meter.peak(lambda: torch.ones(2**24).sum(), torch.device("cpu"))
     assert peak is None or 60 * 2**20 <= peak < 80 * 2**20
 
 

@@ -9,7 +9,8 @@ from statistics import median
 import pytest
 from torch import nn
 
-from dtlctl import bench_plain, bench_train, models
+from dtlctl import models
+from dtlctl.bench import plain, training
 from dtlctl.data.tensors import Batches
 
 BATCH = 300  # of about 1,000 images: turns go through more than one epoch
@@ -29,7 +30,7 @@ def measured(call, *options):
 @pytest.mark.parametrize(("layout", "other"), [((), "channels-last"), (("--channels-last",), "contiguous")])
 def test_the_document_has_every_way_with_its_speed_and_its_ratios(layout, other, call, monkeypatch):
     """The ratio to the plain scripts is to the faster one of them."""
-    monkeypatch.setattr(bench_train, "_cores", lambda: 2)
+    monkeypatch.setattr(training, "_cores", lambda: 2)
     document, rows = measured(call, *layout)
     ways = [("ready", None), (f"ready-{other}", None), ("dtlctl", None), ("plain", 0), ("plain", 1)]
     assert list(rows) == ways
@@ -42,13 +43,13 @@ def test_the_document_has_every_way_with_its_speed_and_its_ratios(layout, other,
     assert (document["data"], document["images"]) == ("builtin:digits", 1000)
     told = {"device", "threads", "cores", "torch", "precision", "batch_size", "image_size", "arch", "stem"}
     assert told <= document["machine"].keys() and document["machine"]["cores"] == 2
-    shown = bench_train.text(document).splitlines()
+    shown = training.text(document).splitlines()
     assert [line.split()[0] for line in shown[3:]] == [way for way, _ in ways]
 
 
 @pytest.mark.parametrize(
     ("place", "name", "slow"),
-    [(Batches, "__getitem__", "dtlctl"), (bench_plain, "_prepare", "plain")],
+    [(Batches, "__getitem__", "dtlctl"), (plain, "_prepare", "plain")],
     ids=["dtlctl", "plain"],
 )
 def test_a_slow_way_to_the_images_shows(place, name, slow, call, monkeypatch):
@@ -59,7 +60,7 @@ def test_a_slow_way_to_the_images_shows(place, name, slow, call, monkeypatch):
         time.sleep(0.5)
         return fast(*arguments)
 
-    monkeypatch.setattr(bench_train, "_cores", lambda: 1)
+    monkeypatch.setattr(training, "_cores", lambda: 1)
     monkeypatch.setattr(place, name, late)
     _, rows = measured(call, "--batch-size", 16)
     slowest = min(rows.values(), key=lambda row: row["to_ready"])
@@ -68,10 +69,10 @@ def test_a_slow_way_to_the_images_shows(place, name, slow, call, monkeypatch):
 
 @pytest.mark.parametrize(("arch", "stem"), [("resnet18", "small"), ("resnet10", "imagenet"), ("resnet8", "small")])
 def test_the_plain_network_is_the_same_one_with_torch_s_convolutions(arch, stem):
-    plain = bench_plain.network(arch, stem, 32, 7)
+    theirs = plain.network(arch, stem, 32, 7)
     ours = models.build(arch, {"source": 7}, stem=stem, image_size=32)
-    assert sorted(p.shape for p in plain.parameters()) == sorted(p.shape for p in ours.parameters())
-    assert {type(m) for m in plain.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
+    assert sorted(p.shape for p in theirs.parameters()) == sorted(p.shape for p in ours.parameters())
+    assert {type(m) for m in theirs.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dtlctl.data import cache
-from dtlctl.data.sources import Dataset
+from dtlctl.data.dataset import Dataset
 from dtlctl.errors import DataError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -153,8 +153,8 @@ def test_the_winner_of_a_race_is_used(tmp_path, cache_folder, monkeypatch):
 
 def test_two_processes_at_once(cache_folder):
     program = (
-        "from dtlctl.data import cache, sources\n"
-        "print(cache.load(sources.Dataset(path='builtin:digits'), 'train', 16).fingerprint)"
+        "from dtlctl.data import cache, dataset\n"
+        "print(cache.load(dataset.Dataset(path='builtin:digits'), 'train', 16).fingerprint)"
     )
     both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     one, other = (process.communicate(timeout=120)[0] for process in both)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dtlctl.data import cache
-from dtlctl.data.sources import Dataset
+from dtlctl.data.dataset import Dataset
 from dtlctl.errors import DataError
 
 

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Features, Value
 from PIL import Image
 
 from dtlctl.data import cache
-from dtlctl.data.sources import Dataset
+from dtlctl.data.dataset import Dataset
 from dtlctl.errors import DataError
 
 

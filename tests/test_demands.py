@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dtlctl import demands
+from dtlctl import data_demands, network_demands
 from dtlctl.data import cache
 from dtlctl.errors import RecipeError
 from dtlctl.loading import load
@@ -53,10 +53,10 @@ def test_what_a_network_has_is_known_without_training(recipe_file: Path, arch: s
     changes = ("model={stem='imagenet', image_size=64}", NULL % (64, stages))
     recipe = load(recipe_file, [*changes, "piggyback.attackers=[{kind='renorm'}, {kind='last-block'}]"])
     if not wrong:
-        demands.of_network(recipe, "FILE")
+        network_demands.check(recipe, "FILE")
         return
     with pytest.raises(RecipeError) as caught:
-        demands.of_network(recipe, "FILE")
+        network_demands.check(recipe, "FILE")
     assert str(caught.value).startswith(f"FILE: {wrong}")
     assert str(caught.value).endswith("\nalso wrong: piggyback.attackers.1") == arch.startswith("regnet")
 
@@ -99,10 +99,10 @@ def test_shares_of_processes_are_told_too_unless_the_result_is_there(opened, mon
     lab.index("target"), lab.index("source")
     monkeypatch.setenv("WORLD_SIZE", "20")
     with pytest.raises(RecipeError, match=r"20 images of data.target a step make no 20 .* take fewer processes"):
-        demands.of_data(lab, [job])
+        data_demands.check(lab, [job])
     (lab.folder / job.path).parent.mkdir(parents=True)
     (lab.folder / job.path).touch()
-    demands.of_data(lab, [job])
+    data_demands.check(lab, [job])
 
 
 def test_one_pass_of_a_network_that_cannot_is_told_before_data_is_read(call, recipe_file: Path):

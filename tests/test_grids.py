@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dtlctl import figures, grids
+from dtlctl.report import figures, grids
 
 
 def point(values: dict[str, Any], lam: float, gc: dict[str, Any]) -> dict[str, Any]:

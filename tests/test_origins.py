@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtlctl import origins, report
+from dtlctl import origins
 from dtlctl.data.subset import balanced
 from dtlctl.errors import CheckpointError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
 from dtlctl.plan import STAGES
+from dtlctl.report import summary, tables
 from dtlctl.stages import run
 
 
@@ -31,7 +32,7 @@ def finished(recipe_file: Path) -> Path:
 
 
 def rows(folder: Path) -> dict[str, dict]:
-    return {row["model"]: row for row in report.summarise([folder])["rows"]}
+    return {row["model"]: row for row in summary.summarise([folder])["rows"]}
 
 
 @pytest.mark.parametrize("sizes", [[5, 5], [3, 8, 4], [50, 49, 51], [1, 1, 40]])
@@ -65,7 +66,7 @@ def test_results_of_another_fraction_or_augmentation_are_left_out(recipe_file: P
         other = lab(recipe_file, change)
         with other.opened(("pretrain",), ()):
             run(other, ("pretrain",))
-        found = report.summarise([finished])
+        found = summary.summarise([finished])
         assert [bool(row["piggyback"]) for row in found["rows"] if row["model"] in ("TL", "gc")] == [attacked] * 2
         assert found["caveats"] == []
     with lab(recipe_file, "data.target.fraction=0.5").opened(("pretrain",), ()):
@@ -94,7 +95,7 @@ def test_a_dataset_that_has_another_name_now_is_named_below_the_tables(recipe_fi
     recipe, before = json.loads(path.read_text()), rows(finished)
     recipe["data"]["piggyback"]["again"] |= {"path": "elsewhere/now", "test": "valid", "revision": "v1"}
     path.write_text(json.dumps(recipe))
-    table = report.summarise([finished])
+    table = summary.summarise([finished])
     assert {row["model"]: row for row in table["rows"]} == before
     sentence = (
         'data.piggyback.again for scratch, TL, gc: made with path = "builtin:digits", no revision, test = "test"; '
@@ -102,7 +103,7 @@ def test_a_dataset_that_has_another_name_now_is_named_below_the_tables(recipe_fi
         "What saw other images is made again by dtlctl run RECIPE."
     )
     assert table["caveats"] == [sentence]
-    assert report.markdown(table).strip().endswith(sentence)
+    assert tables.markdown(table).strip().endswith(sentence)
 
 
 @pytest.mark.parametrize("datasets", [3, {"piggyback.again": {"table": 3}}, {"piggyback.again": {"train_images": 1}}])
@@ -110,4 +111,4 @@ def test_datasets_that_are_none_are_named(finished: Path, datasets: object):
     path = finished / "piggyback/TL/again.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "datasets": datasets}))
     with pytest.raises(CheckpointError, match=r"TL/again\.json: not the data of piggyback; delete it"):
-        report.summarise([finished])
+        summary.summarise([finished])

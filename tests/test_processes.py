@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dtlctl.demands import local_chunks
+from dtlctl.data_demands import local_chunks
 from dtlctl.errors import RecipeError
 from dtlctl.objectives.unlearn import Uniform
 from dtlctl.recipe import Dispose

@@ -13,12 +13,12 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from dtlctl import page, report
 from dtlctl.attacks.piggyback import Attacker, Frozen
 from dtlctl.attacks.recovery import recovered
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.loading import load
 from dtlctl.plan import jobs
+from dtlctl.report import files, page, summary, tables
 
 
 def digest(name: str) -> str:
@@ -53,7 +53,7 @@ def rows(table: dict) -> dict[str, dict]:
 def test_means_and_intervals_over_seeds(recipe_file: Path):
     """70, 72, 77: mean 73, deviation sqrt(13) = 3.606, t(0.975, 2) = 4.3027: 4.3027 * 3.606 / sqrt(3) = 8.957."""
     runs = [fake_run(recipe_file, f"r{seed}", seed, acc) for seed, acc in enumerate((70.0, 72.0, 77.0))]
-    table = report.summarise(runs)
+    table = summary.summarise(runs)
     tl = rows(table)["TL"]
     assert table["seeds"] == [0, 1, 2]
     assert tl["acc_t"] == pytest.approx(73)
@@ -61,7 +61,7 @@ def test_means_and_intervals_over_seeds(recipe_file: Path):
     assert tl["piggyback"]["again"] == pytest.approx(36.5)
     assert tl["piggyback_ci"]["again"] == pytest.approx(8.957 / 2, abs=1e-3)
     assert rows(table)["gc"]["acc_t_ci"] == 0
-    shown = next(line for line in report.markdown(table).splitlines() if line.startswith("| TL"))
+    shown = next(line for line in tables.markdown(table).splitlines() if line.startswith("| TL"))
     assert [cell.strip() for cell in shown.split("|")[3:5]] == ["73.0 ± 9.0", "36.5 ± 4.5"]
 
 
@@ -74,12 +74,12 @@ def test_differences_are_taken_seed_by_seed(recipe_file: Path):
         (run / "dispose/gc/model.json").write_text(json.dumps(variant))
         attack(run, "TL", single=50.0, worst=tl)
         attack(run, "gc", single=50.0 - distance, worst=tl - 1)
-    table = report.summarise(runs)
+    table = summary.summarise(runs)
     less = rows(table)["gc"]["vs_TL"]
     assert less["acc_t"] == pytest.approx(-3) and less["acc_t_ci"] == pytest.approx(4.3027, abs=1e-4)
     assert less["piggyback"]["again"] == pytest.approx(-3)
     assert less["piggyback_worst"] == {"again": -1} and less["piggyback_worst_ci"] == {"again": 0}
-    text = report.markdown(table)
+    text = tables.markdown(table)
     assert "seed by seed" in text
     lines = [line.split("|") for line in text.splitlines() if line.startswith("| gc")]
     assert [cell.strip() for cell in lines[1][3:-1]] == ["-3.0 ± 4.3", "-3.0 ± 4.3", "-1.0 ± 0.0"]
@@ -88,15 +88,15 @@ def test_differences_are_taken_seed_by_seed(recipe_file: Path):
 def test_seeds_that_share_one_pretraining_are_reported(recipe_file: Path):
     """With pretrain.seed, pre has that seed in every run, and what comes from it still belongs to the run."""
     runs = [fake_run(recipe_file, f"r{seed}", seed, 70.0, "pretrain.seed=0") for seed in (0, 1)]
-    assert {"pre", "TL", "gc"} <= rows(report.summarise(runs)).keys()
+    assert {"pre", "TL", "gc"} <= rows(summary.summarise(runs)).keys()
 
 
 def test_one_run_has_no_intervals_and_differences_are_in_points(recipe_file: Path):
     """TL 70, all others 10: gc is 60 points below TL and level with TGT."""
-    table = report.summarise([fake_run(recipe_file, "only", 3, 70.0)])
+    table = summary.summarise([fake_run(recipe_file, "only", 3, 70.0)])
     assert table["seeds"] == [3]
     assert "acc_t_ci" not in rows(table)["TL"]
-    lines = [line.split("|") for line in report.markdown(table).splitlines() if line.startswith("| gc")]
+    lines = [line.split("|") for line in tables.markdown(table).splitlines() if line.startswith("| gc")]
     assert [cell.strip() for cell in lines[0][1:-1]] == ["gc", "20.0", "10.0", "35.0", "0.750"]
     assert [cell.strip() for cell in lines[1][1:-1]] == ["gc", "+0.0", "-60.0", "+0.0"]
 
@@ -109,7 +109,7 @@ def test_the_auc_of_a_head_that_was_never_trained_is_noise_and_left_out(recipe_f
     document = json.loads(path.read_text())
     document["metrics"] |= {"source_head": state} if state else {}
     path.write_text(json.dumps(document))
-    lines = report.markdown(report.summarise([folder])).splitlines()
+    lines = tables.markdown(summary.summarise([folder])).splitlines()
     cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines[2:9]}
     assert (cells["TL"], cells["gc"]) == ("0.750", shown)
 
@@ -122,7 +122,7 @@ def test_results_of_another_recipe_or_another_parent_are_left_out(recipe_file: P
     attack = json.loads((folder / "piggyback/TL/again.json").read_text())
     attack["parent"] = {"TL": digest("an earlier TL")}
     (folder / "piggyback/TL/again.json").write_text(json.dumps(attack))
-    table = rows(report.summarise([folder]))
+    table = rows(summary.summarise([folder]))
     assert "gc" not in table  # nor the attacks on it
     assert table["TL"]["piggyback"] == {}
     assert table["TL"]["acc_t"] == 70.0
@@ -140,14 +140,14 @@ def test_attacks_with_different_data_are_not_put_into_one_table(recipe_file: Pat
             document["data"]["piggyback.again"][changed] = "other"
         path.write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match=r"gc/again.json: made from other images of data.*again than .*TL"):
-        report.summarise([folder])
+        summary.summarise([folder])
 
 
 def test_a_result_of_another_precision_is_left_out(recipe_file: Path):
     folder = fake_run(recipe_file, "rough", 0, 70.0)
     path = folder / "dispose/gc/model.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "precision": "bfloat16"}))
-    assert "gc" not in rows(report.summarise([folder]))
+    assert "gc" not in rows(summary.summarise([folder]))
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_refused(recipe_file: Path):
@@ -157,7 +157,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_refused(recipe_file: Path):
     document["finetune"]["lr"] = 0.5
     (second / "recipe.json").write_text(json.dumps(document))
     with pytest.raises(RecipeError, match=r"b: its recipe differs from .*a in more than the seed"):
-        report.summarise([first, second])
+        summary.summarise([first, second])
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -185,12 +185,12 @@ def test_a_model_that_one_run_lacks_is_named(recipe_file: Path):
     runs = [fake_run(recipe_file, name, seed, 70.0) for seed, name in enumerate("abc")]
     for run, model in zip(runs, ("gc", "rand", "gc"), strict=True):
         shutil.rmtree(run / "dispose" / model)
-    table = report.summarise(runs)
+    table = summary.summarise(runs)
     assert rows(table).keys() == {"scratch", "TGT", "pre", "TL"}
     sentence = "Left out, because a seed lacks it: rand (seed 1), gc (seeds 0, 2)."
     assert table["caveats"] == [sentence]
-    assert report.markdown(table).strip().endswith(f"\n\n{sentence}")
-    assert report.summarise(runs[:1])["caveats"] == []
+    assert tables.markdown(table).strip().endswith(f"\n\n{sentence}")
+    assert summary.summarise(runs[:1])["caveats"] == []
 
 
 def test_a_seed_counts_once(recipe_file: Path, call):
@@ -211,10 +211,10 @@ def test_data_that_is_out_of_reach_is_no_reason_to_report_nothing(recipe_file: P
     monkeypatch.chdir(folder)
     data[0].mkdir()
     run = fake_run(recipe_file, "run", 0, 70.0, *changes)
-    found = report.summarise([run])
+    found = summary.summarise([run])
     data[0].rmdir()
     data[1].mkdir(parents=True)
-    assert report.summarise([run]) == found
+    assert summary.summarise([run]) == found
     assert rows(found)["TL"]["acc_t"] == 70.0
     for change, message in zip(changes, ("'mine' is no existing", "are for hub ids"), strict=True):
         with pytest.raises(RecipeError, match=message):
@@ -223,7 +223,7 @@ def test_data_that_is_out_of_reach_is_no_reason_to_report_nothing(recipe_file: P
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"recipe\.json: not a run's recipe"):
-        report.summarise([tmp_path])
+        summary.summarise([tmp_path])
 
 
 def test_the_page_tells_what_every_kind_of_attacker_tries():
@@ -279,21 +279,21 @@ def test_tuned_attackers_have_a_table_of_their_own(recipe_file: Path):
         attack(runs[-1], "scratch", 5.0, 10.0)
         attack(runs[-1], "TL", 60.0, tl)
         attack(runs[-1], "gc", 20.0, gc)
-    table = report.summarise(runs)
+    table = summary.summarise(runs)
     gc_row = rows(table)["gc"]
     assert gc_row["piggyback_worst"] == {"again": 35.0}
     assert gc_row["piggyback_max"] == {"again": 40.0}
     assert gc_row["recovered_worst"]["again"] == recovered([40.0, 30.0], [10.0, 10.0], [70.0, 90.0])
     assert gc_row["recovered"]["again"]["share"] == pytest.approx(15 / 55)
     assert gc_row["curves"]["again"] == [[20, 10.0], [30, 20.0]]
-    text = report.markdown(table)
+    text = tables.markdown(table)
     assert "Under tuned attackers" in text
     shown = [
         cell.strip() for cell in next(row for row in reversed(text.splitlines()) if "| gc" in row).split("|")[1:-1]
     ]
     assert shown[0] == "gc"
     assert shown[-1] == "36% [-120%, 191%]"
-    assert "Under tuned attackers" not in report.markdown(report.summarise([fake_run(recipe_file, "p", 0, 70.0)]))
+    assert "Under tuned attackers" not in tables.markdown(summary.summarise([fake_run(recipe_file, "p", 0, 70.0)]))
 
 
 @pytest.mark.parametrize(("one", "tuned", "told"), [(4.0, 17.0, True), (4.0, 15.0, False), (6.0, 35.0, False)])
@@ -307,8 +307,8 @@ def test_an_attack_that_fails_where_a_tuned_one_succeeds_is_named(recipe_file: P
         f"gc on again, seed 1: the one setting fails on these weights. It gets {one:.1f}, "
         f"less than from scratch (5.0), and a tuned attacker gets {tuned:.1f}."
     )
-    assert report.summarise(runs)["caveats"] == [sentence] * told
-    assert (sentence in report.markdown(report.summarise(runs))) is told
+    assert summary.summarise(runs)["caveats"] == [sentence] * told
+    assert (sentence in tables.markdown(summary.summarise(runs))) is told
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -334,7 +334,7 @@ def full_page(recipe_file: Path) -> Path:
     folder = fake_run(recipe_file, "page", 0, 70.0, *TUNED)
     for model, accuracy in (("scratch", 5.0), ("TL", 60.0), ("gc", 40.0)):
         attack(folder, model, accuracy, accuracy + 3)
-    report.write(report.summarise([folder]), folder / "report", "dtlctl report <page>")
+    files.write(summary.summarise([folder]), folder / "report", "dtlctl report <page>")
     return folder / "report" / "report.html"
 
 
@@ -392,7 +392,7 @@ def test_a_report_without_attacks_leaves_no_figure_of_those_that_were_there(reci
         (folder / name).write_text("earlier")
     for attacks in ("piggyback", "audit"):
         shutil.rmtree(folder.parent / attacks)
-    report.write(report.summarise([folder.parent]), folder, "dtlctl report")
+    files.write(summary.summarise([folder.parent]), folder, "dtlctl report")
     assert {path.name for path in folder.iterdir()} == {"table.json", "table.md", "report.html", "notes.md"}
 
 
@@ -418,16 +418,16 @@ def test_held_out_images_that_mislead_are_named(recipe_file: Path, held_out, cho
         "again: held-out images mislead the tuned attackers. On TL they are right on 88.0 % of them and on 72.5 % of "
         'the test images. Let fresh images choose: piggyback.choose_on = "test".'
     )
-    assert report.summarise(runs)["caveats"] == [sentence] * told
+    assert summary.summarise(runs)["caveats"] == [sentence] * told
 
 
 def test_the_table_says_which_images_chose(recipe_file: Path):
-    for number, (choose_on, words) in enumerate((("own", "images of his own, and"), ("test", report.FRESH))):
+    for number, (choose_on, words) in enumerate((("own", "images of his own, and"), ("test", tables.FRESH))):
         run = fake_run(recipe_file, f"who{number}", 0, 70.0, *TUNED, f'piggyback.choose_on="{choose_on}"')
         for model in ("scratch", "TL", "gc"):
             attack(run, model, 20.0, 30.0)
-        table = report.summarise([run])
-        assert words in report.markdown(table)
+        table = summary.summarise([run])
+        assert words in tables.markdown(table)
         settings = table["recipe"]["piggyback"]
         shown = page._who(settings["attackers"], settings)
         assert ("the test split picks nothing" in shown) is (choose_on == "own")

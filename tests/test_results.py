@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dtlctl import bench, bench_train, grids, matching, report, report_audit
+from dtlctl import matching
+from dtlctl.bench import collision, training
+from dtlctl.report import audit, grids, summary, tables
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted({path.parent.parent for path in (ROOT / "docs" / "results").glob("*/*/recipe.json")})
@@ -17,9 +19,9 @@ STUDIES = sorted({path.parent.parent for path in (ROOT / "docs" / "results").glo
 def test_a_study_shows_the_table_of_its_sidecars(study: Path):
     runs = sorted(path.parent for path in study.glob("*/recipe.json"))
     page = study.with_suffix(".md").read_text(encoding="utf-8")
-    for part in report.markdown(report.summarise(runs)).strip().split("\n\n"):
+    for part in tables.markdown(summary.summarise(runs)).strip().split("\n\n"):
         assert part in page, f"{study.name}: the page does not show\n{part}"
-    for part in (p for run in runs if (audits := report_audit.read(run)) for p in report_audit.tables(audits)):
+    for part in (p for run in runs if (audits := audit.read(run)) for p in audit.tables(audits)):
         assert part in page, f"{study.name}: the page does not show\n{part}"
 
 
@@ -29,7 +31,7 @@ def test_there_are_studies():
 
 def test_the_readme_shows_one_of_the_runs():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.markdown(report.summarise([ROOT / "docs/results/quickstart/seed-0"])).strip() in page
+    assert tables.markdown(summary.summarise([ROOT / "docs/results/quickstart/seed-0"])).strip() in page
 
 
 BENCHES = sorted((ROOT / "docs/results/bench").glob("*.json"))
@@ -41,7 +43,7 @@ def test_the_page_on_performance_shows_what_was_measured(path: Path):
     _, found, rest = page.partition(f"<!-- bench: {path.stem} -->\n")
     shown, text = (
         rest.partition("<!-- end bench -->")[0],
-        (bench_train if path.stem.startswith("train_") else bench).text,
+        (training if path.stem.startswith("train_") else collision).text,
     )
     assert found and shown.strip() == f"```text\n{text(json.loads(path.read_text()))}\n```"
 

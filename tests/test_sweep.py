@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from dtlctl import checkpoint, matching, report, sweep
+from dtlctl import checkpoint, matching, sweep
 from dtlctl.errors import DivergedError, RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load, parse_value
 from dtlctl.recipe import Compare
+from dtlctl.report import summary
 
 
 def test_values_are_toml_or_plain_words():
@@ -291,7 +292,7 @@ def test_compare_goes_on_past_a_lambda_that_diverges(recipe_file: Path, monkeypa
     monkeypatch.setattr(matching, "perform", perform)
     monkeypatch.setattr(matching, "write", lambda *_: None)
     monkeypatch.setattr(matching, "validation", lambda _, name: 70.0 if name == "TL" else 69.0)
-    monkeypatch.setattr(report, "summarise", lambda _: {})
+    monkeypatch.setattr(summary, "summarise", lambda _: {})
     change = "compare={target_drop=4.0, rounds=3, tolerance=0.1}"
     document, _ = matching.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
     document = json.loads(checkpoint.dump(document))  # which refuses NaN
@@ -316,7 +317,7 @@ def test_a_drop_is_what_validation_loses_against_tl_of_the_same_seed(
     monkeypatch.setattr(matching, "perform", lambda *_: None)
     monkeypatch.setattr(matching, "write", lambda *_: None)
     monkeypatch.setattr(matching, "validation", lambda lab, name: scores[name.partition("-")[0]][lab.recipe.seed - 5])
-    monkeypatch.setattr(report, "summarise", lambda runs: [run.name for run in runs])
+    monkeypatch.setattr(summary, "summarise", lambda runs: [run.name for run in runs])
     change = "compare={target_drop=1.5, rounds=1, tolerance=0.1, seeds=[5, 6]}"
     document, _ = matching.compare(recipe_file, [change], recipe_file.parent, command="x")
     assert document["table"] == ["matched-5", "matched-6"]

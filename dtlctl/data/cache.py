@@ -25,7 +25,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from dtlctl.data.sources import Dataset, Rows, Split, identity, rows, where
+from dtlctl.data.dataset import Dataset, Split, where
+from dtlctl.data.sources import Rows, identity, rows
 from dtlctl.errors import DataError
 
 # Changing how images are decoded, resized or stored must change this number: it is part of the key.

@@ -1,7 +1,6 @@
 """Where images come from: the Hugging Face hub, local files, or the builtin datasets.
 
-`Dataset` is what a recipe says of one dataset; `rows` opens one of its splits. Nothing is decoded here, and the
-network is used for a hub id only.
+`rows` opens one of the splits of a `Dataset`. Nothing is decoded here, and the network is used for a hub id only.
 """
 
 from __future__ import annotations
@@ -13,56 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, ValidationInfo, model_validator
 
-from dtlctl.data.tables import check_split, from_files, from_hub, nearest
-from dtlctl.errors import DataError, DtlError
-from dtlctl.strict import Strict
+from dtlctl.data import builtin
+from dtlctl.data.dataset import Dataset, Split, builtin_name, kind_of, where
+from dtlctl.data.tables import check_split, from_files, from_hub
+from dtlctl.errors import DataError, DtlError, nearest
 
 if TYPE_CHECKING:
     from PIL import Image
-
-Split = Literal["train", "test"]
-
-_BUILTIN = "builtin:"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-
-
-class Dataset(Strict):
-    """One table under `[data]`.
-
-    `path` is a hub id ("owner/name"), a local folder or file, or "builtin:NAME". It is local if it begins with ".",
-    "/" or "~" or exists; a relative one is relative to the working directory, not to the recipe. A folder holds
-    `train/<class>/*.png` and `test/<class>/*.png`, or parquet or arrow files as the hub lays them out. Columns are
-    guessed only where there is exactly one candidate.
-    """
-
-    path: str
-    config: str | None = None  # hub configuration
-    revision: str | None = None  # hub commit, tag or branch
-    image: str | None = None  # column
-    label: str | None = None  # column
-    train: str = Field("train", min_length=1)  # split names
-    test: str = Field("test", min_length=1)
-    fraction: float = Field(1.0, gt=0, le=1)  # γ
-    augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
-
-    @model_validator(mode="after")
-    def _consistent(self, info: ValidationInfo) -> Dataset:
-        if (info.context or {}).get("finished"):
-            return self  # a finished run is looked at wherever it is, and its data may be out of reach there
-        kind = _kind(self.path)
-        if kind == "builtin":
-            _check_builtin(self)
-        elif kind == "hub" and not _HUB_ID.fullmatch(self.path):
-            raise ValueError(
-                f"path {self.path!r} is no existing file or folder, and neither a hub id (owner/name) nor a builtin ("
-                + ", ".join(_BUILTIN + name for name in _builtin().NAMES)
-                + ")"
-            )
-        elif kind == "local" and (self.config is not None or self.revision is not None):
-            raise ValueError(f"config and revision are for hub ids; {self.path!r} is local")
-        return self
 
 
 class Rows(NamedTuple):
@@ -78,10 +35,10 @@ def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Pa
     has to live as long as the rows do. Class names are those of the ClassLabel feature, else the sorted values of the
     train split. Raises DataError.
     """
-    kind = _kind(dataset.path)
+    kind = kind_of(dataset.path)
     if kind == "builtin":
-        pictures, labels, classes = _builtin().load(_builtin_name(dataset), getattr(dataset, split), image_size)
-        return Rows(np.array(labels, np.int64), tuple(classes), lambda numbers: [pictures[n] for n in numbers])
+        pictures, numbers, names = builtin.load(builtin_name(dataset), getattr(dataset, split), image_size)
+        return Rows(np.array(numbers, np.int64), tuple(names), lambda rows: [pictures[n] for n in rows])
     if kind == "hub":
         tables = from_hub(dataset, split, role)
     else:
@@ -98,55 +55,14 @@ def identity(dataset: Dataset, role: str) -> dict[str, Any]:
     A local dataset is its location and the size and time of every file. A hub id without a revision is taken for the
     same whenever it is asked for.
     """
-    kind = _kind(dataset.path)
+    kind = kind_of(dataset.path)
     if kind == "builtin":
-        return {"builtin": _builtin_name(dataset), "version": _builtin().VERSION}
+        return {"builtin": builtin_name(dataset), "version": builtin.VERSION}
     columns = {"image": dataset.image, "label": dataset.label, "train": dataset.train}
     if kind == "hub":
         return {"hub": dataset.path, "config": dataset.config, "revision": dataset.revision or "main", **columns}
     root = _local(dataset, role)
     return {"local": str(root), "files": _stats(root, role), **columns}
-
-
-def is_hub(dataset: Dataset) -> bool:
-    """Whether the dataset comes from the Hugging Face hub."""
-    return _kind(dataset.path) == "hub"
-
-
-def where(dataset: Dataset, split: Split, row: int | None = None) -> str:
-    """How an error names a place in a dataset."""
-    place = f"{dataset.path}, split {getattr(dataset, split)!r}"
-    return place if row is None else f"{place}, row {row}"
-
-
-def _kind(path: str) -> Literal["builtin", "local", "hub"]:
-    if not path or "\0" in path:
-        raise ValueError("path is empty" if not path else "path holds a NUL character")
-    if path.startswith(_BUILTIN):
-        return "builtin"
-    return "local" if path.startswith((".", "/", "~")) or os.path.exists(path) else "hub"
-
-
-def _builtin():
-    from dtlctl.data import builtin
-
-    return builtin
-
-
-def _builtin_name(dataset: Dataset) -> str:
-    return dataset.path.removeprefix(_BUILTIN)
-
-
-def _check_builtin(dataset: Dataset) -> None:
-    name, names = _builtin_name(dataset), _builtin().NAMES
-    if name not in names:
-        raise ValueError(f"no builtin dataset {name!r}{nearest(name, names)} (builtin: {', '.join(names)})")
-    for key in ("config", "revision", "image", "label"):
-        if getattr(dataset, key) is not None:
-            raise ValueError(f"{key} means nothing for a builtin dataset; remove it")
-    for split in (dataset.train, dataset.test):
-        if split not in ("train", "test"):
-            raise ValueError(f"a builtin dataset has the splits train and test, not {split!r}")
 
 
 def _local(dataset: Dataset, role: str) -> Path:

@@ -5,18 +5,15 @@ The only file that knows how the library finds its files, what it raises, and wh
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dtlctl import stop
-from dtlctl.errors import DataError, DtlError
-
-if TYPE_CHECKING:
-    from dtlctl.data.sources import Dataset, Split
+from dtlctl.data.dataset import Dataset, Split
+from dtlctl.errors import DataError, DtlError, nearest
 
 
 def from_hub(dataset: Dataset, split: Split, role: str) -> Mapping[str, Any]:
@@ -42,12 +39,6 @@ def check_split(dataset: Dataset, split: Split, role: str, names: Iterable[str])
             f"data.{role}.{split}: {dataset.path} has no split {wanted!r}{nearest(wanted, names)} "
             f"(splits: {', '.join(names)})"
         )
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """What an error adds to an unknown name: the closest known one, or nothing."""
-    near = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _data_files(dataset: Dataset, split: Split, role: str, root: Path) -> dict[str, Any]:

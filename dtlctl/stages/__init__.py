@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from importlib import import_module
 from typing import Any
 
-from dtlctl import demands
+from dtlctl import data_demands
 from dtlctl.errors import DtlError
 from dtlctl.experiment import Experiment
 from dtlctl.plan import Job, Stage
@@ -22,7 +22,7 @@ def run(
     before the first job trains where the data or the processes cannot do for one of them.
     """
     done, chosen = [], lab.chosen(stages, only)
-    demands.of_data(lab, chosen)
+    data_demands.check(lab, chosen)
     for job in chosen:
         if lab.done(job) and not force:
             lab.tidy(job)

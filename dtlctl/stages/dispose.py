@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtlctl import demands
+from dtlctl import data_demands
 from dtlctl.data.tensors import Batch, Batches
 from dtlctl.engine import Objective
 from dtlctl.errors import RecipeError
@@ -24,7 +24,7 @@ from dtlctl.recipe import Dispose
 
 def dispose(lab: Experiment, job: Job[Dispose]) -> None:
     settings = job.settings
-    chunks = demands.local_chunks(settings, lab.engine.processes, job.title)
+    chunks = data_demands.local_chunks(settings, lab.engine.processes, job.title)
     # Collisions need each chunk's own batch statistics; one chunk means the statistics of the global batch.
     own_statistics = settings.unlearn.chunks > 1
     teacher = lab.load_model("TL", global_batch_norm=not own_statistics).eval().requires_grad_(False)
@@ -150,7 +150,7 @@ def _memory(settings: Dispose, student: Classifier, batch: Batch, chunks: int) -
 
 def _batches(lab: Experiment, role: str, job: Job[Dispose]) -> Batches:
     """Batches of equal chunks on equal processes; of a dataset smaller than a batch, as many images as divide."""
-    return lab.batches(role, demands.equal_parts(lab, job, role, lab.engine.processes), f"dispose/{role}")
+    return lab.batches(role, data_demands.equal_parts(lab, job, role, lab.engine.processes), f"dispose/{role}")
 
 
 def _set_mode(student: Classifier, norms: views.Momenta, batch_norm: str) -> None:

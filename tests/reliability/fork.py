@@ -75,7 +75,7 @@ def warm_up() -> None:
 
     import dtlctl.cli
     import dtlctl.preview
-    import dtlctl.report
+    import dtlctl.report.files
     import dtlctl.stages.audit
     import dtlctl.stages.dispose
     import dtlctl.stages.finetune

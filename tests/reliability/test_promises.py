@@ -19,7 +19,7 @@ from torch import nn
 
 from dtlctl import checkpoint, lock, models, stop
 from dtlctl.data import cache
-from dtlctl.data.sources import Dataset
+from dtlctl.data.dataset import Dataset
 from dtlctl.engine import Engine
 from dtlctl.errors import CheckpointError, RecipeError, Stopped
 from dtlctl.loading import load
@@ -155,9 +155,9 @@ def test_a_half_written_file_of_a_dead_process_with_our_number_is_in_nobodys_way
 def test_a_dead_process_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "cache"))
     program = (
-        "import os, signal; from dtlctl.data import cache, sources\n"
+        "import os, signal; from dtlctl.data import cache, dataset\n"
         "cache._decode = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "cache.load(sources.Dataset(path='builtin:digits'), 'train', 8)"
+        "cache.load(dataset.Dataset(path='builtin:digits'), 'train', 8)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
     assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import platform
-import time
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtlctl import models
-from dtlctl.bench_steps import WAYS, Bench, Step
+from dtlctl.bench import meter
+from dtlctl.bench.steps import WAYS, Bench
 from dtlctl.errors import RecipeError
 from dtlctl.progress import Progress
 
@@ -73,9 +68,9 @@ def measure(bench: Bench, cells: Sequence[tuple[str, int]], repeats: int, progre
             way, c = cell
             bench.model.zero_grad()
             if turn:
-                seconds[cell].append(_timed(steps[cell], bench.device))
+                seconds[cell].append(meter.timed(steps[cell], bench.device))
             else:  # the first turn warms up, and measures what need not be repeated
-                peaks[cell] = _peak(steps[cell], bench.device)
+                peaks[cell] = meter.peak(steps[cell], bench.device)
                 if way.startswith("gc"):
                     held = [p.grad for p in bench.parameters]
                     if references[0] != c:
@@ -98,7 +93,7 @@ def measure(bench: Bench, cells: Sequence[tuple[str, int]], repeats: int, progre
         }
         for way, c in cells
     ]
-    return {"machine": {**machine(bench.device), **_settings(bench)}, "repeats": repeats, "rows": rows}
+    return {"machine": {**meter.machine(bench.device), **_settings(bench)}, "repeats": repeats, "rows": rows}
 
 
 def text(document: dict[str, Any]) -> str:
@@ -113,55 +108,6 @@ def text(document: dict[str, Any]) -> str:
             f"{row['way']:24}{row['chunks']:3}{row['seconds']:10.3f}{row['ratio']:8.2f}{peak:>10}{error:>9}{cosine:>9}"
         )
     return "\n".join(lines)
-
-
-def _timed(step: Step, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-def _peak(step: Step, device: torch.device) -> int | None:
-    """Bytes that a step needs at most, beyond what is held already."""
-    gc.collect()
-    with suppress(AttributeError, OSError):  # glibc keeps what was freed, and a step would seem to need nothing
-        ctypes.CDLL(None).malloc_trim(0)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    status = Path("/proc/self/status")
-    try:  # Linux forgets the highest resident size when told so
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        step()
-        return None
-    before = _kilobytes(status, "VmRSS")
-    step()
-    return 1024 * max(0, _kilobytes(status, "VmHWM") - before)
-
-
-def _kilobytes(status: Path, field: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a time depends on whatever is timed: the device, its instructions, threads, and torch's version."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
 
 
 def _settings(bench: Bench) -> dict[str, Any]:

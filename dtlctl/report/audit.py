@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dtlctl.attacks.membership import RATES
-from dtlctl.figures import COLOURS, INK
-from dtlctl.report import grid
-from dtlctl.results import belonging, recipe_of
+from dtlctl.report.figures import COLOURS, INK
+from dtlctl.report.results import belonging, recipe_of
+from dtlctl.report.tables import grid
 
 Audits = dict[str, dict[str, Any]]
 """The metrics of every audited model, by name, in the order of the table."""

@@ -1,37 +1,20 @@
-"""What a recipe demands of its network and its data, looked at before anything trains."""
+"""What a recipe demands of its data and of the processes that share it, looked at before anything trains."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
-
-from dtlctl import models
 from dtlctl.attacks import tuning
 from dtlctl.errors import DataError, RecipeError
-from dtlctl.objectives.batched import batchable
+from dtlctl.experiment import Experiment
 from dtlctl.objectives.unlearn import NullSpace
-
-if TYPE_CHECKING:
-    from dtlctl.experiment import Experiment
-    from dtlctl.plan import Job
-    from dtlctl.recipe import Dispose, Model, Piggyback, Recipe
+from dtlctl.plan import Job
+from dtlctl.recipe import Dispose, Piggyback
 
 
-def of_network(recipe: Recipe, source: str) -> None:
-    """Raise RecipeError where the network lacks stages or layers that a variant or an attacker needs.
-
-    source: the recipe's file, for the message, which names the first mistake in full and the others by their keys.
-    """
-    found = [*_of_variants(recipe), *_of_attackers(recipe)]
-    if found:
-        others = ", ".join(place for place, _ in found[1:])
-        raise RecipeError(f"{source}: {found[0][0]}: {found[0][1]}" + (f"\nalso wrong: {others}" if others else ""))
-
-
-def of_data(lab: Experiment, jobs: Iterable[Job[Any]]) -> None:
+def check(lab: Experiment, jobs: Iterable[Job[Any]]) -> None:
     """Raise RecipeError or DataError where a job's data has too many classes, or too few images, for its settings.
 
     And RecipeError where a disposal that is not there yet cannot be shared by the processes of this start. Reads data
@@ -109,42 +92,3 @@ def _images_to_hold_out(lab: Experiment, job: Job[Piggyback]) -> None:
         tuning.hold_out(labels, share, 0)
     except DataError as error:
         raise DataError(f"{lab.source}: {where}: {error}; {remedy}") from None
-
-
-def _of_variants(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(key, reason) of every variant that asks for more stages than there are, or for one pass that cannot be."""
-    for name, settings in recipe.dispose.items():
-        if settings.unlearn.memory == "batched" and not batchable(_backbone(recipe.model)):
-            reason = f"{recipe.model.arch} has other layers than convolutions, linear layers and batch norms"
-            yield f"dispose.{name}.unlearn.memory", f'"batched": {reason}; write "auto", "keep" or "recompute"'
-        asked = {"fresh_stages": settings.fresh_stages}
-        if isinstance(settings.unlearn, NullSpace):
-            asked["unlearn.stages"] = settings.unlearn.stages
-        for key, count in asked.items():
-            if count and count > (known := len(models.stages(_backbone(recipe.model)))):
-                reason = f"{count}, but {recipe.model.arch} has {known} stages; write {known} or less"
-                if not known:
-                    reason = f"the stages of {recipe.model.arch} are not known; choose another network or variant"
-                yield f"dispose.{name}.{key}", reason
-
-
-def _of_attackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(key, reason) of every attacker who cannot prepare this network."""
-    for number, attacker in enumerate(recipe.piggyback.attackers):
-        lacking = ""
-        if attacker.kind == "last-block" and not models.stages(_backbone(recipe.model)):
-            lacking = "a known last stage"
-        if "renorm" in attacker.kind and not any(map(_is_batch_norm, _backbone(recipe.model).modules())):
-            lacking = "batch normalisation"
-        if lacking:
-            reason = f'kind "{attacker.kind}" needs {lacking}, which {recipe.model.arch} does not have; leave it out'
-            yield f"piggyback.attackers.{number}", reason
-
-
-def _backbone(spec: Model) -> nn.Module:
-    """Built only if something is demanded of it: most recipes need not wait for it."""
-    return models.outline(spec.arch, spec.stem, spec.width, spec.image_size).backbone
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)

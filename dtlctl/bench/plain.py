@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dtlctl import models
-from dtlctl.data.sources import Dataset, rows
+from dtlctl.data.dataset import Dataset
+from dtlctl.data.sources import rows
 from dtlctl.recipe import Training
 
 IMAGES = 1 << 14  # as many are enough for any number of steps, and their files fit in memory

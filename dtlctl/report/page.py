@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from dtlctl import report
+from dtlctl.report.tables import number
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6675; --line: #d9dee6; --paper: #ffffff; --tint: #f4f6f9;
@@ -106,7 +106,7 @@ def _cards(table: dict[str, Any]) -> str:
         shares = row.get("recovered_worst") or row.get("recovered") or {}
         said = [f"{share['share']:.0%} of {escape(name)}" for name, share in shares.items() if share]
         left = f"<br>recovered: {', '.join(said)}" if said and row["model"] != "TL" else ""
-        value, sign, half = report.number(row, "acc_t").partition(" ±")
+        value, sign, half = number(row, "acc_t").partition(" ±")
         shown = f"{value}<small>{sign}{half}</small>"
         cards.append(f"<div class=card>{escape(row['model'])}<b>{shown}</b><span>target{left}</span></div>")
     return f"<div class=cards>{''.join(cards)}</div>"

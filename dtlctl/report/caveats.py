@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from dtlctl.attacks.recovery import recovered
-from dtlctl.results import Row
+from dtlctl.report.results import Row
 
 LEFT = 0.1
 """The share of what TL gives away that must be left for an attack to have failed: less could be chance."""

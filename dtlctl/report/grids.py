@@ -7,9 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dtlctl import checkpoint, figures, page, report
+from dtlctl import checkpoint
 from dtlctl.errors import CheckpointError
 from dtlctl.experiment import Experiment
+from dtlctl.report import figures, files, page, tables
+from dtlctl.report.summary import summarise as summary_of
 from dtlctl.sweep import Point, names_in
 
 
@@ -22,7 +24,7 @@ def summarise(done: Sequence[tuple[Point, Experiment]]) -> dict[str, Any]:
     found = [
         {
             "values": {key: value for key, value in group[0][0].values.items() if key != "seed"},
-            "table": report.summarise([lab.folder for _, lab in group]),
+            "table": summary_of([lab.folder for _, lab in group]),
         }
         for group in groups.values()
     ]
@@ -34,7 +36,7 @@ def summarise(done: Sequence[tuple[Point, Experiment]]) -> dict[str, Any]:
 def write(document: dict[str, Any], folder: Path, command: str, name: str, runs: Sequence[Path]) -> None:
     """Write table.json, table.md, figures and report.html; a sweep over seeds alone is the report of these runs."""
     if len(document["points"]) == 1:
-        report.write(document["points"][0]["table"], folder, command, runs)
+        files.write(document["points"][0]["table"], folder, command, runs)
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +51,7 @@ def write(document: dict[str, Any], folder: Path, command: str, name: str, runs:
         ]
         checkpoint.write(folder / "report.html", page.document(name, parts).encode())
         checkpoint.write(folder / "table.md", markdown(document).encode())
-        checkpoint.write(folder / "table.json", report.dump(document).encode())
+        checkpoint.write(folder / "table.json", files.dump(document).encode())
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
 
@@ -57,7 +59,7 @@ def write(document: dict[str, Any], folder: Path, command: str, name: str, runs:
 def markdown(document: dict[str, Any]) -> str:
     """One row a point and model; what no swept key of its own changes is shown once. Below, the caveats."""
     if len(document["points"]) == 1:
-        return report.markdown(document["points"][0]["table"])
+        return tables.markdown(document["points"][0]["table"])
     found, keys = document["points"], list(document["points"][0]["values"])
     sets = list(dict.fromkeys(s for point in found for row in point["table"]["rows"] for s in row["piggyback"]))
     tuned = any("piggyback_worst" in row for point in found for row in point["table"]["rows"])
@@ -69,16 +71,16 @@ def markdown(document: dict[str, Any]) -> str:
             if row["model"] in fixed and number:
                 continue
             values = ["–"] * len(keys) if row["model"] in fixed else _values(point, row["model"])
-            line = [row["model"], *values, report.number(row, "acc_s"), report.number(row, "acc_t")]
+            line = [row["model"], *values, tables.number(row, "acc_s"), tables.number(row, "acc_t")]
             kinds = ("piggyback", "piggyback_worst") if tuned else ("piggyback",)
-            line += [report.attacked_number(row, s, kind) for kind in kinds for s in sets]
+            line += [tables.attacked_number(row, s, kind) for kind in kinds for s in sets]
             if line not in lines:  # a model whose own λ is the same at two points was made once
                 lines.append(line)
     lines.sort(key=lambda line: line[0] not in fixed)
     seeds = found[0]["table"]["seeds"]
     note = f"Mean over seeds {', '.join(map(str, seeds))} ± half width of the 95 % interval."
     intro = f"Accuracies in %. {note}" if len(seeds) > 1 else f"Accuracies in %, seed {seeds[0]}."
-    return "\n\n".join([intro, report.grid(columns, lines), *_caveats(found)]) + "\n"
+    return "\n\n".join([intro, tables.grid(columns, lines), *_caveats(found)]) + "\n"
 
 
 def _caveats(found: list[dict[str, Any]]) -> list[str]:

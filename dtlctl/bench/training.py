@@ -12,9 +12,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dtlctl import bench, bench_plain, models
+from dtlctl import models
+from dtlctl.bench import meter, plain
 from dtlctl.data import cache
-from dtlctl.data.sources import Dataset
+from dtlctl.data.dataset import Dataset
 from dtlctl.data.tensors import Batch, Batches, Share
 from dtlctl.engine import Engine
 from dtlctl.errors import RecipeError
@@ -81,15 +82,15 @@ def run(
         return engine.place(model, global_batch_norm=True)
 
     turns = _ours(engine, network, channels_last, images, plan)
-    table = bench_plain.table(dataset, image_size, batch_size)
+    table = plain.table(dataset, image_size, batch_size)
     for workers in sorted({0, cores - 1}):
-        loader = bench_plain.batches(table, image_size, batch_size, workers, engine.device)
-        model = bench_plain.network(arch, stem, image_size, classes).to(engine.device)
-        turns["plain", workers] = bench_plain.turns(model, loader, plan, precision, engine.device)
+        loader = plain.batches(table, image_size, batch_size, workers, engine.device)
+        model = plain.network(arch, stem, image_size, classes).to(engine.device)
+        turns["plain", workers] = plain.turns(model, loader, plan, precision, engine.device)
     with Progress("bench", (repeats + 1) * len(turns), enabled=not quiet) as progress:
         seconds = measure(turns, steps, repeats, progress)
     settings = {"precision": precision, "batch_size": batch_size, "image_size": image_size, "arch": arch, "stem": stem}
-    machine = {**bench.machine(engine.device), "cores": cores, "channels_last": channels_last, **settings}
+    machine = {**meter.machine(engine.device), "cores": cores, "channels_last": channels_last, **settings}
     counts = {"data": data, "images": len(images.labels), "steps": steps, "repeats": repeats}
     return {"machine": machine, **counts, "rows": compared(seconds, batch_size)}
 

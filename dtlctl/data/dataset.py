@@ -1,0 +1,92 @@
+"""What a recipe says of one dataset, and how errors name it. Nothing is opened here."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, model_validator
+
+from dtlctl.data import builtin
+from dtlctl.errors import nearest
+from dtlctl.strict import Strict
+
+Split = Literal["train", "test"]
+
+_BUILTIN = "builtin:"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+
+
+class Dataset(Strict):
+    """One table under `[data]`.
+
+    `path` is a hub id ("owner/name"), a local folder or file, or "builtin:NAME". It is local if it begins with ".",
+    "/" or "~" or exists; a relative one is relative to the working directory, not to the recipe. A folder holds
+    `train/<class>/*.png` and `test/<class>/*.png`, or parquet or arrow files as the hub lays them out. Columns are
+    guessed only where there is exactly one candidate.
+    """
+
+    path: str
+    config: str | None = None  # hub configuration
+    revision: str | None = None  # hub commit, tag or branch
+    image: str | None = None  # column
+    label: str | None = None  # column
+    train: str = Field("train", min_length=1)  # split names
+    test: str = Field("test", min_length=1)
+    fraction: float = Field(1.0, gt=0, le=1)  # γ
+    augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
+
+    @model_validator(mode="after")
+    def _consistent(self, info: ValidationInfo) -> Dataset:
+        if (info.context or {}).get("finished"):
+            return self  # a finished run is looked at wherever it is, and its data may be out of reach there
+        kind = kind_of(self.path)
+        if kind == "builtin":
+            _check_builtin(self)
+        elif kind == "hub" and not _HUB_ID.fullmatch(self.path):
+            raise ValueError(
+                f"path {self.path!r} is no existing file or folder, and neither a hub id (owner/name) nor a builtin ("
+                + ", ".join(_BUILTIN + name for name in builtin.NAMES)
+                + ")"
+            )
+        elif kind == "local" and (self.config is not None or self.revision is not None):
+            raise ValueError(f"config and revision are for hub ids; {self.path!r} is local")
+        return self
+
+
+def is_hub(dataset: Dataset) -> bool:
+    """Whether the dataset comes from the Hugging Face hub."""
+    return kind_of(dataset.path) == "hub"
+
+
+def where(dataset: Dataset, split: Split, row: int | None = None) -> str:
+    """How an error names a place in a dataset."""
+    place = f"{dataset.path}, split {getattr(dataset, split)!r}"
+    return place if row is None else f"{place}, row {row}"
+
+
+def kind_of(path: str) -> Literal["builtin", "local", "hub"]:
+    """Told by the path alone. Raises ValueError where it can be none."""
+    if not path or "\0" in path:
+        raise ValueError("path is empty" if not path else "path holds a NUL character")
+    if path.startswith(_BUILTIN):
+        return "builtin"
+    return "local" if path.startswith((".", "/", "~")) or os.path.exists(path) else "hub"
+
+
+def builtin_name(dataset: Dataset) -> str:
+    """NAME of "builtin:NAME"."""
+    return dataset.path.removeprefix(_BUILTIN)
+
+
+def _check_builtin(dataset: Dataset) -> None:
+    name, names = builtin_name(dataset), builtin.NAMES
+    if name not in names:
+        raise ValueError(f"no builtin dataset {name!r}{nearest(name, names)} (builtin: {', '.join(names)})")
+    for key in ("config", "revision", "image", "label"):
+        if getattr(dataset, key) is not None:
+            raise ValueError(f"{key} means nothing for a builtin dataset; remove it")
+    for split in (dataset.train, dataset.test):
+        if split not in ("train", "test"):
+            raise ValueError(f"a builtin dataset has the splits train and test, not {split!r}")
