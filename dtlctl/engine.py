@@ -41,7 +41,7 @@ _PATIENCE = timedelta(days=7)
 class History:
     """What a training run leaves behind besides the weights."""
 
-    rows: list[dict[str, float]] = field(default_factory=list)
+    rows: list[dict[str, int | float]] = field(default_factory=list)
     """One a report: the step, means since the report before, and accuracies where they were measured."""
     seconds: float = 0.0
     images_per_second: float = 0.0

@@ -38,6 +38,7 @@ class Experiment:
         self.recipe, self.folder, self.source, self.quiet = recipe, out / recipe.name, source, quiet
         network_demands.check(recipe, source)  # raises RecipeError
         self.jobs = jobs(recipe)
+        self.references = self.folder / "audit/references"
         self.images = cache(self._images)
         self.index = cache(self._index)
 
@@ -64,10 +65,10 @@ class Experiment:
 
     def _open(self, stack: ExitStack) -> None:
         folders = sorted({place for job in self.jobs for place in (self._path(job).parent, self.scratch(job))})
-        lock.refuse_links(self.folder, [*folders, self.folder / "report"])
+        lock.refuse_links(self.folder, [*folders, self.references, self.folder / "report"])
         if taken_over := stack.enter_context(lock.held(self.folder)):
             say(taken_over)
-        for folder in [self.folder, *folders]:
+        for folder in [self.folder, self.references, *folders]:
             checkpoint.settle(folder)
         checkpoint.renew_json(self.folder / "recipe.json", self.recipe.resolved())
 
@@ -174,7 +175,7 @@ class Experiment:
         """The published model of that name, which must be up to date with the recipe."""
         sidecar = self.require(name)
         model = self.new_model(sidecar.get("heads", {}), "load", global_batch_norm=global_batch_norm)
-        checkpoint.load_weights(self._path(self._job(name)).parent, sidecar, model)
+        checkpoint.load_weights(self._path(self.job(name)).parent, sidecar, model)
         return model
 
     def attach_head(self, model: models.Classifier, name: str, classes: int, tag: str) -> None:
@@ -219,7 +220,7 @@ class Experiment:
 
     def require(self, name: str) -> dict[str, Any]:
         """The sidecar of an up-to-date model; else CheckpointError with the command that makes it."""
-        job = self._job(name)
+        job = self.job(name)
         sidecar = checkpoint.read_sidecar(self._path(job))
         remedy = f"run: dtlctl {job.stage} {self.source}"
         if sidecar is None:
@@ -228,7 +229,8 @@ class Experiment:
             raise CheckpointError(f"{self._path(job)}: {name} was made from other settings or data; {remedy}")
         return sidecar
 
-    def _job(self, model: str) -> Job[Any]:
+    def job(self, model: str) -> Job[Any]:
+        """The job that makes the model."""
         return next(job for job in self.jobs if job.model == model and job.stage not in ("piggyback", "audit"))
 
     # Results ----------------------------------------------------------------------------------------------------

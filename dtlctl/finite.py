@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
 from dtlctl.errors import DivergedError
 from dtlctl.resume import State
@@ -28,6 +28,16 @@ def check_weights(model: nn.Module, step: int) -> None:
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise DivergedError(f"training diverged at step {step}, the last: {name} is not finite\n{_REMEDY}")
+
+
+def check_features(values: Tensor) -> None:
+    """Raise DivergedError if what a published model makes of some of n images, [n, ...], is not finite."""
+    bad = int((~values.isfinite()).reshape(len(values), -1).any(1).sum())
+    if bad:
+        raise DivergedError(
+            f"the model's answers to {bad} of {len(values)} images are not finite; no attack can read them\n"
+            "make it again with a smaller lr, clip = 1.0, or another lambda"
+        )
 
 
 def check_answers(bad: int, total: int, head: str) -> None:

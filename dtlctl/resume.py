@@ -33,7 +33,7 @@ class State:
     """Where a training stands between two steps."""
 
     step: int = 0
-    rows: list[dict[str, float]] = field(default_factory=list)
+    rows: list[dict[str, int | float]] = field(default_factory=list)
     """The reports so far."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     """This process's sums since the last report: float64 scalars."""

@@ -20,6 +20,7 @@ from dtlctl.attacks.trials import Ground, Strike
 from dtlctl.attacks.tuning import Look, Setting, Trial
 from dtlctl.errors import DataError, RecipeError
 from dtlctl.experiment import Experiment
+from dtlctl.kept import Kept
 from dtlctl.loading import load
 from dtlctl.plan import jobs
 from dtlctl.stages import piggyback, run
@@ -306,6 +307,9 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
         def __init__(self, lab: Experiment, *_: object):
             self.lab = lab
 
+        def whole(self) -> bool:
+            return True
+
         def attempt(self, attacker: Any, setting: Setting) -> Trial:
             return Trial(setting, 0, [Look(1, held_out[setting.kind], 1.0)])
 
@@ -314,7 +318,7 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
             return Strike(trial, tested[attacker.kind])
 
     monkeypatch.setattr(piggyback, "Ground", Fake)
-    metrics = piggyback._tuned(lab, job, 55.0)
+    metrics = piggyback._tuned(lab, job, Kept(lab.scratch(job), "key"), 55.0)
     assert [metrics[f"acc_pl_{name}"] for name in ("worst", "median", "max")] == [10.0, 15.0, 55.0]
     assert [strike["kind"] for strike in metrics["chosen"]] == ["probe"]
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dtlctl.attacks.signals import View, entropy
+from dtlctl.finite import check_features
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe import Audit, Training
 
@@ -27,10 +28,15 @@ POINTS = 10
 
 
 def uncertainty(lab: Experiment, model: Classifier) -> dict[str, float]:
-    """Mean entropy of the source head on the source's test split, in nats and as a share of log K (1: it is mute)."""
+    """Mean entropy of the source head on the source's test split, in nats and as a share of log K (1: it is mute).
+
+    Raises DivergedError for answers that are not finite.
+    """
     with torch.no_grad():
         parts = [-entropy(View(model, [batch]))["entropy"] for batch in lab.split("source", "test")]
-    mean = float(lab.engine.gather(torch.cat(parts)).double().mean())
+    found = lab.engine.gather(torch.cat(parts)).double()
+    check_features(found)
+    mean = float(found.mean())
     return {"nats": mean, "share_of_log_k": mean / math.log(max(2, model.classes["source"]))}
 
 

@@ -6,15 +6,17 @@ trains reference models himself, each on a random half of all images, members an
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dtlctl import checkpoint
 from dtlctl.attacks.signals import View
 from dtlctl.data.tensors import Batches, evaluation_batches
+from dtlctl.kept import Kept
 from dtlctl.objectives.supervised import cross_entropy
 
 if TYPE_CHECKING:
@@ -39,44 +41,66 @@ def rmia(view: View, out: Tensor) -> dict[str, Tensor]:
     return {"rmia": ratio(own, out.to(own))}
 
 
+class Everything(NamedTuple):
+    """The source's train subset, then its test split."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+
 @lru_cache(maxsize=1)
 def confidences(lab: Experiment, count: int) -> tuple[dict[int, float], dict[int, float]]:
     """For rows of the source's train subset and of its test split: the confidence in the true class of references.
 
     `count` (even) models are trained as `pretrain` says, in pairs on complementary random halves, so that each
-    image is unknown to half of them; only those are averaged. Kept for the next model of the same run.
+    image is unknown to half of them; only those are averaged. What each said is kept in the run's folder, for other
+    models and later audits.
     """
     train, test = lab.images("source", "train"), lab.images("source", "test")
     rows = lab.index("source")
-    pixels = np.concatenate([train.pixels[rows], test.pixels])
-    labels = np.concatenate([train.labels[rows], test.labels])
-    sums, settings = np.zeros(len(labels)), lab.recipe.pretrain
+    everything = Everything(
+        np.concatenate([train.pixels[rows], test.pixels]), np.concatenate([train.labels[rows], test.labels])
+    )
+    kept = Kept(lab.references, checkpoint.key({"pre": lab.key(lab.job("pre")), "seed": lab.recipe.seed}))
+    sums = np.zeros(len(everything.labels))
     for number in range(count):
-        order = np.random.default_rng(lab.seed(f"audit/references/{number // 2}")).permutation(len(labels))
-        inside, outside = np.split(order, [len(order) // 2])
-        if number % 2:
-            inside, outside = outside, inside
-        tag = f"audit/reference/{number}"
-        model = lab.new_model({"source": len(train.classes)}, tag)
-        batches = Batches(
-            pixels,
-            labels,
-            np.sort(inside),
-            batch_size=settings.batch_size,
-            augment=lab.dataset("source").augment,
-            seed=lab.seed(tag),
-            device=lab.engine.device,
-            share=lab.engine.share,
+        inside, outside = _halves(lab, number, len(sums))
+        sums[outside] += kept.common(
+            lab.engine, f"{number}", list[float], partial(_reference, lab, number, count, everything, inside, outside)
         )
-        steps = settings.total_steps(batches.images)
-        with lab.progress(f"audit/reference {number + 1} of {count}", steps) as bar:
-            objective = cross_entropy(model, "source", batches)
-            lab.engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
-        outside = np.sort(outside)
-        sums[outside] += _confidence(lab, model.eval(), pixels[outside], labels[outside])
     means = sums / max(1, count // 2)
     known = dict(zip(rows.tolist(), means[: len(rows)].tolist(), strict=True))
     return known, dict(enumerate(means[len(rows) :].tolist()))
+
+
+def _halves(lab: Experiment, number: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted places of the images that a reference is trained on, and of those that it never sees."""
+    order = np.random.default_rng(lab.seed(f"audit/references/{number // 2}")).permutation(images)
+    halves = [np.sort(half) for half in np.split(order, [images // 2])]
+    return halves[number % 2], halves[1 - number % 2]
+
+
+def _reference(
+    lab: Experiment, number: int, count: int, everything: Everything, inside: np.ndarray, outside: np.ndarray
+) -> list[float]:
+    """Train one reference; its confidence in the true class of the images that it never saw."""
+    settings, tag = lab.recipe.pretrain, f"audit/reference/{number}"
+    model = lab.new_model({"source": len(lab.classes("source"))}, tag)
+    batches = Batches(
+        everything.pixels,
+        everything.labels,
+        inside,
+        batch_size=settings.batch_size,
+        augment=lab.dataset("source").augment,
+        seed=lab.seed(tag),
+        device=lab.engine.device,
+        share=lab.engine.share,
+    )
+    steps = settings.total_steps(batches.images)
+    with lab.progress(f"audit/reference {number + 1} of {count}", steps) as bar:
+        objective = cross_entropy(model, "source", batches)
+        lab.engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
+    return _confidence(lab, model.eval(), everything.pixels[outside], everything.labels[outside]).tolist()
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torchvision.ops import StochasticDepth
 from dtlctl.attacks import tuning
 from dtlctl.attacks.piggyback import Attacker, Frozen
 from dtlctl.attacks.tuning import Setting, Trial
-from dtlctl.data.sources import Split
+from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batch, Batches, evaluation_batches
 from dtlctl.experiment import Experiment
 from dtlctl.models import Classifier
@@ -92,6 +92,10 @@ class Ground:
         )  # fmt: skip
         return Strike(trial, tuning.accuracy(model, HEAD, self._whole("test", self.judges)))
 
+    def whole(self) -> bool:
+        """Whether nothing has cut trials short."""
+        return not self.stop.is_set()
+
     def _split(self, seed: int) -> tuple[np.ndarray, tuple[Split, np.ndarray], np.ndarray]:
         """Places of the images that train, among the attacker's own; that choose, with their split; and that judge."""
         test = self.lab.images(self.job.dataset, "test").labels
@@ -146,8 +150,12 @@ class Ground:
         return found
 
 
-def share_out(ground: Ground, tasks: list[Callable[[], Result]]) -> list[Result]:
+def share_out(
+    ground: Ground, tasks: list[Callable[[], Result]], done: Callable[[int], None] = lambda count: None
+) -> list[Result]:
     """Every task's result, in order. Tasks are shared out over processes and, on the CPU, over this one's threads.
+
+    done: told after each of this process's tasks how many of all are finished by then, if others are as far.
 
     One thread a task: networks and batches this small leave a second thread idle. But threads share torch's random
     numbers, so the trials of a network that draws some go one after the other, each from a seed of its own.
@@ -167,7 +175,10 @@ def share_out(ground: Ground, tasks: list[Callable[[], Result]]) -> list[Result]
     torch.set_num_threads(1 if at_once > 1 else cores)
     pool = ThreadPoolExecutor(at_once)
     try:
-        results = list(pool.map(work, range(engine.share.rank, len(tasks), engine.processes)))
+        results = []
+        for result in pool.map(work, range(engine.share.rank, len(tasks), engine.processes)):
+            results.append(result)
+            done(min(len(results) * engine.processes, len(tasks)))
     except BaseException:
         ground.stop.set()
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ from dtlctl.data.tensors import Batch
 from dtlctl.engine import History
 from dtlctl.errors import CheckpointError, DataError
 from dtlctl.experiment import Experiment
+from dtlctl.finite import check_features
+from dtlctl.kept import Kept
 from dtlctl.models import Classifier
 from dtlctl.plan import Job
 from dtlctl.progress import say
@@ -43,9 +46,9 @@ def audit(lab: Experiment, job: Job[Audit]) -> None:
     """Attack as many training images of the source as test images, through its source head and through a new one.
 
     Raises DataError for too few images and for groups that can be told apart without the model, CheckpointError for
-    a model without a source head in a recipe that attacks only that head.
+    a model without a source head in a recipe that attacks only that head, DivergedError for one that answers nan.
     """
-    started, settings = _clocks(), job.settings
+    started, settings, kept = _clocks(), job.settings, Kept(lab.scratch(job), lab.key(job))
     groups = _groups(lab, job)
     metrics: dict[str, Any] = {"members": len(groups.members), "others": len(groups.others)}
     model = lab.load_model(job.model).eval().requires_grad_(False)
@@ -54,13 +57,15 @@ def audit(lab: Experiment, job: Job[Audit]) -> None:
     costs: dict[str, Any] = {}
     if metrics["source_head"] != "missing":
         metrics["entropy_readout"] = readout.uncertainty(lab, model)
-        metrics["relearning"] = readout.relearning(lab, job.model, settings)
+        metrics["relearning"] = kept.common(
+            lab.engine, "relearning", Any, lambda: readout.relearning(lab, job.model, settings)
+        )
         if "as-is" in settings.modes:
-            found, costs["as-is"] = _attack(lab, job, model, groups)
+            found, costs["as-is"] = _attack(lab, job, model, groups, "as-is", kept)
             metrics.update(found)
     if "reprobe" in settings.modes:
         _refit(lab, model, groups)
-        metrics["reprobe"], costs["reprobe"] = _attack(lab, job, model, groups)
+        metrics["reprobe"], costs["reprobe"] = _attack(lab, job, model, groups, "reprobe", kept)
     seconds, cpu = (_clocks() - started).tolist()
     metrics["cost"] = {**costs, "cpu_seconds": round(cpu, 1)}
     lab.publish(job, metrics, History(seconds=seconds))
@@ -112,23 +117,32 @@ def _blind(lab: Experiment, job: Job[Audit], groups: Groups, model: Classifier) 
 
 
 def _attack(
-    lab: Experiment, job: Job[Audit], model: Classifier, groups: Groups
+    lab: Experiment, job: Job[Audit], model: Classifier, groups: Groups, mode: str, kept: Kept
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Every attack of the recipe on one source head: results by name, and what they cost."""
+    """Every attack of the recipe on one source head, each kept as soon as it is done: results by name, and the cost."""
     views = _views(lab, model, groups.members, groups.others)
     found: dict[str, Any] = {}
     costs: dict[str, Any] = {}
     for name in job.settings.attacks:
-        started = _clocks()
-        attack = ATTACKS.get(name) or _rmia(lab, job, groups)
-        seen = [_see(lab, attack, view, job.settings) for view in views]
-        observed = _clocks() - started
-        found |= _judge(lab, job, attack, name, seen)
-        total, images = _clocks() - started, len(groups.members) + len(groups.others)
-        costs[name] = {"seconds": round(total[0], 3), "cpu_seconds": round(total[1], 3)}
-        if observed[1] > 0.01:  # else all that it saw was on the account of an attack before it
-            costs[name]["images_per_cpu_second"] = round(images / observed[1], 1)
+        one = partial(_one_attack, lab, job, name, views, groups)
+        results, costs[name] = kept.common(lab.engine, f"{mode}-{name}", tuple[dict[str, Any], dict[str, float]], one)
+        found |= results
     return found, costs
+
+
+def _one_attack(
+    lab: Experiment, job: Job[Audit], name: str, views: tuple[View, View], groups: Groups
+) -> tuple[dict[str, Any], dict[str, float]]:
+    started = _clocks()
+    attack = ATTACKS.get(name) or _rmia(lab, job, groups)
+    seen = [_see(lab, attack, view, job.settings) for view in views]
+    observed = _clocks() - started
+    found = _judge(lab, job, attack, name, seen)
+    total, images = _clocks() - started, len(groups.members) + len(groups.others)
+    cost = {"seconds": round(total[0], 3), "cpu_seconds": round(total[1], 3)}
+    if observed[1] > 0.01:  # else all that it saw was on the account of an attack before it
+        cost["images_per_cpu_second"] = round(images / observed[1], 1)
+    return found, cost
 
 
 def _clocks() -> np.ndarray:
@@ -184,4 +198,5 @@ def _refit(lab: Experiment, model: Classifier, groups: Groups) -> None:
         embedded(lab.split("source", "test", groups.head_others)),
     ]
     features, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
+    check_features(features)
     probe.refit(model, features, labels, len(lab.classes("source")))

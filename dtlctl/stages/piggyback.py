@@ -10,7 +10,9 @@ from typing import Any
 from dtlctl.attacks import tuning
 from dtlctl.attacks.trials import HEAD, Ground, Strike, share_out, start
 from dtlctl.attacks.tuning import Trial
+from dtlctl.engine import History
 from dtlctl.experiment import Experiment
+from dtlctl.kept import Kept
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.plan import Job
 from dtlctl.recipe import Piggyback
@@ -24,20 +26,26 @@ def piggyback(lab: Experiment, job: Job[Piggyback]) -> None:
     model = start(lab, job, f"piggyback/{job.dataset}/head")
     batches = lab.batches(job.dataset, job.settings.batch_size, f"piggyback/{job.dataset}/batches")
     objective = cross_entropy(model, HEAD, batches)
-    history, metrics = lab.train(job, model, objective, batches, {"acc_pl": (HEAD, job.dataset)})
+    kept = Kept(lab.scratch(job), lab.key(job))
+    history, metrics = kept.common(
+        lab.engine,
+        "single",
+        tuple[History, dict[str, Any]],
+        lambda: lab.train(job, model, objective, batches, {"acc_pl": (HEAD, job.dataset)}),
+    )
     if job.settings.attackers:
-        metrics |= _tuned(lab, job, metrics["acc_pl"])
+        metrics |= _tuned(lab, job, kept, metrics["acc_pl"])
     lab.publish(job, metrics, history)
 
 
-def _tuned(lab: Experiment, job: Job[Piggyback], single: float) -> dict[str, Any]:
+def _tuned(lab: Experiment, job: Job[Piggyback], kept: Kept, single: float) -> dict[str, Any]:
     """Metrics of the tuned attackers; `single`: Acc_pl of the table's one setting.
 
     Each attacker tries his grid on the training part of his images and keeps what is best on the held-out part, the
     step too; with that he trains once more, on all he has. The worst case is the attacker who is best on held-out
     images. `acc_pl_max` looks at the images that judge instead: no attacker can do that, so it is an upper bound.
     """
-    started, fits = time.perf_counter(), 0
+    started = time.perf_counter()
     trials: list[Trial] = []
     strikes: list[list[Strike]] = []
     total = job.settings.attack_seeds * sum(len(attacker.grid()) for attacker in job.settings.attackers)
@@ -45,13 +53,16 @@ def _tuned(lab: Experiment, job: Job[Piggyback], single: float) -> dict[str, Any
         for seed in range(job.settings.attack_seeds):
             ground = Ground(lab, job, seed)
             grid = [(attacker, setting) for attacker in job.settings.attackers for setting in attacker.grid()]
-            tried = share_out(ground, [partial(ground.attempt, *point) for point in grid])
-            bar.advance(len(grid))
+            tasks = [partial(ground.attempt, *point) for point in grid]
+            trying = kept.each(f"trial-{seed}", Trial, tasks, ground.whole)
+            tried = share_out(ground, trying, lambda count: bar.at(len(trials) + count, total))
             best = [tuning.choose([t for t in tried if t.setting.kind == kind]) for kind in _kinds(job.settings)]
             makers = [(grid[tried.index(trial)][0], trial) for trial in best if trial]
-            again = share_out(ground, [partial(ground.strike, *pair) for pair in makers])
-            fits, trials, strikes = fits + len(tried) + len(again), trials + tried, [*strikes, again]
-    seconds = time.perf_counter() - started
+            strokes = [partial(ground.strike, *pair) for pair in makers]
+            again = share_out(ground, kept.each(f"strike-{seed}", Strike, strokes, ground.whole))
+            trials.extend(tried)
+            strikes.append(again)
+    seconds, fits = time.perf_counter() - started, sum(lab.engine.gather_objects([kept.made]))
     worst = [tuning.choose([strike.trial for strike in again]) for again in strikes]
     chosen = [next(s for s in again if s.trial is trial) for again, trial in zip(strikes, worst, strict=True) if trial]
     accuracies = [[strike.acc_pl for strike in again] for again in strikes if again]

@@ -1,0 +1,70 @@
+"""Finished parts of a job that is not: small JSON files, so that a stop costs what was at work and no more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from dtlctl import checkpoint
+from dtlctl.errors import CheckpointError
+from dtlctl.resume import Crew
+
+Part = TypeVar("Part")
+
+
+class Kept:
+    """Parts in one folder, valid for one key (what they depend on besides their names).
+
+    form: a part's type, of what JSON has, named tuples and dataclasses. Raises CheckpointError for a file that cannot
+    be read or written.
+    """
+
+    def __init__(self, folder: Path, key: str):
+        self.folder, self.key = folder, key
+        self.made = 0
+        """How many parts this process made alone, because they were not there."""
+
+    def each(
+        self, name: str, form: Any, tasks: Iterable[Callable[[], Part]], whole: Callable[[], bool]
+    ) -> list[Callable[[], Part]]:
+        """The tasks, made to keep their results, if `whole` then says that nothing cut them short."""
+        return [partial(self._own, f"{name}-{number}", form, task, whole) for number, task in enumerate(tasks)]
+
+    def _own(self, name: str, form: Any, make: Callable[[], Part], whole: Callable[[], bool]) -> Part:
+        if (found := self._read(name, form)) is None:
+            found = make()
+            self.made += 1
+            if whole():
+                self._write(name, form, found)
+        return found
+
+    def common(self, crew: Crew, name: str, form: Any, make: Callable[[], Part]) -> Part:
+        """A part that all processes make together; what the main one has of it is kept."""
+        found = self._read(name, form)
+        if crew.agree(found is None) or found is None:
+            found = made = make()
+            crew.by_main(lambda: self._write(name, form, made))
+        return found
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def _write(self, name: str, form: Any, part: Part) -> None:
+        document = {"key": self.key, "part": TypeAdapter(form).dump_python(part, mode="json")}
+        checkpoint.write(self._path(name), json.dumps(document, ensure_ascii=False, allow_nan=False).encode())
+
+    def _read(self, name: str, form: Any) -> Any:
+        """The part, if it is there for our key."""
+        try:
+            document = json.loads(self._path(name).read_bytes())
+            return TypeAdapter(form).validate_python(document["part"]) if document["key"] == self.key else None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise CheckpointError(f"{self._path(name)}: cannot be used: {reason}; delete it to make it again") from None

@@ -1,0 +1,154 @@
+"""A stop during attacks costs what was at work: finished trials, attacks and references are not made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dtlctl.attacks.reference import _halves
+from dtlctl.attacks.trials import Ground, Strike
+from dtlctl.attacks.tuning import Look, Setting, Trial
+from dtlctl.engine import Engine
+from dtlctl.errors import CheckpointError, DivergedError, Stopped
+from dtlctl.experiment import Experiment
+from dtlctl.kept import Kept
+from dtlctl.loading import load
+from dtlctl.stages import audit as auditing
+from dtlctl.stages import run
+
+ATTACKERS = (
+    'piggyback.attackers=[{kind="full", lr=[0.01, 0.1], steps=4}, {kind="probe", C=[0.1, 1.0]}]',
+    "piggyback.attack_seeds=2",
+)
+RMIA = 'audit={attacks=["loss", "rmia", "grad-x"], modes=["as-is"], repeats=2, references=2, relearn_steps=0}'
+
+
+def lab(recipe_file: Path, *overrides: str) -> Experiment:
+    return Experiment(load(recipe_file, list(overrides)), recipe_file.parent, quiet=True)
+
+
+def stop(*_: Any) -> None:
+    raise Stopped(15)
+
+
+def never(*_: Any) -> None:
+    raise AssertionError("made again")
+
+
+def metrics(experiment: Experiment, path: str) -> dict[str, Any]:
+    found = json.loads((experiment.folder / path).read_text())["metrics"]
+    return {k: v for k, v in found.items() if k not in ("trials_per_minute", "attack_seconds", "cost")}
+
+
+def test_tuned_attackers_go_on_where_they_were_stopped(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stopped before the first strike of four: the one setting and 4 trials are there, and nothing is lost by it."""
+    whole, parts = lab(recipe_file, *ATTACKERS, "name=whole"), lab(recipe_file, *ATTACKERS, "name=parts")
+    run(whole, ("piggyback",), only=("scratch",))
+    with monkeypatch.context() as patch:
+        patch.setattr(Ground, "strike", stop)
+        with pytest.raises(Stopped):
+            run(parts, ("piggyback",), only=("scratch",))
+    kept = {path.name for path in (parts.folder / "piggyback/scratch/again.resume").iterdir()}
+    assert {"single.json", *(f"trial-0-{n}.json" for n in range(4))} <= kept
+    assert not any(name.startswith(("strike", "trial-1")) for name in kept)
+
+    attempt, seeds = Ground.attempt, []
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "train", never)
+        patch.setattr(Ground, "attempt", lambda self, *point: (seeds.append(self.seed), attempt(self, *point))[1])
+        run(parts, ("piggyback",), only=("scratch",))
+    assert seeds == [1] * 4
+    assert metrics(parts, "piggyback/scratch/again.json") == metrics(whole, "piggyback/scratch/again.json")
+    assert not (parts.folder / "piggyback/scratch/again.resume").exists()
+
+
+def test_a_result_that_was_cut_short_is_not_kept(tmp_path: Path):
+    trial = Trial(Setting("full", "sgd", 0.1), 0, [Look(4, 50.0, 0.1 + 0.2)])
+    for whole, there in ((False, False), (True, True)):
+        (task,) = Kept(tmp_path, "key").each("trial", Trial, [lambda: trial], lambda whole=whole: whole)
+        assert task() == trial
+        assert (tmp_path / "trial-0.json").exists() == there
+
+
+def test_what_is_kept_comes_back_to_the_bit_and_for_its_key_alone(tmp_path: Path):
+    strike = Strike(Trial(Setting("probe", "logistic", 1e-3), 1, [Look(0, 100 / 3, 0.1 + 0.2)]), 1e-17)
+    made = []
+    for key, count in (("key", 1), ("key", 1), ("other", 2)):
+        kept = Kept(tmp_path, key)
+        (task,) = kept.each("strike", Strike, [lambda: (made.append(1), strike)[1]], lambda: True)
+        found = task()
+        assert found == strike and type(found.trial.looks[0]) is Look and type(found.trial.seed) is int
+        assert len(made) == count
+
+
+@pytest.mark.parametrize("text", ['{"key": "key", "part": [1, 2]}', "{", "[]", '{"part": {}}', "[" * 100_000])
+def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path, text: str):
+    (tmp_path / "trial-0.json").write_text(text)
+    (task,) = Kept(tmp_path, "key").each("trial", Trial, [never], lambda: True)
+    with pytest.raises(CheckpointError, match=r"trial-0.json: cannot be used: .*; delete it to make it again"):
+        task()
+
+
+def test_an_audit_goes_on_where_it_was_stopped(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stopped in the last of three attacks: the others, with their references, are not made again, nor for TL."""
+    whole, parts = lab(recipe_file, RMIA, "name=whole"), lab(recipe_file, RMIA, "name=parts")
+    for experiment in (whole, parts):
+        run(experiment, ("pretrain", "finetune"), only=("pre", "TL"))
+    run(whole, ("audit",), only=("pre", "TL"))
+    judge, judged = auditing._judge, []
+
+    def judging(lab: Experiment, job: Any, attack: Any, name: str, seen: Any) -> dict[str, Any]:
+        if name == "grad-x" and not judged.count(name):
+            judged.append(name)
+            raise Stopped(15)
+        judged.append(name)
+        return judge(lab, job, attack, name, seen)
+
+    monkeypatch.setattr(auditing, "_judge", judging)
+    with pytest.raises(Stopped):
+        run(parts, ("audit",), only=("pre",))
+    assert judged == ["blind", "loss", "rmia", "grad-x"]
+    assert {path.name for path in (parts.folder / "audit/references").iterdir()} == {"0.json", "1.json"}
+    judged[:] = ["grad-x"]
+    monkeypatch.setattr(Engine, "train", never)
+    again = lab(recipe_file, RMIA, "name=parts")  # as another process would see it
+    run(again, ("audit",), only=("pre", "TL"))
+    assert judged == ["grad-x", "blind", "grad-x", "blind", "loss", "rmia", "grad-x"]
+    for model in ("pre", "TL"):
+        assert metrics(again, f"audit/{model}.json") == metrics(whole, f"audit/{model}.json")
+
+
+def test_every_image_is_unknown_to_one_reference_of_each_pair(recipe_file: Path):
+    """Five images: halves of two and three, the other way round for the second; the next pair draws anew."""
+    experiment = lab(recipe_file)
+    pairs = [[_halves(experiment, 2 * pair + n, 5) for n in range(2)] for pair in range(4)]
+    for first, second in pairs:
+        assert [list(half) for half in first] == [list(half) for half in reversed(second)]
+        assert sorted([*first[0], *first[1]]) == list(range(5)) and len(first[0]) == 2
+    assert len({tuple(first[0]) for first, _ in pairs}) > 1
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_model_that_answers_nan_is_not_audited(recipe_file: Path, monkeypatch: pytest.MonkeyPatch, head: bool):
+    """Weights may be finite, and their sums not; who published such a model before that was refused is told so."""
+    experiment = lab(recipe_file, 'audit.modes=["reprobe"]')
+    run(experiment, ("pretrain",))
+    load_model = Experiment.load_model
+
+    def broken(self: Experiment, name: str, **options: Any) -> Any:
+        model = load_model(self, name, **options)
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.weight.fill_(3e38)
+        if not head:
+            del model.heads["source"]
+        return model
+
+    monkeypatch.setattr(Experiment, "load_model", broken)
+    with pytest.raises(DivergedError, match=r"answers to \d+ of \d+ images are not finite"):
+        run(experiment, ("audit",), only=("pre",))
