@@ -79,12 +79,9 @@ def run(
         folder = lab.folder / "report"
         table = summary.summarise([lab.folder])
         if not files.is_current(table, folder):
-            files.write(table, folder, f"dtlctl run {recipe}", [lab.folder])
+            files.write(table, folder, shlex.join(["dtlctl", "run", str(recipe), *lab.words]), [lab.folder])
     print(files.dump(table) if as_json else tables.markdown(table), end="")
-    if not quiet:
-        from dtlctl.progress import say
-
-        say(f"report: {folder}")
+    _say(f"report: {folder}", quiet)
 
 
 def _stage_command(stage: Stage, summary: str) -> None:
@@ -212,17 +209,14 @@ def sweep(
 
     done = sweeps.run(recipe, over, overrides or [], out, jobs=jobs, quiet=quiet)
     document = grids.summarise(done)
-    words = [*(w for text in over for w in ("--over", text)), *(w for text in overrides or [] for w in ("--set", text))]
+    words = [*(word for text in over for word in ("--over", text)), *_words(overrides, out)]
     folder = done[0][1].folder.parent / "report"
     command = shlex.join(["dtlctl", "sweep", str(recipe), *words])
     grids.write(document, folder, command, recipe.stem, [lab.folder for _, lab in done])
     print(
         json.dumps(document, ensure_ascii=False) if as_json else grids.markdown(document), end="\n" if as_json else ""
     )
-    if not quiet:
-        from dtlctl.progress import say
-
-        say(f"report: {folder}")
+    _say(f"report: {folder}", quiet)
 
 
 @app.command()
@@ -236,14 +230,10 @@ def compare(
     """Find for every unlearning loss the λ that costs the same target accuracy, and attack them all at it."""
     from dtlctl import matching
 
-    words = [word for text in overrides or [] for word in ("--set", text)]
-    command = shlex.join(["dtlctl", "compare", str(recipe), *words])
+    command = shlex.join(["dtlctl", "compare", str(recipe), *_words(overrides, out)])
     document, folder = matching.compare(recipe, overrides or [], out, command=command, quiet=quiet)
     print(json.dumps(document, ensure_ascii=False) + "\n" if as_json else matching.markdown(document), end="")
-    if not quiet:
-        from dtlctl.progress import say
-
-        say(f"report: {folder}")
+    _say(f"report: {folder}", quiet)
 
 
 @contextmanager
@@ -261,14 +251,12 @@ def _performed(
     from dtlctl.experiment import Experiment
     from dtlctl.loading import load
 
-    lab = Experiment(load(recipe, overrides), out, source=str(recipe), quiet=quiet)
+    lab = Experiment(load(recipe, overrides), out, source=str(recipe), words=_words(overrides, out), quiet=quiet)
     try:
         with lab.opened(stages, only or ()):
             done = work.run(lab, stages, only=only or (), force=force)
-            if not done and not quiet:
-                from dtlctl.progress import say
-
-                say(f"everything is up to date in {lab.folder}; nothing was done (--force redoes it)")
+            if not done:
+                _say(f"everything is up to date in {lab.folder}; nothing was done (--force redoes it)", quiet)
             yield lab
     except RuntimeError as error:
         from dtlctl.failures import is_loss
@@ -276,6 +264,18 @@ def _performed(
         if not is_loss(error):
             raise
         raise Stopped(stop.pending()) if stop.pending() else Lost() from error
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        from dtlctl.progress import say
+
+        say(text)
+
+
+def _words(overrides: list[str] | None, out: Path) -> list[str]:
+    """What a command line that does the same again has after the recipe."""
+    return [*(word for text in overrides or () for word in ("--set", text)), *(["--out", str(out)] * (out != RUNS))]
 
 
 def _is_main() -> bool:

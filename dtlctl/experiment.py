@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -32,10 +33,16 @@ if TYPE_CHECKING:
 
 
 class Experiment:
-    """Everything a stage needs besides its own settings. Data and the engine are loaded when first asked for."""
+    """Everything a stage needs besides its own settings. Data and the engine are loaded when first asked for.
 
-    def __init__(self, recipe: Recipe, out: Path, *, source: str = "RECIPE", quiet: bool = False):
-        self.recipe, self.folder, self.source, self.quiet = recipe, out / recipe.name, source, quiet
+    source: the recipe's file, words: what followed it on the command line; for messages.
+    """
+
+    def __init__(
+        self, recipe: Recipe, out: Path, *, source: str = "RECIPE", words: Sequence[str] = (), quiet: bool = False
+    ):
+        self.recipe, self.folder, self.quiet = recipe, out / recipe.name, quiet
+        self.source, self.words = source, words
         network_demands.check(recipe, source)  # raises RecipeError
         self.jobs = jobs(recipe)
         self.references = self.folder / "audit/references"
@@ -222,7 +229,7 @@ class Experiment:
         """The sidecar of an up-to-date model; else CheckpointError with the command that makes it."""
         job = self.job(name)
         sidecar = checkpoint.read_sidecar(self._path(job))
-        remedy = f"run: dtlctl {job.stage} {self.source}"
+        remedy = f"run: {shlex.join(['dtlctl', job.stage, self.source, *self.words])}"
         if sidecar is None:
             raise CheckpointError(f"{self._path(job)}: {name} has not been made yet; {remedy}")
         if sidecar["key"] != self.key(job):
@@ -280,13 +287,6 @@ class Experiment:
         """Remove the job's scratch folder, if this is the main process."""
         if os.environ.get("RANK", "0") == "0" and self.scratch(job).exists():
             shutil.rmtree(self.scratch(job), ignore_errors=True)
-
-    def summary(self, job: Job[Any]) -> str:
-        """One line of what a finished job measured."""
-        sidecar = checkpoint.read_sidecar(self._path(job)) or {}
-        numbers = {k: v for k, v in sidecar.get("metrics", {}).items() if isinstance(v, float)}
-        text = ", ".join(f"{name} {value:.1f}" for name, value in numbers.items())
-        return f"{text or 'done'} ({sidecar.get('wall_seconds', 0):.0f} s)"
 
     def _path(self, job: Job[Any]) -> Path:
         return self.folder / job.path

@@ -62,28 +62,29 @@ def test_a_curve_along_the_odds_of_lambda_shows_lambda(monkeypatch: pytest.Monke
     assert lines[2:] == [["TL", "–"], ["rand", "–"], ["gc", "0.6"], ["gc", "0.3"]]
 
 
-def test_the_odds_of_two_variants_have_a_column_each_and_a_model_one_row_for_its_own():
-    """Two factors of each are four points; every variant has two values of λ, and so two rows, with its own alone."""
+@pytest.mark.parametrize(
+    ("key", "headings"),
+    [("odds", ["λ gc", "λ rand"]), ("lambda", ["dispose.gc.lambda", 'dispose."rand".lambda'])],
+)
+def test_a_key_of_each_of_two_variants_has_a_column_and_a_model_one_row_for_its_own(key: str, headings: list[str]):
+    """Two values of each are four points; every variant has two values of λ, and so two rows, with its own alone."""
     found = []
-    for gc, rand in itertools.product((1, 3), (1, 4)):
-        lam = {1: 0.1, 3: 0.25}[gc]
-        one = point(
-            {"dispose.gc.odds": gc, 'dispose."rand".odds': rand},
-            lam,
-            {"acc_t": 70.0 - gc, "piggyback": {"letters": 1.0}},
-        )
-        one["table"]["recipe"]["dispose"]["rand"]["lambda"] = {1: 0.2, 4: 0.5}[rand]
-        one["table"]["rows"][1] = {"model": "rand", "acc_t": 60.0 - rand, "piggyback": {"letters": 2.0}}
+    for gc, rand in itertools.product((0.1, 0.25), (0.2, 0.5)):
+        swept = {"odds": ({0.1: 1, 0.25: 3}[gc], {0.2: 1, 0.5: 4}[rand]), "lambda": (gc, rand)}[key]
+        values = dict(zip((f"dispose.gc.{key}", f'dispose."rand".{key}'), swept, strict=True))
+        one = point(values, gc, {"acc_t": 70.0 - 10 * gc, "piggyback": {"letters": 1.0}})
+        one["table"]["recipe"]["dispose"]["rand"]["lambda"] = rand
+        one["table"]["rows"][1] = {"model": "rand", "acc_t": 60.0 - 10 * rand, "piggyback": {"letters": 2.0}}
         found.append(one)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in grids.markdown({"points": found}).splitlines()
              if "|" in line]  # fmt: skip
-    assert lines[0] == ["Model", "λ gc", "λ rand", "Acc_s", "Acc_t", "PL letters"]
+    assert lines[0] == ["Model", *headings, "Acc_s", "Acc_t", "PL letters"]
     assert [line[:3] + line[4:5] for line in lines[2:]] == [
         ["TL", "–", "–", "70.0"],
-        ["rand", "–", "0.2", "59.0"],
+        ["rand", "–", "0.2", "58.0"],
         ["gc", "0.1", "–", "69.0"],
-        ["rand", "–", "0.5", "56.0"],
-        ["gc", "0.25", "–", "67.0"],
+        ["rand", "–", "0.5", "55.0"],
+        ["gc", "0.25", "–", "67.5"],
     ]
 
 

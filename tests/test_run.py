@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -62,9 +63,18 @@ def test_run_makes_every_artefact_and_prints_the_table(recipe_file: Path, dtlctl
 def test_a_stage_names_the_command_that_is_missing(recipe_file: Path, dtlctl):
     result = dtlctl("dispose", recipe_file)
     assert result.returncode == 4
-    assert f"run: dtlctl finetune {recipe_file}" in result.stderr
+    assert f"run: dtlctl finetune {recipe_file}\n" in result.stderr
     assert len(result.stderr.strip().splitlines()) <= 2
     assert result.stdout == ""
+
+
+def test_the_command_that_is_missing_is_for_this_run(recipe_file: Path, dtlctl):
+    """Without the changes and the place of this call it would make another run's model, and the error would stay."""
+    changes = ("--set", "seed=7", "--set", "data.source.fraction = 0.2", "--out", recipe_file.parent / "else where")
+    result = dtlctl("dispose", recipe_file, *changes)
+    assert result.returncode == 4
+    remedy = result.stderr.strip().partition("run: dtlctl ")[2]
+    assert shlex.split(remedy) == ["finetune", *map(str, (recipe_file, *changes))]
 
 
 def test_a_change_redoes_only_what_depends_on_it(recipe_file: Path):

@@ -109,10 +109,16 @@ def _heading(key: str) -> str:
 
 
 def _values(point: dict[str, Any], model: str) -> list[str]:
-    """The values of the swept keys; for a factor of a variant's odds its λ, and nothing for other models."""
+    """The values of the swept keys: of a variant's for that variant alone, and of a factor of its odds the λ."""
     lam = str(point["table"]["recipe"]["dispose"].get(model, {}).get("lambda", "–"))
-    own = {key: lam if names_in(key)[1] in ("*", model) else "–" for key in point["values"] if _is_odds(key)}
-    return [own.get(key, str(value)) for key, value in point["values"].items()]
+    shown = {key: lam if _is_odds(key) else str(value) for key, value in point["values"].items()}
+    return [shown[key] if _is_of(key, model) else "–" for key in shown]
+
+
+def _is_of(key: str, model: str) -> bool:
+    """Whether a swept key is of the model's own table of [dispose], or of no one variant's."""
+    names = names_in(key)
+    return names[0] != "dispose" or names[1:2] in ([], ["*"], [model])
 
 
 def _fixed(found: list[dict[str, Any]]) -> list[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from dtlctl import data_demands
+from dtlctl import checkpoint, data_demands
 from dtlctl.errors import DtlError
 from dtlctl.experiment import Experiment
 from dtlctl.plan import Job, Stage
@@ -37,8 +38,16 @@ def run(
             raise DtlError(f"{lab.source}: {shortage(job)}") from error
         done.append(job)
         if not lab.quiet and lab.engine.is_main:
-            say(f"{job.title}: {lab.summary(job)}")
+            say(f"{job.title}: {_summary(lab.folder / job.path)}")
     return done
+
+
+def _summary(path: Path) -> str:
+    """One line of what a finished job measured."""
+    sidecar = checkpoint.read_sidecar(path) or {}
+    numbers = {k: v for k, v in sidecar.get("metrics", {}).items() if isinstance(v, float)}
+    text = ", ".join(f"{name} {value:.1f}" for name, value in numbers.items())
+    return f"{text or 'done'} ({sidecar.get('wall_seconds', 0):.0f} s)"
 
 
 def _stage(name: Stage) -> Callable[[Experiment, Job[Any]], None]:
