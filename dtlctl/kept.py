@@ -51,6 +51,9 @@ class Kept:
             crew.by_main(lambda: self._write(name, form, made))
         return found
 
+    def has(self, name: str, form: Any) -> bool:
+        return self._read(name, form) is not None
+
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dtlctl import checkpoint, data_demands
 from dtlctl.attacks.piggyback import Frozen
+from dtlctl.attacks.reference import missing
 from dtlctl.data.cache import cached
 from dtlctl.data.dataset import is_hub
 from dtlctl.data.subset import balanced
@@ -41,7 +42,7 @@ def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
     rows = [_job(lab, job, data, seconds) for job in lab.jobs]
     audits = [row for row in rows if row["stage"] == "audit" and row["state"] != "done"]
     if audits:  # trained for the first, and kept for the others
-        audits[0]["seconds"] = _references(recipe, data["source"], seconds)
+        audits[0]["seconds"] = _references(lab, data["source"], seconds)
     known = [row["seconds"] for row in rows if row["seconds"] is not None]
     return {
         "recipe": recipe.name,
@@ -137,15 +138,15 @@ def _state(lab: Experiment, job: Job[Any], data: dict[str, Any]) -> str:
     return "stale"
 
 
-def _references(recipe: Recipe, source: dict[str, Any], seconds: float) -> float | None:
-    """Seconds that all reference models take; each sees half of the source's images, its test split among them."""
-    count, settings = recipe.audit.references, recipe.pretrain
+def _references(lab: Experiment, source: dict[str, Any], seconds: float) -> float | None:
+    """Seconds that the missing references take; each sees half of the source's images, its test split among them."""
+    count, settings = lab.recipe.audit.references, lab.recipe.pretrain
     if not count:
         return 0.0
     if source["images"] is None or source["test_images"] is None:
         return None
     half = (source["images"] + source["test_images"]) // 2
-    return count * settings.total_steps(half) * min(settings.batch_size, half) * seconds
+    return missing(lab, count) * settings.total_steps(half) * min(settings.batch_size, half) * seconds
 
 
 def _job(lab: Experiment, job: Job[Any], data: dict[str, Any], seconds: float) -> dict[str, Any]:

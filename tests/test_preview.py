@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dtlctl import preview
+from dtlctl.attacks.reference import kept
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
 from dtlctl.stages import run
@@ -78,6 +81,9 @@ def test_the_cost_counts_references_once_and_nothing_that_is_done(trained: Path)
     assert "audit/pre                        attack; the references of rmia, about 3520 s\n" in text
     assert text.endswith("66.7 min on this machine, without the attacks of the audit themselves")
     assert planned(trained)["minutes"] == 1.5  # the three attacks alone
+    alone: Any = SimpleNamespace(agree=lambda code: code, by_main=lambda work: work())
+    kept(Experiment(load(trained, list(rmia)), trained.parent)).common(alone, "2", list[float], lambda: [0.5])
+    assert {row["title"]: row["seconds"] for row in planned(trained, *rmia)["jobs"]}["audit/pre"] == 3 * 880
 
 
 def test_the_cost_of_attackers_is_that_of_those_who_train_weights(trained: Path):

@@ -61,16 +61,24 @@ def confidences(lab: Experiment, count: int) -> tuple[dict[int, float], dict[int
     everything = Everything(
         np.concatenate([train.pixels[rows], test.pixels]), np.concatenate([train.labels[rows], test.labels])
     )
-    kept = Kept(lab.references, checkpoint.key({"pre": lab.key(lab.job("pre")), "seed": lab.recipe.seed}))
-    sums = np.zeros(len(everything.labels))
+    done, sums = kept(lab), np.zeros(len(everything.labels))
     for number in range(count):
         inside, outside = _halves(lab, number, len(sums))
-        sums[outside] += kept.common(
-            lab.engine, f"{number}", list[float], partial(_reference, lab, number, count, everything, inside, outside)
-        )
+        train_one = partial(_reference, lab, number, count, everything, inside, outside)
+        sums[outside] += done.common(lab.engine, f"{number}", list[float], train_one)
     means = sums / max(1, count // 2)
     known = dict(zip(rows.tolist(), means[: len(rows)].tolist(), strict=True))
     return known, dict(enumerate(means[len(rows) :].tolist()))
+
+
+def kept(lab: Experiment) -> Kept:
+    """Where the run keeps what its references said."""
+    return Kept(lab.references, checkpoint.key({"pre": lab.key(lab.job("pre")), "seed": lab.recipe.seed}))
+
+
+def missing(lab: Experiment, count: int) -> int:
+    """How many of `count` references have yet to be trained."""
+    return sum(not kept(lab).has(f"{number}", list[float]) for number in range(count))
 
 
 def _halves(lab: Experiment, number: int, images: int) -> tuple[np.ndarray, np.ndarray]:
