@@ -133,7 +133,7 @@ def settle(folder: Path) -> None:
 def read_sidecar(path: Path) -> dict[str, Any] | None:
     """The document, or None where there is none. Raises CheckpointError for one that is not ours."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
         defaults = Sidecar.model_validate(document).model_dump(include={"key", "parent", "metrics", "history"})
         return {**document, **defaults, **document}  # in the document's order
     except FileNotFoundError:
@@ -213,7 +213,8 @@ def _cannot_write(path: Path, error: OSError) -> NoReturn:
     raise CheckpointError(f"{path}: cannot be written: {error.strerror}; the earlier state is intact") from None
 
 
-def _refuse(constant: str) -> NoReturn:
+def refuse(constant: str) -> NoReturn:
+    """NaN and Infinity, which Python's JSON would take."""
     raise ValueError(f"{constant} is not JSON")
 
 

@@ -136,7 +136,7 @@ def report(
     for run, seed in zip(runs, seeds := table["seeds"], strict=True):
         if seeds.count(seed) > 1:
             raise RecipeError(f"report: {run} is not the only run of seed {seed}; intervals are over different seeds")
-    command = shlex.join(["dtlctl", "report", *map(str, runs)])
+    command = shlex.join(["dtlctl", "report", *map(str, runs), *(["--to", str(to)] if to else [])])
     files.write(table, to or runs[0] / "report", command, runs)
     print(files.dump(table) if as_json else tables.markdown(table), end="")
 

@@ -45,7 +45,7 @@ class Experiment:
         self.source, self.words = source, words
         network_demands.check(recipe, source)  # raises RecipeError
         self.jobs = jobs(recipe)
-        self.references = self.folder / "audit/references"
+        self.reference_folder = self.folder / "audit/references"
         self.images = cache(self._images)
         self.index = cache(self._index)
 
@@ -72,10 +72,10 @@ class Experiment:
 
     def _open(self, stack: ExitStack) -> None:
         folders = sorted({place for job in self.jobs for place in (self._path(job).parent, self.scratch(job))})
-        lock.refuse_links(self.folder, [*folders, self.references, self.folder / "report"])
+        lock.refuse_links(self.folder, [*folders, self.reference_folder, self.folder / "report"])
         if taken_over := stack.enter_context(lock.held(self.folder)):
             say(taken_over)
-        for folder in [self.folder, self.references, *folders]:
+        for folder in [self.folder, self.reference_folder, *folders]:
             checkpoint.settle(folder)
         checkpoint.renew_json(self.folder / "recipe.json", self.recipe.resolved())
 

@@ -30,7 +30,7 @@ def check_weights(model: nn.Module, step: int) -> None:
             raise DivergedError(f"training diverged at step {step}, the last: {name} is not finite\n{_REMEDY}")
 
 
-def check_features(values: Tensor) -> None:
+def check_finite(values: Tensor) -> None:
     """Raise DivergedError if what a published model makes of some of n images, [n, ...], is not finite."""
     bad = int((~values.isfinite()).reshape(len(values), -1).any(1).sum())
     if bad:

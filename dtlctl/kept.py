@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from dtlctl import checkpoint
-from dtlctl.errors import CheckpointError
+from dtlctl.errors import CheckpointError, DivergedError
 from dtlctl.resume import Crew
 
 Part = TypeVar("Part")
@@ -21,7 +22,7 @@ class Kept:
     """Parts in one folder, valid for one key (what they depend on besides their names).
 
     form: a part's type, of what JSON has, named tuples and dataclasses. Raises CheckpointError for a file that cannot
-    be read or written.
+    be read or written, DivergedError for a part with a number that is not finite.
     """
 
     def __init__(self, folder: Path, key: str):
@@ -40,7 +41,7 @@ class Kept:
             found = make()
             self.made += 1
             if whole():
-                self._write(name, form, found)
+                self._write(name, found)
         return found
 
     def common(self, crew: Crew, name: str, form: Any, make: Callable[[], Part]) -> Part:
@@ -48,7 +49,7 @@ class Kept:
         found = self._read(name, form)
         if crew.agree(found is None) or found is None:
             found = made = make()
-            crew.by_main(lambda: self._write(name, form, made))
+            crew.by_main(lambda: self._write(name, made))
         return found
 
     def has(self, name: str, form: Any) -> bool:
@@ -57,14 +58,17 @@ class Kept:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 
-    def _write(self, name: str, form: Any, part: Part) -> None:
-        document = {"key": self.key, "part": TypeAdapter(form).dump_python(part, mode="json")}
-        checkpoint.write(self._path(name), json.dumps(document, ensure_ascii=False, allow_nan=False).encode())
+    def _write(self, name: str, part: Any) -> None:
+        try:
+            text = json.dumps({"key": self.key, "part": part}, default=asdict, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            raise DivergedError(f"{self._path(name)}: a number of this result is not finite; nothing is kept") from None
+        checkpoint.write(self._path(name), text.encode())
 
     def _read(self, name: str, form: Any) -> Any:
         """The part, if it is there for our key."""
         try:
-            document = json.loads(self._path(name).read_bytes())
+            document = json.loads(self._path(name).read_bytes(), parse_constant=checkpoint.refuse)
             return TypeAdapter(form).validate_python(document["part"]) if document["key"] == self.key else None
         except FileNotFoundError:
             return None

@@ -183,6 +183,7 @@ def _next(lab: Experiment, left: list[Stage], known: dict[str, Path], taken: set
                 for job, key in ready:
                     if key in known:
                         checkpoint.adopt(known[key], lab.folder / job.path, job.model)
+                        lab.tidy(job)
         todo = [(job.model, key) for job, key in ready if not lab.done(job)]
         if todo:
             models = list(dict.fromkeys(model for model, key in todo if key not in taken))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dtlctl.attacks.reference import _halves
+from dtlctl.attacks import reference
 from dtlctl.attacks.trials import Ground, Strike
 from dtlctl.attacks.tuning import Look, Setting, Trial
 from dtlctl.engine import Engine
@@ -62,6 +63,8 @@ def test_tuned_attackers_go_on_where_they_were_stopped(recipe_file: Path, monkey
         patch.setattr(Ground, "attempt", lambda self, *point: (seeds.append(self.seed), attempt(self, *point))[1])
         run(parts, ("piggyback",), only=("scratch",))
     assert seeds == [1] * 4
+    costs = [json.loads((one.folder / "piggyback/scratch/again.json").read_text())["metrics"] for one in (parts, whole)]
+    assert ["attack_seconds" in one for one in costs] == [False, True]
     assert metrics(parts, "piggyback/scratch/again.json") == metrics(whole, "piggyback/scratch/again.json")
     assert not (parts.folder / "piggyback/scratch/again.resume").exists()
 
@@ -85,12 +88,40 @@ def test_what_is_kept_comes_back_to_the_bit_and_for_its_key_alone(tmp_path: Path
         assert len(made) == count
 
 
-@pytest.mark.parametrize("text", ['{"key": "key", "part": [1, 2]}', "{", "[]", '{"part": {}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ['{"key": "key", "part": [1, 2]}', "{", "[]", '{"part": {}}', "[" * 100_000, '{"key": "key", "part": NaN}']
+)
 def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path, text: str):
     (tmp_path / "trial-0.json").write_text(text)
     (task,) = Kept(tmp_path, "key").each("trial", Trial, [never], lambda: True)
     with pytest.raises(CheckpointError, match=r"trial-0.json: cannot be used: .*; delete it to make it again"):
         task()
+
+
+@pytest.mark.parametrize("part", [{"auc": float("nan")}, [0.5, float("inf")]])
+def test_a_number_that_is_not_finite_is_not_kept_as_something_else(tmp_path: Path, part: Any):
+    alone: Any = SimpleNamespace(agree=lambda code: code, by_main=lambda work: work())
+    with pytest.raises(DivergedError, match=r"loss.json: a number of this result is not finite"):
+        Kept(tmp_path, "key").common(alone, "loss", Any, lambda: part)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reference_must_have_said_something_finite_of_every_image(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file that says it of one image fewer is not used; a reference that answers nan is not kept."""
+    experiment = lab(recipe_file, RMIA)
+    run(experiment, ("pretrain", "audit"), only=("pre",))
+    (experiment.folder / "audit/pre.json").unlink()
+    path = experiment.reference_folder / "1.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "part": document["part"][1:]}))
+    with pytest.raises(CheckpointError, match=r"references/1.json: cannot be used: .*; delete it to make it again"):
+        run(lab(recipe_file, RMIA), ("audit",), only=("pre",))
+    path.unlink()
+    confidence = reference._confidence
+    monkeypatch.setattr(reference, "_confidence", lambda *given: confidence(*given) * float("nan"))
+    with pytest.raises(DivergedError, match="are not finite"):
+        run(lab(recipe_file, RMIA), ("audit",), only=("pre",))
+    assert not path.exists()
 
 
 def test_an_audit_goes_on_where_it_was_stopped(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
@@ -125,7 +156,7 @@ def test_an_audit_goes_on_where_it_was_stopped(recipe_file: Path, monkeypatch: p
 def test_every_image_is_unknown_to_one_reference_of_each_pair(recipe_file: Path):
     """Five images: halves of two and three, the other way round for the second; the next pair draws anew."""
     experiment = lab(recipe_file)
-    pairs = [[_halves(experiment, 2 * pair + n, 5) for n in range(2)] for pair in range(4)]
+    pairs = [[reference._halves(experiment, 2 * pair + n, 5) for n in range(2)] for pair in range(4)]
     for first, second in pairs:
         assert [list(half) for half in first] == [list(half) for half in reversed(second)]
         assert sorted([*first[0], *first[1]]) == list(range(5)) and len(first[0]) == 2

@@ -147,6 +147,7 @@ def test_a_sweep_over_seeds_in_parallel_is_the_report_of_the_runs(recipe_file: P
         assert [attack["seed"] for attack in attacks] == [seed] * 3
     plain, swept = recipe_file.parent / "plain", runs[0].parent / "report"
     assert call("report", *runs, "--to", plain)[1] == table
+    assert f"<code>dtlctl report {' '.join(map(str, runs))} --to {plain}</code>" in (plain / "report.html").read_text()
     assert {path.name for path in swept.iterdir()} == {path.name for path in plain.iterdir()} >= {"audit.md", "roc.png"}
     assert (swept / "audit.md").read_text() == (plain / "audit.md").read_text()
     assert "Control and readouts" in (swept / "report.html").read_text()

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
 
 ATTACKERS_SHARE = 0.4
 """Of the images of either group, those whose membership the attacker knows: 4,000 of 10,000 in arXiv:2203.09481."""
@@ -126,6 +125,8 @@ def tpr_at(
     if not allowed:
         return None
     caught = _caught(members, others, allowed)
+    from scipy.stats import binomtest
+
     given = binomtest(int(caught.sum()), len(caught)).proportion_ci(0.95, "exact")
     drawn = np.quantile(_weighted_tpr(members, others, allowed, *weights), [0.025, 0.975])
     return float(caught.mean()), float(min(given.low, drawn[0])), float(max(given.high, drawn[1]))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dtlctl.attacks.signals import View, entropy
-from dtlctl.finite import check_features
+from dtlctl.finite import check_finite
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe import Audit, Training
 
@@ -35,20 +35,18 @@ def uncertainty(lab: Experiment, model: Classifier) -> dict[str, float]:
     with torch.no_grad():
         parts = [-entropy(View(model, [batch]))["entropy"] for batch in lab.split("source", "test")]
     found = lab.engine.gather(torch.cat(parts)).double()
-    check_features(found)
+    check_finite(found)
     mean = float(found.mean())
     return {"nats": mean, "share_of_log_k": mean / math.log(max(2, model.classes["source"]))}
 
 
-def relearning(lab: Experiment, name: str, settings: Audit) -> dict[str, Any] | None:
+def relearning(lab: Experiment, name: str, settings: Audit) -> dict[str, Any]:
     """Train the model on the source again and count steps until 95 % of the pre-trained model's Acc_s is back.
 
     All weights, plain cross-entropy, a constant learning rate, batches of 64; Acc_s is that of at most 500 fixed test
     images, ten times on the way. {"goal", "steps" (None: not within the budget), "budget", "curve": [[step, Acc_s],
-    ...]}, accuracies in %; None when the recipe asks for no steps.
+    ...]}, accuracies in %.
     """
-    if not settings.relearn_steps:
-        return None
     goal = SHARE * lab.require("pre")["metrics"]["acc_s"]
     model = lab.load_model(name)
     plan = Training(steps=settings.relearn_steps, batch_size=64, lr=settings.relearn_lr, schedule="constant")

@@ -7,15 +7,17 @@ trains reference models himself, each on a random half of all images, members an
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dtlctl import checkpoint
 from dtlctl.attacks.signals import View
 from dtlctl.data.tensors import Batches, evaluation_batches
+from dtlctl.finite import check_finite
 from dtlctl.kept import Kept
 from dtlctl.objectives.supervised import cross_entropy
 
@@ -65,7 +67,8 @@ def confidences(lab: Experiment, count: int) -> tuple[dict[int, float], dict[int
     for number in range(count):
         inside, outside = _halves(lab, number, len(sums))
         train_one = partial(_reference, lab, number, count, everything, inside, outside)
-        sums[outside] += done.common(lab.engine, f"{number}", list[float], train_one)
+        form = Annotated[list[float], Field(min_length=len(outside), max_length=len(outside))]
+        sums[outside] += done.common(lab.engine, f"{number}", form, train_one)
     means = sums / max(1, count // 2)
     known = dict(zip(rows.tolist(), means[: len(rows)].tolist(), strict=True))
     return known, dict(enumerate(means[len(rows) :].tolist()))
@@ -73,7 +76,7 @@ def confidences(lab: Experiment, count: int) -> tuple[dict[int, float], dict[int
 
 def kept(lab: Experiment) -> Kept:
     """Where the run keeps what its references said."""
-    return Kept(lab.references, checkpoint.key({"pre": lab.key(lab.job("pre")), "seed": lab.recipe.seed}))
+    return Kept(lab.reference_folder, checkpoint.key({"pre": lab.key(lab.job("pre")), "seed": lab.recipe.seed}))
 
 
 def missing(lab: Experiment, count: int) -> int:
@@ -108,13 +111,16 @@ def _reference(
     with lab.progress(f"audit/reference {number + 1} of {count}", steps) as bar:
         objective = cross_entropy(model, "source", batches)
         lab.engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
-    return _confidence(lab, model.eval(), everything.pixels[outside], everything.labels[outside]).tolist()
+    found = _confidence(lab, model.eval(), everything.pixels[outside], everything.labels[outside])
+    check_finite(found)
+    return found.tolist()
 
 
 @torch.no_grad()
-def _confidence(lab: Experiment, model: torch.nn.Module, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _confidence(lab: Experiment, model: torch.nn.Module, pixels: np.ndarray, labels: np.ndarray) -> Tensor:
+    """float64 [n], on the CPU."""
     parts = [
         model(batch.x, "source").softmax(1).gather(1, batch.y[:, None])[:, 0]
         for batch in evaluation_batches(pixels, labels, device=lab.engine.device, share=lab.engine.share)
     ]
-    return lab.engine.gather(torch.cat(parts)).double().cpu().numpy()
+    return lab.engine.gather(torch.cat(parts)).double().cpu()

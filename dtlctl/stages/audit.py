@@ -18,7 +18,7 @@ from dtlctl.data.tensors import Batch
 from dtlctl.engine import History
 from dtlctl.errors import CheckpointError, DataError
 from dtlctl.experiment import Experiment
-from dtlctl.finite import check_features
+from dtlctl.finite import check_finite
 from dtlctl.kept import Kept
 from dtlctl.models import Classifier
 from dtlctl.plan import Job
@@ -57,9 +57,9 @@ def audit(lab: Experiment, job: Job[Audit]) -> None:
     costs: dict[str, Any] = {}
     if metrics["source_head"] != "missing":
         metrics["entropy_readout"] = readout.uncertainty(lab, model)
-        metrics["relearning"] = kept.common(
-            lab.engine, "relearning", Any, lambda: readout.relearning(lab, job.model, settings)
-        )
+        relearn = partial(readout.relearning, lab, job.model, settings)
+        steps = settings.relearn_steps
+        metrics["relearning"] = kept.common(lab.engine, "relearning", dict[str, Any], relearn) if steps else None
         if "as-is" in settings.modes:
             found, costs["as-is"] = _attack(lab, job, model, groups, "as-is", kept)
             metrics.update(found)
@@ -198,5 +198,5 @@ def _refit(lab: Experiment, model: Classifier, groups: Groups) -> None:
         embedded(lab.split("source", "test", groups.head_others)),
     ]
     features, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
-    check_features(features)
+    check_finite(features)
     probe.refit(model, features, labels, len(lab.classes("source")))

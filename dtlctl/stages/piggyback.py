@@ -63,6 +63,7 @@ def _tuned(lab: Experiment, job: Job[Piggyback], kept: Kept, single: float) -> d
             trials.extend(tried)
             strikes.append(again)
     seconds, fits = time.perf_counter() - started, sum(lab.engine.gather_objects([kept.made]))
+    cost = {"trials_per_minute": round(60 * fits / seconds, 1), "attack_seconds": round(seconds, 1)}
     worst = [tuning.choose([strike.trial for strike in again]) for again in strikes]
     chosen = [next(s for s in again if s.trial is trial) for again, trial in zip(strikes, worst, strict=True) if trial]
     accuracies = [[strike.acc_pl for strike in again] for again in strikes if again]
@@ -73,8 +74,7 @@ def _tuned(lab: Experiment, job: Job[Piggyback], kept: Kept, single: float) -> d
         "chosen": [strike.document() for strike in chosen],
         "attackers": [strike.document() for again in strikes for strike in again],
         "trials": [trial.document() for trial in trials],
-        "trials_per_minute": round(60 * fits / seconds, 1),
-        "attack_seconds": round(seconds, 1),
+        **(cost if fits == len(trials) + sum(map(len, strikes)) else {}),  # of a part it would say nothing
     }
 
 
