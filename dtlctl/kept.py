@@ -27,8 +27,8 @@ class Kept:
 
     def __init__(self, folder: Path, key: str):
         self.folder, self.key = folder, key
-        self.made = 0
-        """How many parts this process made alone, because they were not there."""
+        self.made: list[str] = []
+        """What this process made alone, because it was not there."""
 
     def each(
         self, name: str, form: Any, tasks: Iterable[Callable[[], Part]], whole: Callable[[], bool]
@@ -39,7 +39,7 @@ class Kept:
     def _own(self, name: str, form: Any, make: Callable[[], Part], whole: Callable[[], bool]) -> Part:
         if (found := self._read(name, form)) is None:
             found = make()
-            self.made += 1
+            self.made.append(name)
             if whole():
                 self._write(name, found)
         return found

@@ -62,7 +62,7 @@ def _tuned(lab: Experiment, job: Job[Piggyback], kept: Kept, single: float) -> d
             again = share_out(ground, kept.each(f"strike-{seed}", Strike, strokes, ground.whole))
             trials.extend(tried)
             strikes.append(again)
-    seconds, fits = time.perf_counter() - started, sum(lab.engine.gather_objects([kept.made]))
+    seconds, fits = time.perf_counter() - started, len(lab.engine.gather_objects(kept.made))
     cost = {"trials_per_minute": round(60 * fits / seconds, 1), "attack_seconds": round(seconds, 1)}
     worst = [tuning.choose([strike.trial for strike in again]) for again in strikes]
     chosen = [next(s for s in again if s.trial is trial) for again, trial in zip(strikes, worst, strict=True) if trial]
