@@ -10,77 +10,135 @@ from test_results_target import DATASETS, SEEDS, drops, interval, pl
 from test_results_target import STUDY as TARGET
 
 STUDY = TARGET.with_name("tin100_both")
+FREE = STUDY / "free"
 PAGE = STUDY.with_suffix(".md").read_text(encoding="utf-8")
 ATTACKERS = ("tuned", "one setting", "probe", "renorm-probe")
-OTHERS = ("rand-tgt", "null-tgt")
+LOSSES = {
+    "null-both": ("null-both", STUDY),
+    "null-both, λ = 0.85": ("null-both", FREE),
+    "rand-both": ("rand-both", STUDY),
+    "rand-tgt": ("rand-tgt", TARGET),
+    "null-tgt": ("null-tgt", TARGET),
+}
+"""By the page's name of a row: the model, and where its sidecars are."""
+BASELINES = ("rand-both", "rand-tgt")
 
 
-def test_both_pages_attack_disposals_of_the_same_models():
+def taken(row: str, dataset: str, attacker: str) -> list[float]:
+    model, study = LOSSES[row]
+    return drops(model, dataset, attacker, study)
+
+
+def left(row: str, dataset: str, attacker: str) -> list[float]:
+    model, study = LOSSES[row]
+    return pl(model, dataset, attacker, study)
+
+
+def less(other: str, dataset: str, attacker: str = "tuned") -> str:
+    """How much less is got from `null-both` than from another, seed by seed."""
+    pairs = zip(left(other, dataset, attacker), left("null-both", dataset, attacker), strict=True)
+    return interval([theirs - ours for theirs, ours in pairs])
+
+
+def ratio(other: str, dataset: str, attacker: str = "tuned") -> str:
+    return f"{mean(taken('null-both', dataset, attacker)) / mean(taken(other, dataset, attacker)):.1f}"
+
+
+def test_all_losses_are_disposals_of_the_same_models_under_the_same_attackers():
+    aside = dict.fromkeys(("unlearn", "retain", "lambda", "fresh_stages"))
     for seed in SEEDS:
-        ours, theirs = (
-            json.loads((study / f"matched-{seed}" / path).read_text(encoding="utf-8"))
-            for study, path in ((STUDY, "dispose/null-both/model.json"), (TARGET, "dispose/rand-tgt/model.json"))
-        )
-        assert ours["parent"] == theirs["parent"]
-        assert {**ours["settings"], **dict.fromkeys(("unlearn", "retain", "lambda", "fresh_stages"))} == {
-            **theirs["settings"],
-            **dict.fromkeys(("unlearn", "retain", "lambda", "fresh_stages")),
-        }
+        made = [
+            json.loads((study / f"matched-{seed}/dispose/{model}/model.json").read_text(encoding="utf-8"))
+            for model, study in LOSSES.values()
+        ]
+        assert len({json.dumps([one["parent"], {**one["settings"], **aside}], sort_keys=True) for one in made}) == 1
     for dataset in DATASETS:
-        assert pl("TL", dataset, "tuned", STUDY) == pl("TL", dataset, "tuned")
+        assert pl("TL", dataset, "tuned", STUDY) == pl("TL", dataset, "tuned", FREE) == pl("TL", dataset, "tuned")
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("attacker", ATTACKERS)
 def test_the_page_shows_what_each_loss_takes_by_seed(dataset: str, attacker: str):
     """And how many times RAND's drop that of `null-both` is: by seed, and of the means."""
-    taken = {"null-both": drops("null-both", dataset, attacker, STUDY)}
-    taken |= {model: drops(model, dataset, attacker) for model in OTHERS}
-    for model, three in taken.items():
+    for row in LOSSES:
+        three = taken(row, dataset, attacker)
         points = " | ".join(f"{one:.1f}" for one in three)
-        assert f"| {model} | {dataset} | {attacker} | {points} | {interval(three)} |" in PAGE
-    ours, rand = ([*taken[model], mean(taken[model])] for model in ("null-both", "rand-tgt"))
-    times = " | ".join(f"{one / other:.1f}" for one, other in zip(ours, rand, strict=True))
-    assert f"| times RAND's | {dataset} | {attacker} | {times} |" in PAGE
+        assert f"| {row} | {dataset} | {attacker} | {points} | {interval(three)} |" in PAGE
+    for baseline in BASELINES:
+        ours, rand = ([*(found := taken(row, dataset, attacker)), mean(found)] for row in ("null-both", baseline))
+        times = " | ".join(f"{one / other:.1f}" for one, other in zip(ours, rand, strict=True))
+        assert f"| null-both, times {baseline}'s | {dataset} | {attacker} | {times} |" in PAGE
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_the_page_shows_what_the_best_attacker_takes(dataset: str):
     """The best of all by test accuracy, which nobody can choose, seed by seed."""
-    for model, study in (("TL", TARGET), ("null-both", STUDY), ("rand-tgt", TARGET), ("null-tgt", TARGET)):
+    for row, (model, study) in {"TL": ("TL", STUDY), **LOSSES}.items():
         best = pl(model, dataset, "best of all", study)
-        assert f"| {model} | {dataset} | {' | '.join(f'{one:.1f}' for one in best)} | {interval(best)} |" in PAGE
+        assert f"| {row} | {dataset} | {' | '.join(f'{one:.1f}' for one in best)} | {interval(best)} |" in PAGE
 
 
 def test_the_page_says_how_much_less_an_attacker_gets():
-    for other, words in (
-        ("rand-tgt", "gets {} points less from it than from RAND on the source's own classes and {} less on 20 others"),
-        ("null-tgt", "Than from `null-tgt` he gets {} and {} less"),
-    ):
-        less = [
-            [
-                theirs - ours
-                for theirs, ours in zip(pl(other, d, "tuned"), pl("null-both", d, "tuned", STUDY), strict=True)
-            ]
-            for d in DATASETS
-        ]
-        assert words.format(*map(interval, less)) in PAGE
-    ours, rand = (drops("null-both", "tin20b", "probe", STUDY), drops("rand-tgt", "tin20b", "probe"))
-    times = f"{mean(ours) / mean(rand):.1f} times"
-    assert f"it is {interval(ours)} points against {interval(rand)}, {times}" in PAGE
-    best = zip(pl("rand-tgt", "tin20b", "best of all"), pl("null-both", "tin20b", "best of all", STUDY), strict=True)
-    assert f"by the best of all attackers he gets {interval([one - other for one, other in best])} points less" in PAGE
-    (own, other) = (mean(drops("null-both", d, "tuned", STUDY)) / mean(drops("rand-tgt", d, "tuned")) for d in DATASETS)
-    assert f"{own:.1f} and {other:.1f} times RAND's drop" in PAGE
+    own, others = DATASETS
+    of = "than from `rand-both` on the source's own classes and {} less on 20 others, on every seed: {} and {} times"
+    assert of.format(less("rand-both", others), *(ratio("rand-both", d) for d in DATASETS)) in PAGE
+    assert f"gets {less('rand-both', own)} points less from it" in PAGE
+    of = "from `rand-tgt` he gets {} and {} less, {} and {} times"
+    assert of.format(*(less("rand-tgt", d) for d in DATASETS), *(ratio("rand-tgt", d) for d in DATASETS)) in PAGE
+    assert "from `null-tgt` {} and {} less".format(*(less("null-tgt", d) for d in DATASETS)) in PAGE
+    for dataset in DATASETS:
+        for baseline in BASELINES:
+            assert all(a < b for a, b in zip(left("null-both", dataset, "tuned"), left(baseline, dataset, "tuned"),
+                                             strict=True))  # fmt: skip
+    strongest = [max(BASELINES, key=lambda row: mean(taken(row, d, "tuned"))) for d in DATASETS]
+    assert strongest == ["rand-tgt", "rand-both"]
+    assert {ratio(row, d) for row, d in zip(strongest, DATASETS, strict=True)} == {"1.7"}
+    best = [less(row, others, "best of all") for row in BASELINES]
+    assert "By the best of all attackers he gets {} and {} points less".format(*best) in PAGE
 
 
-def test_the_page_says_what_a_choice_of_learning_rates_gets_on_one_seed():
-    places = ((STUDY, "null-both"), (TARGET, "rand-tgt"), (TARGET, "null-tgt"))
-    paths = [study / f"lr/seed-6/{model}.json" for study, model in places]
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    assert len({json.dumps(one["settings"]) for one in found}) == 1
-    ours, rand, null = (f"{one['metrics']['acc_pl_worst']:.1f}" for one in found)
-    assert f"he gets {ours} % from it ([sidecar](tin100_both/lr)), {rand} from RAND and {null} from `null-tgt`" in PAGE
+def test_the_page_says_where_a_baseline_is_level():
+    ours, theirs = (
+        [interval(taken(row, d, a)) for d, a in (("tin100-10", "one setting"), ("tin100-10", "renorm-probe"),
+                                                 ("tin20b", "renorm-probe"))]
+        for row in ("rand-tgt", "null-both")
+    )  # fmt: skip
+    assert "({}, `null-both` {})".format(ours[0], theirs[0]) in PAGE  # noqa: UP032
+    assert f"({ours[1]} and {ours[2]}; {theirs[1]} and {theirs[2]})" in PAGE
+    more = [
+        less("rand-both", dataset, attacker) for dataset in DATASETS for attacker in ("one setting", "renorm-probe")
+    ]
+    words = (
+        "From `rand-both` he gets {} and {} points more by these two on the source's own classes, {} and {} on others"
+    )
+    assert words.format(*more) in PAGE
+
+
+def test_the_page_shows_attackers_with_other_learning_rates():
+    """By seed, then how much less than from either RAND."""
+    found = {
+        (row, seed): json.loads((study / f"lr/seed-{seed}/{model}.json").read_text(encoding="utf-8"))
+        for row, (model, study) in LOSSES.items()
+        if study != FREE
+        for seed in SEEDS
+    }
+    assert len({json.dumps(one["settings"]) for one in found.values()}) == 1
+    got = {row: [found[row, seed]["metrics"]["acc_pl_worst"] for seed in SEEDS] for row, _ in found}
+    for row, three in got.items():
+        assert f"| {row} | {' | '.join(f'{one:.1f}' for one in three)} | {interval(three)} |" in PAGE
+    below = [interval([a - b for a, b in zip(got[row], got["null-both"], strict=True)]) for row in BASELINES]
+    assert "gets {} and {} points less from `null-both` than from `rand-both` and `rand-tgt`".format(*below) in PAGE
+
+
+def test_the_page_says_what_the_parts_take_alone():
+    """On seed 6: three fresh stages without an unlearning loss, and with RAND's."""
+    for model, words in (("fresh-both", "and takes {} and {} points"), ("rand-fresh", "and takes {} and {}")):
+        points = []
+        for dataset in DATASETS:
+            document = json.loads((STUDY / f"parts/{model}/{dataset}.json").read_text(encoding="utf-8"))
+            assert document["seed"] == SEEDS[0]
+            points.append(f"{pl('TL', dataset, 'tuned')[0] - document['metrics']['acc_pl_worst']:.1f}")
+        assert f"`{model}`" in PAGE and words.format(*points) in PAGE
 
 
 FOUND = (
@@ -91,6 +149,7 @@ FOUND = (
     ("`null-space`, fresh stages", "tin100_fresh", "null-fresh", "the source"),
     ("Random labels", "tin100_target", "rand-tgt", "the target"),
     ("`null-space`", "tin100_target", "null-tgt", "the target"),
+    ("Random labels", "tin100_both", "rand-both", "both"),
     ("`null-space`, fresh stages", "tin100_both", "null-both", "both"),
 )
 
