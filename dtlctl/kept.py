@@ -31,16 +31,16 @@ class Kept:
         """What this process made alone, because it was not there."""
 
     def each(
-        self, name: str, form: Any, tasks: Iterable[Callable[[], Part]], whole: Callable[[], bool]
+        self, name: str, form: Any, tasks: Iterable[Callable[[], Part]], cut_short: Callable[[], bool]
     ) -> list[Callable[[], Part]]:
-        """The tasks, made to keep their results, if `whole` then says that nothing cut them short."""
-        return [partial(self._own, f"{name}-{number}", form, task, whole) for number, task in enumerate(tasks)]
+        """The tasks, made to keep their results, unless `cut_short` then says that they are no whole ones."""
+        return [partial(self._own, f"{name}-{number}", form, task, cut_short) for number, task in enumerate(tasks)]
 
-    def _own(self, name: str, form: Any, make: Callable[[], Part], whole: Callable[[], bool]) -> Part:
+    def _own(self, name: str, form: Any, make: Callable[[], Part], cut_short: Callable[[], bool]) -> Part:
         if (found := self._read(name, form)) is None:
             found = make()
             self.made.append(name)
-            if whole():
+            if not cut_short():
                 self._write(name, found)
         return found
 
@@ -53,6 +53,7 @@ class Kept:
         return found
 
     def has(self, name: str, form: Any) -> bool:
+        """Whether the part is there, so that it need not be made."""
         return self._read(name, form) is not None
 
     def _path(self, name: str) -> Path:

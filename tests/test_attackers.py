@@ -307,9 +307,6 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
         def __init__(self, lab: Experiment, *_: object):
             self.lab = lab
 
-        def whole(self) -> bool:
-            return True
-
         def attempt(self, attacker: Any, setting: Setting) -> Trial:
             return Trial(setting, 0, [Look(1, held_out[setting.kind], 1.0)])
 

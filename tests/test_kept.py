@@ -71,10 +71,10 @@ def test_tuned_attackers_go_on_where_they_were_stopped(recipe_file: Path, monkey
 
 def test_a_result_that_was_cut_short_is_not_kept(tmp_path: Path):
     trial = Trial(Setting("full", "sgd", 0.1), 0, [Look(4, 50.0, 0.1 + 0.2)])
-    for whole, there in ((False, False), (True, True)):
-        (task,) = Kept(tmp_path, "key").each("trial", Trial, [lambda: trial], lambda whole=whole: whole)
+    for cut_short in (True, False):
+        (task,) = Kept(tmp_path, "key").each("trial", Trial, [lambda: trial], lambda cut=cut_short: cut)
         assert task() == trial
-        assert (tmp_path / "trial-0.json").exists() == there
+        assert (tmp_path / "trial-0.json").exists() != cut_short
 
 
 def test_what_is_kept_comes_back_to_the_bit_and_for_its_key_alone(tmp_path: Path):
@@ -82,7 +82,7 @@ def test_what_is_kept_comes_back_to_the_bit_and_for_its_key_alone(tmp_path: Path
     made = []
     for key, count in (("key", 1), ("key", 1), ("other", 2)):
         kept = Kept(tmp_path, key)
-        (task,) = kept.each("strike", Strike, [lambda: (made.append(1), strike)[1]], lambda: True)
+        (task,) = kept.each("strike", Strike, [lambda: (made.append(1), strike)[1]], lambda: False)
         found = task()
         assert found == strike and type(found.trial.looks[0]) is Look and type(found.trial.seed) is int
         assert len(made) == count
@@ -93,7 +93,7 @@ def test_what_is_kept_comes_back_to_the_bit_and_for_its_key_alone(tmp_path: Path
 )
 def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path, text: str):
     (tmp_path / "trial-0.json").write_text(text)
-    (task,) = Kept(tmp_path, "key").each("trial", Trial, [never], lambda: True)
+    (task,) = Kept(tmp_path, "key").each("trial", Trial, [never], lambda: False)
     with pytest.raises(CheckpointError, match=r"trial-0.json: cannot be used: .*; delete it to make it again"):
         task()
 

@@ -121,12 +121,12 @@ def tpr_at(
     Clopper-Pearson's interval, which takes it as given, is too narrow; the interval is the wider, at either end, of
     that one and the bootstrap's. weights: how often each member and each other is drawn, [R, M] and [R, N].
     """
+    from scipy.stats import binomtest
+
     allowed = int(rate * len(others) + 1e-9)
     if not allowed:
         return None
     caught = _caught(members, others, allowed)
-    from scipy.stats import binomtest
-
     given = binomtest(int(caught.sum()), len(caught)).proportion_ci(0.95, "exact")
     drawn = np.quantile(_weighted_tpr(members, others, allowed, *weights), [0.025, 0.975])
     return float(caught.mean()), float(min(given.low, drawn[0])), float(max(given.high, drawn[1]))

@@ -81,7 +81,8 @@ def kept(lab: Experiment) -> Kept:
 
 def missing(lab: Experiment, count: int) -> int:
     """How many of `count` references have yet to be trained."""
-    return sum(not kept(lab).has(f"{number}", list[float]) for number in range(count))
+    done = kept(lab)
+    return sum(not done.has(f"{number}", list[float]) for number in range(count))
 
 
 def _halves(lab: Experiment, number: int, images: int) -> tuple[np.ndarray, np.ndarray]:

@@ -92,10 +92,6 @@ class Ground:
         )  # fmt: skip
         return Strike(trial, tuning.accuracy(model, HEAD, self._whole("test", self.judges)))
 
-    def whole(self) -> bool:
-        """Whether nothing has cut trials short."""
-        return not self.stop.is_set()
-
     def _split(self, seed: int) -> tuple[np.ndarray, tuple[Split, np.ndarray], np.ndarray]:
         """Places of the images that train, among the attacker's own; that choose, with their split; and that judge."""
         test = self.lab.images(self.job.dataset, "test").labels

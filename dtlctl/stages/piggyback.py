@@ -54,12 +54,12 @@ def _tuned(lab: Experiment, job: Job[Piggyback], kept: Kept, single: float) -> d
             ground = Ground(lab, job, seed)
             grid = [(attacker, setting) for attacker in job.settings.attackers for setting in attacker.grid()]
             tasks = [partial(ground.attempt, *point) for point in grid]
-            trying = kept.each(f"trial-{seed}", Trial, tasks, ground.whole)
+            trying = kept.each(f"trial-{seed}", Trial, tasks, ground.stop.is_set)
             tried = share_out(ground, trying, lambda count: bar.at(len(trials) + count, total))
             best = [tuning.choose([t for t in tried if t.setting.kind == kind]) for kind in _kinds(job.settings)]
             makers = [(grid[tried.index(trial)][0], trial) for trial in best if trial]
             strokes = [partial(ground.strike, *pair) for pair in makers]
-            again = share_out(ground, kept.each(f"strike-{seed}", Strike, strokes, ground.whole))
+            again = share_out(ground, kept.each(f"strike-{seed}", Strike, strokes, ground.stop.is_set))
             trials.extend(tried)
             strikes.append(again)
     seconds, fits = time.perf_counter() - started, len(lab.engine.gather_objects(kept.made))
