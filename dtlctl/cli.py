@@ -10,12 +10,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dtlctl import __version__, stop
+from dtlctl.bench.command import bench
 from dtlctl.errors import DtlError, Lost, Stopped
+from dtlctl.options import RUNS, Force, Json, Only, Out, Overrides, Quiet, RecipeFile
 
 if TYPE_CHECKING:
     from dtlctl.experiment import Experiment
@@ -32,20 +34,6 @@ data or checkpoint unusable; 130 or 143 stopped by a signal.
 """
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The experiment, a TOML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one key of the recipe, e.g. finetune.lr=0.02."),
-]
-Out = Annotated[Path, typer.Option("--out", help="Where runs are kept; the run's folder is OUT/<name>.")]
-Only = Annotated[
-    list[str] | None, typer.Option("--only", metavar="MODEL", help="Only this model or variant; repeatable.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Redo what is up to date.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results and errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-RUNS = Path("runs")
 
 
 @app.callback(invoke_without_command=True)
@@ -142,53 +130,29 @@ def report(
 
 
 @app.command()
-def bench(
-    arch: Annotated[str, typer.Option(help="A torchvision classifier, resnet10, or a CIFAR ResNet.")] = "resnet18",
-    stem: Annotated[str, typer.Option(help='"imagenet" or "small", as in a recipe.')] = "imagenet",
-    image_size: Annotated[int, typer.Option(min=8, max=1024, help="Pixels.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=4, help="Images of a step.")] = 128,
-    chunks: Annotated[str | None, typer.Option(help="Numbers of chunks, with commas; default: 2,4,8,16,32.")] = None,
-    ways: Annotated[str | None, typer.Option(help="Ways to measure beside ce, with commas; default: all.")] = None,
-    precision: Annotated[Literal["float32", "tf32", "bfloat16"], typer.Option(help="Of the forward pass.")] = "float32",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Keep a pixel's channels together.")] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; the median is shown.")] = 5,
-    train: Annotated[
-        bool, typer.Option("--train", help="Measure training on images instead, beside a plain script.")
-    ] = False,
-    data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Images to train on, as in a recipe; default: builtin:letters.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of a turn; default: 20.")] = None,
+def export(
+    recipe: RecipeFile,
+    model: Annotated[str, typer.Option("--model", help="TL, TGT or a variant.")],
+    to: Annotated[Path, typer.Option("--to", metavar="FILE", help="The safetensors file to write.")],
+    overrides: Overrides = None,
+    out: Out = RUNS,
     quiet: Quiet = False,
-    as_json: Json = False,
 ) -> None:
-    """Measure what a step of gradient collision costs here, in every way, beside a step of cross-entropy.
+    """Write a finished model for others: its target head alone, under torchvision's names, nothing of the source."""
+    from dtlctl import export as exports
+    from dtlctl.experiment import Experiment
+    from dtlctl.loading import load
+    from dtlctl.sweep import one_process
 
-    With --train: how many images a second training takes, on ready tensors, as pretrain does it, and by a plain script.
-    """
-    from dtlctl.errors import RecipeError
+    one_process("export: start it as one process, without a launcher")
+    lab = Experiment(load(recipe, overrides), out, source=str(recipe), words=_words(overrides, out), quiet=quiet)
+    exports.export(lab, model, to)
+    if model == "TL":
+        _say("TL has not been disposed of: it holds all that it learned from the source", quiet)
+    print(to)
 
-    of_collisions = {"--chunks": chunks, "--ways": ways}
-    for option, value in (of_collisions if train else {"--data": data, "--steps": steps}).items():
-        if value:
-            other = "the benchmark of collisions; leave it or --train out" if train else "training; add --train"
-            raise RecipeError(f"bench: {option} is for {other}")
-    if train:
-        from dtlctl.bench import training
 
-        source, length = data or "builtin:letters", steps or 20
-        document = training.run(
-            arch, stem, image_size, batch_size, precision, repeats, channels_last, source, length, quiet=quiet
-        )
-        print(json.dumps(document, indent=1) if as_json else training.text(document))
-        return
-    from dtlctl.bench import collision
-
-    counts = chunks or "2,4,8,16,32"
-    document = collision.run(
-        arch, stem, image_size, batch_size, counts, ways, precision, repeats, channels_last, quiet=quiet
-    )
-    print(json.dumps(document, indent=1) if as_json else collision.text(document))
+app.command("bench")(bench)
 
 
 @app.command()

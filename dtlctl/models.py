@@ -21,7 +21,7 @@ _KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet15
 _ANY_SIZE = ("resnet", "resnext", "wide_resnet", "regnet")
 
 # ImageNet statistics: what every torchvision classifier expects.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 Precision = Literal["float64", "float32", "tf32", "bfloat16"]
@@ -37,15 +37,17 @@ class Classifier(nn.Module):
 
     Input x: float [B, 3, H, W] in [0, 1]; the model normalises it, so a published model carries its own
     preprocessing and an attack can work on pixels. Output: logits [B, classes of the head].
+    readout: what the backbone's library calls the last linear layer, in whose place the heads are.
     """
 
-    def __init__(self, backbone: nn.Module, features: int, heads: dict[str, int]):
+    def __init__(self, backbone: nn.Module, features: int, heads: dict[str, int], readout: str = "fc"):
         super().__init__()
         self.backbone = backbone
         self.features = features
+        self.readout = readout
         self.heads = nn.ModuleDict({name: nn.Linear(features, classes) for name, classes in heads.items()})
-        self.mean = nn.Buffer(torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.std = nn.Buffer(torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+        self.mean = nn.Buffer(torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.std = nn.Buffer(torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self.precision: Precision = "float32"
         self.channels_last = False
 
@@ -66,6 +68,11 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor, head: str) -> Tensor:
         return self.heads[head](self.embed(x))
+
+    def plain_state(self, head: str) -> dict[str, Tensor]:
+        """The backbone and one head as their library's own network has them: torchvision's names and shapes."""
+        readout = {f"{self.readout}.{name}": tensor for name, tensor in self.heads[head].state_dict().items()}
+        return {**self.backbone.state_dict(), **readout}
 
     def add_head(self, name: str, classes: int) -> None:
         """Attach (or replace) a freshly initialised head."""
@@ -101,11 +108,11 @@ def _assemble(arch: str, heads: dict[str, int], stem: str, width: int | None, im
         width = width or 16
         return Classifier(CifarResNet(_CIFAR_RESNETS[arch], width), 4 * width, heads)
     backbone = _torchvision(arch, image_size)
-    features = _behead(backbone)
+    features, readout = _behead(backbone)
     if stem == "small":
         _shrink_stem(backbone, arch)
     small_maps.fold(backbone)
-    return Classifier(backbone, features, heads)
+    return Classifier(backbone, features, heads, readout)
 
 
 class CifarResNet(nn.Module):
@@ -218,12 +225,12 @@ def _torchvision(arch: str, image_size: int) -> nn.Module:
     return torchvision.models.get_model(arch, weights=None, **size)
 
 
-def _behead(backbone: nn.Module) -> int:
-    """Replace the last linear layer by the identity; return its input width."""
+def _behead(backbone: nn.Module) -> tuple[int, str]:
+    """Replace the last linear layer by the identity; return its input width and its name."""
     name, last = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)][-1]
     parent, _, attribute = name.rpartition(".")
     setattr(backbone.get_submodule(parent), attribute, nn.Identity())
-    return last.in_features
+    return last.in_features, name
 
 
 def _shrink_stem(backbone: nn.Module, arch: str) -> None:

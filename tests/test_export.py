@@ -1,0 +1,147 @@
+"""What `dtlctl export` gives away: the target's network as torchvision has it, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dtlctl import export, models, stages
+from dtlctl.errors import CheckpointError
+from dtlctl.experiment import Experiment
+from dtlctl.loading import load
+from dtlctl.plan import STAGES
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+"""ImageNet's, as torchvision documents them."""
+
+
+@pytest.fixture
+def lab(recipe_file: Path) -> Experiment:
+    """The tiny recipe, up to one disposal."""
+    lab = Experiment(load(recipe_file), recipe_file.parent / "runs", source=str(recipe_file), quiet=True)
+    stages.run(lab, STAGES[:3], only=("pre", "TL", "rand"))
+    return lab
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "vgg11", "densenet121"])
+def test_torchvisions_own_network_loads_it_and_answers_the_same(arch: str):
+    """resnet18's last layer is fc, mobilenet's classifier.3, vgg's classifier.6, densenet's classifier."""
+    model = models.build(arch, {"source": 7, "target": 3}, stem="imagenet", image_size=32).eval()
+    theirs = torchvision.models.get_model(arch, weights=None, num_classes=3)
+    theirs.load_state_dict(model.plain_state("target"), strict=True)
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(theirs.eval()((x - MEAN) / STD), model(x, "target"), atol=1e-5)
+
+
+def test_the_tutorials_recipient_gets_it(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The page's two ways of loading, of an untrained network: torchvision's and ours answer alike."""
+    ours_alone = 'arch = "resnet8"\nwidth = 4\nimage_size = 8'
+    torchvisions = 'arch = "resnet18"\nstem = "imagenet"\nimage_size = 32'
+    recipe_file.write_text(recipe_file.read_text().replace(ours_alone, torchvisions))
+    lab = Experiment(load(recipe_file, ["target-only={steps=1, batch_size=4}"]), tmp_path / "runs", quiet=True)
+    stages.run(lab, ("finetune",), only=("TGT",))
+    export.export(lab, "TGT", tmp_path / "ten-classes.safetensors")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs/tutorial.md").read_text(encoding="utf-8")
+    _, _, section = page.partition("## Give a model away\n")
+    ways: list[dict[str, Any]] = [{}, {}]
+    for scope, block in zip(ways, re.findall(r"```python\n(.*?)```", section, re.DOTALL), strict=True):
+        exec(block, scope)
+    theirs, ours = (scope["network"] for scope in ways)
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(theirs.eval()((x - MEAN) / STD), ours(x, "target"), atol=1e-5)
+
+
+def test_an_exported_model_answers_as_the_runs_own_does(lab: Experiment, call):
+    code, out, err = call("export", lab.source, "--model", "rand", "--to", "given/rand.safetensors", "--quiet")
+    assert (code, out, err) == (0, "given/rand.safetensors\n", "")
+    x, own = torch.rand(4, 3, 8, 8), lab.load_model("rand").eval()
+    theirs = export.load(Path(out.strip()))
+    with torch.no_grad():
+        assert torch.equal(theirs(x, "target"), own(x, "target")) and not theirs.training
+        assert not torch.equal(theirs(x, "target"), lab.load_model("TL").eval()(x, "target"))
+
+
+def test_nothing_of_the_source_is_in_the_file(lab: Experiment, tmp_path: Path):
+    """No tensor of the source head, under any name, and no word of the run in the header."""
+    path = tmp_path / "rand.safetensors"
+    export.export(lab, "rand", path)
+    own = lab.load_model("rand").state_dict()
+    given = load_file(path)
+    assert len(given) == len(own) - 2
+    for head in ("heads.source.weight", "heads.source.bias"):
+        assert not any(t.shape == own[head].shape and torch.equal(t, own[head]) for t in given.values())
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["dtlctl"]) == {
+            "arch": "resnet8",
+            "stem": "small",
+            "width": 4,
+            "image_size": 8,
+            "classes": [str(digit) for digit in range(10)],
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+        }
+    again = tmp_path / "again.safetensors"
+    export.export(lab, "rand", again)
+    assert path.read_bytes() == again.read_bytes()
+
+
+def test_float64_stays_float64(recipe_file: Path, tmp_path: Path):
+    lab = Experiment(load(recipe_file, ["precision=float64"]), tmp_path / "runs", quiet=True)
+    stages.run(lab, ("finetune",), only=("TGT",))
+    export.export(lab, "TGT", tmp_path / "double.safetensors")
+    assert next(export.load(tmp_path / "double.safetensors").parameters()).dtype == torch.float64
+
+
+def test_a_model_that_was_not_disposed_of_is_told(lab: Experiment, call):
+    code, _, err = call("export", lab.source, "--model", "TL", "--to", "tl.safetensors")
+    assert code == 0 and "TL has not been disposed of: it holds all that it learned from the source\n" in err
+
+
+@pytest.mark.parametrize(
+    ("model", "to", "code", "message"),
+    [
+        ("pre", "a.safetensors", 2, "has no such model with a target head (valid: TGT, TL, gc, rand)"),
+        ("ran", "a.safetensors", 2, "did you mean 'rand'? (valid: TGT, TL, gc, rand)"),
+        ("gc", "a.safetensors", 4, "gc has not been made yet; run: dtlctl dispose"),
+        ("rand", "runs/tiny/dispose/rand/model.safetensors", 2, "within the run's folder"),
+        ("rand", "a.toml/b.safetensors", 4, "a.toml/b.safetensors: cannot be written"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(lab: Experiment, call, model: str, to: str, code: int, message: str):
+    Path("a.toml").write_text("")
+    weights = lab.folder / "dispose/rand/model.safetensors"
+    before = weights.read_bytes()
+    found, out, err = call("export", lab.source, "--model", model, "--to", to, "--quiet")
+    assert (found, out) == (code, "") and message in err and err.count("\n") == 1
+    assert weights.read_bytes() == before and not Path("a.safetensors").exists()
+
+
+@pytest.mark.parametrize("spoil", ["cut", "other", "arch", "tensor"])
+def test_a_file_that_export_did_not_write_is_refused(lab: Experiment, tmp_path: Path, spoil: str):
+    path = tmp_path / "rand.safetensors"
+    export.export(lab, "rand", path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    if spoil == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif spoil == "other":
+        save_file(tensors, path)
+    elif spoil == "arch":
+        save_file(tensors, path, {"dtlctl": header["dtlctl"].replace("resnet8", "resnet20")})
+    else:
+        tensors.pop("fc.bias")
+        save_file(tensors, path, header)
+    with pytest.raises(CheckpointError, match="not a model that dtlctl exported"):
+        export.load(path)
