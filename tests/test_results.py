@@ -90,6 +90,7 @@ def test_the_curve_and_the_match_show_their_documents():
         ("tin100_target/tried.json", "{}, tried before"),
         ("tin100_both/compare.json", "{}"),
         ("tin100_both/tried.json", "{}, tried beside"),
+        ("tin100_parts/tried.json", "{}"),
         ("tin100_gpu/compare.json", "{}"),
         ("tin100_gpu/unfinished.json", "{}, not attacked"),
     ],

@@ -130,27 +130,6 @@ def test_the_page_shows_attackers_with_other_learning_rates():
     assert "gets {} and {} points less from `null-both` than from `rand-both` and `rand-tgt`".format(*below) in PAGE
 
 
-def test_the_page_says_what_the_parts_take_alone():
-    """On seed 6: three fresh stages without an unlearning loss, and with RAND's at two λ."""
-    prices = json.loads((STUDY / "parts/validation.json").read_text(encoding="utf-8"))["points_below_TL"]
-    for model, words in (
-        ("fresh-both", "`fresh-both`, costs {:.1f} points of validation accuracy and takes {} and {} points"),
-        ("rand-fresh-0.7", "at λ = 0.7, `rand-fresh` costs {:.1f} and takes {} and {}; "),
-        ("rand-fresh", "At λ = 0.85 `rand-fresh` costs {:.1f} and takes {} and {}."),
-    ):
-        points = []
-        for dataset in DATASETS:
-            document = json.loads((STUDY / f"parts/{model}/{dataset}.json").read_text(encoding="utf-8"))
-            assert document["seed"] == SEEDS[0]
-            points.append(f"{pl('TL', dataset, 'tuned')[0] - document['metrics']['acc_pl_worst']:.1f}")
-        assert words.format(prices[model], *points) in PAGE
-    free, dear = (
-        [f"{taken(row, d, 'tuned')[0]:.1f}" for d in DATASETS] for row in ("null-both, λ = 0.85", "null-both")
-    )
-    assert "costs 1.3 and takes {} and {}.".format(*dear) in PAGE
-    assert "costs -0.3 there and takes {} and {}.".format(*free) in PAGE
-
-
 FOUND = (
     ("Gradient collision", "tin100_matched", "gc", "the source"),
     ("Random labels", "tin100_matched", "rand", "the source"),
