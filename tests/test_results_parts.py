@@ -73,6 +73,8 @@ def test_the_page_shows_what_each_part_costs(row: str):
     one = TRIED[model, sidecar(model, study, SEEDS[0])["settings"]["lambda"]]
     each = ", ".join(f"{drop:.1f}" for drop in one["drops"])
     assert f"| {row} | {one['drop']:.1f} ({each}) | {interval(acc_t(model, study))} |" in PAGE
+    before = [json.loads((BOTH / f"matched-{seed}/finetune/model.json").read_text(encoding="utf-8")) for seed in SEEDS]
+    assert f"(`TL`: {interval([one['metrics']['acc_t'] for one in before])})" in PAGE
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
