@@ -7,6 +7,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torchvision.models  # noqa: F401 - before there are fifteen processes, which would each import it
 from safetensors.torch import save_file
 
 from dtlctl import models

@@ -250,10 +250,10 @@ def test_the_tutorial_shows_the_files_of_the_quickstart():
     assert sorted(shown) == sorted(["recipe.json", *plan, *weights, *(f"report/{name}" for name in report)])
 
 
-def test_every_field_of_a_sidecar_is_in_the_tutorial(recipe_file: Path, dtlctl):
-    done = dtlctl("pretrain", recipe_file, "--set", "pretrain.steps=1", "--quiet")
-    assert done.returncode == 0, done.stderr
-    sidecar = json.loads((recipe_file.parent / done.stdout.strip()).read_text())
+def test_every_field_of_a_sidecar_is_in_the_tutorial(recipe_file: Path, call):
+    code, out, err = call("pretrain", recipe_file, "--set", "pretrain.steps=1", "--quiet")
+    assert code == 0, err
+    sidecar = json.loads((recipe_file.parent / out.strip()).read_text())
     _, _, section = page("docs/tutorial.md").partition("## Read a sidecar")
     rows = [line.split("|")[1] for line in section.split("\n## ")[0].splitlines() if line.startswith("| `")]
     assert set(sidecar) == {name for row in rows for name in re.findall(r"`(\w+)`", row)}

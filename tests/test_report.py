@@ -373,14 +373,14 @@ def test_the_page_renders_light_and_dark_and_fits_a_telephone(recipe_file: Path)
         assert high - low > 150
 
 
-def test_files_are_written(recipe_file: Path, dtlctl):
+def test_files_are_written(recipe_file: Path, call):
     folder = fake_run(recipe_file, "one", 0, 70.0)
-    result = dtlctl("report", folder, "--to", "out", "--json")
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == json.loads((recipe_file.parent / "out" / "table.json").read_text())
+    code, out, err = call("report", folder, "--to", "out", "--json")
+    assert code == 0, err
+    assert json.loads(out) == json.loads((recipe_file.parent / "out" / "table.json").read_text())
     assert (recipe_file.parent / "out" / "piggyback.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (recipe_file.parent / "out" / "piggyback.svg").read_text()
-    assert dtlctl("report", folder, folder).returncode == 2
+    assert call("report", folder, folder)[0] == 2
 
 
 def test_a_report_without_attacks_leaves_no_figure_of_those_that_were_there(recipe_file: Path):

@@ -60,20 +60,20 @@ def test_run_makes_every_artefact_and_prints_the_table(recipe_file: Path, dtlctl
     assert "dtlctl 0" not in again.stderr  # no engine was started
 
 
-def test_a_stage_names_the_command_that_is_missing(recipe_file: Path, dtlctl):
-    result = dtlctl("dispose", recipe_file)
-    assert result.returncode == 4
-    assert f"run: dtlctl finetune {recipe_file}\n" in result.stderr
-    assert len(result.stderr.strip().splitlines()) <= 2
-    assert result.stdout == ""
+def test_a_stage_names_the_command_that_is_missing(recipe_file: Path, call):
+    code, out, err = call("dispose", recipe_file)
+    assert code == 4
+    assert f"run: dtlctl finetune {recipe_file}\n" in err
+    assert len(err.strip().splitlines()) <= 2
+    assert out == ""
 
 
-def test_the_command_that_is_missing_is_for_this_run(recipe_file: Path, dtlctl):
+def test_the_command_that_is_missing_is_for_this_run(recipe_file: Path, call):
     """Without the changes and the place of this call it would make another run's model, and the error would stay."""
     changes = ("--set", "seed=7", "--set", "data.source.fraction = 0.2", "--out", recipe_file.parent / "else where")
-    result = dtlctl("dispose", recipe_file, *changes)
-    assert result.returncode == 4
-    remedy = result.stderr.strip().partition("run: dtlctl ")[2]
+    code, _, err = call("dispose", recipe_file, *changes)
+    assert code == 4
+    remedy = err.strip().partition("run: dtlctl ")[2]
     assert shlex.split(remedy) == ["finetune", *map(str, (recipe_file, *changes))]
 
 
@@ -254,30 +254,33 @@ def test_publishing_leaves_no_temporary_file_and_a_full_disk_the_old_checkpoint(
     checkpoint.load_weights(tmp_path, checkpoint.read_sidecar(tmp_path / "model.json") or {}, model)
 
 
-def test_unwritable_output_and_bad_options_have_their_exit_codes(recipe_file: Path, dtlctl):
+def test_unwritable_output_and_bad_options_have_their_exit_codes(recipe_file: Path, call):
     (recipe_file.parent / "file").write_text("")
-    blocked = dtlctl("run", recipe_file, "--out", "file/below")
-    assert blocked.returncode == 4
-    assert "cannot be written" in blocked.stderr
-    assert len(blocked.stderr.strip().splitlines()) == 1
-    assert dtlctl("run", recipe_file, "--set", "dispose.gc.lambda=1.5").returncode == 2
-    assert dtlctl("run", recipe_file, "--set", "name=../x").returncode == 2
-    assert dtlctl("dispose", recipe_file, "--only", "gcc").returncode == 2
-    assert dtlctl("run", recipe_file, "--nonsense").returncode == 2
-    assert dtlctl("run", "missing.toml").returncode == 2
-    missing = dtlctl("pretrain", recipe_file, "--set", "data.source.path=./nowhere")
-    assert missing.returncode == 4
-    assert "nowhere" in missing.stderr
+    code, _, err = call("run", recipe_file, "--out", "file/below")
+    assert code == 4
+    assert "cannot be written" in err
+    assert len(err.strip().splitlines()) == 1
+    for wrong in (
+        ("run", recipe_file, "--set", "dispose.gc.lambda=1.5"),
+        ("run", recipe_file, "--set", "name=../x"),
+        ("dispose", recipe_file, "--only", "gcc"),
+        ("run", recipe_file, "--nonsense"),
+        ("run", "missing.toml"),
+    ):
+        assert call(*wrong)[0] == 2, wrong
+    code, _, err = call("pretrain", recipe_file, "--set", "data.source.path=./nowhere")
+    assert code == 4
+    assert "nowhere" in err
 
 
-def test_check_plans_without_training(recipe_file: Path, dtlctl):
-    result = dtlctl("check", recipe_file, "--json")
-    assert result.returncode == 0, result.stderr
-    plan = json.loads(result.stdout)
+def test_check_plans_without_training(recipe_file: Path, call):
+    code, out, err = call("check", recipe_file, "--json")
+    assert code == 0, err
+    plan = json.loads(out)
     assert plan["parameters"] > 4000
     assert [row["title"] for row in plan["jobs"]][:4] == ["pretrain", "target-only", "finetune", "dispose/gc"]
     assert not (recipe_file.parent / "runs").exists()
-    assert "stages" in dtlctl("check", recipe_file).stdout
+    assert "stages" in call("check", recipe_file)[1]
 
 
 def test_help_answers_without_torch(monkeypatch, capsys):
