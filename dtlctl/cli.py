@@ -152,7 +152,7 @@ def export(
     print(to)
 
 
-app.command("bench")(bench)
+app.command()(bench)
 
 
 @app.command()
