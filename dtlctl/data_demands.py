@@ -80,7 +80,7 @@ def _batch_for_null_space(lab: Experiment, job: Job[Dispose]) -> None:
 
 
 def _images_to_hold_out(lab: Experiment, job: Job[Piggyback]) -> None:
-    fraction = lab.dataset(job.dataset).fraction
+    fraction = lab.recipe.data.of(job.dataset).fraction
     if job.settings.choose_on == "test":
         labels, share = lab.images(job.dataset, "test").labels, 0.5
         where, remedy = "piggyback.choose_on", f'the test split of data.{job.dataset} is too small; write "own"'

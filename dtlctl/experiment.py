@@ -18,7 +18,7 @@ import torch
 from dtlctl import __version__, checkpoint, lock, models, network_demands, origins, stop
 from dtlctl.data import cache as decoded
 from dtlctl.data.cache import Images
-from dtlctl.data.dataset import Dataset, Split
+from dtlctl.data.dataset import Split
 from dtlctl.data.subset import balanced, digest
 from dtlctl.data.tensors import Batch, Batches, evaluation_batches
 from dtlctl.errors import CheckpointError, RecipeError
@@ -96,11 +96,6 @@ class Experiment:
 
     # Data -------------------------------------------------------------------------------------------------------
 
-    def dataset(self, role: str) -> Dataset:
-        """The recipe's table for `source`, `target` or `piggyback.NAME`."""
-        kind, _, name = role.partition(".")
-        return self.recipe.data.piggyback[name] if name else getattr(self.recipe.data, kind)
-
     def classes(self, role: str) -> tuple[str, ...]:
         return self.images(role, "train").classes
 
@@ -112,7 +107,7 @@ class Experiment:
             train.labels,
             self.index(role),
             batch_size=batch_size,
-            augment=self.dataset(role).augment,
+            augment=self.recipe.data.of(role).augment,
             seed=self.seed(tag),
             device=self.engine.device,
             share=self.engine.share,
@@ -139,7 +134,7 @@ class Experiment:
             "images": len(self.index(role)),
             "test_images": len(test.labels),
             "dropped": train.dropped + test.dropped,
-            "augment": self.dataset(role).augment,
+            "augment": self.recipe.data.of(role).augment,
         }
 
     def seed(self, tag: str) -> int:
@@ -151,7 +146,7 @@ class Experiment:
         return Progress(title, total, enabled=not self.quiet and self.engine.is_main)
 
     def _images(self, role: str, split: Split) -> Images:
-        dataset, size = self.dataset(role), self.recipe.model.image_size
+        dataset, size = self.recipe.data.of(role), self.recipe.model.image_size
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
         if alone and (found := decoded.cached(dataset, split, size, role=role)) is not None:
             return found  # no engine is started to find that everything is up to date
@@ -161,7 +156,8 @@ class Experiment:
 
     def _index(self, role: str) -> np.ndarray:
         train = self.images(role, "train")
-        return balanced(train.labels, len(train.classes), self.dataset(role).fraction, self.seed(f"subset/{role}"))
+        fraction = self.recipe.data.of(role).fraction
+        return balanced(train.labels, len(train.classes), fraction, self.seed(f"subset/{role}"))
 
     # Models and training ----------------------------------------------------------------------------------------
 
@@ -264,7 +260,7 @@ class Experiment:
             "wall_seconds": round(history.seconds, 3),
             "images_per_second": round(history.images_per_second, 1),
             "precision": self.recipe.precision,
-            "datasets": {role: origins.of(self.dataset(role), self.images(role, "train")) for role in job.roles},
+            "datasets": {role: origins.of(self.recipe.data.of(role), self.images(role, "train")) for role in job.roles},
             **circumstances(engine.device, engine.processes),
         }
 

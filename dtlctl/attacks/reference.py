@@ -103,7 +103,7 @@ def _reference(
         everything.labels,
         inside,
         batch_size=settings.batch_size,
-        augment=lab.dataset("source").augment,
+        augment=lab.recipe.data.source.augment,
         seed=lab.seed(tag),
         device=lab.engine.device,
         share=lab.engine.share,

@@ -116,7 +116,7 @@ class Ground:
 
     def _batches(self, rows: np.ndarray, size: int) -> Batches:
         train = self.lab.images(self.job.dataset, "train")
-        augment = self.lab.dataset(self.job.dataset).augment
+        augment = self.lab.recipe.data.of(self.job.dataset).augment
         seed, device = self.lab.seed(f"{self.tag}/batches"), self.lab.engine.device
         return Batches(
             train.pixels, train.labels, self.own[rows], batch_size=size, augment=augment, seed=seed, device=device
