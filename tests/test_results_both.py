@@ -130,6 +130,27 @@ def test_the_page_shows_attackers_with_other_learning_rates():
     assert "gets {} and {} points less from `null-both` than from `rand-both` and `rand-tgt`".format(*below) in PAGE
 
 
+def measured(folder: str, model: str, metric: str) -> list[float]:
+    """Of one attack on one model, seed by seed."""
+    paths = [STUDY / folder / f"seed-{seed}/{model}.json" for seed in SEEDS]
+    return [json.loads(path.read_text(encoding="utf-8"))["metrics"][metric] for path in paths]
+
+
+def test_the_page_shows_attackers_who_draw_the_last_stage_anew():
+    got = {model: measured("last-block", model, "acc_pl_worst") for model in ("null-both", "rand-both")}
+    for model, three in got.items():
+        assert f"| {model} | {' | '.join(f'{one:.1f}' for one in three)} | {interval(three)} |" in PAGE
+    below = [rand - null for null, rand in zip(*got.values(), strict=True)]
+    assert f"One who draws the last stage anew** gets {interval(below)} points less" in PAGE
+
+
+def test_the_page_shows_a_domain_far_away():
+    for model in ("TL", "null-both", "rand-both", "rand-tgt", "TGT"):
+        cells = [interval(measured("digits", model, metric)) for metric in ("acc_pl", "acc_pl_worst")]
+        row = "TGT, 2500 images" if model == "TGT" else model
+        assert f"| {row} | {' | '.join(cells)} |" in PAGE
+
+
 FOUND = (
     ("Gradient collision", "tin100_matched", "gc", "the source"),
     ("Random labels", "tin100_matched", "rand", "the source"),
