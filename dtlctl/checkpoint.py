@@ -120,9 +120,9 @@ def settle(folder: Path) -> None:
             if _hash(here) == _said(sidecar):
                 if here == weights:
                     os.replace(weights, folder / "model.safetensors")
-                    _sync(folder)
+                    sync(folder)
                 os.replace(sidecar, folder / "model.json")
-                _sync(folder)
+                sync(folder)
             sidecar.unlink(missing_ok=True)
         for path in (weights, *folder.glob(".*.tmp")):
             path.unlink(missing_ok=True)
@@ -201,7 +201,7 @@ def write(path: Path, blob: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         _cannot_write(path, error)
     finally:
@@ -228,7 +228,8 @@ def _hash(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until what was written to a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -56,6 +56,13 @@ class Kept:
         """Whether the part is there, so that it need not be made."""
         return self._read(name, form) is not None
 
+    def adopt(self, folder: Path) -> None:
+        """Copy what another folder has for our key and this one lacks."""
+        theirs = Kept(folder, self.key)
+        for path in sorted(folder.glob("*.json")):
+            if not self._path(path.stem).exists() and theirs.has(path.stem, Any):
+                checkpoint.write(self._path(path.stem), path.read_bytes())
+
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 

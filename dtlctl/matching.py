@@ -24,7 +24,8 @@ from dtlctl.plan import Stage
 from dtlctl.progress import say
 from dtlctl.recipe import Compare, Dispose, Recipe
 from dtlctl.report import files, summary, tables
-from dtlctl.sweep import one_process, perform, relatives
+from dtlctl.reuse import relatives
+from dtlctl.sweep import one_process, perform
 
 LOW, HIGH = 0.0005, 0.9995
 """λ is looked for between these."""

@@ -11,22 +11,18 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtlctl import checkpoint, data_demands
+from dtlctl import checkpoint, data_demands, reuse
 from dtlctl import stages as work
-from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, RecipeError, suggest
+from dtlctl.cores import cores
+from dtlctl.errors import DataError, DivergedError, DtlError, RecipeError, suggest
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load, parse_value
-from dtlctl.plan import STAGES, Job, Stage
+from dtlctl.plan import STAGES, Stage
 from dtlctl.progress import say
-
-RESULTS = ("pretrain/*.json", "target-only/*.json", "finetune/*.json", "dispose/*/*.json", "piggyback/*/*.json",
-           "audit/*.json")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ def _quoted(name: str) -> str:
 def _override(key: str, value: Any, lambdas: Mapping[str, float]) -> str:
     names = names_in(key)
     if len(names) != 3 or (names[0], names[2]) != ("dispose", "odds"):
-        return f"{key}={json.dumps(value)}"
+        return f"{key}={json.dumps(value, ensure_ascii=False)}"
     # An integer may be larger than any float, and still below infinity.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise RecipeError(f"--over {key}: {value!r:.40} is no factor of the odds of lambda; give numbers above 0")
@@ -112,7 +108,7 @@ def run(
         raise RecipeError("sweep: two points have the same values")
     for lab in labs:
         data_demands.check(lab, lab.jobs)
-    perform(labs, STAGES, relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
+    perform(labs, STAGES, reuse.relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
     return list(zip(grid, labs, strict=True))
 
 
@@ -120,11 +116,6 @@ def one_process(otherwise: str) -> None:
     """Raise RecipeError, with that message, under a launcher: each of its processes would do and print everything."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RecipeError(otherwise)
-
-
-def relatives(out: Path, name: str) -> list[Path]:
-    """Folders of the recipe's runs, plain, swept or compared: what is done there need not be done again."""
-    return [out / name, *(path for kind in ("sweep", "compare") for path in sorted(out.glob(f"{name}-{kind}/*/")))]
 
 
 def perform(
@@ -143,11 +134,14 @@ def perform(
         while True:
             busy = [lab for lab, _ in running.values()]
             taken = {key for _, keys in running.values() for key in keys}
-            known = _results([*others, *left])
+            known = reuse.results([*others, *left])
             idle = [lab for lab in labs if lab not in busy] if len(running) < jobs else []
             ready = [(lab, task) for lab in idle if (task := _next(lab, left[lab.folder], known, taken))]
             if ready:
                 lab, task = max(ready, key=lambda pair: len(left[pair[0].folder]))
+                if task.stage == "audit":
+                    with lab.opened((), ()):
+                        reuse.take_over_references(lab, [*others, *left])
                 if jobs > 1 and calls is not None:
                     beside = min(jobs, sum(map(bool, left.values())))
                     running[pool.submit(crew.work, lab, task, beside)] = (lab, task.keys)
@@ -174,45 +168,20 @@ class _Task(NamedTuple):
 def _next(lab: Experiment, left: list[Stage], known: dict[str, Path], taken: set[str]) -> _Task | None:
     """What the run has to do next, less what others are at; stages with nothing to do are taken off `left`.
 
-    What is known is taken over: the same key means the same settings, seed, data and parents.
+    What is known is taken over.
     """
     while left:
-        ready = [(job, key) for job in lab.chosen((left[0],), ()) if (key := _key(lab, job)) and not lab.done(job)]
+        ready = [(job, key) for job in lab.chosen((left[0],), ()) if (key := reuse.key(lab, job)) and not lab.done(job)]
         if any(key in known for _, key in ready):
             with lab.opened((), ()):
-                for job, key in ready:
-                    if key in known:
-                        checkpoint.adopt(known[key], lab.folder / job.path, job.model)
-                        lab.tidy(job)
+                for job, _ in ready:
+                    reuse.take_over(lab, job, known)
         todo = [(job.model, key) for job, key in ready if not lab.done(job)]
         if todo:
             models = list(dict.fromkeys(model for model, key in todo if key not in taken))
             return _Task(left[0], models, {key for _, key in todo} - taken) if models else None
         del left[0]
     return None
-
-
-def _key(lab: Experiment, job: Job[Any]) -> str | None:
-    """The job's key, or None where its parent is not up to date."""
-    with suppress(CheckpointError):
-        return lab.key(job)
-    return None
-
-
-def _results(folders: Iterable[Path]) -> dict[str, Path]:
-    """The sidecars of all results in these runs' folders, by key."""
-    known: dict[str, Path] = {}
-    for folder in folders:
-        for path in (path for form in RESULTS for path in sorted(folder.glob(form))):
-            with suppress(CheckpointError, OSError):
-                known[_key_in(path, path.stat().st_mtime_ns)] = path
-    return known
-
-
-@cache
-def _key_in(sidecar: Path, changed: int) -> str:
-    """The key of a result, read again when it has changed; there may be hundreds, and they are long."""
-    return (checkpoint.read_sidecar(sidecar) or {}).get("key", "")
 
 
 class _Crew:
@@ -224,7 +193,7 @@ class _Crew:
 
     def work(self, lab: Experiment, task: _Task, beside: int) -> None:
         """Do the task in a process of its own that shares the cores with so many others; raise what ended it."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // beside))}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // beside))}
         command = [sys.executable, "-m", "dtlctl", task.stage, lab.source, "--out", str(lab.folder.parent)]
         command += ["--quiet"] * self.quiet
         command += [word for text in self.calls[lab.recipe.name] for word in ("--set", text)]
@@ -245,7 +214,7 @@ class _Crew:
         """Say what a process says, under its run's name, as it comes; return the error that it ends with, if any."""
         error = ""
         for line in lines:
-            if self.quiet or error or line.startswith("error: "):
+            if error or line.startswith("error: "):
                 error += line
             else:
                 say(f"{name}: {line.rstrip()}")

@@ -30,7 +30,7 @@ def measured(call, *options):
 @pytest.mark.parametrize(("layout", "other"), [((), "channels-last"), (("--channels-last",), "contiguous")])
 def test_the_document_has_every_way_with_its_speed_and_its_ratios(layout, other, call, monkeypatch):
     """The ratio to the plain scripts is to the faster one of them."""
-    monkeypatch.setattr(training, "_cores", lambda: 2)
+    monkeypatch.setattr(training, "cores", lambda: 2)
     document, rows = measured(call, *layout)
     ways = [("ready", None), (f"ready-{other}", None), ("dtlctl", None), ("plain", 0), ("plain", 1)]
     assert list(rows) == ways
@@ -60,7 +60,7 @@ def test_a_slow_way_to_the_images_shows(place, name, slow, call, monkeypatch):
         time.sleep(0.5)
         return fast(*arguments)
 
-    monkeypatch.setattr(training, "_cores", lambda: 1)
+    monkeypatch.setattr(training, "cores", lambda: 1)
     monkeypatch.setattr(place, name, late)
     _, rows = measured(call, "--batch-size", 16)
     slowest = min(rows.values(), key=lambda row: row["to_ready"])

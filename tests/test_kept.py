@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from dtlctl import reuse, sweep
 from dtlctl.attacks import reference
 from dtlctl.attacks.trials import Ground, Strike
 from dtlctl.attacks.tuning import Look, Setting, Trial
@@ -163,8 +164,31 @@ def test_every_image_is_unknown_to_one_reference_of_each_pair(recipe_file: Path)
     assert len({tuple(first[0]) for first, _ in pairs}) > 1
 
 
-@pytest.mark.parametrize("head", [True, False])
-def test_a_model_that_answers_nan_is_not_audited(recipe_file: Path, monkeypatch: pytest.MonkeyPatch, head: bool):
+def test_references_of_other_runs_are_taken_over_if_they_fit(recipe_file: Path):
+    """The key is of the pre-training and the seed: a run of another seed has no use for them."""
+    first, second, third = (lab(recipe_file, RMIA, *more) for more in ((), ("name=second",), ("name=third", "seed=1")))
+    run(first, ("pretrain", "audit"), only=("pre",))
+    for other, left in ((second, 0), (third, 2)):
+        run(other, ("pretrain",))
+        assert reference.missing(other, 2) == 2
+        with other.opened((), ()):
+            reuse.take_over_references(other, [first.folder])
+        assert reference.missing(other, 2) == left
+
+
+def test_a_sweep_trains_its_references_once(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    trained, train = [], reference._reference
+    monkeypatch.setattr(
+        reference, "_reference", lambda lab, number, *rest: trained.append(number) or train(lab, number, *rest)
+    )
+    few = [RMIA, 'audit.models=["pre", "TL"]', 'piggyback.models=["TL"]']
+    sweep.run(
+        recipe_file, ["dispose.rand.lambda=0.1,0.2", "finetune.lr=0.01,0.02"], few, recipe_file.parent, quiet=True
+    )
+    assert trained == [0, 1]
+
+
+def test_a_model_that_answers_nan_is_not_audited(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     """Weights may be finite, and their sums not; who published such a model before that was refused is told so."""
     experiment = lab(recipe_file, 'audit.modes=["reprobe"]')
     run(experiment, ("pretrain",))
@@ -176,8 +200,6 @@ def test_a_model_that_answers_nan_is_not_audited(recipe_file: Path, monkeypatch:
             for module in model.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):
                     module.weight.fill_(3e38)
-        if not head:
-            del model.heads["source"]
         return model
 
     monkeypatch.setattr(Experiment, "load_model", broken)

@@ -107,6 +107,24 @@ def test_a_sweep_trains_shared_parents_once_and_resumes(recipe_file: Path, call)
     assert (other / "dispose/gc/model.safetensors").samefile(b / "dispose/gc/model.safetensors")
 
 
+def test_a_run_takes_over_what_a_sweep_has_made(recipe_file: Path, call):
+    """One with the point's settings; `--force` makes it anew, and what has other settings is made."""
+    assert call("sweep", recipe_file, "--over", "dispose.gc.lambda=0.5")[0] == 0
+    code, _, said = call("run", recipe_file, "--set", "dispose.gc.lambda=0.5")
+    assert code == 0 and "nothing was done" in said
+    run, point = (recipe_file.parent / "runs" / name for name in ("tiny", "tiny-sweep/gc.lambda-0.5"))
+    sidecars = {path.relative_to(point) for path in point.rglob("*.json")} - {Path("recipe.json")}
+    assert len(sidecars) == 12
+    assert all((run / path).read_text() == (point / path).read_text() for path in sidecars)
+    assert said.count("taken over from runs/tiny-sweep/gc.lambda-0.5/") == 12
+    gc = "dispose/gc/model.safetensors"
+    assert (run / gc).samefile(point / gc)
+    assert call("dispose", recipe_file, "--set", "dispose.gc.lambda=0.5", "--only", "gc", "--force")[0] == 0
+    assert not (run / gc).samefile(point / gc) and (run / gc).read_bytes() == (point / gc).read_bytes()
+    code, _, said = call("dispose", recipe_file, "--only", "gc")
+    assert code == 0 and "taken over" not in said
+
+
 def test_only_whole_checkpoints_are_taken_over(tmp_path: Path):
     """A whole one replaces what was there, under its name here; a damaged or missing one leaves it as it is."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -188,7 +206,7 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
             del left[0]
         return sweep._Task(left[0], ["TL"], set()) if left else None
 
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(sweep, "cores", lambda: 2)
     monkeypatch.setattr("subprocess.Popen", Process)
     monkeypatch.setattr(sweep, "_next", following)
     calls = {lab.recipe.name: [f"name={lab.recipe.name}"] for lab in labs}
@@ -201,6 +219,12 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
     sweep.perform(labs[1:2], ("pretrain",), jobs=2, calls=calls)
     assert log[-1] == ("r1 pretrain", "2")
     assert all(pipe.closed for pipe in pipes)  # a sweep of hundreds of tasks would run out of them
+
+
+def test_a_warning_of_a_quiet_run_is_no_error(capsys):
+    lines = ["dispose/gc: a warning\n", "error: r.toml: diverged\n", "try less\n"]
+    assert sweep._Crew({}, quiet=True)._relay("r0", lines) == "r.toml: diverged\ntry less"
+    assert capsys.readouterr().err == "r0: dispose/gc: a warning\n"
 
 
 def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, call):
@@ -346,6 +370,12 @@ def test_compare_matches_on_held_back_images_and_reports(recipe_file: Path, call
     again, _ = matching.compare(recipe_file, [change], out, command="x", quiet=True)
     assert again == document
     assert weights == [path.stat().st_mtime_ns for path in sorted(out.rglob("model.safetensors"))]
+    found = (f"dispose.{name}.lambda={one['lambda']}" for name, one in document["variants"].items())
+    words = [word for text in ("seed=1", *found) for word in ("--set", text)]
+    code, _, said = call("run", recipe_file, *words)  # what was found, put into the recipe
+    assert code == 0, said
+    for name in document["variants"]:
+        assert f"dispose/{name}: taken over from runs/tiny-compare/" in said
 
 
 def test_validation_images_are_neither_trained_on_nor_tested_on(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from dtlctl import models
 from dtlctl.bench import meter, plain
+from dtlctl.cores import cores
 from dtlctl.data import cache
 from dtlctl.data.dataset import Dataset
 from dtlctl.data.tensors import Batch, Batches, Share
@@ -72,7 +72,7 @@ def run(
     if len(images.labels) < batch_size:
         raise RecipeError(f"bench: --batch-size {batch_size}: {data} has only {len(images.labels)} training images")
     models.set_matmul_precision(precision)
-    engine, classes, cores = Engine(), len(images.classes), _cores()
+    engine, classes, count = Engine(), len(images.classes), cores()
     plan = Training(steps=steps, batch_size=batch_size, lr=0.01, schedule="constant")
 
     def network(channels_last: bool) -> models.Classifier:
@@ -83,14 +83,14 @@ def run(
 
     turns = _ours(engine, network, channels_last, images, plan)
     table = plain.table(dataset, image_size, batch_size)
-    for workers in sorted({0, cores - 1}):
+    for workers in sorted({0, count - 1}):
         loader = plain.batches(table, image_size, batch_size, workers, engine.device)
         model = plain.network(arch, stem, image_size, classes).to(engine.device)
         turns["plain", workers] = plain.turns(model, loader, plan, precision, engine.device)
     with Progress("bench", (repeats + 1) * len(turns), enabled=not quiet) as progress:
         seconds = measure(turns, steps, repeats, progress)
     settings = {"precision": precision, "batch_size": batch_size, "image_size": image_size, "arch": arch, "stem": stem}
-    machine = {**meter.machine(engine.device), "cores": cores, "channels_last": channels_last, **settings}
+    machine = {**meter.machine(engine.device), "cores": count, "channels_last": channels_last, **settings}
     counts = {"data": data, "images": len(images.labels), "steps": steps, "repeats": repeats}
     return {"machine": machine, **counts, "rows": compared(seconds, batch_size)}
 
@@ -174,8 +174,3 @@ def text(document: dict[str, Any]) -> str:
         numbers = f"{row['seconds']:9.4f}{row['images_per_second']:10.0f}{row['to_ready']:9.3f}{row['to_plain']:9.2f}"
         lines.append(f"{row['way']:20}{workers:>8}{numbers}")
     return "\n".join(lines)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,6 +25,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from dtlctl.checkpoint import sync
+from dtlctl.cores import cores
 from dtlctl.data.dataset import Dataset, Split, where
 from dtlctl.data.sources import Rows, identity, rows
 from dtlctl.errors import DataError
@@ -143,7 +145,7 @@ def _publish(work: Path, place: Path, image_size: int) -> Images:
                 os.rename(place, damaged)
             shutil.rmtree(damaged, ignore_errors=True)
         else:
-            _sync(place.parent)
+            sync(place.parent)
             images = _read(place, image_size)
             assert images is not None
             return images
@@ -181,7 +183,7 @@ def _decode(source: Rows, size: int, work: Path, name: Callable[..., str], progr
     }
     (work / "meta.json").write_text(json.dumps(meta, indent=1))
     for path in [*work.glob("*.*"), work]:
-        _sync(path)
+        sync(path)
 
 
 def _check_classes(source: Rows, dataset: Dataset, split: Split) -> None:
@@ -200,7 +202,7 @@ def _check_classes(source: Rows, dataset: Dataset, split: Split) -> None:
 
 def _parallel(task: Callable[[int], np.ndarray], items: Sequence[int]) -> Generator[np.ndarray, None, None]:
     """Results in order, never many ahead of the reader. PIL frees the interpreter while it decodes and resizes."""
-    threads = os.cpu_count() or 1
+    threads = cores()
     waiting: deque = deque()
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         # PIL only warns of a picture that is up to twice too large.
@@ -243,11 +245,3 @@ def _narrow(picture: Image.Image) -> Image.Image:
     if not (values.min() >= 0 and values.max() <= 65535):
         raise ValueError(f"mode {picture.mode} with values outside [0, 65535]")
     return Image.fromarray((values / 257).round().astype(np.uint8))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

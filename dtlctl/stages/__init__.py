@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dtlctl import checkpoint, data_demands
+from dtlctl import checkpoint, data_demands, reuse
 from dtlctl.errors import DtlError
 from dtlctl.experiment import Experiment
 from dtlctl.plan import Job, Stage
@@ -19,13 +20,14 @@ def run(
 ) -> list[Job[Any]]:
     """Do the jobs of these stages that are not up to date, in order; return those that were done.
 
-    `only` restricts to some models; `force` redoes what is up to date. Raises DtlError of whatever kind stops it,
-    before the first job trains where the data or the processes cannot do for one of them.
+    One process alone takes over what a sweep or a comparison of the recipe has made. `only` restricts to some models;
+    `force` redoes what is there. Raises DtlError of whatever kind stops it, before the first job trains where the data
+    or the processes cannot do for one of them.
     """
     done, chosen = [], lab.chosen(stages, only)
     data_demands.check(lab, chosen)
     for job in chosen:
-        if lab.done(job) and not force:
+        if not force and (lab.done(job) or _taken_over(lab, job)):
             lab.tidy(job)
             continue
         try:
@@ -40,6 +42,21 @@ def run(
         if not lab.quiet and lab.engine.is_main:
             say(f"{job.title}: {_summary(lab.folder / job.path)}")
     return done
+
+
+def _taken_over(lab: Experiment, job: Job[Any]) -> bool:
+    """Several processes would have to agree on what is there: they make it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return False
+    folders = reuse.relatives(lab.folder.parent, lab.recipe.name)
+    found = reuse.take_over(lab, job, reuse.results(folders))
+    if job.stage == "audit" and not found:
+        reuse.take_over_references(lab, folders)
+    if found and lab.done(job):
+        if not lab.quiet:
+            say(f"{job.title}: taken over from {found.parent}")
+        return True
+    return False
 
 
 def _summary(path: Path) -> str:
