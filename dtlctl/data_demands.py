@@ -17,18 +17,23 @@ from dtlctl.recipe import Dispose, Piggyback
 def check(lab: Experiment, jobs: Iterable[Job[Any]]) -> None:
     """Raise RecipeError or DataError where a job's data has too many classes, or too few images, for its settings.
 
-    And RecipeError where a disposal that is not there yet cannot be shared by the processes of this start. Reads data
-    for those jobs alone that demand something of it.
+    And DataError where the data of any of these jobs cannot be read, which may be of the last one's alone; RecipeError
+    where a disposal that is not there yet cannot be shared by the processes of this start.
     """
+    jobs = list(jobs)
+    for role in dict.fromkeys(role for job in jobs for role in job.roles):
+        lab.images(role, "train")
+        lab.images(role, "test")
     for job in jobs:
         if job.stage == "dispose":
             # What is there need not be shared by the processes of this start.
             processes = 1 if (lab.folder / job.path).exists() else int(os.environ.get("WORLD_SIZE", "1"))
             local_chunks(job.settings, processes, f"{lab.source}: {job.title}")
-            for role in ("source", "target") if job.settings.retain.needs_target else ("source",):
-                equal_parts(lab, job, role, processes)
-        if job.stage == "dispose" and isinstance(job.settings.unlearn, NullSpace):
-            _batch_for_null_space(lab, job)
+            size = equal_parts(lab, job, "source", processes)
+            if job.settings.retain.needs_target:
+                equal_parts(lab, job, "target", processes)
+            if isinstance(job.settings.unlearn, NullSpace):
+                _batch_for_null_space(lab, job, size)
         if job.stage == "piggyback" and job.settings.attackers:
             _images_to_hold_out(lab, job)
 
@@ -70,11 +75,13 @@ def equal_parts(lab: Experiment, job: Job[Dispose], role: str, processes: int) -
     )
 
 
-def _batch_for_null_space(lab: Experiment, job: Job[Dispose]) -> None:
-    classes, size = len(lab.classes("target")), job.settings.batch_size
+def _batch_for_null_space(lab: Experiment, job: Job[Dispose], size: int) -> None:
+    """size: images of a step, of a source smaller than a batch fewer than the recipe's `batch_size`."""
+    classes = len(lab.classes("target"))
     if size < (least := NullSpace.least_images(classes)):
+        key = f"dispose.{job.model}.batch_size" if size == job.settings.batch_size else "data.source.fraction"
         raise RecipeError(
-            f"{lab.source}: dispose.{job.model}.batch_size: {size} images a step are too few for null-space; "
+            f"{lab.source}: {key}: {size} images a step are too few for null-space; "
             f"{classes} target classes need {least} or more"
         )
 

@@ -36,7 +36,7 @@ def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
     """
     lab = Experiment(recipe, out, source=source, quiet=True)
     data = {role: _describe(recipe, role) for role in _roles(recipe)}
-    decoded = {role for role, row in data.items() if row["images"] is not None}
+    decoded = {role for role, row in data.items() if row["images"] is not None and row["test_images"] is not None}
     data_demands.check(lab, [job for job in lab.jobs if decoded.issuperset(job.roles)])
     parameters, seconds = _measure(recipe)
     rows = [_job(lab, job, data, seconds) for job in lab.jobs]

@@ -102,6 +102,17 @@ def test_a_missing_dataset_is_named_with_its_key(call, recipe_file: Path):
     assert len(errors(err)) == 1
 
 
+def test_data_of_the_last_stage_is_looked_at_before_the_first_trains(call, recipe_file: Path, tmp_path: Path):
+    """What a run needs hours later: a piggyback dataset without a test split."""
+    data = pictures(tmp_path / "p", names=["a", "b"], labels=[0, 1] * 4)
+    (data / "test.parquet").unlink()
+    change = f"data.piggyback.again={{path='{data}', label='kind', fraction=1.0}}"
+    code, _, err = call("run", recipe_file, "--set", change)
+    assert code == 4
+    assert len(errors(err)) == 1 and "data.piggyback.again" in err
+    assert not list((tmp_path / "runs").rglob("model.json"))
+
+
 def test_check_shows_a_missing_dataset_as_a_note(call, recipe_file: Path):
     code, out, _ = call("check", recipe_file, "--set", "data.source.path=./nowhere")
     assert code == 0

@@ -14,6 +14,14 @@ from dtlctl.loading import load
 NULL = "dispose.null={steps=2, batch_size=%d, unlearn={kind='null-space', stages=%d}}"
 
 
+def decode(recipe_file: Path) -> None:
+    """What `check` looks at only if it has been decoded before."""
+    recipe = load(recipe_file)
+    for dataset in (recipe.data.source, recipe.data.target):
+        for split in ("train", "test"):
+            cache.load(dataset, split, recipe.model.image_size)
+
+
 def test_more_stages_than_the_network_has_end_every_command_before_data_is_read(
     call, recipe_file: Path, tmp_path: Path
 ):
@@ -68,17 +76,22 @@ def test_a_batch_too_small_for_the_null_space_is_told_before_anything_trains(cal
     for command in (("run",), ("compare",), ("sweep", "--over", "seed=0,1")):
         assert call(*command, recipe_file, "--quiet", "--set", NULL % (29, 2)) == expected, command
     assert not list((tmp_path / "runs").rglob("model.json"))
-    recipe = load(recipe_file)
-    cache.load(recipe.data.target, "train", recipe.model.image_size)
+    decode(recipe_file)
     assert call("check", recipe_file, "--set", NULL % (29, 2)) == expected
     assert call("check", recipe_file, "--set", NULL % (30, 2))[0] == 0
 
 
+def test_a_source_too_small_for_the_null_space_is_told_too(call, recipe_file: Path, tmp_path: Path):
+    """Two images of every digit are 20, fewer than a batch of 64: 20 are a step then."""
+    reason = "data.source.fraction: 20 images a step are too few for null-space; 10 target classes need 30 or more"
+    words = ("--quiet", "--set", NULL % (64, 2), "--set", "data.source.fraction=0.02")
+    assert call("run", recipe_file, *words) == (2, "", f"error: {recipe_file}: {reason}\n")
+    assert not list((tmp_path / "runs").rglob("model.json"))
+
+
 def test_images_that_make_no_equal_chunks_are_told_before_anything_trains(call, recipe_file: Path, tmp_path: Path):
     """Eight chunks of two need 16 images; one of every digit is ten."""
-    recipe = load(recipe_file)
-    for dataset in (recipe.data.source, recipe.data.target):
-        cache.load(dataset, "train", recipe.model.image_size)
+    decode(recipe_file)
     changes = ["data.target.fraction=0.005", "dispose.gc.retain={kind='target-ce'}", "dispose.gc.batch_size=16"]
     words = [word for change in (*changes, "dispose.gc.unlearn.chunks=8") for word in ("--set", change)]
     reason = "dispose.gc: 10 images of data.target a step make no 8 equal parts of 2 or more, for as many chunks"

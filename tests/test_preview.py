@@ -10,6 +10,7 @@ import pytest
 
 from dtlctl import preview
 from dtlctl.attacks.reference import kept
+from dtlctl.data import cache
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
 from dtlctl.stages import run
@@ -55,6 +56,18 @@ def test_without_decoded_data_nothing_is_called_done(trained: Path, tmp_path: Pa
     unknown = preview.text(planned(trained, "pretrain={epochs=2, batch_size=20}"))
     assert "pretrain                         there, not checked; ? steps of 20" in unknown
     assert not (tmp_path / "empty").exists()
+
+
+def test_nothing_is_decoded(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not even where the train split has been, and an attacker who chooses on the test split asks for that."""
+    monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "half"))
+    changes = ('piggyback.attackers=[{kind="probe"}]', 'piggyback.choose_on="test"')
+    recipe = load(trained, list(changes))
+    for dataset in (recipe.data.source, recipe.data.piggyback["again"]):
+        cache.load(dataset, "train", recipe.model.image_size)
+    before = sorted((tmp_path / "half").iterdir())
+    planned(trained, *changes)
+    assert sorted((tmp_path / "half").iterdir()) == before
 
 
 def test_the_cost_counts_references_once_and_nothing_that_is_done(trained: Path):
