@@ -102,7 +102,7 @@ def test_the_last_stage_of_torchvision_models_is_found(arch: str):
 
 def test_last_block_refuses_a_network_whose_stages_are_not_known():
     unknown = models.Classifier(torch.nn.Sequential(torch.nn.Flatten()), 3, {"a": 2})
-    with pytest.raises(RecipeError, match='"last-block" draws anew 1 of the last stages of Sequential, but 0'):
+    with pytest.raises(ValueError, match="1 of the last stages of Sequential, but 0 are known"):
         LastBlock().prepare(unknown, unknown, torch.rand(5, 3, 1, 1))
 
 
@@ -318,6 +318,28 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
     metrics = piggyback._tuned(lab, job, Kept(lab.scratch(job), "key"), 55.0)
     assert [metrics[f"acc_pl_{name}"] for name in ("worst", "median", "max")] == [10.0, 15.0, 55.0]
     assert [strike["kind"] for strike in metrics["chosen"]] == ["probe"]
+
+
+def test_an_attacker_whose_last_training_diverges_is_left_out(recipe_file: Path):
+    """On held-out images he is the best; his weights then end as nan, of which argmax would make class 0."""
+    attackers = 'piggyback.attackers=[{kind="full", lr=[1.0], steps=2}, {kind="probe", C=[1.0]}]'
+    lab = Experiment(load(recipe_file, [attackers]), recipe_file.parent, quiet=True)
+    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
+    ground, (full, _) = Ground(lab, job, 0), job.settings.attackers
+    wild = Trial(Setting("full", "sgd", 1e30), 0, [Look(2, 100.0, 0.0)])
+    strike = ground.strike(full, wild)
+    assert strike.acc_pl is None and strike.document()["acc_pl"] is None
+
+    class Fake(Ground):
+        def attempt(self, attacker: Any, setting: Setting) -> Trial:
+            return wild if attacker.kind == "full" else Trial(setting, 0, [Look(0, 50.0, 0.0)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(piggyback, "Ground", Fake)
+        metrics = piggyback._tuned(lab, job, Kept(lab.scratch(job), "key"), 5.0)
+    assert [one["kind"] for one in metrics["chosen"]] == ["probe"]
+    assert [one["acc_pl"] for one in metrics["attackers"]] == [None, metrics["acc_pl_worst"]]
+    assert metrics["acc_pl_median"] == metrics["acc_pl_worst"] > 0
 
 
 def test_an_attacker_may_be_for_some_datasets_only(recipe_file: Path):

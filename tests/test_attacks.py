@@ -253,6 +253,15 @@ def test_the_white_box_attacker_looks_at_stages(arch, path, expected):
     assert [names[stage] for stage in whitebox._stages(backbone)] == [*first, *(f"{path}{n}" for n in expected)]
 
 
+def test_stages_that_keep_channels_last_are_averaged_over_places_too():
+    """Swin's are [B, H, W, C], with 96 channels in the first and 768 in the last."""
+    model = models.build("swin_t", {"source": 2}, stem="imagenet", image_size=64).eval()
+    seen = whitebox.observe(
+        View(model, [Batch(torch.rand(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64), torch.arange(2))])
+    )
+    assert [tuple(seen[f"stage {place}"].shape) for place in (0, 5)] == [(2, 96), (2, 768)]
+
+
 def test_the_last_layers_gradient_is_the_outer_product(images, overfitted):
     """∂CE/∂W = (softmax - one-hot) ⊗ embedding, what the white-box attacker forms in batches."""
     batch = part(images[1], slice(0, 1))

@@ -53,10 +53,7 @@ class LastBlock(_Trained):
     kind: Literal["last-block"] = "last-block"
 
     def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
-        try:
-            renew(model.backbone, fresh.backbone, 1)
-        except ValueError as error:
-            raise RecipeError(f'piggyback.attackers: kind "last-block" draws anew {error}') from None
+        renew(model.backbone, fresh.backbone, 1)
 
 
 class Renorm(_Trained):

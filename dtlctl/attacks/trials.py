@@ -44,7 +44,8 @@ class Strike(NamedTuple):
     """An attacker's chosen trial, made again with all images that he has."""
 
     trial: Trial
-    acc_pl: float
+    acc_pl: float | None
+    """%; None where the training diverged this time."""
 
     def document(self) -> dict[str, Any]:
         return {**self.trial.setting._asdict(), **{k: self.trial.document()[k] for k in ("step", "val")},

@@ -9,18 +9,19 @@ help of the images that are judged, and the threshold comes from images of the a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import SwinTransformer
 
 from dtlctl import models
 from dtlctl.attacks.membership import Guess, Known
 from dtlctl.attacks.signals import View
 
 MOST_STAGES = 6
+PATIENCE = 10
 
 
 @torch.no_grad()
@@ -30,11 +31,15 @@ def observe(view: View) -> dict[str, Tensor]:
     The gradient of the last layer's weight, [n, K, features], is (softmax - one-hot) ⊗ embedding; it is formed from
     these in batches, since all of it would not fit into memory.
     """
-    stages = _stages(view.model.backbone)
+    stages, channels_last = _stages(view.model.backbone), isinstance(view.model.backbone, SwinTransformer)
     rows: dict[str, list[Tensor]] = {}
     for batch in view.batches:
         means: list[Tensor] = []
-        hooks = [s.register_forward_hook(lambda _, __, out, means=means: means.append(_mean(out))) for s in stages]
+
+        def note(module: nn.Module, inputs: object, output: Tensor, means: list[Tensor] = means) -> None:
+            means.append(_mean(output, channels_last))
+
+        hooks = [stage.register_forward_hook(note) for stage in stages]
         try:
             embedding = view.model.embed(batch.x)
         finally:
@@ -49,10 +54,10 @@ def observe(view: View) -> dict[str, Tensor]:
     return {name: torch.cat(values) for name, values in rows.items()}
 
 
-def infer(known: Known, seen: dict[str, np.ndarray], seed: int, epochs: int = 100, patience: int = 10) -> Guess:
+def infer(known: Known, seen: dict[str, np.ndarray], seed: int, epochs: int = 100) -> Guess:
     """The attacker's network: BCE, Adam 1e-4, batch 64, at most 100 epochs.
 
-    A fifth of either group that he knows is held out: the epoch with the smallest loss there is kept, after `patience`
+    A fifth of either group that he knows is held out: the epoch with the smallest loss there is kept, after `PATIENCE`
     epochs without a better one he stops, and the threshold is fitted there.
     """
     rng = np.random.default_rng(seed)
@@ -69,7 +74,7 @@ def infer(known: Known, seen: dict[str, np.ndarray], seed: int, epochs: int = 10
         best, kept, since = float("inf"), copy.deepcopy(network.state_dict()), 0
         for _ in range(epochs):
             network.train()
-            for rows in _batches(torch.from_numpy(rng.permutation(trained))):
+            for rows in torch.from_numpy(rng.permutation(trained)).split(64):
                 optimizer.zero_grad()
                 F.binary_cross_entropy_with_logits(network(_at(mine, rows)), truth[rows]).backward()
                 optimizer.step()
@@ -77,7 +82,7 @@ def infer(known: Known, seen: dict[str, np.ndarray], seed: int, epochs: int = 10
             since = 0 if check < best else since + 1
             if since == 0:
                 best, kept = float(check), copy.deepcopy(network.state_dict())
-            elif since >= patience:
+            elif since >= PATIENCE:
                 break
     network.load_state_dict(kept)
     held_scores = _answer(network, _at(mine, torch.from_numpy(held))).numpy()
@@ -121,20 +126,18 @@ def _at(inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     return {name: values[rows] for name, values in inputs.items()}
 
 
-def _batches(order: Tensor, size: int = 64) -> Iterator[Tensor]:
-    yield from order.split(size)
-
-
 @torch.no_grad()
 def _answer(network: Network, inputs: dict[str, Tensor]) -> Tensor:
     network.eval()
     rows = torch.arange(len(inputs["label"]))
-    return torch.cat([network(_at(inputs, part)) for part in _batches(rows, 256)])
+    return torch.cat([network(_at(inputs, part)) for part in rows.split(256)])
 
 
-def _mean(output: Tensor) -> Tensor:
-    """[B, C] of [B, C, H, W] or of tokens [B, T, C]."""
-    return output.mean((2, 3)) if output.ndim == 4 else output.mean(1) if output.ndim == 3 else output
+def _mean(output: Tensor, channels_last: bool) -> Tensor:
+    """[B, C] of [B, C, H, W], with `channels_last` of [B, H, W, C], or of tokens [B, T, C]."""
+    if output.ndim == 4:
+        return output.mean((1, 2) if channels_last else (2, 3))
+    return output.mean(1) if output.ndim == 3 else output
 
 
 def _stages(backbone: nn.Module) -> list[nn.Module]:

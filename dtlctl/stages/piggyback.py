@@ -42,8 +42,9 @@ def _tuned(lab: Experiment, job: Job[Piggyback], kept: Kept, single: float) -> d
     """Metrics of the tuned attackers; `single`: Acc_pl of the table's one setting.
 
     Each attacker tries his grid on the training part of his images and keeps what is best on the held-out part, the
-    step too; with that he trains once more, on all he has. The worst case is the attacker who is best on held-out
-    images. `acc_pl_max` looks at the images that judge instead: no attacker can do that, so it is an upper bound.
+    step too; with that he trains once more, on all he has, and is left out if that diverges. The worst case is the
+    attacker who is best on held-out images. `acc_pl_max` looks at the images that judge instead: no attacker can do
+    that, so it is an upper bound.
     """
     started = time.perf_counter()
     trials: list[Trial] = []
@@ -64,14 +65,15 @@ def _tuned(lab: Experiment, job: Job[Piggyback], kept: Kept, single: float) -> d
             strikes.append(again)
     seconds, fits = time.perf_counter() - started, len(lab.engine.gather_objects(kept.made))
     cost = {"trials_per_minute": round(60 * fits / seconds, 1), "attack_seconds": round(seconds, 1)}
-    worst = [tuning.choose([strike.trial for strike in again]) for again in strikes]
-    chosen = [next(s for s in again if s.trial is trial) for again, trial in zip(strikes, worst, strict=True) if trial]
-    accuracies = [[strike.acc_pl for strike in again] for again in strikes if again]
+    stood = [[(s, s.acc_pl) for s in again if s.acc_pl is not None] for again in strikes]
+    worst = [tuning.choose([strike.trial for strike, _ in found]) for found in stood]
+    chosen = [next(p for p in found if p[0].trial is trial) for found, trial in zip(stood, worst, strict=True) if trial]
+    accuracies = [[accuracy for _, accuracy in found] for found in stood if found]
     return {
-        "acc_pl_worst": mean(strike.acc_pl for strike in chosen) if chosen else single,
+        "acc_pl_worst": mean(accuracy for _, accuracy in chosen) if chosen else single,
         "acc_pl_median": median([a for row in accuracies for a in row] or [single]),
         "acc_pl_max": mean(max([single, *row]) for row in accuracies) if accuracies else single,
-        "chosen": [strike.document() for strike in chosen],
+        "chosen": [strike.document() for strike, _ in chosen],
         "attackers": [strike.document() for again in strikes for strike in again],
         "trials": [trial.document() for trial in trials],
         **(cost if fits == len(trials) + sum(map(len, strikes)) else {}),  # of a part it would say nothing
