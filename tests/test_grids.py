@@ -88,6 +88,35 @@ def test_a_key_of_each_of_two_variants_has_a_column_and_a_model_one_row_for_its_
     ]
 
 
+def test_a_star_is_of_who_unlearns_and_a_key_of_one_variant_draws_no_other_twice(monkeypatch: pytest.MonkeyPatch):
+    """TL and distilled have no λ of their own; gc has one curve, whatever the learning rates of rand."""
+    found = []
+    for lam, lr in itertools.product((0.1, 0.5), (0.01, 0.02)):
+        values = {"dispose.*.lambda": lam, "dispose.rand.lr": lr, "audit.images": round(1000 * lr)}
+        one = point(values, lam, {"acc_t": 70.0 - 10 * lam, "piggyback": {"letters": 9.0}, "audit_auc": 0.5 + lr})
+        one["table"]["recipe"]["dispose"] |= {
+            "rand": {"lambda": lam, "unlearn": {"kind": "random-labels"}},
+            "distilled": {"lambda": 0.0, "unlearn": {"kind": "none"}},
+        }
+        one["table"]["rows"] += [{"model": "distilled", "acc_t": 50.0, "piggyback": {"letters": 20.0 + lr}}]
+        found.append(one)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in grids.markdown({"points": found}).splitlines()
+             if "|" in line]  # fmt: skip
+    assert lines[0] == ["Model", "dispose.*.lambda", "dispose.rand.lr", "audit.images", "Acc_s", "Acc_t",
+                        "PL letters", "MIA AUC"]  # fmt: skip
+    assert [line[1:4] + line[-1:] for line in lines if line[0] == "gc"] == [
+        ["0.1", "–", "10", "0.510"], ["0.1", "–", "20", "0.520"],
+        ["0.5", "–", "10", "0.510"], ["0.5", "–", "20", "0.520"],
+    ]  # fmt: skip
+    assert {tuple(line[1:3]) for line in lines if line[0] == "distilled"} == {("–", "–")}
+    calls = captured(monkeypatch, "of_curves")
+    for one in found:
+        del one["values"]["audit.images"]
+    grids.draw({"points": found})
+    ((_, curves, _),) = calls
+    assert set(curves) == {"gc", "rand 0.01", "rand 0.02"}
+
+
 @pytest.mark.parametrize("key", ["data.piggyback.letters.fraction", 'data.piggyback."letters".fraction'])
 def test_one_swept_number_is_drawn_over_it(monkeypatch: pytest.MonkeyPatch, key: str):
     """Fig. 5: the tuned attacker's Acc_pl, where there is one, over γ, and only of the dataset whose γ it is."""

@@ -18,7 +18,7 @@ from dtlctl.attacks.recovery import recovered
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.loading import load
 from dtlctl.plan import jobs
-from dtlctl.report import files, page, summary, tables
+from dtlctl.report import audit, files, page, summary, tables
 
 
 def digest(name: str) -> str:
@@ -234,6 +234,21 @@ def test_the_page_tells_what_every_kind_of_attacker_tries():
     for one in attackers:
         varied = "C" if isinstance(one, Frozen) else "sgd, learning rate"
         assert f"{one.kind} ({varied} {', '.join(f'{setting.rate:g}' for setting in one.grid())})" in said
+
+
+def test_a_model_has_one_colour_in_every_figure():
+    roc = {"loss": {"balanced_accuracy_std": 0.0, "roc": {"fpr": [0.1, 1.0], "tpr": [0.2, 1.0]}}}
+    figure = audit.chart({"gc": roc, "TL": roc}, {"TL": "#000001", "gc": "#000002"})
+    assert [line.get_color() for line in figure.axes[0].lines[:2]] == ["#000002", "#000001"]
+
+
+def test_a_card_tells_what_is_recovered_of_every_dataset():
+    """By the tuned attacker where there is one, by the one setting elsewhere."""
+    shares = {"recovered": {"letters": {"share": 0.5}, "greek": {"share": 0.9}},
+              "recovered_worst": {"letters": {"share": 0.6}}}  # fmt: skip
+    assert "recovered: 60% of letters, 90% of greek" in page._cards(
+        {"rows": [{"model": "gc", "acc_t": 1.0, "piggyback": {}, **shares}]}
+    )
 
 
 TUNED = ('piggyback.attackers=[{kind="full"}]',)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import cycle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dtlctl.attacks.membership import RATES
-from dtlctl.report.figures import COLOURS, INK
+from dtlctl.report.figures import INK
 from dtlctl.report.results import belonging, recipe_of
 from dtlctl.report.tables import grid
 
 Audits = dict[str, dict[str, Any]]
-"""The metrics of every audited model, by name, in the order of the table."""
+"""The metrics of every audited model, by name, in the order of the recipe."""
 UNRESOLVED = "not to be resolved by"
 
 
@@ -22,10 +21,11 @@ def read(run: Path) -> Audits:
 
     Raises CheckpointError where there is no recipe, and for a file there that is no sidecar.
     """
-    audits = [
-        (job.model, sidecar["metrics"]) for job, sidecar in belonging(run, recipe_of(run)) if job.stage == "audit"
-    ]
-    return {model: metrics for model, metrics in sorted(audits, key=lambda one: _order(one[0])) if "blind" in metrics}
+    return {
+        job.model: sidecar["metrics"]
+        for job, sidecar in belonging(run, recipe_of(run))
+        if job.stage == "audit" and "blind" in sidecar["metrics"]
+    }
 
 
 def read_all(runs: Sequence[Path]) -> list[tuple[str, Audits]]:
@@ -38,9 +38,9 @@ def tables_of_all(found: Sequence[tuple[str, Audits]]) -> list[str]:
     return [part for name, audits in found for part in ([f"## {name}"] if len(found) > 1 else []) + tables(audits)]
 
 
-def figures(found: Sequence[tuple[str, Audits]]) -> dict[str, Any]:
-    """The ROC curves of the first run, by the figure's name; nothing where there was no audit."""
-    curves = chart(found[0][1]) if found else None
+def figures(found: Sequence[tuple[str, Audits]], colours: Mapping[str, str]) -> dict[str, Any]:
+    """The ROC curves of the first run, by the figure's name; nothing where there was no audit. colours: by model."""
+    curves = chart(found[0][1], colours) if found else None
     return {"roc": curves} if curves else {}
 
 
@@ -69,7 +69,7 @@ def tables(audits: Audits) -> list[str]:
     return [*parts, "Control and readouts.", grid(columns, lines)]
 
 
-def chart(audits: Audits) -> Any:
+def chart(audits: Audits, colours: Mapping[str, str]) -> Any:
     """ROC curves on logarithmic axes, one panel a mode and attack, one line a model; None where there are none."""
     import matplotlib
 
@@ -84,11 +84,11 @@ def chart(audits: Audits) -> Any:
     figure, panels = plt.subplots(len(modes), len(names), figsize=size, layout="constrained", squeeze=False)
     for mode, row in zip(modes, panels, strict=True):
         for name, axes in zip(names, row, strict=True):
-            for colour, (model, metrics) in zip(cycle(COLOURS), audits.items()):
+            for model, metrics in audits.items():
                 if roc := _results(metrics, mode).get(name, {}).get("roc"):
                     # A rate of 0 has no place on a logarithmic axis.
                     rates = [value or None for value in roc["tpr"]]
-                    axes.loglog(roc["fpr"], rates, label=model, linewidth=1, color=colour)
+                    axes.loglog(roc["fpr"], rates, label=model, linewidth=1, color=colours[model])
             axes.plot([1e-4, 1], [1e-4, 1], color="grey", linestyle=":", linewidth=0.8)
             axes.set(xlim=(1e-3, 1), ylim=(1e-3, 1.1), facecolor="none")
             axes.set_title(f"{name}, {mode}", fontsize=8, color=INK)
@@ -99,10 +99,6 @@ def chart(audits: Audits) -> Any:
     handles = panels[0][0].get_legend_handles_labels()
     figure.legend(*handles, fontsize=7, loc="outside lower center", ncols=8, frameon=False, labelcolor=INK)
     return figure
-
-
-def _order(model: str) -> tuple[int, str]:
-    return {"pre": 0, "TL": 1}.get(model, 2), model
 
 
 def _results(metrics: dict[str, Any], mode: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def of_table(table: dict[str, Any]) -> dict[str, Any]:
     """Figures by file name, of one report: Fig. 2, the trade-off of Fig. 6, and the attack's steps."""
     rows = [row for row in table["rows"] if row["piggyback"]]
     sets = list(dict.fromkeys(name for row in rows for name in row["piggyback"]))
-    colours = _colours(row["model"] for row in table["rows"])
+    colours = colours_of(row["model"] for row in table["rows"])
     found: dict[str, Any] = {}
     if rows:
         found["piggyback"] = _bars(rows, sets, colours)
@@ -39,7 +39,7 @@ def of_table(table: dict[str, Any]) -> dict[str, Any]:
 
 def of_sweep(key: str, curves: dict[str, dict[str, list[list[float]]]], models: Iterable[str]) -> dict[str, Any]:
     """Fig. 5: Acc_pl over a swept number. curves: {dataset: {model: [[value, %], ...]}}."""
-    colours = _colours(models)
+    colours = colours_of(models)
     return {
         f"sweep-{name}": _lines(lines, colours, key, "Acc_pl (%)", f"{name} over {key}", log=True)
         for name, lines in curves.items()
@@ -48,7 +48,7 @@ def of_sweep(key: str, curves: dict[str, dict[str, list[list[float]]]], models: 
 
 def of_curves(name: str, curves: dict[str, list[list[float]]], reference: dict[str, list[float]]) -> Any:
     """Fig. 6: target accuracy over Acc_pl along λ, one line a variant; references are single points [PL, Acc_t]."""
-    colours = _colours([*curves, *reference])
+    colours = colours_of([*curves, *reference])
     figure, axes = _axes()
     for model, points in curves.items():
         axes.plot(*zip(*points, strict=True), "o-", color=colours[model], label=model, markersize=4, linewidth=1.2)
@@ -93,7 +93,8 @@ def _for_page(svg: str) -> str:
     return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
 
 
-def _colours(models: Iterable[str]) -> dict[str, str]:
+def colours_of(models: Iterable[str]) -> dict[str, str]:
+    """One for every model, by its place."""
     return {model: COLOURS[place % len(COLOURS)] for place, model in enumerate(dict.fromkeys(models))}
 
 

@@ -24,7 +24,8 @@ def write(
     audits = audit.read_all(runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = figures.save({**figures.of_table(table), **audit.figures(audits)}, folder)
+        colours = figures.colours_of([*(row["model"] for row in table["rows"]), *(m for _, one in audits for m in one)])
+        drawn = figures.save({**figures.of_table(table), **audit.figures(audits, colours)}, folder)
         text, audited = [*before, markdown(table).strip()], audit.tables_of_all(audits)
         checkpoint.write(folder / "report.html", page.of_table(table, drawn, command, [*text, *audited]).encode())
         checkpoint.write(folder / "table.md", ("\n\n".join(text) + "\n").encode())

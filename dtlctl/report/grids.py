@@ -65,6 +65,8 @@ def markdown(document: dict[str, Any]) -> str:
     tuned = any("piggyback_worst" in row for point in found for row in point["table"]["rows"])
     columns = ["Model", *map(_heading, keys), "Acc_s", "Acc_t", *(f"PL {s}" for s in sets)]
     columns += [f"PL {s} tuned" for s in sets] if tuned else []
+    audited = any("audit_auc" in row for point in found for row in point["table"]["rows"])
+    columns += ["MIA AUC"] * audited
     fixed, lines = set(_fixed(found)), []
     for number, point in enumerate(found):
         for row in point["table"]["rows"]:
@@ -74,6 +76,7 @@ def markdown(document: dict[str, Any]) -> str:
             line = [row["model"], *values, tables.number(row, "acc_s"), tables.number(row, "acc_t")]
             kinds = ("piggyback", "piggyback_worst") if tuned else ("piggyback",)
             line += [tables.attacked_number(row, s, kind) for kind in kinds for s in sets]
+            line += [tables.number(row, "audit_auc", ".3f")] * audited
             if line not in lines:  # a model whose own λ is the same at two points was made once
                 lines.append(line)
     lines.sort(key=lambda line: line[0] not in fixed)
@@ -110,15 +113,17 @@ def _heading(key: str) -> str:
 
 def _values(point: dict[str, Any], model: str) -> list[str]:
     """The values of the swept keys: of a variant's for that variant alone, and of a factor of its odds the λ."""
-    lam = str(point["table"]["recipe"]["dispose"].get(model, {}).get("lambda", "–"))
+    dispose = point["table"]["recipe"]["dispose"]
+    lam = str(dispose.get(model, {}).get("lambda", "–"))
     shown = {key: lam if _is_odds(key) else str(value) for key, value in point["values"].items()}
-    return [shown[key] if _is_of(key, model) else "–" for key in shown]
+    return [shown[key] if _is_of(key, model, dispose) else "–" for key in shown]
 
 
-def _is_of(key: str, model: str) -> bool:
-    """Whether a swept key is of the model's own table of [dispose], or of no one variant's."""
+def _is_of(key: str, model: str, dispose: dict[str, Any]) -> bool:
+    """Whether a swept key is of the model's own table of [dispose], or outside of it; `*` is who unlearns something."""
     names = names_in(key)
-    return names[0] != "dispose" or names[1:2] in ([], ["*"], [model])
+    unlearns = dispose.get(model, {"unlearn": {"kind": "none"}}).get("unlearn", {}).get("kind") != "none"
+    return names[0] != "dispose" or names[1:2] in ([], [model]) or (names[1] == "*" and unlearns)
 
 
 def _fixed(found: list[dict[str, Any]]) -> list[str]:
@@ -165,8 +170,10 @@ def _along_lambda(
     """[PL, Acc_t] by rising λ: one curve for every variant and choice of the other swept keys."""
     places: dict[str, dict[float, list[float]]] = {}
     for point, row in zip(found, rows, strict=True):
-        others = [str(value) for key, value in point["values"].items() if not _along_a_curve(key)]
-        for variant, settings in point["table"]["recipe"]["dispose"].items():
+        dispose = point["table"]["recipe"]["dispose"]
+        swept = {key: str(value) for key, value in point["values"].items() if not _along_a_curve(key)}
+        for variant, settings in dispose.items():
+            others = [value for key, value in swept.items() if _is_of(key, variant, dispose)]
             if variant in row and (place := _place(row[variant], name)):
                 places.setdefault(" ".join([variant, *others]), {})[settings["lambda"]] = place
     return {label: [at[lam] for lam in sorted(at)] for label, at in places.items() if len(at) > 1}

@@ -103,7 +103,7 @@ def _cards(table: dict[str, Any]) -> str:
     for row in table["rows"]:
         if row["model"] in ("scratch", "TGT", "pre") or "acc_t" not in row:
             continue
-        shares = row.get("recovered_worst") or row.get("recovered") or {}
+        shares = {**row.get("recovered", {}), **row.get("recovered_worst", {})}
         said = [f"{share['share']:.0%} of {escape(name)}" for name, share in shares.items() if share]
         left = f"<br>recovered: {', '.join(said)}" if said and row["model"] != "TL" else ""
         value, sign, half = number(row, "acc_t").partition(" ±")
