@@ -70,7 +70,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise RecipeError(f"--set {text}: write key.path=value, for example --set finetune.lr=0.02")
     plain_word = not value.strip().startswith(("{", "[", '"', "'"))
-    for candidate in (value, json.dumps(value)) if plain_word else (value,):
+    for candidate in (value, json.dumps(value, ensure_ascii=False)) if plain_word else (value,):
         try:
             return tomllib.loads(f"{key.strip()} = {candidate}")
         except (ValueError, RecursionError) as failure:
@@ -171,7 +171,7 @@ def _step_into(schema: dict[str, Any], node: Any, part: str) -> Any:
     node = _follow(schema, node)
     if "discriminator" in node:
         return {"$ref": node["discriminator"]["mapping"].get(part, "")}
-    return node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+    return node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
 
 
 def _follow(schema: dict[str, Any], node: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtlctl.errors import CheckpointError, DataError
+from dtlctl.errors import DataError
 from dtlctl.experiment import Experiment
 from dtlctl.loading import load
 from dtlctl.report import audit, files, summary
@@ -78,27 +78,6 @@ def test_too_few_images_are_counted(recipe_file: Path):
     message = "audit/pre: 10 members and 797 non-members are too few; 20 of each are needed"
     with pytest.raises(DataError, match=message):
         run(experiment, ("audit",), only=("pre",))
-
-
-def test_a_model_without_a_source_head_is_refused_unless_one_is_fitted(recipe_file: Path, monkeypatch):
-    experiment = pretrained(recipe_file)
-    original = experiment.load_model
-
-    def headless(name: str, **settings):
-        model = original(name, **settings)
-        del model.heads["source"]
-        return model
-
-    monkeypatch.setattr(experiment, "load_model", headless)
-    with pytest.raises(CheckpointError, match="audit/pre: pre has no source head to attack"):
-        run(experiment, ("audit",), only=("pre",))
-    again = lab(recipe_file, 'audit.modes=["reprobe"]')
-    monkeypatch.setattr(again, "load_model", headless)
-    run(again, ("audit",), only=("pre",))
-    found = metrics(again, "pre")
-    assert found["source_head"] == "missing"
-    assert "loss" in found["reprobe"]
-    assert "loss" not in found
 
 
 def test_splits_that_were_prepared_differently_are_refused(recipe_file: Path, monkeypatch):

@@ -71,3 +71,8 @@ def test_a_step_s_peak_counts_what_it_allocates_and_frees():
 def test_wrong_calls_are_refused(options, message, call):
     code, out, err = call("bench", *SMALL, *options)
     assert (code, out) == (2, "") and message in err and err.startswith("error: ")
+
+
+def test_a_stem_that_does_not_exist_is_refused(call):
+    code, out, err = call("bench", *SMALL, "--stem", "smal")
+    assert (code, out) == (2, "") and "'smal' is not one of" in err

@@ -58,6 +58,10 @@ def test_an_override_of_the_kind_or_the_length_replaces_what_it_contradicts(reci
     assert (recipe.pretrain.epochs, recipe.pretrain.steps) == (3, None)
 
 
+def test_a_word_may_have_any_letter(recipe_file: Path):
+    assert load(recipe_file, ["data.source.path=./\N{GRINNING FACE}"]).data.source.path == "./\N{GRINNING FACE}"
+
+
 def test_an_override_may_add_a_variant(recipe_file: Path):
     recipe = load(recipe_file, ['dispose.new={steps=5, unlearn={kind="uniform"}}'])
     assert [job.model for job in jobs(recipe) if job.stage == "dispose"] == ["gc", "rand", "new"]
@@ -102,6 +106,7 @@ MISTAKES = {
     "audit.attacks=['rmia']": 'audit: the attack "rmia" and references > 0 belong together; give both or neither',
     "dispose.rand={init='fresh', fresh_stages=2}": 'dispose.rand: init = "fresh" starts everything anew; fresh_stages',
     "compare.seeds=[6, 5, 6]": "compare.seeds: 6 is there twice",
+    "piggyback.attackers=[{kind='full', lrr=[0.1]}]": "attackers.0.lrr: unknown key; did you mean 'lr'?",
     "audit.references=3": "audit: references = 3 is odd; they are trained in pairs",
 }
 

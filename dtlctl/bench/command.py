@@ -13,7 +13,7 @@ from dtlctl.options import Json, Quiet
 
 def bench(
     arch: Annotated[str, typer.Option(help="A torchvision classifier, resnet10, or a CIFAR ResNet.")] = "resnet18",
-    stem: Annotated[str, typer.Option(help='"imagenet" or "small", as in a recipe.')] = "imagenet",
+    stem: Annotated[Literal["imagenet", "small"], typer.Option(help="As in a recipe.")] = "imagenet",
     image_size: Annotated[int, typer.Option(min=8, max=1024, help="Pixels.")] = 32,
     batch_size: Annotated[int, typer.Option(min=4, help="Images of a step.")] = 128,
     chunks: Annotated[str | None, typer.Option(help="Numbers of chunks, with commas; default: 2,4,8,16,32.")] = None,

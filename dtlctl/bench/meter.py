@@ -5,25 +5,21 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dtlctl.bench.plain import clock
 from dtlctl.bench.steps import Step
 
 
 def timed(step: Step, device: torch.device) -> float:
     """Seconds of a step, to the end of what the device was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
+    started = clock(device)
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return clock(device) - started
 
 
 def peak(step: Step, device: torch.device) -> int | None:

@@ -44,7 +44,6 @@ class Bench:
         self.model.to(device).to(memory_format=layout).precision = precision
         self.x, self.y = self.x.to(device, memory_format=layout), self.y.to(device)
         self.parameters = list(self.model.parameters())
-        self.norms = views.momenta(self.model)
 
     def step(self, way: str, chunks: int) -> Step:
         """A function that leaves the gradient of one way in `.grad`."""

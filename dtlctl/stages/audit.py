@@ -16,7 +16,7 @@ from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import View
 from dtlctl.data.tensors import Batch
 from dtlctl.engine import History
-from dtlctl.errors import CheckpointError, DataError
+from dtlctl.errors import DataError
 from dtlctl.experiment import Experiment
 from dtlctl.finite import check_finite
 from dtlctl.kept import Kept
@@ -45,24 +45,23 @@ class Groups(NamedTuple):
 def audit(lab: Experiment, job: Job[Audit]) -> None:
     """Attack as many training images of the source as test images, through its source head and through a new one.
 
-    Raises DataError for too few images and for groups that can be told apart without the model, CheckpointError for
-    a model without a source head in a recipe that attacks only that head, DivergedError for one that answers nan.
+    Raises DataError for too few images and for groups that can be told apart without the model, DivergedError for a
+    model that answers nan.
     """
     started, settings, kept = _clocks(), job.settings, Kept(lab.scratch(job), lab.key(job))
     groups = _groups(lab, job)
     metrics: dict[str, Any] = {"members": len(groups.members), "others": len(groups.others)}
     model = lab.load_model(job.model).eval().requires_grad_(False)
-    metrics["source_head"] = _head_state(lab, job, model)
+    metrics["source_head"] = _head_state(lab, job)
     metrics["blind"] = _blind(lab, job, groups, model)
     costs: dict[str, Any] = {}
-    if metrics["source_head"] != "missing":
-        metrics["entropy_readout"] = readout.uncertainty(lab, model)
-        relearn = partial(readout.relearning, lab, job.model, settings)
-        steps = settings.relearn_steps
-        metrics["relearning"] = kept.common(lab.engine, "relearning", dict[str, Any], relearn) if steps else None
-        if "as-is" in settings.modes:
-            found, costs["as-is"] = _attack(lab, job, model, groups, "as-is", kept)
-            metrics.update(found)
+    metrics["entropy_readout"] = readout.uncertainty(lab, model)
+    relearn = partial(readout.relearning, lab, job.model, settings)
+    steps = settings.relearn_steps
+    metrics["relearning"] = kept.common(lab.engine, "relearning", dict[str, Any], relearn) if steps else None
+    if "as-is" in settings.modes:
+        found, costs["as-is"] = _attack(lab, job, model, groups, "as-is", kept)
+        metrics.update(found)
     if "reprobe" in settings.modes:
         _refit(lab, model, groups)
         metrics["reprobe"], costs["reprobe"] = _attack(lab, job, model, groups, "reprobe", kept)
@@ -87,15 +86,8 @@ def _groups(lab: Experiment, job: Job[Audit]) -> Groups:
     return Groups(*map(np.sort, parts))
 
 
-def _head_state(lab: Experiment, job: Job[Audit], model: Classifier) -> str:
-    """Whether there is a source head to attack: "trained", "never trained" or "missing"."""
-    if "source" not in model.classes:
-        if "reprobe" not in job.settings.modes:
-            raise CheckpointError(
-                f'{job.title}: {job.model} has no source head to attack; set audit.modes = ["reprobe"] to attack its '
-                "features"
-            )
-        return "missing"
+def _head_state(lab: Experiment, job: Job[Audit]) -> str:
+    """What as-is attacks look through: a source head that was "trained", or "never trained"."""
     variant = lab.recipe.dispose.get(job.model)
     if variant and variant.new_heads and not (variant.unlearn.trains_source_head and variant.lam):
         if "as-is" in job.settings.modes and not lab.quiet:

@@ -12,7 +12,6 @@ from torch import Tensor
 from dtlctl import data_demands
 from dtlctl.data.tensors import Batch, Batches
 from dtlctl.engine import Objective
-from dtlctl.errors import RecipeError
 from dtlctl.experiment import Experiment
 from dtlctl.models import Classifier, renew
 from dtlctl.objectives import views
@@ -56,10 +55,7 @@ def _student(lab: Experiment, job: Job[Dispose], heads: dict[str, int], *, globa
     if settings.init == "fresh":
         return fresh
     student = lab.load_model("TL", global_batch_norm=global_batch_norm)
-    try:
-        renew(student.backbone, fresh.backbone, settings.fresh_stages)
-    except ValueError as error:
-        raise RecipeError(f"{job.title}: fresh_stages draws anew {error}") from None
+    renew(student.backbone, fresh.backbone, settings.fresh_stages)
     student.heads.load_state_dict(fresh.heads.state_dict())
     return student
 
