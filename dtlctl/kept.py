@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -57,10 +58,13 @@ class Kept:
         return self._read(name, form) is not None
 
     def adopt(self, folder: Path) -> None:
-        """Copy what another folder has for our key and this one lacks."""
+        """Copy what another folder has for our key and this one lacks; what is damaged there is none of ours."""
         theirs = Kept(folder, self.key)
         for path in sorted(folder.glob("*.json")):
-            if not self._path(path.stem).exists() and theirs.has(path.stem, Any):
+            fits = False
+            with suppress(CheckpointError):
+                fits = not self._path(path.stem).exists() and theirs.has(path.stem, Any)
+            if fits:
                 checkpoint.write(self._path(path.stem), path.read_bytes())
 
     def _path(self, name: str) -> Path:

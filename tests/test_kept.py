@@ -168,6 +168,7 @@ def test_references_of_other_runs_are_taken_over_if_they_fit(recipe_file: Path):
     """The key is of the pre-training and the seed: a run of another seed has no use for them."""
     first, second, third = (lab(recipe_file, RMIA, *more) for more in ((), ("name=second",), ("name=third", "seed=1")))
     run(first, ("pretrain", "audit"), only=("pre",))
+    (first.reference_folder / "damaged.json").write_text("no JSON")  # of another run: it is none of ours
     for other, left in ((second, 0), (third, 2)):
         run(other, ("pretrain",))
         assert reference.missing(other, 2) == 2
