@@ -58,14 +58,12 @@ class Kept:
         return self._read(name, form) is not None
 
     def adopt(self, folder: Path) -> None:
-        """Copy what another folder has for our key and this one lacks; what is damaged there is none of ours."""
+        """Copy what another folder has for our key and this one lacks."""
         theirs = Kept(folder, self.key)
         for path in sorted(folder.glob("*.json")):
-            fits = False
-            with suppress(CheckpointError):
-                fits = not self._path(path.stem).exists() and theirs.has(path.stem, Any)
-            if fits:
-                checkpoint.write(self._path(path.stem), path.read_bytes())
+            with suppress(CheckpointError):  # damaged there, or not to be written here: then it is made anew
+                if not self._path(path.stem).exists() and theirs.has(path.stem, Any):
+                    checkpoint.write(self._path(path.stem), path.read_bytes())
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

@@ -54,8 +54,9 @@ def take_over(lab: Experiment, job: Job[Any], known: Mapping[str, Path]) -> Path
 def take_over_references(lab: Experiment, folders: Iterable[Path]) -> None:
     """Copy into the run's folder, which this process owns, what other runs' references of rmia said, if they fit."""
     if lab.recipe.audit.references and key(lab, lab.job("pre")):
+        ours = kept(lab)
         for folder in folders:
-            kept(lab).adopt(folder / "audit" / "references")
+            ours.adopt(folder / "audit" / "references")
 
 
 @cache

@@ -15,7 +15,10 @@ def point(values: dict[str, Any], lam: float, gc: dict[str, Any]) -> dict[str, A
     """TL and rand are the same at every point; gc is as given."""
     fixed = [{"model": name, "acc_t": acc_t, "piggyback": {"letters": pl}}
              for name, acc_t, pl in (("TL", 70.0, 60.0), ("rand", 65.0, 50.0))]  # fmt: skip
-    dispose = {"rand": {"lambda": 0.2}, "gc": {"lambda": lam}}
+    kinds = {"rand": "random-labels", "gc": "gradient-collision"}
+    dispose = {
+        name: {"lambda": lam if name == "gc" else 0.2, "unlearn": {"kind": kind}} for name, kind in kinds.items()
+    }
     rows = [*fixed, {"model": "gc", **gc}]
     return {"values": values, "table": {"recipe": {"dispose": dispose}, "seeds": [0], "rows": rows}}
 
@@ -94,10 +97,8 @@ def test_a_star_is_of_who_unlearns_and_a_key_of_one_variant_draws_no_other_twice
     for lam, lr in itertools.product((0.1, 0.5), (0.01, 0.02)):
         values = {"dispose.*.lambda": lam, "dispose.rand.lr": lr, "audit.images": round(1000 * lr)}
         one = point(values, lam, {"acc_t": 70.0 - 10 * lam, "piggyback": {"letters": 9.0}, "audit_auc": 0.5 + lr})
-        one["table"]["recipe"]["dispose"] |= {
-            "rand": {"lambda": lam, "unlearn": {"kind": "random-labels"}},
-            "distilled": {"lambda": 0.0, "unlearn": {"kind": "none"}},
-        }
+        one["table"]["recipe"]["dispose"]["rand"]["lambda"] = lam
+        one["table"]["recipe"]["dispose"]["distilled"] = {"lambda": 0.0, "unlearn": {"kind": "none"}}
         one["table"]["rows"] += [{"model": "distilled", "acc_t": 50.0, "piggyback": {"letters": 20.0 + lr}}]
         found.append(one)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in grids.markdown({"points": found}).splitlines()

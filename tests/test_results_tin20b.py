@@ -62,7 +62,7 @@ def test_the_page_shows_what_each_loss_costs(model: str):
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("attacker", ATTACKERS)
 def test_the_page_shows_what_each_loss_takes_by_seed(dataset: str, attacker: str):
-    """And how many times a baseline's drop that of `null-both` is, of the means."""
+    """And how many points less he gets from `null-both` than from either RAND."""
     for model in LOSSES:
         three = drops(model, dataset, attacker, STUDY)
         points = " | ".join(f"{one:.1f}" for one in three)

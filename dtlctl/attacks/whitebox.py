@@ -33,24 +33,21 @@ def observe(view: View) -> dict[str, Tensor]:
     """
     stages, channels_last = _stages(view.model.backbone), isinstance(view.model.backbone, SwinTransformer)
     rows: dict[str, list[Tensor]] = {}
-    for batch in view.batches:
-        means: list[Tensor] = []
-
-        def note(module: nn.Module, inputs: object, output: Tensor, means: list[Tensor] = means) -> None:
-            means.append(_mean(output, channels_last))
-
-        hooks = [stage.register_forward_hook(note) for stage in stages]
-        try:
+    means: list[Tensor] = []
+    hooks = [s.register_forward_hook(lambda _, __, out: means.append(_mean(out, channels_last))) for s in stages]
+    try:
+        for batch in view.batches:
+            means.clear()
             embedding = view.model.embed(batch.x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        logits = view.model.heads["source"](embedding)
-        found = {f"stage {number}": mean for number, mean in enumerate(means)}
-        found |= {"embedding": embedding, "logits": logits, "label": batch.y[:, None]}
-        found["loss"] = F.cross_entropy(logits, batch.y, reduction="none")[:, None]
-        for name, value in found.items():
-            rows.setdefault(name, []).append(value)
+            logits = view.model.heads["source"](embedding)
+            found = {f"stage {number}": mean for number, mean in enumerate(means)}
+            found |= {"embedding": embedding, "logits": logits, "label": batch.y[:, None]}
+            found["loss"] = F.cross_entropy(logits, batch.y, reduction="none")[:, None]
+            for name, value in found.items():
+                rows.setdefault(name, []).append(value)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return {name: torch.cat(values) for name, values in rows.items()}
 
 

@@ -122,7 +122,7 @@ def _values(point: dict[str, Any], model: str) -> list[str]:
 def _is_of(key: str, model: str, dispose: dict[str, Any]) -> bool:
     """Whether a swept key is of the model's own table of [dispose], or outside of it; `*` is who unlearns something."""
     names = names_in(key)
-    unlearns = dispose.get(model, {"unlearn": {"kind": "none"}}).get("unlearn", {}).get("kind") != "none"
+    unlearns = model in dispose and dispose[model]["unlearn"]["kind"] != "none"
     return names[0] != "dispose" or names[1:2] in ([], [model]) or (names[1] == "*" and unlearns)
 
 

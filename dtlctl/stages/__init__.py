@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ def run(
     """
     done, chosen = [], lab.chosen(stages, only)
     data_demands.check(lab, chosen)
+    elsewhere = cache(lambda: reuse.results(reuse.relatives(lab.folder.parent, lab.recipe.name)))
     for job in chosen:
-        if not force and (lab.done(job) or _taken_over(lab, job)):
+        if not force and (lab.done(job) or _taken_over(lab, job, elsewhere)):
             lab.tidy(job)
             continue
         try:
@@ -44,19 +46,18 @@ def run(
     return done
 
 
-def _taken_over(lab: Experiment, job: Job[Any]) -> bool:
-    """Several processes would have to agree on what is there: they make it."""
+def _taken_over(lab: Experiment, job: Job[Any], elsewhere: Callable[[], dict[str, Path]]) -> bool:
+    """elsewhere: what is known, by key. Several processes would have to agree on what is there: they make it."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         return False
-    folders = reuse.relatives(lab.folder.parent, lab.recipe.name)
-    found = reuse.take_over(lab, job, reuse.results(folders))
-    if job.stage == "audit" and not found:
-        reuse.take_over_references(lab, folders)
-    if found and lab.done(job):
-        if not lab.quiet:
-            say(f"{job.title}: taken over from {found.parent}")
-        return True
-    return False
+    found = reuse.take_over(lab, job, elsewhere())
+    if found is None and job.stage == "audit":
+        reuse.take_over_references(lab, reuse.relatives(lab.folder.parent, lab.recipe.name))
+    if found is None or not lab.done(job):
+        return False
+    if not lab.quiet:
+        say(f"{job.title}: taken over from {found.parent}")
+    return True
 
 
 def _summary(path: Path) -> str:
