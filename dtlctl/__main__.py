@@ -1,3 +1,3 @@
-from dtlctl.cli import main
+from dtlctl.cli.app import main
 
 main()

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torchvision.models  # noqa: F401 - before there are fifteen processes, which would each import it
 from safetensors.torch import save_file
 
-from dtlctl import models
 from dtlctl.data.tensors import Batch, Share
+from dtlctl.model import networks
 from dtlctl.objectives import views
 from dtlctl.objectives.step import Step
 from dtlctl.objectives.unlearn import GradientCollision
@@ -31,7 +31,7 @@ def all_reduce(tensors):
 
 def train(memory, share, out):
     torch.manual_seed(0)
-    student = models.build("resnet8", {"source": 3, "target": 2}, width=4, image_size=8)
+    student = networks.build("resnet8", {"source": 3, "target": 2}, width=4, image_size=8)
     parameters, norms = list(student.parameters()), views.momenta(student)
     out.update(weights(student, f"before/{memory}"))
     local = CHUNKS // share.processes

@@ -92,8 +92,8 @@ EVERY_LOSS = [
 @pytest.fixture
 def opened(recipe_file: Path):
     """Open the tiny recipe, changed, with one short variant more, `one`."""
-    from dtlctl.experiment import Experiment
-    from dtlctl.loading import load
+    from dtlctl.recipe.loading import load
+    from dtlctl.run.experiment import Experiment
 
     def experiment(*changes: str) -> Experiment:
         recipe_file.write_text(recipe_file.read_text() + "[dispose.one]\nsteps = 3\nbatch_size = 32\nclip = 1.0\n")
@@ -119,8 +119,8 @@ def dtlctl(tmp_path: Path):
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path: Path):
     """Run a command in this process: (exit code, stdout, stderr)."""
-    from dtlctl import stop
-    from dtlctl.cli import main
+    from dtlctl.cli.app import main
+    from dtlctl.console import stop
 
     monkeypatch.chdir(tmp_path)
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from dtlctl import models
 from dtlctl.attacks import tuning
-from dtlctl.attacks.piggyback import Full, LastBlock, Probe, Renorm, RenormProbe
-from dtlctl.attacks.trials import Ground, Strike
+from dtlctl.attacks.attackers import Full, LastBlock, Probe, Renorm, RenormProbe
 from dtlctl.attacks.tuning import Look, Setting, Trial
 from dtlctl.errors import DataError, RecipeError
-from dtlctl.experiment import Experiment
-from dtlctl.kept import Kept
-from dtlctl.loading import load
-from dtlctl.plan import jobs
-from dtlctl.stages import piggyback, run
+from dtlctl.model import networks
+from dtlctl.recipe.loading import load
+from dtlctl.recipe.plan import jobs
+from dtlctl.run.experiment import Experiment
+from dtlctl.stages import piggyback
+from dtlctl.stages.runner import run
+from dtlctl.stages.trials import Ground, Strike
+from dtlctl.storage.kept import Kept
 
 ATTACKERS = (
     'piggyback.attackers=[{kind="full", lr=[0.01, 0.1], steps=4}, {kind="full", optimizer="adam", lr=[0.01], steps=4}, '
@@ -32,9 +33,9 @@ ATTACKERS = (
 )
 
 
-def pair() -> tuple[models.Classifier, models.Classifier]:
+def pair() -> tuple[networks.Classifier, networks.Classifier]:
     torch.manual_seed(0)
-    old, new = (models.build("resnet8", {"piggyback": 4}, width=4) for _ in range(2))
+    old, new = (networks.build("resnet8", {"piggyback": 4}, width=4) for _ in range(2))
     with torch.no_grad():
         for p in old.parameters():
             p.mul_(3)
@@ -95,13 +96,13 @@ def test_full_changes_nothing_and_last_block_only_the_last_stage():
 @pytest.mark.parametrize("arch", ["resnet10", "resnet50", "vgg11", "mobilenet_v2", "densenet121", "vit_b_32"])
 def test_the_last_stage_of_torchvision_models_is_found(arch: str):
     with torch.device("meta"):
-        model = models.build(arch, {"a": 2}, stem="imagenet", image_size=64)
-    stage = [p for block in models.stages(model.backbone)[-1] for p in block.parameters()]
+        model = networks.build(arch, {"a": 2}, stem="imagenet", image_size=64)
+    stage = [p for block in networks.stages(model.backbone)[-1] for p in block.parameters()]
     assert 0 < sum(p.numel() for p in stage) < sum(p.numel() for p in model.backbone.parameters())
 
 
 def test_last_block_refuses_a_network_whose_stages_are_not_known():
-    unknown = models.Classifier(torch.nn.Sequential(torch.nn.Flatten()), 3, {"a": 2})
+    unknown = networks.Classifier(torch.nn.Sequential(torch.nn.Flatten()), 3, {"a": 2})
     with pytest.raises(ValueError, match="1 of the last stages of Sequential, but 0 are known"):
         LastBlock().prepare(unknown, unknown, torch.rand(5, 3, 1, 1))
 
@@ -123,7 +124,7 @@ def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():
     assert stem[1].momentum == 0.1
     assert torch.allclose(old.train().embed(x), before, rtol=0.02, atol=0.02)
     with pytest.raises(RecipeError, match="needs a model with batch normalisation"):
-        plain = models.build("vgg11", {}, stem="imagenet")
+        plain = networks.build("vgg11", {}, stem="imagenet")
         Renorm().prepare(plain, plain, x)
 
 

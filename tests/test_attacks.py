@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from dtlctl import models
-from dtlctl.attacks import gradients, membership, probe, reference, whitebox
-from dtlctl.attacks.registry import ATTACKS, Attack
+from dtlctl.attacks import gradients, membership, probe, whitebox
 from dtlctl.attacks.signals import View
 from dtlctl.data.tensors import Batch
-from dtlctl.models import Classifier
-from dtlctl.recipe import Audit
+from dtlctl.model import networks
+from dtlctl.model.networks import Classifier
+from dtlctl.recipe.schema import Audit
+from dtlctl.stages import reference
+from dtlctl.stages.registry import ATTACKS, Attack
 
 CLASSES, EACH, SIZE = 4, 60, 8
 HEAD = 20
@@ -42,7 +43,7 @@ def images() -> tuple[Batch, Batch]:
 
 def network(seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
-    return models.build("resnet8", {"source": CLASSES, "target": 3}, width=8, image_size=SIZE)
+    return networks.build("resnet8", {"source": CLASSES, "target": 3}, width=8, image_size=SIZE)
 
 
 def learn(model: Classifier, batch: Batch, steps: int = 60) -> Classifier:
@@ -246,8 +247,8 @@ def test_the_white_box_attacker_looks_at_stages(arch, path, expected):
     """At most six, evenly: of ResNet-20's stem and nine blocks places 0, 1, 3, 5, 7, 9; of twelve layers 0, 2, 4, 6,
     8, 11; of VGG's eight convolutions (modules 0, 3, 6, 8, 11, 13, 16, 18) the places 0, 1, 2, 4, 5, 7.
     """
-    stem = "small" if arch in models._CIFAR_RESNETS else "imagenet"
-    backbone = models.outline(arch, stem, None, 64).backbone
+    stem = "small" if arch in networks._CIFAR_RESNETS else "imagenet"
+    backbone = networks.outline(arch, stem, None, 64).backbone
     first = ["stem"] if hasattr(backbone, "stem") else []
     names = {module: name for name, module in backbone.named_modules()}
     assert [names[stage] for stage in whitebox._stages(backbone)] == [*first, *(f"{path}{n}" for n in expected)]
@@ -255,7 +256,7 @@ def test_the_white_box_attacker_looks_at_stages(arch, path, expected):
 
 def test_stages_that_keep_channels_last_are_averaged_over_places_too():
     """Swin's are [B, H, W, C], with 96 channels in the first and 768 in the last."""
-    model = models.build("swin_t", {"source": 2}, stem="imagenet", image_size=64).eval()
+    model = networks.build("swin_t", {"source": 2}, stem="imagenet", image_size=64).eval()
     seen = whitebox.observe(
         View(model, [Batch(torch.rand(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64), torch.arange(2))])
     )

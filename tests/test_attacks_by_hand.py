@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtlctl import models
-from dtlctl.attacks import adversarial, gradients, reference, signals
+from dtlctl.attacks import adversarial, gradients, signals
 from dtlctl.attacks.signals import View
+from dtlctl.model import networks
+from dtlctl.stages import reference
 
 
 def test_cheap_signals_by_hand():
@@ -61,7 +62,7 @@ def test_per_image_gradients_are_faster_than_a_loop_over_images():
     The limit here leaves room for a busy machine.
     """
     torch.manual_seed(0)
-    model = models.build("resnet8", {"source": 37}, width=16, image_size=16).eval()
+    model = networks.build("resnet8", {"source": 37}, width=16, image_size=16).eval()
     x, y = torch.rand(64, 3, 16, 16), torch.randint(37, (64,))
 
     def loop() -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dtlctl.errors import DataError
-from dtlctl.experiment import Experiment
-from dtlctl.loading import load
+from dtlctl.recipe.loading import load
 from dtlctl.report import audit, files, summary
-from dtlctl.stages import run
+from dtlctl.run.experiment import Experiment
+from dtlctl.stages.runner import run
 
 EVERYTHING = (
     'audit={attacks=["loss", "entropy", "modified-entropy", "max-softmax", "adv-dist", "grad-w", "grad-x", "wb", '

@@ -17,9 +17,9 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 
-from dtlctl import stages
 from dtlctl.data import cache
 from dtlctl.errors import DtlError, Stopped
+from dtlctl.stages import runner
 
 
 def pictures(folder: Path, *, names: list[str], labels: list[int], corrupt: int | None = None) -> Path:
@@ -214,8 +214,8 @@ def test_memory_that_runs_out_is_told_with_the_job_and_its_keys(opened, monkeypa
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(stages, "_stage", lambda _: fail)
-    monkeypatch.setattr(stages.data_demands, "check", lambda *_: None)
+    monkeypatch.setattr(runner, "_stage", lambda _: fail)
+    monkeypatch.setattr(runner.data_demands, "check", lambda *_: None)
     lab = opened('dispose.one.unlearn={kind="gradient-collision", chunks=4, memory="recompute"}')
     smaller = "a batch_size below %d, or more processes, each on a device of its own"
     for model, ways in (
@@ -224,9 +224,9 @@ def test_memory_that_runs_out_is_told_with_the_job_and_its_keys(opened, monkeypa
         ("rand", smaller % 8),
     ):
         with pytest.raises(DtlError) as caught:
-            stages.run(lab, ("dispose",), only=(model,), force=True)
+            runner.run(lab, ("dispose",), only=(model,), force=True)
         assert str(caught.value) == f"RECIPE: dispose/{model}: memory ran out\nit takes less with {ways}"
         assert caught.value.exit_code == 1
-    monkeypatch.setattr(stages, "_stage", lambda _: lambda *_: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(runner, "_stage", lambda _: lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
-        stages.run(lab, ("dispose",), only=("rand",), force=True)
+        runner.run(lab, ("dispose",), only=("rand",), force=True)

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dtlctl import models
 from dtlctl.data.tensors import Batch
+from dtlctl.model import networks
 from dtlctl.objectives import views
 from tests.test_collision import assert_equal
 
 
 def student(arch="resnet8"):
     torch.manual_seed(0)
-    return models.build(arch, {"source": 3, "target": 2}, width=4, image_size=8).double()
+    return networks.build(arch, {"source": 3, "target": 2}, width=4, image_size=8).double()
 
 
 def batch(images=8):
@@ -53,7 +53,7 @@ def test_a_chunk_seen_again_meets_the_same_dropout():
     """Or the gradient of the second look would not be that of the first; another chunk, and another batch, differ."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Dropout(0.5))
-    model = models.Classifier(backbone, 192, {"source": 3, "target": 2}).double().train()
+    model = networks.Classifier(backbone, 192, {"source": 3, "target": 2}).double().train()
     same = Batch(torch.ones(8, 3, 8, 8, dtype=torch.float64), torch.zeros(8), torch.arange(8))
     one, other = views.again(model, same, 4, []), views.again(model, same, 4, [])
     before = torch.get_rng_state()
@@ -77,7 +77,7 @@ def test_the_way_is_chosen_by_size(gigabytes, arch, expected, monkeypatch):
     if arch == "resnet8":
         model, x = student(), batch().x
     else:
-        model, x = models.build(arch, {"source": 3}, stem="imagenet", image_size=16), torch.rand(4, 3, 16, 16)
+        model, x = networks.build(arch, {"source": 3}, stem="imagenet", image_size=16), torch.rand(4, 3, 16, 16)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     assert views.choose(model, x, 2) == expected
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "running" in k)

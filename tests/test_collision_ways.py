@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dtlctl import models, small_maps
 from dtlctl.data.tensors import Batch
+from dtlctl.model import networks, small_maps
 from dtlctl.objectives import batched, collision, views
 from tests.test_collision import assert_equal, pairwise
 
@@ -98,7 +98,7 @@ def test_one_pass_agrees_with_the_double_loop_over_pairs(name, chunks):
 def test_the_ways_agree_in_float32_on_a_real_network():
     """ResNet-18, four chunks of eight: the gradients differ by rounding alone."""
     torch.manual_seed(0)
-    model = models.build("resnet18", {"source": 10, "target": 2}, stem="imagenet")
+    model = networks.build("resnet18", {"source": 10, "target": 2}, stem="imagenet")
     x, y = torch.rand(32, 3, 32, 32), torch.randint(10, (32,))
     parameters, images = list(model.parameters()), Batch(x, y, torch.arange(32))
 
@@ -169,8 +169,8 @@ def test_what_one_pass_cannot_do_is_refused():
     assert not batched.batchable(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
     assert not batched.batchable(nn.Conv2d(1, 1, 3, padding="same"))
     assert not batched.batchable(nn.BatchNorm2d(2, momentum=None))
-    assert not batched.batchable(models.build("vit_b_16", {"source": 2}, stem="imagenet"))
-    assert batched.batchable(models.build("resnet18", {"source": 2}))
+    assert not batched.batchable(networks.build("vit_b_16", {"source": 2}, stem="imagenet"))
+    assert batched.batchable(networks.build("resnet18", {"source": 2}))
     with pytest.raises(ValueError, match=r"not \[images, features\]"), batched.record(nn.Linear(2, 2), 2) as tape:
         next(iter(tape.calls))(torch.ones(4, 3, 2))
     with (

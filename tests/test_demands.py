@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dtlctl import data_demands, network_demands
 from dtlctl.data import cache
 from dtlctl.errors import RecipeError
-from dtlctl.loading import load
+from dtlctl.recipe import network_demands
+from dtlctl.recipe.loading import load
+from dtlctl.stages import data_demands
 
 NULL = "dispose.null={steps=2, batch_size=%d, unlearn={kind='null-space', stages=%d}}"
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import typer.main
 
-from dtlctl.cli import app
+from dtlctl.cli.app import app
 from dtlctl.errors import RecipeError
-from dtlctl.experiment import Experiment
-from dtlctl.loading import load
-from dtlctl.plan import jobs
-from dtlctl.recipe import Recipe
+from dtlctl.recipe.loading import load
+from dtlctl.recipe.plan import jobs
+from dtlctl.recipe.schema import Recipe
+from dtlctl.run.experiment import Experiment
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dtlctl.console.progress import Progress
 from dtlctl.data.tensors import Batch, Share
-from dtlctl.engine import Engine
 from dtlctl.errors import DivergedError
-from dtlctl.progress import Progress
-from dtlctl.recipe import Training
+from dtlctl.recipe.schema import Training
+from dtlctl.training.engine import Engine
 
 
 def dropped(rank: int) -> Tensor:

@@ -13,11 +13,13 @@ import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dtlctl import export, models, stages
 from dtlctl.errors import CheckpointError
-from dtlctl.experiment import Experiment
-from dtlctl.loading import load
-from dtlctl.plan import STAGES
+from dtlctl.model import networks
+from dtlctl.recipe.loading import load
+from dtlctl.recipe.plan import STAGES
+from dtlctl.run import export
+from dtlctl.run.experiment import Experiment
+from dtlctl.stages import runner
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 """ImageNet's, as torchvision documents them."""
@@ -27,14 +29,14 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.2
 def lab(recipe_file: Path) -> Experiment:
     """The tiny recipe, up to one disposal."""
     lab = Experiment(load(recipe_file), recipe_file.parent / "runs", source=str(recipe_file), quiet=True)
-    stages.run(lab, STAGES[:3], only=("pre", "TL", "rand"))
+    runner.run(lab, STAGES[:3], only=("pre", "TL", "rand"))
     return lab
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "vgg11", "densenet121"])
 def test_torchvisions_own_network_loads_it_and_answers_the_same(arch: str):
     """resnet18's last layer is fc, mobilenet's classifier.3, vgg's classifier.6, densenet's classifier."""
-    model = models.build(arch, {"source": 7, "target": 3}, stem="imagenet", image_size=32).eval()
+    model = networks.build(arch, {"source": 7, "target": 3}, stem="imagenet", image_size=32).eval()
     theirs = torchvision.models.get_model(arch, weights=None, num_classes=3)
     theirs.load_state_dict(model.plain_state("target"), strict=True)
     x = torch.rand(2, 3, 32, 32)
@@ -48,7 +50,7 @@ def test_the_tutorials_recipient_gets_it(recipe_file: Path, tmp_path: Path, monk
     torchvisions = 'arch = "resnet18"\nstem = "imagenet"\nimage_size = 32'
     recipe_file.write_text(recipe_file.read_text().replace(ours_alone, torchvisions))
     lab = Experiment(load(recipe_file, ["target-only={steps=1, batch_size=4}"]), tmp_path / "runs", quiet=True)
-    stages.run(lab, ("finetune",), only=("TGT",))
+    runner.run(lab, ("finetune",), only=("TGT",))
     for name in ("digits", "photographs"):
         export.export(lab, "TGT", tmp_path / f"{name}.safetensors")
     monkeypatch.chdir(tmp_path)
@@ -99,7 +101,7 @@ def test_nothing_of_the_source_is_in_the_file(lab: Experiment, tmp_path: Path):
 
 def test_float64_stays_float64(recipe_file: Path, tmp_path: Path):
     lab = Experiment(load(recipe_file, ["precision=float64"]), tmp_path / "runs", quiet=True)
-    stages.run(lab, ("finetune",), only=("TGT",))
+    runner.run(lab, ("finetune",), only=("TGT",))
     export.export(lab, "TGT", tmp_path / "double.safetensors")
     assert next(export.load(tmp_path / "double.safetensors").parameters()).dtype == torch.float64
 

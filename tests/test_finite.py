@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from dtlctl import engine as engine_module
-from dtlctl.engine import Engine
+from dtlctl.console.progress import Progress
 from dtlctl.errors import DivergedError
-from dtlctl.progress import Progress
-from dtlctl.recipe import Training
+from dtlctl.recipe.schema import Training
+from dtlctl.training import engine as engine_module
+from dtlctl.training.engine import Engine
 
 
 def train(slopes: list[float], lr: float) -> nn.Linear:

@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from dtlctl import reuse, sweep
-from dtlctl.attacks import reference
-from dtlctl.attacks.trials import Ground, Strike
 from dtlctl.attacks.tuning import Look, Setting, Trial
-from dtlctl.engine import Engine
 from dtlctl.errors import CheckpointError, DivergedError, Stopped
-from dtlctl.experiment import Experiment
-from dtlctl.kept import Kept
-from dtlctl.loading import load
+from dtlctl.many import sweep
+from dtlctl.recipe.loading import load
+from dtlctl.run import reuse
+from dtlctl.run.experiment import Experiment
 from dtlctl.stages import audit as auditing
-from dtlctl.stages import run
+from dtlctl.stages import reference
+from dtlctl.stages.runner import run
+from dtlctl.stages.trials import Ground, Strike
+from dtlctl.storage.kept import Kept
+from dtlctl.training.engine import Engine
 
 ATTACKERS = (
     'piggyback.attackers=[{kind="full", lr=[0.01, 0.1], steps=4}, {kind="probe", C=[0.1, 1.0]}]',

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from dtlctl import models, small_maps
-from dtlctl.models import Classifier, architectures, build, check
+from dtlctl.model import networks, small_maps
+from dtlctl.model.networks import Classifier, architectures, build, check
 
 
 def count(model):
@@ -118,7 +118,7 @@ def test_every_listed_architecture_passes_the_check():
     assert {"resnet8", "resnet10", "resnet18", "resnet110", "vit_b_16", "densenet121"} <= set(names)
     assert not {"googlenet", "inception_v3", "squeezenet1_0"} & set(names)
     for name in names:
-        check(name, "small" if name in models._CIFAR_RESNETS else "imagenet", None, 224)
+        check(name, "small" if name in networks._CIFAR_RESNETS else "imagenet", None, 224)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +160,10 @@ def test_images_too_small_for_a_network_are_refused(arch, takes, too_small):
 )
 def test_looking_at_a_network_draws_no_random_number(arch, stem):
     """Else a model's weights would depend on whether it had been looked at before."""
-    models.outline.cache_clear()
+    networks.outline.cache_clear()
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    outline = models.outline(arch, stem, None, 64)
+    outline = networks.outline(arch, stem, None, 64)
     assert torch.equal(torch.get_rng_state(), before)
     shapes = {name: tensor.shape for name, tensor in build(arch, {}, stem=stem, image_size=64).state_dict().items()}
     assert {name: tensor.shape for name, tensor in outline.state_dict().items()} == shapes
@@ -208,7 +208,7 @@ def test_the_seed_decides_the_weights():
 def test_bfloat16_rounds_the_forward_pass_and_nothing_else():
     """Logits in float32 that differ from the exact ones by less than a few of bfloat16's 2^-8; gradients in float32."""
     torch.manual_seed(0)
-    model, x = models.build("resnet8", {"source": 5}, width=8).eval(), torch.rand(4, 3, 16, 16)
+    model, x = networks.build("resnet8", {"source": 5}, width=8).eval(), torch.rand(4, 3, 16, 16)
     exact = model(x, "source")
     model.precision = "bfloat16"
     rounded = model(x, "source")
@@ -220,7 +220,7 @@ def test_bfloat16_rounds_the_forward_pass_and_nothing_else():
 
 def test_tf32_is_used_when_asked_for_only():
     for precision, allowed in (("tf32", True), ("float32", False), ("bfloat16", False)):
-        models.set_matmul_precision(precision)
+        networks.set_matmul_precision(precision)
         assert torch.backends.cuda.matmul.allow_tf32 is allowed and torch.backends.cudnn.allow_tf32 is allowed
 
 

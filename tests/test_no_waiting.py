@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtlctl import engine as engine_module
-from dtlctl.engine import Engine
-from dtlctl.stages import run
+from dtlctl.stages.runner import run
+from dtlctl.training import engine as engine_module
+from dtlctl.training.engine import Engine
 from tests.conftest import EVERY_LOSS
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "index by a mask",

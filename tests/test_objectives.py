@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dtlctl import models
 from dtlctl.data.tensors import Batch, Batches
 from dtlctl.errors import RecipeError
-from dtlctl.models import Classifier
+from dtlctl.model import networks
+from dtlctl.model.networks import Classifier
 from dtlctl.objectives import views
 from dtlctl.objectives.retain import AveragedGem, Distill, TargetCrossEntropy
 from dtlctl.objectives.step import Step, View
@@ -25,7 +25,7 @@ from dtlctl.objectives.unlearn import (
     Uniform,
     random_labels,
 )
-from dtlctl.recipe import Dispose
+from dtlctl.recipe.schema import Dispose
 from dtlctl.stages.dispose import _objective
 
 # Softmax of EVEN is (1/2, 1/2), of LEAN (1/4, 3/4), of STEEP (1/8, 2/8, 5/8).
@@ -165,7 +165,7 @@ def test_null_space_says_what_it_lacks():
 
 @pytest.mark.parametrize("arch", ["resnet20", "resnet18", "vgg11", "vit_b_32"])
 def test_the_views_hold_the_output_of_every_stage(arch):
-    model = models.build(arch, {"source": 2, "target": 3}, stem="small" if "resnet" in arch else "imagenet").eval()
+    model = networks.build(arch, {"source": 2, "target": 3}, stem="small" if "resnet" in arch else "imagenet").eval()
     batch = Batch(torch.rand(2, 3, 32, 32), torch.zeros(2).long(), torch.arange(2))
     (seen,) = views.apart(model, batch, 1, [])
     assert len(seen.maps) == {"resnet20": 3, "resnet18": 4, "vgg11": 8, "vit_b_32": 12}[arch]

@@ -13,18 +13,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dtlctl import batchnorm, models
-from dtlctl import engine as engine_module
-from dtlctl.attacks.registry import ATTACKS
 from dtlctl.attacks.signals import View
 from dtlctl.data import tensors
 from dtlctl.data.tensors import Batch
-from dtlctl.engine import Engine
-from dtlctl.experiment import Experiment
+from dtlctl.model import batchnorm, networks
 from dtlctl.objectives import unlearn
-from dtlctl.recipe import Audit
+from dtlctl.recipe.schema import Audit
+from dtlctl.run.experiment import Experiment
 from dtlctl.stages import dispose as disposal
-from dtlctl.stages import run
+from dtlctl.stages.registry import ATTACKS
+from dtlctl.stages.runner import run
+from dtlctl.training import engine as engine_module
+from dtlctl.training.engine import Engine
 from tests.conftest import EVERY_LOSS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
@@ -152,7 +152,7 @@ def test_a_disposal_stays_on_its_device(opened, watch, elsewhere, loss, retain):
 @pytest.mark.parametrize("attack", sorted(ATTACKS.keys() - {"adv-dist"}))  # foolbox looks at numbers
 def test_what_an_attack_sees_stays_on_its_device(attack):
     torch.manual_seed(0)
-    model = models.build("resnet8", {"source": 3, "target": 2}, width=4, image_size=8).eval().to(META)
+    model = networks.build("resnet8", {"source": 3, "target": 2}, width=4, image_size=8).eval().to(META)
     x, y = torch.empty(6, 3, 8, 8, device=META), torch.empty(6, dtype=torch.int64, device=META)
     view = View(model, [Batch(x, y, torch.arange(6))])
     with Watch(), Made():

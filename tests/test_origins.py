@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtlctl import origins
 from dtlctl.data.subset import balanced
 from dtlctl.errors import CheckpointError
-from dtlctl.experiment import Experiment
-from dtlctl.loading import load
-from dtlctl.plan import STAGES
+from dtlctl.recipe.loading import load
+from dtlctl.recipe.plan import STAGES
 from dtlctl.report import summary, tables
-from dtlctl.stages import run
+from dtlctl.run import origins
+from dtlctl.run.experiment import Experiment
+from dtlctl.stages.runner import run
 
 
 def lab(recipe_file: Path, *changes: str) -> Experiment:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from dtlctl import preview
-from dtlctl.attacks.reference import kept
 from dtlctl.data import cache
-from dtlctl.experiment import Experiment
-from dtlctl.loading import load
-from dtlctl.stages import run
+from dtlctl.recipe.loading import load
+from dtlctl.run.experiment import Experiment
+from dtlctl.stages import preview
+from dtlctl.stages.reference import kept
+from dtlctl.stages.runner import run
 
 
 def planned(recipe_file: Path, *overrides: str) -> dict:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dtlctl.data_demands import local_chunks
 from dtlctl.errors import RecipeError
 from dtlctl.objectives.unlearn import Uniform
-from dtlctl.recipe import Dispose
+from dtlctl.recipe.schema import Dispose
+from dtlctl.stages.data_demands import local_chunks
 
 # Retaining losses that need target batches, beside the tiny recipe's own two variants.
 MORE = """dispose={

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dtlctl.errors import RecipeError
-from dtlctl.experiment import Experiment
-from dtlctl.loading import load
-from dtlctl.plan import jobs
-from dtlctl.recipe import Recipe
+from dtlctl.recipe.loading import load
+from dtlctl.recipe.plan import jobs
+from dtlctl.recipe.schema import Recipe
+from dtlctl.run.experiment import Experiment
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 

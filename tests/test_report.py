@@ -13,12 +13,12 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from dtlctl.attacks.piggyback import Attacker, Frozen
-from dtlctl.attacks.recovery import recovered
+from dtlctl.attacks.attackers import Attacker, Frozen
 from dtlctl.errors import CheckpointError, RecipeError
-from dtlctl.loading import load
-from dtlctl.plan import jobs
+from dtlctl.recipe.loading import load
+from dtlctl.recipe.plan import jobs
 from dtlctl.report import audit, files, page, summary, tables
+from dtlctl.report.recovery import recovered
 
 
 def digest(name: str) -> str:

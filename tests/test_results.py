@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dtlctl import matching
 from dtlctl.bench import collision, training
+from dtlctl.many import compare as comparison
 from dtlctl.report import audit, grids, summary, tables
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +75,7 @@ def test_the_curve_and_the_match_show_their_documents():
         assert part in (folder / "quickstart_curve.md").read_text(encoding="utf-8")
     for name in ("quickstart_matched", "tin100_matched", "tin100_fresh", "tin100_target", "tin100_both", "tin100_gpu"):
         found = json.loads((folder / name / "compare.json").read_text())
-        for part in matching._needed(found):
+        for part in comparison._needed(found):
             assert part in (folder / f"{name}.md").read_text(encoding="utf-8")
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtlctl import checkpoint, models
-from dtlctl.cli import main
+from dtlctl.cli.app import main
 from dtlctl.errors import CheckpointError, DivergedError, RecipeError
-from dtlctl.experiment import Experiment
-from dtlctl.loading import load
+from dtlctl.model import networks
+from dtlctl.recipe.loading import load
+from dtlctl.run.experiment import Experiment
 from dtlctl.stages import dispose as stage
-from dtlctl.stages import run
+from dtlctl.stages.runner import run
+from dtlctl.storage import checkpoint
 
 
 def lab(recipe_file: Path, *overrides: str) -> Experiment:
@@ -231,20 +232,20 @@ def test_a_sidecar_that_is_no_json_is_named(recipe_file: Path):
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path):
-    small = models.build("resnet8", {"source": 10}, width=4)
+    small = networks.build("resnet8", {"source": 10}, width=4)
     checkpoint.publish(tmp_path, small, {"format": checkpoint.FORMAT})
     sidecar = checkpoint.read_sidecar(tmp_path / "model.json")
     assert sidecar is not None
     with pytest.raises(CheckpointError, match="does not fit the model"):
-        checkpoint.load_weights(tmp_path, sidecar, models.build("resnet8", {"source": 10}, width=8))
-    same = models.build("resnet8", {"source": 10}, width=4)
+        checkpoint.load_weights(tmp_path, sidecar, networks.build("resnet8", {"source": 10}, width=8))
+    same = networks.build("resnet8", {"source": 10}, width=4)
     checkpoint.load_weights(tmp_path, sidecar, same)
     for name, tensor in small.state_dict().items():
         assert torch.equal(tensor, same.state_dict()[name])
 
 
 def test_publishing_leaves_no_temporary_file_and_a_full_disk_the_old_checkpoint(tmp_path: Path, monkeypatch):
-    model = models.build("resnet8", {"source": 10}, width=4)
+    model = networks.build("resnet8", {"source": 10}, width=4)
     checkpoint.publish(tmp_path, model, {"format": checkpoint.FORMAT})
     assert sorted(os.listdir(tmp_path)) == ["model.json", "model.safetensors"]
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -287,9 +288,8 @@ def test_help_answers_without_torch(monkeypatch, capsys):
     import subprocess
     import sys
 
-    code = (
-        "import sys; sys.argv=['dtlctl','--help']\nfrom dtlctl.cli import main\ntry: main()\nexcept SystemExit: pass\n"
-    )
+    code = "import sys; sys.argv=['dtlctl','--help']\nfrom dtlctl.cli.app import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
     code += "assert not {'torch','datasets','accelerate','matplotlib'} & sys.modules.keys(), 'heavy import'"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     monkeypatch.setattr(sys, "argv", ["dtlctl", "dispose", "--help"])

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from dtlctl import checkpoint, matching, sweep
 from dtlctl.errors import DivergedError, RecipeError
-from dtlctl.experiment import Experiment
-from dtlctl.loading import load, parse_value
-from dtlctl.recipe import Compare
+from dtlctl.many import compare as comparison
+from dtlctl.many import sweep
+from dtlctl.recipe.loading import load, parse_value
+from dtlctl.recipe.schema import Compare
 from dtlctl.report import summary
+from dtlctl.run.experiment import Experiment
+from dtlctl.storage import checkpoint
 
 
 def test_values_are_toml_or_plain_words():
@@ -256,7 +258,7 @@ def test_the_search_finds_the_matching_lambda(wanted: float, reached: bool):
         calls.append(lam)
         return [50 * lam - 1, 50 * lam + 1]
 
-    found = matching.search(drops, 0.5, Compare(target_drop=wanted, tolerance=0.2, rounds=8))
+    found = comparison.search(drops, 0.5, Compare(target_drop=wanted, tolerance=0.2, rounds=8))
     assert found["reached"] is reached
     assert [one["lambda"] for one in found["tried"]] == calls
     assert found["tried"][0] == {"lambda": 0.5, "drop": 25.0, "drops": [24.0, 26.0]}
@@ -270,18 +272,18 @@ def test_the_search_steps_out_until_the_price_is_passed_then_halves():
     """
 
     def wanted(drop_of: Callable[[float], float]) -> list[float]:
-        found = matching.search(lambda lam: [drop_of(matching.logit(lam))], 0.5, Compare(target_drop=5, rounds=5))
-        return [matching.logit(one["lambda"]) for one in found["tried"]]
+        found = comparison.search(lambda lam: [drop_of(comparison.logit(lam))], 0.5, Compare(target_drop=5, rounds=5))
+        return [comparison.logit(one["lambda"]) for one in found["tried"]]
 
     assert wanted(lambda odds: 20.0 if odds > -4 else 1.0) == pytest.approx([0, -1, -3, -7, -5], abs=0.01)
     assert wanted(lambda odds: 1.0 if odds < 4 else 20.0) == pytest.approx([0, 1, 3, 7, 5], abs=0.1)  # 4 digits of λ
     outside = wanted(lambda odds: 20.0)  # next would be -15, but the range ends at λ = 0.0005: nothing is done twice
-    assert outside[3:] == pytest.approx([-7, matching.logit(matching.LOW)], abs=0.01)
-    assert len(matching.search(lambda lam: [20.0], 0.5, Compare(target_drop=5, rounds=30))["tried"]) == 5
+    assert outside[3:] == pytest.approx([-7, comparison.logit(comparison.LOW)], abs=0.01)
+    assert len(comparison.search(lambda lam: [20.0], 0.5, Compare(target_drop=5, rounds=30))["tried"]) == 5
     assert wanted(lambda odds: 7.0 if odds > -1 else 1.0)[:4] == pytest.approx([0, -0.336, -1.009, -0.673], abs=0.01)
     assert wanted(lambda odds: -1.0 if odds < 2 else 5.0) == pytest.approx([0, 1, 3], abs=0.01)  # no drop, no ratio
-    assert matching.logit(0.5) == 0
-    assert matching.following([(0.2, 1.0), (0.5, 9.0)], 5.0) == pytest.approx(1 / 3)  # odds 1/4 and 1: 1/2
+    assert comparison.logit(0.5) == 0
+    assert comparison.following([(0.2, 1.0), (0.5, 9.0)], 5.0) == pytest.approx(1 / 3)  # odds 1/4 and 1: 1/2
 
 
 def test_a_lambda_that_diverges_is_too_dear():
@@ -296,14 +298,14 @@ def test_a_lambda_that_diverges_is_too_dear():
             raise DivergedError(f"diverged at {lam:g}")
         return [1.0 if lam < 0.5 else 12.5]
 
-    found = matching.search(drops, 0.2, Compare(target_drop=12.5, tolerance=1.0, rounds=6))
+    found = comparison.search(drops, 0.2, Compare(target_drop=12.5, tolerance=1.0, rounds=6))
     assert [one["lambda"] for one in found["tried"]] == [0.2, 0.4046, 0.8339, 0.6488, 0.5284]
     assert found["tried"][2:4] == [{"lambda": lam, "drop": None, "drops": None} for lam in (0.8339, 0.6488)]
     assert (found["lambda"], found["reached"]) == (0.5284, True)
-    best = matching.search(drops, 0.5, Compare(target_drop=90, rounds=2))
+    best = comparison.search(drops, 0.5, Compare(target_drop=90, rounds=2))
     assert (best["lambda"], best["drop"], best["reached"]) == (0.5, 12.5, False)
     with pytest.raises(DivergedError, match=r"every λ that was tried diverged \(0.9, 0.768\); the last: .* at 0.768"):
-        matching.search(drops, 0.9, Compare(target_drop=12.5, rounds=2))
+        comparison.search(drops, 0.9, Compare(target_drop=12.5, rounds=2))
 
 
 def test_compare_goes_on_past_a_lambda_that_diverges(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
@@ -314,21 +316,21 @@ def test_compare_goes_on_past_a_lambda_that_diverges(recipe_file: Path, monkeypa
         if "dispose" in stages and any(one.lam > largest for lab in labs for one in lab.recipe.dispose.values()):
             raise DivergedError("training diverged at step 3")
 
-    monkeypatch.setattr(matching, "perform", perform)
-    monkeypatch.setattr(matching, "write", lambda *_: None)
-    monkeypatch.setattr(matching, "validation", lambda _, name: 70.0 if name == "TL" else 69.0)
+    monkeypatch.setattr(comparison, "perform", perform)
+    monkeypatch.setattr(comparison, "write", lambda *_: None)
+    monkeypatch.setattr(comparison, "validation", lambda _, name: 70.0 if name == "TL" else 69.0)
     monkeypatch.setattr(summary, "summarise", lambda _: {})
     change = "compare={target_drop=4.0, rounds=3, tolerance=0.1}"
-    document, _ = matching.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
+    document, _ = comparison.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
     document = json.loads(checkpoint.dump(document))  # which refuses NaN
     for name in ("gc", "rand"):
         found = document["variants"][name]
         assert [(one["lambda"], one["drop"]) for one in found["tried"]] == [(0.1, 1.0), (0.232, None), (0.1548, None)]
         assert (found["lambda"], found["reached"]) == (0.1, False)
-    assert matching._needed(document)[1].count("3, 2 diverged") == 2
+    assert comparison._needed(document)[1].count("3, 2 diverged") == 2
     largest = 0.0
     with pytest.raises(DivergedError, match=r"\(0.1, 0.03927, 0.005501\); the last: dispose.gc-0.005501: .*at step 3"):
-        matching.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
+        comparison.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
 
 
 def test_a_drop_is_what_validation_loses_against_tl_of_the_same_seed(
@@ -339,12 +341,12 @@ def test_a_drop_is_what_validation_loses_against_tl_of_the_same_seed(
     rand has 60 and 70: 10 each, so it is out of reach.
     """
     scores = {"TL": (70.0, 80.0), "gc": (68.0, 79.0), "rand": (60.0, 70.0)}
-    monkeypatch.setattr(matching, "perform", lambda *_: None)
-    monkeypatch.setattr(matching, "write", lambda *_: None)
-    monkeypatch.setattr(matching, "validation", lambda lab, name: scores[name.partition("-")[0]][lab.recipe.seed - 5])
+    monkeypatch.setattr(comparison, "perform", lambda *_: None)
+    monkeypatch.setattr(comparison, "write", lambda *_: None)
+    monkeypatch.setattr(comparison, "validation", lambda lab, name: scores[name.partition("-")[0]][lab.recipe.seed - 5])
     monkeypatch.setattr(summary, "summarise", lambda runs: [run.name for run in runs])
     change = "compare={target_drop=1.5, rounds=1, tolerance=0.1, seeds=[5, 6]}"
-    document, _ = matching.compare(recipe_file, [change], recipe_file.parent, command="x")
+    document, _ = comparison.compare(recipe_file, [change], recipe_file.parent, command="x")
     assert document["table"] == ["matched-5", "matched-6"]
     gc, rand = document["variants"]["gc"], document["variants"]["rand"]
     assert gc == {"lambda": 0.1, "drop": 1.5, "reached": True, "tried": [{"lambda": 0.1, "drop": 1.5, "drops": [2, 1]}]}
@@ -367,7 +369,7 @@ def test_compare_matches_on_held_back_images_and_reports(recipe_file: Path, call
         assert len(found["tried"][0]["drops"]) == 2
     assert "Who needed which λ" in (out / "tiny-compare/report/report.html").read_text()
     weights = [path.stat().st_mtime_ns for path in sorted(out.rglob("model.safetensors"))]
-    again, _ = matching.compare(recipe_file, [change], out, command="x", quiet=True)
+    again, _ = comparison.compare(recipe_file, [change], out, command="x", quiet=True)
     assert again == document
     assert weights == [path.stat().st_mtime_ns for path in sorted(out.rglob("model.safetensors"))]
     found = (f"dispose.{name}.lambda={one['lambda']}" for name, one in document["variants"].items())
@@ -385,7 +387,7 @@ def test_validation_images_are_neither_trained_on_nor_tested_on(recipe_file: Pat
     monkeypatch.setattr(lab, "load_model", lambda name: None)
     monkeypatch.setattr(lab, "split", lambda role, split, rows: seen.append((role, split, rows)))
     monkeypatch.setattr(type(lab.engine), "accuracy", lambda *_: 50.0)
-    assert matching.validation(lab, "TL") == 50.0
+    assert comparison.validation(lab, "TL") == 50.0
     ((role, split, rows),) = seen
     assert (role, split, len(rows)) == ("target", "train", 980)
     assert len(np.intersect1d(rows, lab.index("target"))) == 0
@@ -400,7 +402,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: 
         (nothing, r"needs a \[dispose.NAME\] table"),
     ):
         with pytest.raises(RecipeError, match=message):
-            matching.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
+            comparison.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
     for over, message in (("dispose.gc.lambda=0.1,7", "less than or equal to 1"), ("seed=0,0", "the same values")):
         with pytest.raises(RecipeError, match=message):
             sweep.run(recipe_file, [over], [], recipe_file.parent, quiet=True)
@@ -408,5 +410,5 @@ def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: 
     with pytest.raises(RecipeError, match="--jobs N"):
         sweep.run(recipe_file, ["seed=0,1"], [], recipe_file.parent, quiet=True)
     with pytest.raises(RecipeError, match="compare: start it as one process"):
-        matching.compare(recipe_file, [], recipe_file.parent, command="x", quiet=True)
+        comparison.compare(recipe_file, [], recipe_file.parent, command="x", quiet=True)
     assert [path.name for path in recipe_file.parent.iterdir()] == [recipe_file.name]

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from dtlctl.attacks.trials import draws, share_out
+from dtlctl.stages.trials import draws, share_out
 
 
 def ground(model: nn.Module) -> Any:

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 from torch.distributed import distributed_c10d
 
-from dtlctl.engine import Engine
+from dtlctl.training.engine import Engine
 
 if __name__ == "__main__":
     distributed_c10d._get_default_timeout = lambda _: timedelta(seconds=2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dtlctl.attacks.signals import View
-from dtlctl.models import Classifier
+from dtlctl.model.networks import Classifier
 
 
 def distance(view: View, steps: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, linalg
 from torch.func import functional_call, grad, vmap
 
 from dtlctl.attacks.signals import View
-from dtlctl.models import Classifier
+from dtlctl.model.networks import Classifier
 
 STATISTICS = ("l1", "l2", "linf", "mean", "skewness", "excess kurtosis", "min")
 MEMORY = 512 * 2**20

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtlctl.models import Classifier
+from dtlctl.model.networks import Classifier
 
 
 def refit(model: Classifier, features: Tensor, labels: Tensor, classes: int, strength: float = 1.0) -> None:

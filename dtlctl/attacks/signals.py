@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dtlctl.attacks.membership import Guess, Known
 from dtlctl.data.tensors import Batch
-from dtlctl.models import Classifier
+from dtlctl.model.networks import Classifier
 
 
 class View:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer
 
-from dtlctl import models
 from dtlctl.attacks.membership import Guess, Known
 from dtlctl.attacks.signals import View
+from dtlctl.model import networks
 
 MOST_STAGES = 6
 PATIENCE = 10
@@ -139,9 +139,9 @@ def _mean(output: Tensor, channels_last: bool) -> Tensor:
 
 def _stages(backbone: nn.Module) -> list[nn.Module]:
     """Where the attacker looks: the blocks of the stages that are known, else sequential children; at most six."""
-    known = [block for stage in models.stages(backbone) for block in stage]
+    known = [block for stage in networks.stages(backbone) for block in stage]
     found = known or [child for child in backbone.children() if isinstance(child, nn.Sequential)]
-    if isinstance(backbone, models.CifarResNet):
+    if isinstance(backbone, networks.CifarResNet):
         found.insert(0, backbone.stem)
     if len(found) > MOST_STAGES:
         found = [found[int(place)] for place in np.linspace(0, len(found) - 1, MOST_STAGES)]

@@ -1,0 +1,1 @@
+"""The benchmarks behind `dtlctl bench`. They measure the other rooms and change nothing."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dtlctl import models
 from dtlctl.bench import meter
 from dtlctl.bench.steps import WAYS, Bench
+from dtlctl.console.progress import Progress
 from dtlctl.errors import RecipeError
-from dtlctl.progress import Progress
+from dtlctl.model import networks
 
 
 def run(
@@ -24,7 +24,7 @@ def run(
     batch_size: int,
     chunks: str,
     ways: str | None,
-    precision: models.Precision,
+    precision: networks.Precision,
     repeats: int,
     channels_last: bool,
     *,

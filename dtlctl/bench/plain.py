@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dtlctl import models
 from dtlctl.data.dataset import Dataset
 from dtlctl.data.sources import rows
-from dtlctl.recipe import Training
+from dtlctl.model import networks
+from dtlctl.recipe.schema import Training
 
 IMAGES = 1 << 14  # as many are enough for any number of steps, and their files fit in memory
 
@@ -33,7 +33,7 @@ def network(arch: str, stem: str, image_size: int, classes: int) -> nn.Module:
 
     torch.manual_seed(0)
     if arch not in torchvision.models.list_models(module=torchvision.models):
-        ours = models.build(arch, {"source": classes}, stem=stem, image_size=image_size)
+        ours = networks.build(arch, {"source": classes}, stem=stem, image_size=image_size)
         for module in ours.modules():
             if isinstance(module, nn.Conv2d):
                 module.__class__ = nn.Conv2d
@@ -86,7 +86,7 @@ def _prepare(transform: Callable[[Any], Tensor], examples: dict[str, Sequence[An
 
 
 def turns(
-    model: nn.Module, loader: DataLoader, plan: Training, precision: models.Precision, device: torch.device
+    model: nn.Module, loader: DataLoader, plan: Training, precision: networks.Precision, device: torch.device
 ) -> Callable[[int, int], float]:
     """(number of the first step, steps) -> seconds. Batches that workers made beforehand are used up untimed."""
     optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum, weight_decay=plan.weight_decay)

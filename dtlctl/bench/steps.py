@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtlctl import models
 from dtlctl.data.tensors import Batch
+from dtlctl.model import networks
 from dtlctl.objectives import batched, collision, views
 
 WAYS = ("ce-chunked", "gc-batched", "gc-keep", "gc-recompute", "gc-pairwise", "gc-forward-over-reverse")
@@ -31,15 +31,15 @@ class Bench:
         stem: str,
         size: int,
         batch_size: int,
-        precision: models.Precision,
+        precision: networks.Precision,
         device: torch.device,
         channels_last: bool = False,
     ):
         self.device, self.precision = device, precision
-        models.set_matmul_precision(precision)
+        networks.set_matmul_precision(precision)
         torch.manual_seed(0)
         self.x, self.y = torch.rand(batch_size, 3, size, size), torch.randint(100, (batch_size,))
-        self.model = models.build(arch, {"source": 100, "target": 10}, stem=stem, image_size=size)
+        self.model = networks.build(arch, {"source": 100, "target": 10}, stem=stem, image_size=size)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(device).to(memory_format=layout).precision = precision
         self.x, self.y = self.x.to(device, memory_format=layout), self.y.to(device)

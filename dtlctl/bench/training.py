@@ -11,17 +11,17 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dtlctl import models
 from dtlctl.bench import meter, plain
-from dtlctl.cores import cores
+from dtlctl.console.cores import cores
+from dtlctl.console.progress import Progress
 from dtlctl.data import cache
 from dtlctl.data.dataset import Dataset
 from dtlctl.data.tensors import Batch, Batches, Share
-from dtlctl.engine import Engine
 from dtlctl.errors import RecipeError
+from dtlctl.model import networks
 from dtlctl.objectives.supervised import cross_entropy
-from dtlctl.progress import Progress
-from dtlctl.recipe import Training
+from dtlctl.recipe.schema import Training
+from dtlctl.training.engine import Engine
 
 WARM_UP = 3  # steps of every way before any is timed
 Way = tuple[str, int | None]
@@ -45,7 +45,7 @@ def run(
     stem: str,
     image_size: int,
     batch_size: int,
-    precision: models.Precision,
+    precision: networks.Precision,
     repeats: int,
     channels_last: bool,
     data: str,
@@ -60,7 +60,7 @@ def run(
     Raises RecipeError for a call that is wrong, DataError for images that cannot be read.
     """
     try:
-        models.check(arch, stem, None, image_size)
+        networks.check(arch, stem, None, image_size)
         dataset = Dataset(path=data)
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
@@ -71,13 +71,13 @@ def run(
         images = cache.load(dataset, "train", image_size, role="source", progress=progress.at)
     if len(images.labels) < batch_size:
         raise RecipeError(f"bench: --batch-size {batch_size}: {data} has only {len(images.labels)} training images")
-    models.set_matmul_precision(precision)
+    networks.set_matmul_precision(precision)
     engine, classes, count = Engine(), len(images.classes), cores()
     plan = Training(steps=steps, batch_size=batch_size, lr=0.01, schedule="constant")
 
-    def network(channels_last: bool) -> models.Classifier:
+    def network(channels_last: bool) -> networks.Classifier:
         torch.manual_seed(0)
-        model = models.build(arch, {"source": classes}, stem=stem, image_size=image_size)
+        model = networks.build(arch, {"source": classes}, stem=stem, image_size=image_size)
         model.precision, model.channels_last = precision, channels_last
         return engine.place(model, global_batch_norm=True)
 
@@ -97,7 +97,7 @@ def run(
 
 def _ours(
     engine: Engine,
-    network: Callable[[bool], models.Classifier],
+    network: Callable[[bool], networks.Classifier],
     channels_last: bool,
     images: cache.Images,
     plan: Training,
@@ -115,7 +115,7 @@ def _ours(
     }
 
 
-def _turn(engine: Engine, model: models.Classifier, batches: Batches, plan: Training) -> Turn:
+def _turn(engine: Engine, model: networks.Classifier, batches: Batches, plan: Training) -> Turn:
     objective, silent = cross_entropy(model, "source", batches), Progress("", 0, enabled=False)
 
     def turn(first: int, steps: int) -> float:

@@ -25,11 +25,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from dtlctl.checkpoint import sync
-from dtlctl.cores import cores
+from dtlctl.console.cores import cores
 from dtlctl.data.dataset import Dataset, Split, where
 from dtlctl.data.sources import Rows, identity, rows
 from dtlctl.errors import DataError
+from dtlctl.storage.checkpoint import sync
 
 # Changing how images are decoded, resized or stored must change this number: it is part of the key.
 _FORMAT = 1

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dtlctl import stop
+from dtlctl.console import stop
 from dtlctl.data.dataset import Dataset, Split
 from dtlctl.errors import DataError, DtlError, nearest
 

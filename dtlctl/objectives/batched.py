@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv2d_weight
 
+from dtlctl.model.small_maps import SmallMapConv2d, unfold
 from dtlctl.objectives.collision import AllReduce, Collision, assemble, gradient, pairs_of, refuse_graph
-from dtlctl.small_maps import SmallMapConv2d, unfold
 
 Layer = nn.Conv2d | nn.Linear
 

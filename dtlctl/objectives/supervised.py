@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtlctl.data.tensors import Batches
-from dtlctl.models import Classifier
+from dtlctl.model.networks import Classifier
 
 
 def cross_entropy(model: Classifier, head: str, batches: Batches) -> Callable[[int], tuple[Tensor, dict[str, Tensor]]]:

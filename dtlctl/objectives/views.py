@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtlctl.data.tensors import Batch, Share
-from dtlctl.models import Classifier, watched
+from dtlctl.model.networks import Classifier, watched
 from dtlctl.objectives.batched import Tape, batchable, record
 from dtlctl.objectives.step import View
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from dtlctl.attacks.recovery import recovered
+from dtlctl.report.recovery import recovered
 from dtlctl.report.results import Row
 
 LEFT = 0.1

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtlctl import checkpoint
 from dtlctl.errors import CheckpointError
 from dtlctl.report import audit, figures, page
 from dtlctl.report.tables import markdown
+from dtlctl.storage import checkpoint
 
 
 def write(

@@ -7,12 +7,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dtlctl import checkpoint
 from dtlctl.errors import CheckpointError
-from dtlctl.experiment import Experiment
+from dtlctl.many.sweep import Point, names_in
 from dtlctl.report import figures, files, page, tables
 from dtlctl.report.summary import summarise as summary_of
-from dtlctl.sweep import Point, names_in
+from dtlctl.run.experiment import Experiment
+from dtlctl.storage import checkpoint
 
 
 def summarise(done: Sequence[tuple[Point, Experiment]]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from dtlctl import checkpoint, origins
 from dtlctl.errors import CheckpointError
-from dtlctl.plan import Job, jobs
-from dtlctl.recipe import REFERENCES, Recipe
+from dtlctl.recipe.plan import Job, jobs
+from dtlctl.recipe.schema import REFERENCES, Recipe
+from dtlctl.run import origins
+from dtlctl.storage import checkpoint
 
 Row = dict[str, Any]
 

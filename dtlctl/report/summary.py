@@ -6,12 +6,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from dtlctl import checkpoint
-from dtlctl.attacks.recovery import recovered
 from dtlctl.errors import RecipeError
 from dtlctl.report import audit
 from dtlctl.report.caveats import caveats, left_out
+from dtlctl.report.recovery import recovered
 from dtlctl.report.results import ATTACKS, Row, measured, recipe_of, refuse_other_images
+from dtlctl.storage import checkpoint
 
 
 def summarise(runs: list[Path]) -> dict[str, Any]:

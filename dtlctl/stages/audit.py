@@ -11,19 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtlctl.attacks import membership, probe, readout, reference, signals
-from dtlctl.attacks.registry import ATTACKS, Attack
+from dtlctl.attacks import membership, probe, signals
 from dtlctl.attacks.signals import View
+from dtlctl.console.progress import say
 from dtlctl.data.tensors import Batch
-from dtlctl.engine import History
 from dtlctl.errors import DataError
-from dtlctl.experiment import Experiment
-from dtlctl.finite import check_finite
-from dtlctl.kept import Kept
-from dtlctl.models import Classifier
-from dtlctl.plan import Job
-from dtlctl.progress import say
-from dtlctl.recipe import Audit
+from dtlctl.model.networks import Classifier
+from dtlctl.recipe.plan import Job
+from dtlctl.recipe.schema import Audit
+from dtlctl.run.experiment import Experiment
+from dtlctl.stages import readout, reference
+from dtlctl.stages.registry import ATTACKS, Attack
+from dtlctl.storage.kept import Kept
+from dtlctl.training.engine import History
+from dtlctl.training.finite import check_finite
 
 LEAST = 20
 """Members, and non-members, that can be split three ways."""

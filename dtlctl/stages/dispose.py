@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtlctl import data_demands
+from dtlctl.console.progress import say
 from dtlctl.data.tensors import Batch, Batches
-from dtlctl.engine import Objective
-from dtlctl.experiment import Experiment
-from dtlctl.models import Classifier, renew
+from dtlctl.model.networks import Classifier, renew
 from dtlctl.objectives import views
 from dtlctl.objectives.step import Step, View
-from dtlctl.plan import Job
-from dtlctl.progress import say
-from dtlctl.recipe import Dispose
+from dtlctl.recipe.plan import Job
+from dtlctl.recipe.schema import Dispose
+from dtlctl.run.experiment import Experiment
+from dtlctl.stages import data_demands
+from dtlctl.training.engine import Objective
 
 
 def dispose(lab: Experiment, job: Job[Dispose]) -> None:

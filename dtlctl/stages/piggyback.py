@@ -8,14 +8,14 @@ from statistics import mean, median
 from typing import Any
 
 from dtlctl.attacks import tuning
-from dtlctl.attacks.trials import HEAD, Ground, Strike, share_out, start
 from dtlctl.attacks.tuning import Trial
-from dtlctl.engine import History
-from dtlctl.experiment import Experiment
-from dtlctl.kept import Kept
 from dtlctl.objectives.supervised import cross_entropy
-from dtlctl.plan import Job
-from dtlctl.recipe import Piggyback
+from dtlctl.recipe.plan import Job
+from dtlctl.recipe.schema import Piggyback
+from dtlctl.run.experiment import Experiment
+from dtlctl.stages.trials import HEAD, Ground, Strike, share_out, start
+from dtlctl.storage.kept import Kept
+from dtlctl.training.engine import History
 
 
 def piggyback(lab: Experiment, job: Job[Piggyback]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dtlctl.experiment import Experiment
 from dtlctl.objectives.supervised import cross_entropy
-from dtlctl.plan import Job
-from dtlctl.recipe import Pretrain
+from dtlctl.recipe.plan import Job
+from dtlctl.recipe.schema import Pretrain
+from dtlctl.run.experiment import Experiment
 
 
 def pretrain(lab: Experiment, job: Job[Pretrain]) -> None:

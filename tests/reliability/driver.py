@@ -102,8 +102,10 @@ class _HalfFile:
 
 def sabotage(text: str) -> Fault:
     """Put the fault into this process."""
-    from dtlctl import checkpoint, engine, experiment, resume
     from dtlctl.data import cache
+    from dtlctl.run import experiment
+    from dtlctl.storage import checkpoint
+    from dtlctl.training import engine, resume
 
     fault = Fault(text)
     for name in ("replace", "fsync", "unlink"):
@@ -139,7 +141,7 @@ def sabotage(text: str) -> Fault:
 
 
 if __name__ == "__main__":
-    from dtlctl.cli import main
+    from dtlctl.cli.app import main
 
     sabotage(sys.argv.pop(1))
     main()

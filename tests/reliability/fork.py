@@ -46,7 +46,7 @@ def call(*arguments: object, folder: Path, fault: str = "") -> Outcome:
 def _be(arguments: tuple[object, ...], folder: Path, fault: str, paths: list[Path]) -> None:
     code = 99
     try:
-        from dtlctl.cli import main
+        from dtlctl.cli.app import main
 
         os.chdir(folder)
         for number, path in enumerate(paths, 1):
@@ -73,14 +73,14 @@ def warm_up() -> None:
     import torch
     import torchvision  # noqa: F401
 
-    import dtlctl.cli
-    import dtlctl.preview
+    import dtlctl.cli.app
     import dtlctl.report.files
     import dtlctl.stages.audit
     import dtlctl.stages.dispose
     import dtlctl.stages.finetune
     import dtlctl.stages.piggyback
-    import dtlctl.stages.pretrain  # noqa: F401
+    import dtlctl.stages.pretrain
+    import dtlctl.stages.preview  # noqa: F401
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dtlctl import models
-from dtlctl.engine import Engine
-from dtlctl.progress import Progress
-from dtlctl.recipe import Recipe, Training
-from dtlctl.resume import Memory
+from dtlctl.console.progress import Progress
+from dtlctl.model import networks
+from dtlctl.recipe.schema import Recipe, Training
+from dtlctl.training.engine import Engine
+from dtlctl.training.resume import Memory
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     engine, times, folder = Engine(), [], Path(tempfile.mkdtemp())
     torch.manual_seed(0)
-    model = models.build("resnet18", {"source": 100})
+    model = networks.build("resnet18", {"source": 100})
     x, y = torch.rand(8, 3, 32, 32), torch.arange(8)
 
     class Timed(Memory):

@@ -17,16 +17,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dtlctl import checkpoint, lock, models, stop
+from dtlctl.console import stop
+from dtlctl.console.progress import Progress
+from dtlctl.console.stop import SIGNALS
 from dtlctl.data import cache
 from dtlctl.data.dataset import Dataset
-from dtlctl.engine import Engine
 from dtlctl.errors import CheckpointError, RecipeError, Stopped
-from dtlctl.loading import load
-from dtlctl.progress import Progress
-from dtlctl.recipe import Recipe, Training
-from dtlctl.resume import Memory
-from dtlctl.stop import SIGNALS
+from dtlctl.model import networks
+from dtlctl.recipe.loading import load
+from dtlctl.recipe.schema import Recipe, Training
+from dtlctl.storage import checkpoint, lock
+from dtlctl.training.engine import Engine
+from dtlctl.training.resume import Memory
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -172,7 +174,7 @@ def test_an_unfinished_publication_is_finished_or_undone(
     tmp_path: Path, weights: bool | str, sidecar: bool, found: str
 ):
     """Whatever of the two `.next` files a crash has left: the old checkpoint or the new one, whole."""
-    old, new = (models.build("resnet8", {"source": 2}, width=4) for _ in range(2))
+    old, new = (networks.build("resnet8", {"source": 2}, width=4) for _ in range(2))
     checkpoint.publish(tmp_path, old, {"format": 1, "key": "old"})
     other = tmp_path / "other"
     other.mkdir()

@@ -1,0 +1,131 @@
+"""Piggyback attackers: what somebody with a few labelled images does to a model before and while training it.
+
+Each kind is one class: its recipe fields, and `prepare`, which changes the model before the training starts. A new
+one is a class here and its name in `Attacker`. How an attacker is tuned on data of his own is in `tuning.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dtlctl.attacks.tuning import Setting
+from dtlctl.errors import RecipeError
+from dtlctl.model.networks import Classifier, renew
+from dtlctl.strict import Strict
+
+Rate = Annotated[float, Field(gt=0, le=100)]
+Datasets = Annotated[list[str] | None, Field(min_length=1, description="piggyback datasets to attack; default: all")]
+
+
+class _Trained(Strict):
+    """What every attacker who trains by gradients can vary."""
+
+    kind: str
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="sgd has momentum 0.9; weight decay is 5e-4 for both")
+    lr: list[Rate] = Field([0.001, 0.01, 0.1, 1.0], min_length=1, description="learning rates to try")
+    steps: int = Field(
+        150, ge=1, le=10_000_000, description="longest training; the validation data choose when to stop"
+    )
+    batch_size: int = Field(64, ge=2, le=65_536)
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising learning rate; then a cosine")
+    datasets: Datasets = None
+
+    def grid(self) -> list[Setting]:
+        return [Setting(self.kind, self.optimizer, rate) for rate in self.lr]
+
+    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+        """Change `model` in place before training. fresh: a new model of its kind; images: [N, 3, S, S] in [0, 1]."""
+
+
+class Full(_Trained):
+    """All weights are trained under a new head: the paper's attacker (section 3.3), tuned."""
+
+    kind: Literal["full"] = "full"
+
+
+class LastBlock(_Trained):
+    """The last stage of the backbone is drawn anew, then all weights are trained: deep features may be the trap."""
+
+    kind: Literal["last-block"] = "last-block"
+
+    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+        renew(model.backbone, fresh.backbone, 1)
+
+
+class Renorm(_Trained):
+    """Undoes what only hides knowledge under batch normalisation (`renormalise`), then trains all weights."""
+
+    kind: Literal["renorm"] = "renorm"
+
+    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+        renormalise(model, fresh, images)
+
+
+class Frozen(Strict):
+    """Attackers who train a linear classifier alone: L2-regularised logistic regression, at most 300 steps of L-BFGS.
+
+    Features are computed once, in eval mode, without augmentation, and standardised with the training images' moments.
+    """
+
+    kind: str
+    C: list[Rate] = Field([0.01, 0.1, 1.0, 10.0], min_length=1, description="inverse strengths of the L2 term to try")
+    datasets: Datasets = None
+
+    def grid(self) -> list[Setting]:
+        return [Setting(self.kind, "logistic", C) for C in self.C]
+
+    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+        """Change `model` in place before it computes features; the arguments are those of `_Trained.prepare`."""
+
+
+class Probe(Frozen):
+    """Features are what the published model computes."""
+
+    kind: Literal["probe"] = "probe"
+
+
+class RenormProbe(Frozen):
+    """Features are what the model computes once it is renormalised for the attacker's images (`renormalise`)."""
+
+    kind: Literal["renorm-probe"] = "renorm-probe"
+
+    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+        renormalise(model, fresh, images)
+
+
+@torch.no_grad()
+def renormalise(model: Classifier, fresh: Classifier, images: Tensor) -> None:
+    """Give every convolution of `model` the norm that a new one has, and batch normalisation the images' statistics.
+
+    With batch normalisation behind it a rescaled convolution computes the same, and the effective learning rate, which
+    goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350). `fresh` and `images` are those of `prepare`.
+    Raises RecipeError for a model without batch normalisation.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise RecipeError("piggyback.attackers: to renormalise needs a model with batch normalisation")
+    for old, new in zip(model.backbone.modules(), fresh.backbone.modules(), strict=True):
+        if isinstance(old, nn.Conv2d) and isinstance(new, nn.Conv2d):
+            scale = new.weight.norm() / old.weight.norm().clamp(min=1e-12)
+            old.weight.mul_(scale)
+            if old.bias is not None:
+                old.bias.mul_(scale)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+    training = model.training
+    model.train()
+    for part in images.tensor_split(max(1, len(images) // 256)):
+        model.embed(part)
+    model.train(training)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+Attacker = Annotated[Full | Probe | LastBlock | Renorm | RenormProbe, Field(discriminator="kind")]
+"""Every attacker that a recipe can name."""

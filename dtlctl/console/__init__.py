@@ -1,0 +1,1 @@
+"""The process and who started it: progress, signals, the cores it may use."""

@@ -1,0 +1,243 @@
+"""Image classifiers: one torchvision backbone, any number of named linear heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dtlctl.errors import nearest
+from dtlctl.model import small_maps
+
+# CIFAR ResNets of He et al. 2016 (arXiv:1512.03385, section 4.2) have 6n+2 layers: three stages of n basic blocks.
+_CIFAR_RESNETS = {f"resnet{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # 8, 20, 32, 44, 56, 110
+# Names that need no look into torchvision, so that checking a recipe stays quick.
+_KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *_CIFAR_RESNETS}
+# Families that pad every convolution: an image of one pixel would do.
+_ANY_SIZE = ("resnet", "resnext", "wide_resnet", "regnet")
+
+# ImageNet statistics: what every torchvision classifier expects.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+Precision = Literal["float64", "float32", "tf32", "bfloat16"]
+
+
+def set_matmul_precision(precision: Precision) -> None:
+    """Allow TF32 in products and convolutions on a GPU, or forbid it: left alone, cuDNN uses it unasked."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+class Classifier(nn.Module):
+    """`heads[name](backbone(normalised x))`.
+
+    Input x: float [B, 3, H, W] in [0, 1]; the model normalises it, so a published model carries its own
+    preprocessing and an attack can work on pixels. Output: logits [B, classes of the head].
+    readout: what the backbone's library calls the last linear layer, in whose place the heads are.
+    """
+
+    def __init__(self, backbone: nn.Module, features: int, heads: dict[str, int], readout: str = "fc"):
+        super().__init__()
+        self.backbone = backbone
+        self.features = features
+        self.readout = readout
+        self.heads = nn.ModuleDict({name: nn.Linear(features, classes) for name, classes in heads.items()})
+        self.mean = nn.Buffer(torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.std = nn.Buffer(torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        self.precision: Precision = "float32"
+        self.channels_last = False
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Number of classes by head."""
+        return {name: int(head.out_features) for name, head in self.heads.items() if isinstance(head, nn.Linear)}
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Features [B, features] of images [B, 3, H, W] in [0, 1], in the parameters' type whatever the precision."""
+        normalised = (x - self.mean) / self.std
+        if self.channels_last:  # convolutions hand the layout on; `vmap` knows this way of asking for it only
+            normalised = normalised.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        if self.precision != "bfloat16":
+            return self.backbone(normalised)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.backbone(normalised).to(x.dtype)
+
+    def forward(self, x: Tensor, head: str) -> Tensor:
+        return self.heads[head](self.embed(x))
+
+    def plain_state(self, head: str) -> dict[str, Tensor]:
+        """The backbone and one head as their library's own network has them: torchvision's names and shapes."""
+        readout = {f"{self.readout}.{name}": tensor for name, tensor in self.heads[head].state_dict().items()}
+        return {**self.backbone.state_dict(), **readout}
+
+    def add_head(self, name: str, classes: int) -> None:
+        """Attach (or replace) a freshly initialised head."""
+        like = next(self.parameters())
+        self.heads[name] = nn.Linear(self.features, classes).to(like.device, like.dtype)
+
+
+def build(
+    arch: str, heads: dict[str, int], *, stem: str = "small", width: int | None = None, image_size: int = 32
+) -> Classifier:
+    """A freshly initialised classifier.
+
+    `arch`: a torchvision classifier's name, `resnet10`, or a CIFAR ResNet (`resnet8`, `resnet20`, ...).
+    `stem`: "imagenet" is torchvision's own first layers; "small" is a 3x3 stride-1 convolution without max-pool, for
+    32-pixel images (ResNets only). `width`: channels of a CIFAR ResNet's first stage (He et al.: 16).
+    Raises ValueError for a combination that does not exist.
+    """
+    check(arch, stem, width, image_size)
+    return _assemble(arch, heads, stem, width, image_size)
+
+
+@lru_cache(maxsize=8)
+def outline(arch: str, stem: str, width: int | None, image_size: int) -> Classifier:
+    """The network that `build` would make, without heads, to be looked at: it holds no numbers and draws none."""
+    # RegNet computes with tensors while it is built, which the meta device cannot.
+    device = "cpu" if arch.startswith("regnet") else "meta"
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        return _assemble(arch, {}, stem, width, image_size).eval()
+
+
+def _assemble(arch: str, heads: dict[str, int], stem: str, width: int | None, image_size: int) -> Classifier:
+    if arch in _CIFAR_RESNETS:
+        width = width or 16
+        return Classifier(CifarResNet(_CIFAR_RESNETS[arch], width), 4 * width, heads)
+    backbone = _torchvision(arch, image_size)
+    features, readout = _behead(backbone)
+    if stem == "small":
+        _shrink_stem(backbone, arch)
+    small_maps.fold(backbone)
+    return Classifier(backbone, features, heads, readout)
+
+
+class CifarResNet(nn.Module):
+    """3x3 stem, three stages of n basic blocks with w, 2w, 4w channels, global mean: [B, 3, H, W] -> [B, 4w]."""
+
+    def __init__(self, n: int, width: int):
+        from torchvision.models.resnet import BasicBlock
+
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True))
+        blocks, channels = [], width
+        for stage in range(3):
+            for block in range(n):
+                out, stride = width << stage, 2 if stage and not block else 1
+                down = None
+                if stride != 1 or channels != out:
+                    down = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+                blocks.append(BasicBlock(channels, out, stride, down))
+                channels = out
+        self.stages = nn.Sequential(*blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages(self.stem(x)).mean((2, 3))
+
+
+def stages(backbone: nn.Module) -> list[list[nn.Module]]:
+    """The blocks of a backbone's stages, first stage first; without the stem. Empty where they are not known."""
+    if isinstance(backbone, CifarResNet):
+        blocks, n = list(backbone.stages), len(backbone.stages) // 3
+        return [blocks[start : start + n] for start in (0, n, 2 * n)]
+    if hasattr(backbone, "layer4"):
+        return [[backbone.get_submodule(f"layer{number}")] for number in (1, 2, 3, 4)]
+    for path in ("encoder.layers", "features"):
+        with suppress(AttributeError):
+            children = backbone.get_submodule(path).children()
+            return [[child] for child in children if any(True for _ in child.parameters())]
+    return []
+
+
+def renew(backbone: nn.Module, fresh: nn.Module, last: int) -> None:
+    """Give the last stages of a backbone the weights and statistics of a freshly initialised one of its kind.
+
+    last: how many, 1 or more. Raises ValueError where fewer are known.
+    """
+    old, new = stages(backbone), stages(fresh)
+    if last > len(old):
+        raise ValueError(f"{last} of the last stages of {type(backbone).__name__}, but {len(old)} are known")
+    for ours, theirs in zip(old[-last:], new[-last:], strict=True):
+        for block, replacement in zip(ours, theirs, strict=True):
+            block.load_state_dict(replacement.state_dict())
+
+
+@contextmanager
+def watched(backbone: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, every forward pass appends the output of each stage, first stage first, to the list."""
+    seen: list[Tensor] = []
+    hooks = [stage[-1].register_forward_hook(lambda _m, _i, output: seen.append(output)) for stage in stages(backbone)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None:
+    """Raise ValueError, with the nearest valid name, unless `build` can make this model."""
+    if arch not in _KNOWN and arch not in (names := architectures()):
+        raise ValueError(
+            f"unknown architecture {arch!r}{nearest(arch, names)}"
+            " (any torchvision classifier, resnet10, or a CIFAR ResNet: resnet8, resnet20, resnet32, ...)"
+        )
+    if width is not None and arch not in _CIFAR_RESNETS:
+        raise ValueError(f"width belongs to the CIFAR ResNets (resnet8, resnet20, ...), not to {arch}")
+    if stem == "small" and not arch.startswith(("resnet", "resnext", "wide_resnet")):
+        raise ValueError(f'stem = "small" is for ResNets; {arch} needs stem = "imagenet"')
+    if arch.startswith("vit_") and image_size % (patch := int(arch.rpartition("_")[2])):
+        raise ValueError(f"image_size = {image_size} is not a multiple of {arch}'s patches of {patch} pixels")
+    if stem == "imagenet" and arch in _CIFAR_RESNETS:
+        raise ValueError(f'{arch} is a CIFAR ResNet and has only stem = "small"')
+    if not arch.startswith(_ANY_SIZE):
+        try:
+            outline(arch, stem, width, image_size).embed(torch.empty(1, 3, image_size, image_size, device="meta"))
+        except RuntimeError:
+            raise ValueError(
+                f"{arch} cannot take images of {image_size} pixels; set image_size, 224 for example"
+            ) from None
+
+
+def architectures() -> list[str]:
+    """Every architecture that `build` knows by name."""
+    import torchvision
+
+    # Inception and GoogLeNet have auxiliary outputs, SqueezeNet no linear head.
+    names = torchvision.models.list_models(module=torchvision.models)
+    return sorted({n for n in names if not n.startswith(("inception", "googlenet", "squeezenet"))} | _KNOWN)
+
+
+def _torchvision(arch: str, image_size: int) -> nn.Module:
+    import torchvision
+
+    if arch == "resnet10":
+        from torchvision.models.resnet import BasicBlock, ResNet
+
+        return ResNet(BasicBlock, [1, 1, 1, 1])
+    # Only vision transformers are built for one image size.
+    size = {"image_size": image_size} if arch.startswith("vit_") else {}
+    return torchvision.models.get_model(arch, weights=None, **size)
+
+
+def _behead(backbone: nn.Module) -> tuple[int, str]:
+    """Replace the last linear layer by the identity; return its input width and its name."""
+    name, last = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)][-1]
+    parent, _, attribute = name.rpartition(".")
+    setattr(backbone.get_submodule(parent), attribute, nn.Identity())
+    return last.in_features, name
+
+
+def _shrink_stem(backbone: nn.Module, arch: str) -> None:
+    """torchvision's ResNets all call their first layers conv1, bn1, relu and maxpool."""
+    old = backbone.get_submodule("conv1")
+    assert isinstance(old, nn.Conv2d), arch
+    conv = nn.Conv2d(3, old.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    backbone.register_module("conv1", conv)
+    backbone.register_module("maxpool", nn.Identity())

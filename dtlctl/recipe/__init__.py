@@ -1,0 +1,1 @@
+"""What an experiment is, as data: schema, loading, plan, demands. It opens and trains nothing."""

@@ -1,0 +1,63 @@
+"""What a recipe demands of its network, looked at before anything trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from dtlctl.errors import RecipeError
+from dtlctl.model import networks
+from dtlctl.objectives.batched import batchable
+from dtlctl.objectives.unlearn import NullSpace
+from dtlctl.recipe.schema import Model, Recipe
+
+
+def check(recipe: Recipe, source: str) -> None:
+    """Raise RecipeError where the network lacks stages or layers that a variant or an attacker needs.
+
+    source: the recipe's file, for the message, which names the first mistake in full and the others by their keys.
+    """
+    found = [*_of_variants(recipe), *_of_attackers(recipe)]
+    if found:
+        others = ", ".join(place for place, _ in found[1:])
+        raise RecipeError(f"{source}: {found[0][0]}: {found[0][1]}" + (f"\nalso wrong: {others}" if others else ""))
+
+
+def _of_variants(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, reason) of every variant that asks for more stages than there are, or for one pass that cannot be."""
+    for name, settings in recipe.dispose.items():
+        if settings.unlearn.memory == "batched" and not batchable(_backbone(recipe.model)):
+            reason = f"{recipe.model.arch} has other layers than convolutions, linear layers and batch norms"
+            yield f"dispose.{name}.unlearn.memory", f'"batched": {reason}; write "auto", "keep" or "recompute"'
+        asked = {"fresh_stages": settings.fresh_stages}
+        if isinstance(settings.unlearn, NullSpace):
+            asked["unlearn.stages"] = settings.unlearn.stages
+        for key, count in asked.items():
+            if count and count > (known := len(networks.stages(_backbone(recipe.model)))):
+                reason = f"{count}, but {recipe.model.arch} has {known} stages; write {known} or less"
+                if not known:
+                    reason = f"the stages of {recipe.model.arch} are not known; choose another network or variant"
+                yield f"dispose.{name}.{key}", reason
+
+
+def _of_attackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, reason) of every attacker who cannot prepare this network."""
+    for number, attacker in enumerate(recipe.piggyback.attackers):
+        lacking = ""
+        if attacker.kind == "last-block" and not networks.stages(_backbone(recipe.model)):
+            lacking = "a known last stage"
+        if "renorm" in attacker.kind and not any(map(_is_batch_norm, _backbone(recipe.model).modules())):
+            lacking = "batch normalisation"
+        if lacking:
+            reason = f'kind "{attacker.kind}" needs {lacking}, which {recipe.model.arch} does not have; leave it out'
+            yield f"piggyback.attackers.{number}", reason
+
+
+def _backbone(spec: Model) -> nn.Module:
+    """Built only if something is demanded of it: most recipes need not wait for it."""
+    return networks.outline(spec.arch, spec.stem, spec.width, spec.image_size).backbone
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)

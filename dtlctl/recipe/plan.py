@@ -1,0 +1,80 @@
+"""What a recipe asks for, in order, and what each result depends on. Pure data: nothing here trains or loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from dtlctl.recipe.schema import Recipe
+from dtlctl.strict import Strict
+
+Stage = Literal["pretrain", "finetune", "dispose", "piggyback", "audit"]
+STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "dispose", "piggyback", "audit")
+
+
+Settings = TypeVar("Settings", bound=Strict)
+
+
+@dataclass(frozen=True)
+class Job(Generic[Settings]):
+    """One result: a model, or one attack on one model."""
+
+    stage: Stage
+    model: str
+    """The model that is made or attacked: scratch, TGT, pre, TL or a variant's name."""
+    path: str
+    """Its sidecar, relative to the run's folder."""
+    settings: Settings
+    roles: tuple[str, ...]
+    """Datasets it reads: source, target, or piggyback.NAME."""
+    parent: str | None
+    """The model it starts from, if any."""
+
+    def described(self, recipe: Recipe) -> dict[str, Any]:
+        """What the recipe says that this result depends on; not who else is attacked, nor how memory is used."""
+        aside: Any = {"models": True, "unlearn": {"memory"}, "attackers": {"__all__": {"datasets"}}}
+        settings = self.settings.model_dump(mode="json", by_alias=True, exclude=aside)
+        if not settings.get("attackers", True):
+            # Without tuned attackers there is nothing that these keys could have changed.
+            for name in ("attackers", "attack_seeds", "held_out", "choose_on"):
+                del settings[name]
+        if settings.get("choose_on") == "own":
+            del settings["choose_on"]  # what was made before there was the key is as good
+        if not settings.get("fresh_stages", True):
+            del settings["fresh_stages"]  # likewise
+        own_seed = settings.pop("seed", None)
+        return {
+            "settings": settings,
+            "architecture": recipe.model.model_dump(mode="json", exclude={"channels_last"}),
+            "seed": recipe.seed if own_seed is None else own_seed,
+            **({} if recipe.precision == "float32" else {"precision": recipe.precision}),
+        }
+
+    @property
+    def dataset(self) -> str:
+        """The first dataset: the one it trains on."""
+        return self.roles[0]
+
+    @property
+    def title(self) -> str:
+        return self.path.removesuffix(".json").removesuffix("/model")
+
+
+def jobs(recipe: Recipe) -> list[Job[Any]]:
+    """Every result of the recipe, each after what it depends on."""
+    plan: list[Job[Any]] = [
+        Job("pretrain", "pre", "pretrain/model.json", recipe.pretrain, ("source",), None),
+        Job("finetune", "TGT", "target-only/model.json", recipe.target_only or recipe.finetune, ("target",), None),
+        Job("finetune", "TL", "finetune/model.json", recipe.finetune, ("target", "source"), "pre"),
+    ]
+    for variant, settings in recipe.dispose.items():
+        plan.append(Job("dispose", variant, f"dispose/{variant}/model.json", settings, ("source", "target"), "TL"))
+    for name in recipe.data.piggyback:
+        attack = recipe.piggyback.attacking(name)
+        for model in recipe.piggyback_models:
+            parent = None if model == "scratch" else model
+            path = f"piggyback/{model}/{name}.json"
+            plan.append(Job("piggyback", model, path, attack, (f"piggyback.{name}",), parent))
+    for model in recipe.audit_models:
+        plan.append(Job("audit", model, f"audit/{model}.json", recipe.audit, ("source",), model))
+    return plan

@@ -1,0 +1,101 @@
+"""What a recipe demands of its data and of the processes that share it, looked at before anything trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from dtlctl.attacks import tuning
+from dtlctl.errors import DataError, RecipeError
+from dtlctl.objectives.unlearn import NullSpace
+from dtlctl.recipe.plan import Job
+from dtlctl.recipe.schema import Dispose, Piggyback
+from dtlctl.run.experiment import Experiment
+
+
+def check(lab: Experiment, jobs: Iterable[Job[Any]]) -> None:
+    """Raise RecipeError or DataError where a job's data has too many classes, or too few images, for its settings.
+
+    And DataError where the data of any of these jobs cannot be read, which may be of the last one's alone; RecipeError
+    where a disposal that is not there yet cannot be shared by the processes of this start.
+    """
+    jobs = list(jobs)
+    for role in dict.fromkeys(role for job in jobs for role in job.roles):
+        lab.images(role, "train")
+        lab.images(role, "test")
+    for job in jobs:
+        if job.stage == "dispose":
+            # What is there need not be shared by the processes of this start.
+            processes = 1 if (lab.folder / job.path).exists() else int(os.environ.get("WORLD_SIZE", "1"))
+            local_chunks(job.settings, processes, f"{lab.source}: {job.title}")
+            size = equal_parts(lab, job, "source", processes)
+            if job.settings.retain.needs_target:
+                equal_parts(lab, job, "target", processes)
+            if isinstance(job.settings.unlearn, NullSpace):
+                _batch_for_null_space(lab, job, size)
+        if job.stage == "piggyback" and job.settings.attackers:
+            _images_to_hold_out(lab, job)
+
+
+def local_chunks(settings: Dispose, processes: int, title: str) -> int:
+    """How many chunks a process has: all have as many, and of a batch without chunks an equal share.
+
+    Raises RecipeError where that cannot be.
+    """
+    chunks = settings.unlearn.chunks
+    if chunks == 1 and settings.batch_size % processes:
+        size, rest = settings.batch_size, settings.batch_size % processes
+        raise RecipeError(
+            f"{title}: batch_size = {size} cannot be shared equally by {processes} processes (rest {rest})"
+            f"; make it a multiple of {processes}"
+        )
+    if chunks > 1 and chunks % processes:
+        raise RecipeError(
+            f"{title}: unlearn.chunks = {chunks} cannot be shared by {processes} processes (rest {chunks % processes})"
+            f"; make chunks a multiple of {processes}"
+        )
+    return max(1, chunks // processes)
+
+
+def equal_parts(lab: Experiment, job: Job[Dispose], role: str, processes: int) -> int:
+    """Images of a step of a disposal on the role's data: equal chunks on equal processes, of a small dataset fewer.
+
+    Raises RecipeError where a chunk, or a process's share, has fewer than two.
+    """
+    images, size, chunks = len(lab.index(role)), job.settings.batch_size, job.settings.unlearn.chunks
+    parts = max(chunks, processes)
+    if min(size, images) >= 2 * parts:
+        return min(size, images) // parts * parts
+    key = f"data.{role}.fraction" if images < size else f"dispose.{job.model}.batch_size"
+    kind = "chunks" if chunks >= processes else "processes"
+    raise RecipeError(
+        f"{lab.source}: dispose.{job.model}: {min(size, images)} images of data.{role} a step make no {parts} equal "
+        f"parts of 2 or more, for as many {kind}; make {key} larger, or take fewer {kind}"
+    )
+
+
+def _batch_for_null_space(lab: Experiment, job: Job[Dispose], size: int) -> None:
+    """size: images of a step, of a source smaller than a batch fewer than the recipe's `batch_size`."""
+    classes = len(lab.classes("target"))
+    if size < (least := NullSpace.least_images(classes)):
+        key = f"dispose.{job.model}.batch_size" if size == job.settings.batch_size else "data.source.fraction"
+        raise RecipeError(
+            f"{lab.source}: {key}: {size} images a step are too few for null-space; "
+            f"{classes} target classes need {least} or more"
+        )
+
+
+def _images_to_hold_out(lab: Experiment, job: Job[Piggyback]) -> None:
+    fraction = lab.recipe.data.of(job.dataset).fraction
+    if job.settings.choose_on == "test":
+        labels, share = lab.images(job.dataset, "test").labels, 0.5
+        where, remedy = "piggyback.choose_on", f'the test split of data.{job.dataset} is too small; write "own"'
+    else:
+        labels, share = lab.images(job.dataset, "train").labels[lab.index(job.dataset)], job.settings.held_out
+        where = f"data.{job.dataset}.fraction: {fraction:g}"
+        remedy = "make it larger" if fraction < 1 else "leave it out of the attackers' datasets"
+    try:
+        tuning.hold_out(labels, share, 0)
+    except DataError as error:
+        raise DataError(f"{lab.source}: {where}: {error}; {remedy}") from None

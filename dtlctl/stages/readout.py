@@ -1,0 +1,75 @@
+"""Two readouts of forgetting (section 2.3 of the paper): how unsure the source head is, and how fast it relearns.
+
+Neither is an attack: the owner takes them, with all of his source data. A high entropy may come from a ruined head,
+so the steps that it takes to come back stand beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dtlctl.attacks.signals import View, entropy
+from dtlctl.objectives.supervised import cross_entropy
+from dtlctl.recipe.schema import Audit, Training
+from dtlctl.training.finite import check_finite
+
+if TYPE_CHECKING:
+    from dtlctl.model.networks import Classifier
+    from dtlctl.run.experiment import Experiment
+
+SHARE = 0.95
+"""Restored means this share of the pre-trained model's Acc_s."""
+POINTS = 10
+"""How often the accuracy is looked at."""
+
+
+def uncertainty(lab: Experiment, model: Classifier) -> dict[str, float]:
+    """Mean entropy of the source head on the source's test split, in nats and as a share of log K (1: it is mute).
+
+    Raises DivergedError for answers that are not finite.
+    """
+    with torch.no_grad():
+        parts = [-entropy(View(model, [batch]))["entropy"] for batch in lab.split("source", "test")]
+    found = lab.engine.gather(torch.cat(parts)).double()
+    check_finite(found)
+    mean = float(found.mean())
+    return {"nats": mean, "share_of_log_k": mean / math.log(max(2, model.classes["source"]))}
+
+
+def relearning(lab: Experiment, name: str, settings: Audit) -> dict[str, Any]:
+    """Train the model on the source again and count steps until 95 % of the pre-trained model's Acc_s is back.
+
+    All weights, plain cross-entropy, a constant learning rate, batches of 64; Acc_s is that of at most 500 fixed test
+    images, ten times on the way. {"goal", "steps" (None: not within the budget), "budget", "curve": [[step, Acc_s],
+    ...]}, accuracies in %.
+    """
+    goal = SHARE * lab.require("pre")["metrics"]["acc_s"]
+    model = lab.load_model(name)
+    plan = Training(steps=settings.relearn_steps, batch_size=64, lr=settings.relearn_lr, schedule="constant")
+    batches = lab.batches("source", plan.batch_size, "audit/relearn")
+    test = len(lab.images("source", "test").labels)
+    rows = np.sort(np.random.default_rng(lab.seed("audit/relearn/test")).permutation(test)[:500])
+
+    def accuracy(step: int) -> dict[str, float]:
+        return {"acc_s": lab.engine.accuracy(model, "source", lab.split("source", "test", rows))}
+
+    curve = [[0, accuracy(0)["acc_s"]]]
+    if curve[0][1] < goal:
+        with lab.progress(f"audit/{name} relearn", settings.relearn_steps) as bar:
+            history = lab.engine.train(
+                model,
+                cross_entropy(model, "source", batches),
+                plan,
+                settings.relearn_steps,
+                batches.batch_size,
+                bar,
+                accuracy,
+                reports=POINTS,
+            )
+        curve += [[int(row["step"]), row["acc_s"]] for row in history.rows]
+    reached = [step for step, value in curve if value >= goal]
+    return {"goal": goal, "steps": reached[0] if reached else None, "budget": settings.relearn_steps, "curve": curve}

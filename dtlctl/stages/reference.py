@@ -1,0 +1,127 @@
+"""RMIA, offline (Zarifzadeh et al., arXiv:2312.03262): is the model surer of this image than models that never saw it?
+
+The attacker knows the model's source head, the images with their true labels, and how the model was pre-trained. He
+trains reference models himself, each on a random half of all images, members and non-members alike.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dtlctl.attacks.signals import View
+from dtlctl.data.tensors import Batches, evaluation_batches
+from dtlctl.objectives.supervised import cross_entropy
+from dtlctl.storage import checkpoint
+from dtlctl.storage.kept import Kept
+from dtlctl.training.finite import check_finite
+
+if TYPE_CHECKING:
+    from dtlctl.run.experiment import Experiment
+
+OFFLINE = 0.3
+"""The paper's a: Pr(x) ≈ ½ ((1 + a) Pr_out(x) + 1 - a) stands in for models that have seen x."""
+
+
+def ratio(own: Tensor, out: Tensor) -> Tensor:
+    """Pr(x | model) / Pr(x) of each image [n]: `own` and `out` are the model's and the references' confidence [n].
+
+    The paper's score is the share of other images z whose ratio is at most that of x, over γ. For one model that is
+    the same increasing function of this ratio for every x, so it ranks the images in the same way.
+    """
+    return own / (((1 + OFFLINE) * out + 1 - OFFLINE) / 2)
+
+
+def rmia(view: View, out: Tensor) -> dict[str, Tensor]:
+    """The ratio of every image in view; `out` [n]: the mean confidence of the references that never saw the image."""
+    own = view.logits.softmax(1).gather(1, view.labels[:, None])[:, 0]
+    return {"rmia": ratio(own, out.to(own))}
+
+
+class Everything(NamedTuple):
+    """The source's train subset, then its test split."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+
+@lru_cache(maxsize=1)
+def confidences(lab: Experiment, count: int) -> tuple[dict[int, float], dict[int, float]]:
+    """For rows of the source's train subset and of its test split: the confidence in the true class of references.
+
+    `count` (even) models are trained as `pretrain` says, in pairs on complementary random halves, so that each
+    image is unknown to half of them; only those are averaged. What each said is kept in the run's folder, for other
+    models and later audits.
+    """
+    train, test = lab.images("source", "train"), lab.images("source", "test")
+    rows = lab.index("source")
+    everything = Everything(
+        np.concatenate([train.pixels[rows], test.pixels]), np.concatenate([train.labels[rows], test.labels])
+    )
+    done, sums = kept(lab), np.zeros(len(everything.labels))
+    for number in range(count):
+        inside, outside = _halves(lab, number, len(sums))
+        train_one = partial(_reference, lab, number, count, everything, inside, outside)
+        form = Annotated[list[float], Field(min_length=len(outside), max_length=len(outside))]
+        sums[outside] += done.common(lab.engine, f"{number}", form, train_one)
+    means = sums / max(1, count // 2)
+    known = dict(zip(rows.tolist(), means[: len(rows)].tolist(), strict=True))
+    return known, dict(enumerate(means[len(rows) :].tolist()))
+
+
+def kept(lab: Experiment) -> Kept:
+    """Where the run keeps what its references said."""
+    return Kept(lab.reference_folder, checkpoint.key({"pre": lab.key(lab.job("pre")), "seed": lab.recipe.seed}))
+
+
+def missing(lab: Experiment, count: int) -> int:
+    """How many of `count` references have yet to be trained."""
+    done = kept(lab)
+    return sum(not done.has(f"{number}", list[float]) for number in range(count))
+
+
+def _halves(lab: Experiment, number: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted places of the images that a reference is trained on, and of those that it never sees."""
+    order = np.random.default_rng(lab.seed(f"audit/references/{number // 2}")).permutation(images)
+    halves = [np.sort(half) for half in np.split(order, [images // 2])]
+    return halves[number % 2], halves[1 - number % 2]
+
+
+def _reference(
+    lab: Experiment, number: int, count: int, everything: Everything, inside: np.ndarray, outside: np.ndarray
+) -> list[float]:
+    """Train one reference; its confidence in the true class of the images that it never saw."""
+    settings, tag = lab.recipe.pretrain, f"audit/reference/{number}"
+    model = lab.new_model({"source": len(lab.classes("source"))}, tag)
+    batches = Batches(
+        everything.pixels,
+        everything.labels,
+        inside,
+        batch_size=settings.batch_size,
+        augment=lab.recipe.data.source.augment,
+        seed=lab.seed(tag),
+        device=lab.engine.device,
+        share=lab.engine.share,
+    )
+    steps = settings.total_steps(batches.images)
+    with lab.progress(f"audit/reference {number + 1} of {count}", steps) as bar:
+        objective = cross_entropy(model, "source", batches)
+        lab.engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
+    found = _confidence(lab, model.eval(), everything.pixels[outside], everything.labels[outside])
+    check_finite(found)
+    return found.tolist()
+
+
+@torch.no_grad()
+def _confidence(lab: Experiment, model: torch.nn.Module, pixels: np.ndarray, labels: np.ndarray) -> Tensor:
+    """float64 [n], on the CPU."""
+    parts = [
+        model(batch.x, "source").softmax(1).gather(1, batch.y[:, None])[:, 0]
+        for batch in evaluation_batches(pixels, labels, device=lab.engine.device, share=lab.engine.share)
+    ]
+    return lab.engine.gather(torch.cat(parts)).double().cpu()

@@ -1,0 +1,194 @@
+"""The trials of tuned attackers on one model, shared out over processes and threads."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
+from torchvision.ops import StochasticDepth
+
+from dtlctl.attacks import tuning
+from dtlctl.attacks.attackers import Attacker, Frozen
+from dtlctl.attacks.tuning import Setting, Trial
+from dtlctl.data.dataset import Split
+from dtlctl.data.tensors import Batch, Batches, evaluation_batches
+from dtlctl.model.networks import Classifier
+from dtlctl.recipe.plan import Job
+from dtlctl.recipe.schema import Piggyback
+from dtlctl.run.experiment import Experiment
+
+Result = TypeVar("Result")
+HEAD = "piggyback"
+Features = dict[Split, tuple[np.ndarray, np.ndarray]]
+"""Features [N, F] and labels [N] of the images of a split."""
+
+
+def start(lab: Experiment, job: Job[Piggyback], head: str, *, alone: bool = False) -> Classifier:
+    """The attacked model under a new head; `alone`: its batch statistics are this process's own."""
+    if job.parent:
+        model = lab.load_model(job.parent, global_batch_norm=not alone)
+    else:
+        model = lab.new_model({}, f"piggyback/{job.dataset}/init", global_batch_norm=not alone)
+    lab.attach_head(model, HEAD, len(lab.classes(job.dataset)), head)
+    return model
+
+
+class Strike(NamedTuple):
+    """An attacker's chosen trial, made again with all images that he has."""
+
+    trial: Trial
+    acc_pl: float | None
+    """%; None where the training diverged this time."""
+
+    def document(self) -> dict[str, Any]:
+        return {**self.trial.setting._asdict(), **{k: self.trial.document()[k] for k in ("step", "val")},
+                "seed": self.trial.seed, "acc_pl": self.acc_pl}  # fmt: skip
+
+
+class Ground:
+    """One repetition of the attack on one model: which images train, choose and judge, the new head, the features."""
+
+    def __init__(self, lab: Experiment, job: Job[Piggyback], seed: int):
+        self.lab, self.job, self.seed, self.tag = lab, job, seed, f"piggyback/{job.dataset}/attack/{seed}"
+        self.own, self.labels = lab.index(job.dataset), lab.images(job.dataset, "train").labels
+        self.train, self.held, self.judges = self._split(lab.seed(f"{self.tag}/split"))
+        self.model = start(lab, job, f"{self.tag}/head", alone=True)
+        self.fresh = lab.new_model({}, f"{self.tag}/fresh", global_batch_norm=False)
+        self.stop = threading.Event()
+        frozen = {a.kind: a for a in job.settings.attackers if isinstance(a, Frozen)}
+        self.features: dict[str, Features] = {kind: self._features(attacker) for kind, attacker in frozen.items()}
+
+    def attempt(self, attacker: Attacker, setting: Setting) -> Trial:
+        """Train on the training part and look at the held-out part."""
+        if isinstance(attacker, Frozen):
+            (x, y), (held, answers) = self._known(attacker, "train", self.train), self._known(attacker, *self.held)
+            if not (np.isfinite(x).all() and np.isfinite(held).all()):
+                return Trial(setting, self.seed, [])
+            return Trial(setting, self.seed, [tuning.Linear(x, y, setting.rate).look(held, answers)])
+        model = self._prepared(attacker, self.train)
+        looks = tuning.train(
+            model, HEAD, self._batches(self.train, attacker.batch_size), setting, steps=attacker.steps,
+            warmup=attacker.warmup, held_out=self._pixels(*self.held), stopped=self.stop.is_set,
+        )  # fmt: skip
+        return Trial(setting, self.seed, looks)
+
+    def strike(self, attacker: Attacker, trial: Trial) -> Strike:
+        """The trial's setting and length once more, on all of the attacker's images."""
+        everything = np.arange(len(self.own))
+        if isinstance(attacker, Frozen):
+            (x, y), test = self._known(attacker, "train", everything), self._known(attacker, "test", self.judges)
+            return Strike(trial, tuning.Linear(x, y, trial.setting.rate).look(*test).accuracy)
+        model = self._prepared(attacker, everything)
+        tuning.train(
+            model, HEAD, self._batches(everything, attacker.batch_size), trial.setting,
+            steps=attacker.steps, warmup=attacker.warmup, until=trial.best and trial.best.step,
+            stopped=self.stop.is_set,
+        )  # fmt: skip
+        return Strike(trial, tuning.accuracy(model, HEAD, self._whole("test", self.judges)))
+
+    def _split(self, seed: int) -> tuple[np.ndarray, tuple[Split, np.ndarray], np.ndarray]:
+        """Places of the images that train, among the attacker's own; that choose, with their split; and that judge."""
+        test = self.lab.images(self.job.dataset, "test").labels
+        if self.job.settings.choose_on == "test":
+            judges, held = tuning.hold_out(test, 0.5, seed)
+            return np.arange(len(self.own)), ("test", held), judges
+        train, held = tuning.hold_out(self.labels[self.own], self.job.settings.held_out, seed)
+        return train, ("train", held), np.arange(len(test))
+
+    def _rows(self, split: Split, places: np.ndarray) -> np.ndarray:
+        """Rows of the dataset's split: in the train split, places are among the attacker's own images."""
+        return self.own[places] if split == "train" else places
+
+    def _known(self, attacker: Frozen, split: Split, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        x, y = self.features[attacker.kind][split]
+        return x[places], y[places]
+
+    def _prepared(self, attacker: Attacker, rows: np.ndarray) -> Classifier:
+        model = copy.deepcopy(self.model)
+        attacker.prepare(model, self.fresh, self._pixels("train", rows)[0])
+        return model
+
+    def _batches(self, rows: np.ndarray, size: int) -> Batches:
+        train = self.lab.images(self.job.dataset, "train")
+        augment = self.lab.recipe.data.of(self.job.dataset).augment
+        seed, device = self.lab.seed(f"{self.tag}/batches"), self.lab.engine.device
+        return Batches(
+            train.pixels, train.labels, self.own[rows], batch_size=size, augment=augment, seed=seed, device=device
+        )
+
+    def _pixels(self, split: Split, places: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Images [N, 3, S, S] in [0, 1], not augmented, and their labels [N]."""
+        parts = list(self._whole(split, self._rows(split, places)))
+        return torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
+
+    def _whole(self, split: Split, rows: np.ndarray) -> Iterator[Batch]:
+        """All of these rows, on this process: trials are shared out, batches are not."""
+        images = self.lab.images(self.job.dataset, split)
+        return evaluation_batches(images.pixels[rows], images.labels[rows], device=self.lab.engine.device)
+
+    @torch.no_grad()
+    def _features(self, attacker: Attacker) -> Features:
+        """Of the attacker's own images and of the test split, computed once."""
+        model = self._prepared(attacker, np.arange(len(self.own))).eval()
+        test = np.arange(len(self.lab.images(self.job.dataset, "test").labels))
+        found: Features = {}
+        splits: list[tuple[Split, np.ndarray]] = [("train", self.own), ("test", test)]
+        for split, rows in splits:
+            part = self._whole(split, rows)
+            pairs = [(model.embed(batch.x).double().cpu().numpy(), batch.y.cpu().numpy()) for batch in part]
+            found[split] = np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs])
+        return found
+
+
+def share_out(
+    ground: Ground, tasks: list[Callable[[], Result]], done: Callable[[int], None] = lambda count: None
+) -> list[Result]:
+    """Every task's result, in order. Tasks are shared out over processes and, on the CPU, over this one's threads.
+
+    done: told after each of this process's tasks how many of all are finished by then, if others are as far.
+
+    One thread a task: networks and batches this small leave a second thread idle. But threads share torch's random
+    numbers, so the trials of a network that draws some go one after the other, each from a seed of its own.
+    """
+    from threadpoolctl import threadpool_limits
+
+    engine, cores = ground.lab.engine, torch.get_num_threads()
+    drawing = draws(ground.model)
+    at_once = 1 if drawing or engine.device.type != "cpu" else cores
+
+    def work(number: int) -> Result:
+        if drawing:
+            torch.manual_seed(ground.lab.seed(f"{ground.tag}/{number}"))
+        return tasks[number]()
+
+    blas = threadpool_limits(1 if at_once > 1 else None, "blas")  # two probes of two threads each are slower
+    torch.set_num_threads(1 if at_once > 1 else cores)
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        results = []
+        for result in pool.map(work, range(engine.share.rank, len(tasks), engine.processes)):
+            results.append(result)
+            done(min(len(results) * engine.processes, len(tasks)))
+    except BaseException:
+        ground.stop.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        blas.restore_original_limits()  # OpenMP's with them, so torch's own come after
+        torch.set_num_threads(cores)
+    gathered = engine.gather_objects(results)
+    # Process r did tasks r, r + n, r + 2n, ...: deal them back into order.
+    order = [number for rank in range(engine.processes) for number in range(rank, len(tasks), engine.processes)]
+    return [result for _, result in sorted(zip(order, gathered, strict=True), key=lambda pair: pair[0])]
+
+
+def draws(model: torch.nn.Module) -> bool:
+    """Whether the network draws random numbers as it trains: dropout, or stochastic depth."""
+    return any(isinstance(m, (_DropoutNd, StochasticDepth)) and m.p > 0 for m in model.modules())

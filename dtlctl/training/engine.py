@@ -1,0 +1,298 @@
+"""The one training loop, and the only file that knows Accelerate.
+
+Every process keeps the bare module and its share of each global batch; gradients are averaged by one explicit
+all-reduce a step. DistributedDataParallel is not used because it does not support `torch.autograd.grad`, on which
+second-order objectives rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from torch import Tensor, nn
+
+from dtlctl.console import stop
+from dtlctl.console.progress import Progress
+from dtlctl.data.tensors import Batch, Share
+from dtlctl.errors import DivergedError, DtlError, Elsewhere, Stopped
+from dtlctl.model.batchnorm import GlobalBatchNorm
+from dtlctl.recipe.schema import Training
+from dtlctl.training import schedules
+from dtlctl.training.finite import check_answers, check_reports, check_weights
+from dtlctl.training.resume import Memory, State
+
+Item = TypeVar("Item")
+Model = TypeVar("Model", bound=nn.Module)
+Objective = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
+"""number of the step -> (scalar to back-propagate, detached scalars to report); means over this process's share."""
+_ZERO = torch.zeros((), dtype=torch.float64)
+"""What sums start from: adding to it turns any number into float64."""
+_PATIENCE = timedelta(days=7)
+"""Processes wait while the main one decodes, however long; a dead one is found by its closed connection."""
+
+
+@dataclass
+class History:
+    """What a training run leaves behind besides the weights."""
+
+    rows: list[dict[str, int | float]] = field(default_factory=list)
+    """One a report: the step, means since the report before, and accuracies where they were measured."""
+    seconds: float = 0.0
+    images_per_second: float = 0.0
+
+
+class Engine:
+    """Device, processes, and the loop that trains everything."""
+
+    def __init__(self) -> None:
+        # Without a GPU, Accelerate must be told so, or it looks for a backend that cannot start.
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
+        )
+        self.device: torch.device = self.accelerator.device
+        self.processes: int = self.accelerator.num_processes
+        self.share = Share(self.accelerator.process_index, self.processes)
+        # Agreements go over CPU memory: asking an accelerator's queue would wait for all that is in it.
+        apart = self.device.type == "cuda" and self.processes > 1
+        self._control: Any = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE) if apart else None
+
+    def place(self, model: Model, *, global_batch_norm: bool) -> Model:
+        """The model on this device; with several processes, batch statistics over all of them or each one's own."""
+        if self.processes > 1 and global_batch_norm:
+            for module in model.modules():
+                if type(module) is nn.BatchNorm2d:
+                    module.__class__ = GlobalBatchNorm  # same state, same names: only `forward` differs
+        return model.to(self.device)
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def agree(self, code: int, *, patient: bool = False) -> int:
+        """The largest code of any process. `patient`: others may be minutes away, and a signal need not wait for them.
+
+        One message of eight bytes; with one process nothing.
+        """
+        if self.processes == 1:
+            return code
+        flag, most = torch.tensor([int(code)]), torch.distributed.ReduceOp.MAX
+        work = torch.distributed.all_reduce(flag, most, group=self._control, async_op=True)
+        assert work is not None
+        while patient and not work.is_completed():
+            time.sleep(0.005)  # between these, Python looks at signals; in `wait` it would not
+        work.wait()
+        return int(flag)
+
+    def by_main(self, work: Callable[[], Item]) -> Item | None:
+        """Let the main process do it while the others wait; what ends it ends them all, with the same exit code."""
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except DtlError as error:
+                failure = error
+        code = self.agree(failure.exit_code if failure else 0, patient=True)
+        if failure:
+            raise failure
+        if code:
+            raise Elsewhere(code)
+        return result
+
+    def heeding(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, one by one, unless a signal asked any process to stop: then Stopped, in all of them at once.
+
+        Processes may have different numbers of items. All must go through theirs to the end.
+        """
+        with stop.deferred():
+            source, end = iter(items), object()
+            while True:
+                item = next(source, end)
+                code = self.agree(max(stop.pending(), item is not end))
+                if code > 1:
+                    raise Stopped(code)
+                if not code:
+                    return
+                if item is not end:
+                    yield item  # type: ignore[misc]
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors, summed over processes, by one message."""
+        tensors = list(tensors)
+        if self.processes == 1:
+            return tensors
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """All processes' values [n, ...], one after the other; their lengths may differ."""
+        if self.processes == 1:
+            return values
+        lengths = self._collect(torch.tensor([len(values)], device=values.device))
+        padded = values.new_zeros(int(torch.stack(lengths).max()), *values.shape[1:])
+        padded[: len(values)] = values
+        return torch.cat([part[: int(n)] for part, n in zip(self._collect(padded), lengths, strict=True)])
+
+    def _collect(self, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.processes)]
+        torch.distributed.all_gather(parts, tensor, group=None if tensor.is_cuda else self._control)
+        return parts
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        """All processes' lists, one after the other; plain numbers and tuples only."""
+        return values if self.processes == 1 else gather_object(values)
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over processes, in place."""
+        if self.processes > 1:
+            for own, total in zip(tensors, self.all_reduce(tensors), strict=True):
+                own.copy_(total / self.processes)
+
+    def train(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        plan: Training,
+        steps: int,
+        batch_size: int,
+        progress: Progress,
+        evaluate: Callable[[int], dict[str, float]],
+        reports: int = 8,
+        also: Collection[int] = (),
+        memory: Memory | None = None,
+        state: State | None = None,
+    ) -> History:
+        """Minimise `objective` over `steps` steps of SGD with momentum, as `plan` says.
+
+        At each of `reports` even intervals, after each of the numbers of steps in `also` and at the end, the means of
+        what the objective reported and what `evaluate(steps done)` returns go into the history. A mean is over all
+        steps since the row before: where an objective comes to report other things, `also` must say so. With a
+        `memory`, training goes on from the state that is kept there, and keeps its own there when it is due and when a
+        signal stops it; `state` is kept up to date. Raises Stopped, and DivergedError for a gradient or, at the end,
+        weights that are not finite. Such a gradient never reaches the weights; the run stops at once, or, on an
+        accelerator, where looking costs time, at the next report or save.
+        """
+        weights = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(weights, plan.lr, plan.momentum, weight_decay=plan.weight_decay, fused=True)
+        schedule = schedules.scheduler(optimizer, plan, steps)
+        state = state or State()
+        self._draw_apart()
+        if memory:
+            memory.restore(self, state, model, optimizer, schedule)
+        progress.advance(state.step)
+        started, before, every = time.perf_counter(), state.seconds, max(1, steps // reports)
+        due = {*range(every, steps, every), *also, steps}
+
+        def save() -> None:
+            if memory:
+                state.seconds = before + time.perf_counter() - started
+                check_reports(state, state.step)
+                memory.save(self, state, model, optimizer)
+
+        with stop.deferred():
+            try:
+                self._report(state, due, evaluate, progress)  # where a signal cut it short
+                while state.step < steps:
+                    self._heed(memory, save)
+                    self._step(state, objective, model, weights, optimizer, plan.clip)
+                    schedule.step()
+                    self._report(state, due, evaluate, progress)
+                    progress.advance(1, images=batch_size)
+                check_weights(model, steps)
+            except Stopped:
+                save()
+                raise
+            except DivergedError:
+                if memory and self.is_main:
+                    memory.forget()
+                raise
+        seconds = before + time.perf_counter() - started
+        return History(state.rows, seconds, steps * batch_size / max(seconds, 1e-9))
+
+    def _draw_apart(self) -> None:
+        """Random numbers of this process's own, or all would drop the same units; the first one's stay as they are."""
+        if self.share.rank:
+            torch.manual_seed(torch.initial_seed() + self.share.rank)
+
+    def _step(
+        self,
+        state: State,
+        objective: Objective,
+        model: nn.Module,
+        weights: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        clip: float | None,
+    ) -> None:
+        loss, parts = objective(state.step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = self._share_gradients(weights, clip)
+        # Where it is 1, a fused step changes nothing, and nobody had to wait for the number. No nan is below infinity.
+        optimizer.found_inf = (~(norm < torch.inf)).float()  # type: ignore[attr-defined]
+        for name, value in {**parts, "gradient_norm": norm}.items():
+            state.sums[name] = state.sums.get(name, _ZERO) + value.detach()
+        if self.device.type == "cpu":
+            check_reports(state, state.step + 1)
+        optimizer.step()
+        self.average_([b for b in model.buffers() if b.is_floating_point()])
+        state.step += 1
+
+    def _report(
+        self, state: State, due: set[int], evaluate: Callable[[int], dict[str, float]], progress: Progress
+    ) -> None:
+        """A row of the history, where one is due that is not there yet."""
+        last = int(state.rows[-1]["step"]) if state.rows else 0
+        if state.step == last or state.step not in due:
+            return
+        check_reports(state, state.step)
+        sums = self.all_reduce([torch.stack(list(state.sums.values()))])[0] / ((state.step - last) * self.processes)
+        means = dict(zip(state.sums, sums.tolist(), strict=True))
+        state.rows.append({"step": state.step, **means, **evaluate(state.step)})
+        state.sums = {}
+        progress.show(state.rows[-1])
+
+    def _heed(self, memory: Memory | None, save: Callable[[], None]) -> None:
+        """Save when it is time, stop when a signal asks for it: all processes at the same step."""
+        due = memory is not None and self.is_main and memory.due()
+        code = self.agree(max(stop.pending(), due))
+        if code > 1:
+            raise Stopped(code)
+        if code:
+            save()
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, head: str, batches: Iterable[Batch]) -> float:
+        """Test accuracy in %, over all processes' shares; the model is left in the mode it was in.
+
+        Raises DivergedError, in all processes, where an answer is not finite: argmax would make class 0 of it.
+        """
+        counts = torch.zeros(3, dtype=torch.float64, device=self.device)
+        training = model.training
+        model.eval()
+        for batch in batches:
+            logits = model(batch.x, head)
+            hits, bad = (logits.argmax(1) == batch.y).sum(), (~logits.isfinite()).any(1).sum()
+            counts += torch.stack([hits, torch.full_like(hits, len(logits)), bad])
+        model.train(training)
+        hits, total, bad = self.all_reduce([counts])[0].tolist()
+        check_answers(int(bad), int(total), head)
+        return 100 * hits / total
+
+    def _share_gradients(self, parameters: list[nn.Parameter], clip: float | None) -> Tensor:
+        """Average gradients over processes, clip them, and return their norm from before clipping."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        self.average_(grads)
+        norm = nn.utils.get_total_norm(grads)
+        if clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        return norm

@@ -1,0 +1,230 @@
+"""What an unfinished training needs to go on as if nothing had happened.
+
+Weights with buffers and heads, optimiser, learning rate, step, reports, and the random numbers of every process: one
+safetensors file whose metadata holds the JSON part, so that one rename publishes both. Batch i and the schedule at
+step i are functions of the seed and i: the step is the sampler's position too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dtlctl.errors import CheckpointError
+from dtlctl.storage import checkpoint
+from dtlctl.strict import Strict
+
+_CUDA = 16  # bytes of the random state of an accelerator
+
+
+@dataclass
+class State:
+    """Where a training stands between two steps."""
+
+    step: int = 0
+    rows: list[dict[str, int | float]] = field(default_factory=list)
+    """The reports so far."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """This process's sums since the last report: float64 scalars."""
+    seconds: float = 0.0
+    """Time spent up to the start or the last restore."""
+
+
+class Document(Strict):
+    """The JSON part. Strict: a file that says anything else is refused."""
+
+    format: Literal[1] = 1
+    key: str
+    sha256: str
+    processes: int = Field(ge=1)
+    step: int = Field(ge=0)
+    lrs: list[float]
+    rows: list[dict[str, int | float]]
+    sums: list[str]
+    seconds: float = Field(ge=0)
+
+
+class Crew(Protocol):
+    """What the engine does for the processes together."""
+
+    share: Any
+    processes: int
+    device: torch.device
+
+    def gather(self, values: Tensor) -> Tensor: ...
+    def agree(self, code: int) -> int: ...
+    def by_main(self, work: Callable[[], Any]) -> Any: ...
+
+
+class Memory:
+    """The state of one training, in one file, valid for one key (what the training depends on).
+
+    On another number of processes a training goes on exactly but for the random numbers inside the model (dropout):
+    these are then those of as many of the old processes, over again.
+    """
+
+    def __init__(self, path: Path, key: str, minutes: float = 5.0):
+        self.path, self.key, self.minutes = path, key, minutes
+        self._saved = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self._saved >= 60 * self.minutes
+
+    def save(self, crew: Crew, state: State, model: nn.Module, optimizer: Optimizer) -> None:
+        """Called by all processes, written by the main one. Raises CheckpointError; the earlier state is intact."""
+        names = list(state.sums)
+        sums = torch.stack([state.sums[name] for name in names]) if names else torch.zeros(0, device=crew.device)
+        tensors = {
+            "random": crew.gather(_random(crew.device)[None]),
+            "sums": crew.gather(sums.double()[None]),
+            **{f"model/{name}": tensor for name, tensor in model.state_dict().items()},
+            **{f"optimizer/{name}": tensor for name, tensor in _flatten(optimizer).items()},
+        }
+        crew.by_main(lambda: self._write(tensors, state, names, optimizer, crew.processes))
+        self._saved = time.monotonic()
+
+    def restore(self, crew: Crew, state: State, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:
+        """Take up the state if there is one for this key. Raises CheckpointError for a file that cannot be used."""
+        found = self._read()
+        step = found[0].step if found else -1
+        if crew.agree(step) != step:
+            raise CheckpointError(f"{self.path}: not the same on all processes; they must share the run's folder")
+        if found is None:
+            return
+        document, tensors = found
+        try:
+            self._fill(document, tensors, crew, state, model, optimizer, schedule)
+        except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
+            raise self._unusable(error) from None
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _write(
+        self, tensors: dict[str, Tensor], state: State, names: list[str], optimizer: Optimizer, processes: int
+    ) -> None:
+        from safetensors.torch import save
+
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        document = Document(
+            key=self.key,
+            sha256=_digest(tensors),
+            processes=processes,
+            step=state.step,
+            lrs=[float(group["lr"]) for group in optimizer.param_groups],
+            rows=state.rows,
+            sums=names,
+            seconds=state.seconds,
+        )
+        checkpoint.write(self.path, save(tensors, {"dtlctl": document.model_dump_json()}))
+
+    def _read(self) -> tuple[Document, dict[str, Tensor]] | None:
+        """What the file says, if it is for our key."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            blob = self.path.read_bytes()
+            tensors = load(blob)
+            length = int.from_bytes(blob[:8], "little")  # of the header, which `load` has checked
+            document = Document.model_validate_json(json.loads(blob[8 : 8 + length])["__metadata__"]["dtlctl"])
+            if document.key == self.key and document.sha256 != (found := _digest(tensors)):
+                raise ValueError(f"SHA-256 {found} where it says {document.sha256}")
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise self._unusable(error) from None
+        return (document, tensors) if document.key == self.key else None
+
+    def _fill(
+        self,
+        document: Document,
+        tensors: dict[str, Tensor],
+        crew: Crew,
+        state: State,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+    ) -> None:
+        checkpoint.fill(model, _under("model/", tensors))
+        saved = optimizer.state_dict()
+        for group, lr in zip(saved["param_groups"], document.lrs, strict=True):
+            group["lr"] = lr
+        saved["state"] = _unflatten(_under("optimizer/", tensors), optimizer)
+        optimizer.load_state_dict(saved)
+        clock = {"last_epoch": document.step, "_step_count": document.step + 1, "_last_lr": list(document.lrs)}
+        schedule.load_state_dict({**schedule.state_dict(), **clock})
+        state.step, state.rows[:], state.seconds = document.step, document.rows, document.seconds
+        rank, sums = crew.share.rank, tensors["sums"]
+        if document.processes != crew.processes:  # only the mean over processes matters
+            sums = sums.mean(0, keepdim=True).expand(crew.processes, -1)
+        own = sums[rank].to(crew.device)
+        state.sums = dict(zip(document.sums, own.unbind(), strict=True))
+        _set_random(tensors["random"][rank % document.processes], crew.device)
+
+    def _unusable(self, error: Exception) -> CheckpointError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return CheckpointError(
+            f"{self.path}: the saved state cannot be used: {reason}\ndelete it to start this stage from its beginning"
+        )
+
+
+def _random(device: torch.device) -> Tensor:
+    """uint8 [n + 16]: the states of torch's generators on the CPU and, where there is one, on the accelerator."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.zeros(_CUDA, dtype=torch.uint8)
+    return torch.cat([torch.get_rng_state(), cuda])
+
+
+def _set_random(state: Tensor, device: torch.device) -> None:
+    cpu, cuda = state[:-_CUDA], state[-_CUDA:]
+    torch.set_rng_state(cpu.clone())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(cuda.clone(), device)
+
+
+def _flatten(optimizer: Optimizer) -> dict[str, Tensor]:
+    """ "INDEX/NAME" -> tensor; what an optimiser keeps for a weight besides tensors it makes again."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}/{name}": value
+        for index, values in state.items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _unflatten(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
+    """The reverse. Raises ValueError for a tensor that is not shaped like its weight, or not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for place, tensor in tensors.items():
+        index, _, name = place.partition("/")
+        if (tensor.dim() and tensor.shape != parameters[int(index)].shape) or not tensor.isfinite().all():
+            raise ValueError(f"optimizer/{place} does not fit its weight")
+        state.setdefault(int(index), {})[name] = tensor
+    return state
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, of all tensors by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
