@@ -6,8 +6,9 @@ import json
 from statistics import mean
 
 import pytest
-from test_results_target import DATASETS, SEEDS, drops, interval, pl
-from test_results_target import STUDY as TARGET
+
+from tests.test_results_target import DATASETS, SEEDS, drops, interval, pl
+from tests.test_results_target import STUDY as TARGET
 
 STUDY = TARGET.with_name("tin100_both")
 FREE = STUDY / "free"

@@ -7,10 +7,11 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-from test_results_both import FREE
-from test_results_both import STUDY as BOTH
-from test_results_target import DATASETS, SEEDS, interval, pl
-from test_results_target import STUDY as TARGET
+
+from tests.test_results_both import FREE
+from tests.test_results_both import STUDY as BOTH
+from tests.test_results_target import DATASETS, SEEDS, interval, pl
+from tests.test_results_target import STUDY as TARGET
 
 STUDY = TARGET.with_name("tin100_parts")
 PAGE = STUDY.with_suffix(".md").read_text(encoding="utf-8")

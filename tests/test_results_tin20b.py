@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-from test_results_both import STUDY as BOTH
-from test_results_target import SEEDS, drops, interval, pl
-from test_results_target import STUDY as TARGET
+
+from tests.test_results_both import STUDY as BOTH
+from tests.test_results_target import SEEDS, drops, interval, pl
+from tests.test_results_target import STUDY as TARGET
 
 STUDY = TARGET.with_name("tin100_tin20b")
 PAGE = STUDY.with_suffix(".md").read_text(encoding="utf-8")

@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +25,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dtlctl.console.cores import cores
-from dtlctl.data.dataset import Dataset, Split, where
+from dtlctl.data.dataset import Dataset, Note, Split, where
 from dtlctl.data.sources import Rows, identity, rows
 from dtlctl.errors import DataError
 from dtlctl.storage.checkpoint import sync
 
 # Changing how images are decoded, resized or stored must change this number: it is part of the key.
-_FORMAT = 1
+_FORMAT = 2
 _BATCH = 64  # images a task
 # What an image may be. PIL reads more, some of it through other programs (EPS starts Ghostscript).
 _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -48,6 +47,7 @@ class Images(NamedTuple):
     classes: tuple[str, ...]
     fingerprint: str  # SHA-256, in hex, of pixels, labels and class names: the content, not the file
     dropped: int  # rows without a label, which are not among the N
+    notes: tuple[Note, ...] = ()
 
 
 def load(
@@ -69,7 +69,7 @@ def load(
             (work / "scratch").mkdir(parents=True)
             source = rows(dataset, split, image_size, role, work / "scratch")
             _check_classes(source, dataset, split)
-            _decode(source, image_size, work, partial(where, dataset, split), progress)
+            _decode(source, image_size, work, where(dataset, split), progress)
             shutil.rmtree(work / "scratch")
             images = _publish(work, place, image_size)
         except OSError as error:
@@ -121,7 +121,9 @@ def _read(place: Path, image_size: int) -> Images | None:
         classes = tuple(meta["classes"])
         pixels = np.load(place / "pixels.npy", mmap_mode="r")
         labels = np.load(place / "labels.npy")
-        images = Images(pixels, labels, classes, meta["fingerprint"], meta["dropped"])
+        images = Images(
+            pixels, labels, classes, meta["fingerprint"], meta["dropped"], tuple(Note(*n) for n in meta["notes"])
+        )
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
     shape = (len(labels), 3, image_size, image_size)
@@ -151,8 +153,8 @@ def _publish(work: Path, place: Path, image_size: int) -> Images:
             return images
 
 
-def _decode(source: Rows, size: int, work: Path, name: Callable[..., str], progress: Progress | None) -> None:
-    """Write a whole entry into the folder `work`. `name(row)` is how an error calls a row."""
+def _decode(source: Rows, size: int, work: Path, name: str, progress: Progress | None) -> None:
+    """Write a whole entry into the folder `work`. name: of the split."""
     kept = np.flatnonzero(source.labels >= 0)
     labels = source.labels[kept]
     shape = (len(kept), 3, size, size)
@@ -162,7 +164,7 @@ def _decode(source: Rows, size: int, work: Path, name: Callable[..., str], progr
     def batch(start: int) -> np.ndarray:
         numbers = kept[start : start + _BATCH].tolist()
         pictures = source.pictures(numbers)
-        return np.stack([_pixels(p, size, name(n)) for n, p in zip(numbers, pictures, strict=True)])
+        return np.stack([_pixels(p, size, source.place(n)) for n, p in zip(numbers, pictures, strict=True)])
 
     # Plain writes, not stores into a map: on a full disk a store is a SIGBUS.
     with open(work / "pixels.npy", "wb") as file, closing(_parallel(batch, range(0, len(kept), _BATCH))) as batches:
@@ -179,7 +181,8 @@ def _decode(source: Rows, size: int, work: Path, name: Callable[..., str], progr
         "classes": source.classes,
         "fingerprint": digest.hexdigest(),
         "dropped": len(source.labels) - len(kept),
-        "source": name(),
+        "notes": source.notes,
+        "source": name,
     }
     (work / "meta.json").write_text(json.dumps(meta, indent=1))
     for path in [*work.glob("*.*"), work]:

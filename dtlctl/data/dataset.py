@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, model_validator
 
@@ -13,6 +13,18 @@ from dtlctl.errors import nearest
 from dtlctl.strict import Strict
 
 Split = Literal["train", "test"]
+
+
+class Note(NamedTuple):
+    """Something that was dropped, guessed, merged, rescaled or reordered while a split was opened or decoded.
+
+    It is said once, counted in the sidecar and shown by `check`.
+    """
+
+    kind: str  # a short word for the sidecar, such as "unlabelled"
+    number: int  # of files, rows, classes or images
+    text: str  # one line: what, how many, where, and what to do if it was not meant
+
 
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)

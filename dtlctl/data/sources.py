@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from dtlctl.data import builtin
-from dtlctl.data.dataset import Dataset, Split, builtin_name, kind_of, where
+from dtlctl.data.dataset import Dataset, Note, Split, builtin_name, kind_of, where
 from dtlctl.data.tables import check_split, from_files, from_hub
 from dtlctl.errors import DataError, DtlError, nearest
 
@@ -28,6 +29,8 @@ class Rows(NamedTuple):
     labels: np.ndarray  # int64 [N], an index into `classes`, or -1 for a row without a label
     classes: tuple[str, ...]  # the same for both splits
     pictures: Callable[[Sequence[int]], list[bytes | Image.Image]]
+    place: Callable[[int], str]  # how an error names a row: its file where there is one
+    notes: tuple[Note, ...] = ()
 
 
 def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Path) -> Rows:
@@ -38,7 +41,8 @@ def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Pa
     kind = kind_of(dataset.path)
     if kind == "builtin":
         pictures, numbers, names = builtin.load(builtin_name(dataset), getattr(dataset, split), image_size)
-        return Rows(np.array(numbers, np.int64), tuple(names), lambda rows: [pictures[n] for n in rows])
+        read = lambda rows: [pictures[n] for n in rows]  # noqa: E731
+        return Rows(np.array(numbers, np.int64), tuple(names), read, partial(where, dataset, split))
     if kind == "hub":
         tables = from_hub(dataset, split, role)
     else:
@@ -46,7 +50,7 @@ def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Pa
     table = tables[getattr(dataset, split)]
     image, label = _columns(dataset, role, table.features)
     labels, classes = _labels(dataset, split, role, tables, label)
-    return Rows(labels, classes, _reader(dataset, split, role, table, image))
+    return Rows(labels, classes, _reader(dataset, split, role, table, image), partial(where, dataset, split))
 
 
 def identity(dataset: Dataset, role: str) -> dict[str, Any]:

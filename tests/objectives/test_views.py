@@ -14,7 +14,7 @@ from torch import nn
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks
 from dtlctl.objectives import views
-from tests.test_collision import assert_equal
+from tests.objectives.test_collision import assert_equal
 
 
 def student(arch="resnet8"):

@@ -13,7 +13,7 @@ from dtlctl.data import cache
 from dtlctl.data.dataset import Dataset
 from dtlctl.errors import DataError
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)

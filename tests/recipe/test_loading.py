@@ -15,7 +15,7 @@ from dtlctl.recipe.plan import jobs
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.experiment import Experiment
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

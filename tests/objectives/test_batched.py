@@ -12,7 +12,7 @@ from torch import nn
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks, small_maps
 from dtlctl.objectives import batched, collision, views
-from tests.test_collision import assert_equal, pairwise
+from tests.objectives.test_collision import assert_equal, pairwise
 
 
 class Twice(nn.Module):

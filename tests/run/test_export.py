@@ -54,7 +54,7 @@ def test_the_tutorials_recipient_gets_it(recipe_file: Path, tmp_path: Path, monk
     for name in ("digits", "photographs"):
         export.export(lab, "TGT", tmp_path / f"{name}.safetensors")
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[1] / "docs/tutorial.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/tutorial.md").read_text(encoding="utf-8")
     _, _, section = page.partition("## Give a model away\n")
     ways: list[dict[str, Any]] = [{}, {}]
     for scope, block in zip(ways, re.findall(r"```python\n(.*?)```", section, re.DOTALL), strict=True):
