@@ -60,15 +60,17 @@ def run(
     """Do everything the recipe asks for, in order, and print the table. What is up to date is skipped."""
     from dtlctl.recipe.plan import STAGES
 
-    with _performed(STAGES, recipe, overrides, out, None, force, quiet) as lab:
+    with _performed(STAGES, recipe, overrides, out, None, force, quiet) as experiment:
         if not _is_main():
             return
         from dtlctl.report import files, summary, tables
 
-        folder = lab.folder / "report"
-        table = summary.summarise([lab.folder])
+        folder = experiment.folder / "report"
+        table = summary.summarise([experiment.folder])
         if not files.is_current(table, folder):
-            files.write(table, folder, shlex.join(["dtlctl", "run", str(recipe), *lab.words]), [lab.folder])
+            files.write(
+                table, folder, shlex.join(["dtlctl", "run", str(recipe), *experiment.words]), [experiment.folder]
+            )
     print(files.dump(table) if as_json else tables.markdown(table), end="")
     _say(f"report: {folder}", quiet)
 
@@ -83,10 +85,10 @@ def _stage_command(stage: Stage, summary: str) -> None:
         quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
-        with _performed((stage,), recipe, overrides, out, only, force, quiet) as lab:
+        with _performed((stage,), recipe, overrides, out, only, force, quiet) as experiment:
             if not _is_main():
                 return
-            paths = [str(lab.folder / job.path) for job in lab.chosen((stage,), only or ())]
+            paths = [str(experiment.folder / job.path) for job in experiment.chosen((stage,), only or ())]
             print(json.dumps([json.loads(Path(p).read_text()) for p in paths]) if as_json else "\n".join(paths))
 
     app.command(stage, help=summary)(command)
@@ -146,8 +148,8 @@ def export(
     from dtlctl.run.experiment import Experiment
 
     one_process("export: start it as one process, without a launcher")
-    lab = Experiment(load(recipe, overrides), out, source=str(recipe), words=_words(overrides, out), quiet=quiet)
-    exports.export(lab, model, to)
+    experiment = Experiment(load(recipe, overrides), out, source=str(recipe), words=_words(overrides, out), quiet=quiet)
+    exports.export(experiment, model, to)
     if model == "TL":
         _say("TL has not been disposed of: it holds all that it learned from the source", quiet)
     print(to)
@@ -177,7 +179,7 @@ def sweep(
     words = [*(word for text in over for word in ("--over", text)), *_words(overrides, out)]
     folder = done[0][1].folder.parent / "report"
     command = shlex.join(["dtlctl", "sweep", str(recipe), *words])
-    grids.write(document, folder, command, recipe.stem, [lab.folder for _, lab in done])
+    grids.write(document, folder, command, recipe.stem, [experiment.folder for _, experiment in done])
     print(
         json.dumps(document, ensure_ascii=False) if as_json else grids.markdown(document), end="\n" if as_json else ""
     )
@@ -216,13 +218,14 @@ def _performed(
     from dtlctl.run.experiment import Experiment
     from dtlctl.stages import runner
 
-    lab = Experiment(load(recipe, overrides), out, source=str(recipe), words=_words(overrides, out), quiet=quiet)
+    experiment = Experiment(load(recipe, overrides), out, source=str(recipe), words=_words(overrides, out), quiet=quiet)
     try:
-        with lab.opened(stages, only or ()):
-            done = runner.run(lab, stages, only=only or (), force=force)
+        experiment.chosen(stages, only or ())  # a name that is not there is told before the folder is touched
+        with experiment.results.opened():
+            done = runner.run(experiment, stages, only=only or (), force=force)
             if not done:
-                _say(f"everything is up to date in {lab.folder}; nothing was done (--force redoes it)", quiet)
-            yield lab
+                _say(f"everything is up to date in {experiment.folder}; nothing was done (--force redoes it)", quiet)
+            yield experiment
     except RuntimeError as error:
         from dtlctl.training.failures import is_loss
 

@@ -23,8 +23,8 @@ from dtlctl.recipe.loading import load
 from dtlctl.recipe.plan import Stage
 from dtlctl.recipe.schema import Compare, Dispose, Recipe
 from dtlctl.report import files, summary, tables
+from dtlctl.run.earlier import relatives
 from dtlctl.run.experiment import Experiment
-from dtlctl.run.reuse import relatives
 from dtlctl.stages import data_demands
 from dtlctl.storage import checkpoint
 
@@ -51,11 +51,11 @@ def compare(
 
     def made(name: str, dispose: dict[str, Dispose], *stages: Stage) -> list[Experiment]:
         changes = [{"seed": seed, "name": f"{name}-{seed}", "dispose": dispose} for seed in seeds]
-        labs = [Experiment(_changed(base, change), folder, source=str(path), quiet=quiet) for change in changes]
-        perform(labs, ("pretrain", "finetune", *stages), relatives(out, base.name))
-        return labs
+        experiments = [Experiment(_changed(base, change), folder, source=str(path), quiet=quiet) for change in changes]
+        perform(experiments, ("pretrain", "finetune", *stages), relatives(out, base.name))
+        return experiments
 
-    tl = [validation(lab, "TL") for lab in made("search", {})]
+    tl = [validation(experiment, "TL") for experiment in made("search", {})]
     document: dict[str, Any] = {"compare": settings.model_dump(mode="json"), "seeds": seeds, "variants": {}}
     matched = dict(base.dispose)
     for variant in variants:
@@ -63,10 +63,10 @@ def compare(
         def drops(lam: float, variant: str = variant) -> list[float]:
             name = f"{variant}-{lam:.4g}"
             try:
-                labs = made("search", {name: base.dispose[variant].model_copy(update={"lam": lam})}, "dispose")
+                experiments = made("search", {name: base.dispose[variant].model_copy(update={"lam": lam})}, "dispose")
             except DivergedError as error:
                 raise DivergedError(f"dispose.{name}: {error}") from None
-            lost = [before - validation(lab, name) for before, lab in zip(tl, labs, strict=True)]
+            lost = [before - validation(experiment, name) for before, experiment in zip(tl, experiments, strict=True)]
             if not quiet:
                 say(f"{name}: {', '.join(f'{points:.1f}' for points in lost)} points below TL, by seed")
             return lost
@@ -77,25 +77,26 @@ def compare(
         if not quiet:
             say(f"{variant}: λ = {found['lambda']:g}, {found['drop']:.1f} points below TL")
     final = made("matched", matched, "dispose", "piggyback")
-    document["table"] = summary.summarise([lab.folder for lab in final])
+    document["table"] = summary.summarise([experiment.folder for experiment in final])
     write(document, folder / "report", command)
     return document, folder / "report"
 
 
-def _comparable(lab: Experiment) -> list[str]:
+def _comparable(experiment: Experiment) -> list[str]:
     """The variants whose λ is to be found. Raises RecipeError where there are none, or nothing to validate on.
 
     And what `data_demands.check` raises: all of it before anything trains.
     """
-    variants = [name for name, one in lab.recipe.dispose.items() if one.unlearn.kind != "none"]
+    variants = [name for name, one in experiment.recipe.dispose.items() if one.unlearn.kind != "none"]
     if not variants:
-        raise RecipeError(f"{lab.source}: compare needs a [dispose.NAME] table with an unlearning loss")
-    fraction = lab.recipe.data.target.fraction
-    if fraction == 1 or not len(held_back(lab)):
+        raise RecipeError(f"{experiment.source}: compare needs a [dispose.NAME] table with an unlearning loss")
+    fraction = experiment.recipe.data.target.fraction
+    if fraction == 1 or not len(held_back(experiment)):
         raise RecipeError(
-            f"{lab.source}: data.target.fraction = {fraction:g} leaves no target images to validate λ on; lower it"
+            f"{experiment.source}: data.target.fraction = {fraction:g} leaves no target images to validate λ on; "
+            "lower it"
         )
-    data_demands.check(lab, lab.jobs)
+    data_demands.check(experiment, experiment.jobs)
     return variants
 
 
@@ -159,14 +160,20 @@ def logit(lam: float) -> float:
     return math.log(lam / (1 - lam))
 
 
-def validation(lab: Experiment, model: str) -> float:
+def validation(experiment: Experiment, model: str) -> float:
     """Target accuracy in % on the images of the train split that nothing was trained on."""
-    return lab.engine.accuracy(lab.load_model(model), "target", lab.split("target", "train", held_back(lab)))
+    return experiment.engine.accuracy(
+        experiment.trainer.load_model(model),
+        "target",
+        experiment.trainer.split("target", "train", held_back(experiment)),
+    )
 
 
-def held_back(lab: Experiment) -> np.ndarray:
+def held_back(experiment: Experiment) -> np.ndarray:
     """Sorted int64 rows of the target's train split that are not in the run's subset of it; possibly none."""
-    return np.setdiff1d(np.arange(len(lab.images("target", "train").labels)), lab.index("target"))
+    return np.setdiff1d(
+        np.arange(len(experiment.data.images("target", "train").labels)), experiment.data.index("target")
+    )
 
 
 def markdown(document: dict[str, Any]) -> str:

@@ -11,16 +11,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtlctl.console.cores import cores
 from dtlctl.console.progress import say
-from dtlctl.errors import DataError, DivergedError, DtlError, RecipeError, suggest
+from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, RecipeError, suggest
 from dtlctl.recipe.loading import load, parse_value
-from dtlctl.recipe.plan import STAGES, Stage
-from dtlctl.run import reuse
+from dtlctl.recipe.plan import STAGES, Job, Stage
+from dtlctl.run.earlier import Earlier, relatives
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands, runner
 from dtlctl.storage import checkpoint
@@ -101,16 +102,16 @@ def run(
     folder = out / f"{base.name}-sweep"
     grid = points(over)
     calls = {p.name: [*overrides, *p.overrides(lambdas), f"name={p.name}"] for p in grid}
-    labs = [
+    experiments = [
         Experiment(load(recipe, calls[point.name]), folder, source=str(recipe), quiet=quiet or jobs > 1)
         for point in grid
     ]
     if len(calls) < len(grid):
         raise RecipeError("sweep: two points have the same values")
-    for lab in labs:
-        data_demands.check(lab, lab.jobs)
-    perform(labs, STAGES, reuse.relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
-    return list(zip(grid, labs, strict=True))
+    for experiment in experiments:
+        data_demands.check(experiment, experiment.jobs)
+    perform(experiments, STAGES, relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
+    return list(zip(grid, experiments, strict=True))
 
 
 def one_process(otherwise: str) -> None:
@@ -120,7 +121,7 @@ def one_process(otherwise: str) -> None:
 
 
 def perform(
-    labs: Sequence[Experiment], stages: Iterable[Stage], others: Sequence[Path] = (), *, jobs: int = 1,
+    experiments: Sequence[Experiment], stages: Iterable[Stage], others: Sequence[Path] = (), *, jobs: int = 1,
     calls: dict[str, list[str]] | None = None, quiet: bool = True,
 ) -> None:  # fmt: skip
     """Do these stages of several runs, a result that they share only once; `jobs` runs at a time, if there are `calls`.
@@ -128,27 +129,28 @@ def perform(
     calls: the `--set` texts of every run, from which it can be a process of its own. No run waits for another, unless
     for a result that both need; the one that is furthest behind goes first. The first failure ends all.
     """
-    left = {lab.folder: list(stages) for lab in labs}
+    left = {experiment.folder: list(stages) for experiment in experiments}
     running: dict[Future[None], tuple[Experiment, set[str]]] = {}
     crew, pool = _Crew(calls or {}, quiet), ThreadPoolExecutor(jobs)
     try:
         while True:
-            busy = [lab for lab, _ in running.values()]
+            busy = [experiment for experiment, _ in running.values()]
             taken = {key for _, keys in running.values() for key in keys}
-            known = reuse.results([*others, *left])
-            idle = [lab for lab in labs if lab not in busy] if len(running) < jobs else []
-            ready = [(lab, task) for lab in idle if (task := _next(lab, left[lab.folder], known, taken))]
+            earlier = Earlier([*others, *left])
+            idle = [experiment for experiment in experiments if experiment not in busy] if len(running) < jobs else []
+            ready = [
+                (experiment, task)
+                for experiment in idle
+                if (task := _next(experiment, left[experiment.folder], earlier, taken))
+            ]
             if ready:
-                lab, task = max(ready, key=lambda pair: len(left[pair[0].folder]))
-                if task.stage == "audit":
-                    with lab.opened((), ()):
-                        reuse.take_over_references(lab, [*others, *left])
+                experiment, task = max(ready, key=lambda pair: len(left[pair[0].folder]))
                 if jobs > 1 and calls is not None:
                     beside = min(jobs, sum(map(bool, left.values())))
-                    running[pool.submit(crew.work, lab, task, beside)] = (lab, task.keys)
+                    running[pool.submit(crew.work, experiment, task, beside)] = (experiment, task.keys)
                 else:
-                    with lab.opened((task.stage,), task.models):
-                        runner.run(lab, (task.stage,), only=task.models)
+                    with experiment.results.opened():
+                        runner.run(experiment, (task.stage,), only=task.models)
             elif running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[future]
@@ -166,23 +168,31 @@ class _Task(NamedTuple):
     keys: set[str]
 
 
-def _next(lab: Experiment, left: list[Stage], known: dict[str, Path], taken: set[str]) -> _Task | None:
+def _next(experiment: Experiment, left: list[Stage], earlier: Earlier, taken: set[str]) -> _Task | None:
     """What the run has to do next, less what others are at; stages with nothing to do are taken off `left`.
 
-    What is known is taken over.
+    What another run has made is taken over.
     """
+    results = experiment.results
     while left:
-        ready = [(job, key) for job in lab.chosen((left[0],), ()) if (key := reuse.key(lab, job)) and not lab.done(job)]
-        if any(key in known for _, key in ready):
-            with lab.opened((), ()):
-                for job, _ in ready:
-                    reuse.take_over(lab, job, known)
-        todo = [(job.model, key) for job, key in ready if not lab.done(job)]
+        ready = [job for job in experiment.chosen((left[0],)) if _has_parent(experiment, job) and not results.done(job)]
+        if left[0] == "audit" or any(earlier.find(experiment, job) for job in ready):
+            with results.opened():
+                for job in ready:
+                    earlier.take(experiment, job)
+        todo = [(job.model, results.key(job)) for job in ready if not results.done(job)]
         if todo:
-            models = list(dict.fromkeys(model for model, key in todo if key not in taken))
-            return _Task(left[0], models, {key for _, key in todo} - taken) if models else None
+            free = [(model, key) for model, key in todo if key not in taken]
+            models = list(dict.fromkeys(model for model, _ in free))
+            return _Task(left[0], models, {key for _, key in free}) if free else None
         del left[0]
     return None
+
+
+def _has_parent(experiment: Experiment, job: Job[Any]) -> bool:
+    with suppress(CheckpointError):
+        return bool(experiment.results.key(job))
+    return False
 
 
 class _Crew:
@@ -192,12 +202,20 @@ class _Crew:
         self.calls, self.quiet = calls, quiet
         self.running: list[subprocess.Popen[str]] = []
 
-    def work(self, lab: Experiment, task: _Task, beside: int) -> None:
+    def work(self, experiment: Experiment, task: _Task, beside: int) -> None:
         """Do the task in a process of its own that shares the cores with so many others; raise what ended it."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // beside))}
-        command = [sys.executable, "-m", "dtlctl", task.stage, lab.source, "--out", str(lab.folder.parent)]
+        command = [
+            sys.executable,
+            "-m",
+            "dtlctl",
+            task.stage,
+            experiment.source,
+            "--out",
+            str(experiment.folder.parent),
+        ]
         command += ["--quiet"] * self.quiet
-        command += [word for text in self.calls[lab.recipe.name] for word in ("--set", text)]
+        command += [word for text in self.calls[experiment.recipe.name] for word in ("--set", text)]
         command += [word for model in task.models for word in ("--only", model)]
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -205,11 +223,11 @@ class _Crew:
         self.running.append(process)
         assert process.stderr is not None
         with process.stderr as lines:  # closed here: `running` keeps the process as long as the sweep lasts
-            reason = self._relay(lab.recipe.name, lines)
+            reason = self._relay(experiment.recipe.name, lines)
         if code := process.wait():
             kinds: dict[int, type[DtlError]] = {2: RecipeError, 3: DivergedError, 4: DataError}
             reason = reason or f"ended with exit code {code}"
-            raise kinds.get(code, DtlError)(f"{lab.recipe.name}, {task.stage}: {reason}")
+            raise kinds.get(code, DtlError)(f"{experiment.recipe.name}, {task.stage}: {reason}")
 
     def _relay(self, name: str, lines: Iterable[str]) -> str:
         """Say what a process says, under its run's name, as it comes; return the error that it ends with, if any."""

@@ -12,7 +12,7 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.storage import checkpoint
 
 
-def export(lab: Experiment, model: str, to: Path) -> None:
+def export(experiment: Experiment, model: str, to: Path) -> None:
     """Write the backbone and the target head of a finished model as one safetensors file.
 
     Tensors have the names of the architecture's own library, so torchvision's networks load them as they are. The
@@ -23,15 +23,17 @@ def export(lab: Experiment, model: str, to: Path) -> None:
     """
     from safetensors.torch import save
 
-    known = [job.model for job in lab.jobs if job.stage in ("finetune", "dispose")]
+    known = [job.model for job in experiment.jobs if job.stage in ("finetune", "dispose")]
     if model not in known:
-        raise RecipeError(f"--model {model}: {lab.source} has no such model with a target head{suggest(model, known)}")
-    if to.resolve().is_relative_to(lab.folder.resolve()):
+        raise RecipeError(
+            f"--model {model}: {experiment.source} has no such model with a target head{suggest(model, known)}"
+        )
+    if to.resolve().is_relative_to(experiment.folder.resolve()):
         raise RecipeError(f"--to {to}: within the run's folder, whose files are the run's own; choose another place")
-    tensors = lab.load_model(model).plain_state("target")
+    tensors = experiment.trainer.load_model(model).plain_state("target")
     described = {
-        **lab.recipe.model.model_dump(mode="json", exclude={"channels_last"}),
-        "classes": lab.classes("target"),
+        **experiment.recipe.model.model_dump(mode="json", exclude={"channels_last"}),
+        "classes": experiment.data.classes("target"),
         "mean": networks.MEAN,
         "std": networks.STD,
     }

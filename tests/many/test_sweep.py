@@ -178,7 +178,7 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
 
     r0's first stage runs beside both stages of r1 and the first of r2. A run by itself has both cores.
     """
-    labs = [Experiment(load(recipe_file, [f"name=r{n}"]), recipe_file.parent, quiet=True) for n in range(3)]
+    experiments = [Experiment(load(recipe_file, [f"name=r{n}"]), recipe_file.parent, quiet=True) for n in range(3)]
     log: list[tuple[str, str]] = []
     pipes: list[io.StringIO] = []
     done: set[tuple[str, str]] = set()
@@ -203,22 +203,22 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
         def poll(self) -> int:
             return 0
 
-    def following(lab: Experiment, left: list, *_: object) -> sweep._Task | None:
-        while left and (lab.recipe.name, left[0]) in done:
+    def following(experiment: Experiment, left: list, *_: object) -> sweep._Task | None:
+        while left and (experiment.recipe.name, left[0]) in done:
             del left[0]
         return sweep._Task(left[0], ["TL"], set()) if left else None
 
     monkeypatch.setattr(sweep, "cores", lambda: 2)
     monkeypatch.setattr("subprocess.Popen", Process)
     monkeypatch.setattr(sweep, "_next", following)
-    calls = {lab.recipe.name: [f"name={lab.recipe.name}"] for lab in labs}
-    sweep.perform(labs, ("pretrain", "finetune"), jobs=2, calls=calls)
+    calls = {experiment.recipe.name: [f"name={experiment.recipe.name}"] for experiment in experiments}
+    sweep.perform(experiments, ("pretrain", "finetune"), jobs=2, calls=calls)
     started = [name for name, _ in log]
     assert started[:4] == ["r0 pretrain", "r1 pretrain", "r2 pretrain", "r1 finetune"]
     assert sorted(started[4:]) == ["r0 finetune", "r2 finetune"]
     assert [cores for _, cores in log[:5]] == ["1"] * 5
     done.clear()
-    sweep.perform(labs[1:2], ("pretrain",), jobs=2, calls=calls)
+    sweep.perform(experiments[1:2], ("pretrain",), jobs=2, calls=calls)
     assert log[-1] == ("r1 pretrain", "2")
     assert all(pipe.closed for pipe in pipes)  # a sweep of hundreds of tasks would run out of them
 
@@ -312,8 +312,10 @@ def test_compare_goes_on_past_a_lambda_that_diverges(recipe_file: Path, monkeypa
     """gc and rand lose 1 point at 0.1, too little; 1 and then 1/2 further in log-odds, 0.232 and 0.1548, diverge."""
     largest = 0.15
 
-    def perform(labs: list[Experiment], stages: tuple[str, ...], *_: object) -> None:
-        if "dispose" in stages and any(one.lam > largest for lab in labs for one in lab.recipe.dispose.values()):
+    def perform(experiments: list[Experiment], stages: tuple[str, ...], *_: object) -> None:
+        if "dispose" in stages and any(
+            one.lam > largest for experiment in experiments for one in experiment.recipe.dispose.values()
+        ):
             raise DivergedError("training diverged at step 3")
 
     monkeypatch.setattr(comparison, "perform", perform)
@@ -343,7 +345,9 @@ def test_a_drop_is_what_validation_loses_against_tl_of_the_same_seed(
     scores = {"TL": (70.0, 80.0), "gc": (68.0, 79.0), "rand": (60.0, 70.0)}
     monkeypatch.setattr(comparison, "perform", lambda *_: None)
     monkeypatch.setattr(comparison, "write", lambda *_: None)
-    monkeypatch.setattr(comparison, "validation", lambda lab, name: scores[name.partition("-")[0]][lab.recipe.seed - 5])
+    monkeypatch.setattr(
+        comparison, "validation", lambda experiment, name: scores[name.partition("-")[0]][experiment.recipe.seed - 5]
+    )
     monkeypatch.setattr(summary, "summarise", lambda runs: [run.name for run in runs])
     change = "compare={target_drop=1.5, rounds=1, tolerance=0.1, seeds=[5, 6]}"
     document, _ = comparison.compare(recipe_file, [change], recipe_file.parent, command="x")
@@ -382,15 +386,15 @@ def test_compare_matches_on_held_back_images_and_reports(recipe_file: Path, call
 
 def test_validation_images_are_neither_trained_on_nor_tested_on(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     """1,000 training digits less the 20 of the subset; accuracy is asked of exactly these rows of the train split."""
-    lab = Experiment(load(recipe_file), recipe_file.parent, quiet=True)
+    experiment = Experiment(load(recipe_file), recipe_file.parent, quiet=True)
     seen = []
-    monkeypatch.setattr(lab, "load_model", lambda name: None)
-    monkeypatch.setattr(lab, "split", lambda role, split, rows: seen.append((role, split, rows)))
-    monkeypatch.setattr(type(lab.engine), "accuracy", lambda *_: 50.0)
-    assert comparison.validation(lab, "TL") == 50.0
+    monkeypatch.setattr(experiment.trainer, "load_model", lambda name: None)
+    monkeypatch.setattr(experiment.trainer, "split", lambda role, split, rows: seen.append((role, split, rows)))
+    monkeypatch.setattr(type(experiment.engine), "accuracy", lambda *_: 50.0)
+    assert comparison.validation(experiment, "TL") == 50.0
     ((role, split, rows),) = seen
     assert (role, split, len(rows)) == ("target", "train", 980)
-    assert len(np.intersect1d(rows, lab.index("target"))) == 0
+    assert len(np.intersect1d(rows, experiment.data.index("target"))) == 0
 
 
 def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
