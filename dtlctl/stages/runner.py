@@ -16,6 +16,7 @@ from dtlctl.run import reuse
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands
 from dtlctl.storage import checkpoint
+from dtlctl.storage.kept import Kept
 
 
 def run(
@@ -34,6 +35,8 @@ def run(
         if not force and (lab.done(job) or _taken_over(lab, job, elsewhere)):
             lab.tidy(job)
             continue
+        if (parts := Kept(lab.scratch(job), lab.key(job)).count()) and not lab.quiet:
+            say(f"{job.title}: goes on with {parts} finished part{'s' * (parts > 1)} of an earlier run")
         try:
             _stage(job.stage)(lab, job)
         except (RuntimeError, MemoryError) as error:

@@ -53,6 +53,8 @@ class Document(Strict):
     rows: list[dict[str, int | float]]
     sums: list[str]
     seconds: float = Field(ge=0)
+    saved: str
+    """When, in local time."""
 
 
 class Crew(Protocol):
@@ -94,19 +96,25 @@ class Memory:
         crew.by_main(lambda: self._write(tensors, state, names, optimizer, crew.processes))
         self._saved = time.monotonic()
 
-    def restore(self, crew: Crew, state: State, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:
-        """Take up the state if there is one for this key. Raises CheckpointError for a file that cannot be used."""
+    def restore(
+        self, crew: Crew, state: State, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler
+    ) -> str | None:
+        """Take up the state if there is one for this key; returns when it was saved, or None.
+
+        Raises CheckpointError for a file that cannot be used.
+        """
         found = self._read()
         step = found[0].step if found else -1
         if crew.agree(step) != step:
             raise CheckpointError(f"{self.path}: not the same on all processes; they must share the run's folder")
         if found is None:
-            return
+            return None
         document, tensors = found
         try:
             self._fill(document, tensors, crew, state, model, optimizer, schedule)
         except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
             raise self._unusable(error) from None
+        return document.saved
 
     def forget(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -126,6 +134,7 @@ class Memory:
             rows=state.rows,
             sums=names,
             seconds=state.seconds,
+            saved=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
         checkpoint.write(self.path, save(tensors, {"dtlctl": document.model_dump_json()}))
 
