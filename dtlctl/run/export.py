@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ def export(experiment: Experiment, model: str, to: Path) -> None:
     Tensors have the names of the architecture's own library, so torchvision's networks load them as they are. The
     header's `dtlctl` is a JSON object: arch, stem, width, image_size, the target's classes in the order of the logits,
     and the mean and std [3] by which an image in [0, 1] is normalised. Raises RecipeError for a model without a target
-    head or a file within the run's folder, CheckpointError for a model that is not up to date and for a file that
-    cannot be written.
+    head and for a place where the file cannot be or has another suffix, CheckpointError for a model that is not up to
+    date.
     """
     from safetensors.torch import save
 
@@ -28,7 +29,11 @@ def export(experiment: Experiment, model: str, to: Path) -> None:
         raise RecipeError(
             f"--model {model}: {experiment.source} has no such model with a target head{suggest(model, known)}"
         )
-    if to.resolve().is_relative_to(experiment.folder.resolve()):
+    if os.path.isdir(to):
+        raise RecipeError(f"--to {to}: is a folder; name the file, as in --to {to / f'{model}.safetensors'}")
+    if to.suffix != ".safetensors":
+        raise RecipeError(f"--to {to}: the file is in safetensors; name it {to.with_suffix('.safetensors')}")
+    if Path(os.path.realpath(to)).is_relative_to(os.path.realpath(experiment.folder)):
         raise RecipeError(f"--to {to}: within the run's folder, whose files are the run's own; choose another place")
     tensors = experiment.trainer.load_model(model).plain_state("target")
     described = {
@@ -40,7 +45,10 @@ def export(experiment: Experiment, model: str, to: Path) -> None:
     # One key: several would be written in an order that differs from time to time.
     header = {"dtlctl": json.dumps(described, ensure_ascii=False)}
     blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header)
-    checkpoint.write(to, blob)
+    try:
+        checkpoint.write(to, blob)
+    except CheckpointError as error:
+        raise RecipeError(f"--to {error}") from None
 
 
 def load(path: Path) -> networks.Classifier:

@@ -71,6 +71,10 @@ class Results:
         """A folder for what a job needs until it is published, and no longer."""
         return self.path(job).with_suffix(".resume")
 
+    def parts(self, job: Job[Any]) -> Parts:
+        """What is finished of an attack that is not."""
+        return Parts(self.scratch(job), self.key(job))
+
     def tidy(self, job: Job[Any]) -> None:
         """Remove the job's scratch folder, if this is the main process."""
         if self.processes.is_main:

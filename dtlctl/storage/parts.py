@@ -68,6 +68,10 @@ class Parts:
         """Whether the part is there, so that it need not be made."""
         return self._read(name, form) is not None
 
+    def count(self) -> int:
+        """How many parts are there."""
+        return sum(self.has(path.stem, Any) for path in self.folder.glob("*.json"))
+
     def adopt(self, folder: Path) -> None:
         """Copy what another folder has for our key and this one lacks."""
         theirs = Parts(folder, self.key)

@@ -19,7 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
 from dtlctl.console import stop
-from dtlctl.console.progress import Progress
+from dtlctl.console.progress import Progress, say
 from dtlctl.data.tensors import Batch, Share
 from dtlctl.errors import DivergedError, DtlError, Elsewhere, Stopped
 from dtlctl.model.batchnorm import GlobalBatchNorm
@@ -185,8 +185,9 @@ class Engine:
         schedule = schedules.scheduler(optimizer, plan, steps)
         state = state or State()
         self._draw_apart()
-        if memory:
-            memory.restore(self, state, model, optimizer, schedule)
+        saved = memory.restore(self, state, model, optimizer, schedule) if memory else None
+        if saved and progress.enabled:
+            say(f"{progress.title}: goes on from step {state.step} of {steps}, saved at {saved}")
         progress.advance(state.step)
         started, before, every = time.perf_counter(), state.seconds, max(1, steps // reports)
         due = {*range(every, steps, every), *also, steps}

@@ -54,6 +54,8 @@ class Document(Strict):
     rows: list[dict[str, int | float]]
     sums: list[str]
     seconds: float = Field(ge=0)
+    saved: str
+    """When, in local time."""
 
 
 class Memory:
@@ -85,19 +87,23 @@ class Memory:
 
     def restore(
         self, group: ProcessGroup, state: State, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler
-    ) -> None:
-        """Take up the state if there is one for this key. Raises CheckpointError for a file that cannot be used."""
+    ) -> str | None:
+        """Take up the state if there is one for this key; returns when it was saved, or None.
+
+        Raises CheckpointError for a file that cannot be used.
+        """
         found = self._read()
         step = found[0].step if found else -1
         if group.agree(step) != step:
             raise CheckpointError(f"{self.path}: not the same on all processes; they must share the run's folder")
         if found is None:
-            return
+            return None
         document, tensors = found
         try:
             self._fill(document, tensors, group, state, model, optimizer, schedule)
         except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
             raise self._unusable(error) from None
+        return document.saved
 
     def forget(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -117,6 +123,7 @@ class Memory:
             rows=state.rows,
             sums=names,
             seconds=state.seconds,
+            saved=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
         checkpoint.write(self.path, save(tensors, {"dtlctl": document.model_dump_json()}))
 

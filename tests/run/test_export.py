@@ -125,7 +125,15 @@ def test_a_launcher_is_refused(recipe_file: Path, call, monkeypatch: pytest.Monk
         ("ran", "a.safetensors", 2, "did you mean 'rand'? (valid: TGT, TL, gc, rand)"),
         ("gc", "a.safetensors", 4, "gc has not been made yet; run: dtlctl dispose"),
         ("rand", "runs/tiny/dispose/rand/model.safetensors", 2, "within the run's folder"),
-        ("rand", "a.toml/b.safetensors", 4, "a.toml/b.safetensors: cannot be written"),
+        ("rand", "a.toml/b.safetensors", 2, "--to a.toml/b.safetensors: cannot be written: "),
+        ("rand", f"{'a' * 300}.safetensors", 2, "cannot be written: File name too long"),
+        ("rand", ".", 2, "--to .: is a folder; name the file, as in --to rand.safetensors\n"),
+        ("rand", "..", 2, "--to ..: is a folder; name the file, as in --to ../rand.safetensors\n"),
+        ("rand", "runs/", 2, "--to runs: is a folder; name the file, as in --to runs/rand.safetensors\n"),
+        ("rand", "", 2, "--to .: is a folder"),
+        ("rand", "a.txt", 2, "--to a.txt: the file is in safetensors; name it a.safetensors\n"),
+        ("rand", "a/", 2, "--to a: the file is in safetensors; name it a.safetensors\n"),
+        ("rand", "a.pth", 2, "the file is in safetensors"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(

@@ -48,12 +48,15 @@ def metrics(experiment: Experiment, path: str) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k not in ("trials_per_minute", "attack_seconds", "cost")}
 
 
-def test_tuned_attackers_go_on_where_they_were_stopped(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_tuned_attackers_go_on_where_they_were_stopped(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     """Stopped before the first strike of four: the one setting and 4 trials are there, and nothing is lost by it."""
     whole, parts = (
         new_experiment(recipe_file, *ATTACKERS, "name=whole"),
         new_experiment(recipe_file, *ATTACKERS, "name=parts"),
     )
+    parts.processes.quiet = False
     run(whole, ("piggyback",), only=("scratch",))
     with monkeypatch.context() as patch:
         patch.setattr(Ground, "strike", stop)
@@ -63,12 +66,15 @@ def test_tuned_attackers_go_on_where_they_were_stopped(recipe_file: Path, monkey
     assert {"single.json", *(f"trial-0-{n}.json" for n in range(4))} <= kept
     assert not any(name.startswith(("strike", "trial-1")) for name in kept)
 
+    said = "piggyback/scratch/again: goes on with 5 finished parts\n"
+    assert "goes on" not in capsys.readouterr().err
     attempt, seeds = Ground.attempt, []
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "train", never)
         patch.setattr(Ground, "attempt", lambda self, *point: (seeds.append(self.seed), attempt(self, *point))[1])
         run(parts, ("piggyback",), only=("scratch",))
     assert seeds == [1] * 4
+    assert said in capsys.readouterr().err
     costs = [json.loads((one.folder / "piggyback/scratch/again.json").read_text())["metrics"] for one in (parts, whole)]
     assert ["attack_seconds" in one for one in costs] == [False, True]
     assert metrics(parts, "piggyback/scratch/again.json") == metrics(whole, "piggyback/scratch/again.json")
