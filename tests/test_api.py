@@ -20,7 +20,7 @@ def test_the_public_names_are_there_and_torch_is_not_imported_for_them():
 
 
 def test_collide_has_the_value_and_the_gradient_of_a_hand_made_case():
-    """loss_m = a_m w^2 / 2 has the gradient a_m w. With w = 3 and a = 1, 2, 4 the mean over pairs is 9 (2 + 4 + 8) / 3."""
+    """loss_m = a_m w^2 / 2 has the gradient a_m w. At w = 3, a = 1, 2, 4 the mean over pairs is 9 (2 + 4 + 8) / 3."""
     w = torch.tensor(3.0, requires_grad=True)
     value, surrogate = dtlctl.collide(lambda a: a * w**2 / 2, [w], [1.0, 2.0, 4.0])
     assert float(value) == pytest.approx(42)

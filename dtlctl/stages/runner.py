@@ -32,7 +32,7 @@ def run(
         if not force and (experiment.results.done(job) or _taken_over(experiment, job, earlier)):
             experiment.results.tidy(job)
             continue
-        if parts := experiment.results.parts(job).count():
+        if experiment.results.scratch(job).exists() and (parts := experiment.results.parts(job).count()):
             experiment.processes.say(f"{job.title}: goes on with {parts} finished part{'s' * (parts > 1)}")
         try:
             _stage(job.stage)(experiment, job)
