@@ -173,7 +173,7 @@ def sweep(
     from dtlctl.report import grids
 
     done = sweeps.run(recipe, over, overrides or [], out, jobs=jobs, quiet=quiet)
-    document = grids.summarise(done)
+    document = grids.summarise([(point.values, lab.folder) for point, lab in done])
     words = [*(word for text in over for word in ("--over", text)), *_words(overrides, out)]
     folder = done[0][1].folder.parent / "report"
     command = shlex.join(["dtlctl", "sweep", str(recipe), *words])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from dtlctl.report.results import Row
+from dtlctl.report.tables import chosen_on, piggyback_sets
 
 # One colour for every model, told apart by the colour-blind too (Okabe and Ito, then Tol), on light and on dark.
 COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#b8a500", "#8c8c8c", "#9467bd", "#17a589",
@@ -15,82 +18,73 @@ INK = "#010203"
 """Nearly black, and in a page the text's own colour: there it becomes `currentColor`."""
 NAMES = ("piggyback", "roc", "tradeoff-*", "steps-*", "sweep-*", "curve-*")
 """Of all figures of a report."""
+WHO = {"piggyback": "the one setting", "piggyback_worst": "the tuned attacker"}
+"""Whose accuracy a figure shows, by the row's key."""
+
+Drawing = tuple[Any, str]
+"""A matplotlib figure and its caption."""
+Curves = dict[str, list[list[float]]]
+"""Points [x, y] by model."""
 
 
-def of_table(table: dict[str, Any]) -> dict[str, Any]:
+def of_table(table: dict[str, Any]) -> dict[str, Drawing]:
     """Figures by file name, of one report: Fig. 2, the trade-off of Fig. 6, and the attack's steps."""
     rows = [row for row in table["rows"] if row["piggyback"]]
-    sets = list(dict.fromkeys(name for row in rows for name in row["piggyback"]))
+    sets = piggyback_sets(rows)
     colours = colours_of(row["model"] for row in table["rows"])
-    found: dict[str, Any] = {}
+    found: dict[str, Drawing] = {}
     if rows:
-        found["piggyback"] = _bars(rows, sets, colours)
+        found["piggyback"] = _bars(rows, sets, colours, chosen_on(table["recipe"]))
     for name in sets:
-        kept = [row for row in rows if "acc_t" in row and name in row["piggyback"]]
-        if len(kept) > 1:
-            found[f"tradeoff-{name}"] = _tradeoff(kept, name, colours)
+        both = [row for row in rows if "acc_t" in row and name in row["piggyback"]]
+        if len(both) > 1:
+            found[f"tradeoff-{name}"] = _tradeoff(both, name, colours)
         curves = {row["model"]: row.get("curves", {}).get(name, []) for row in rows}
         if any(len(curve) > 1 for curve in curves.values()):
-            found[f"steps-{name}"] = _lines(
-                curves, colours, "steps of the attack", "Acc_pl (%)", f"{name}: steps to recover"
-            )
+            figure = _lines(curves, colours, "steps of the attack", "Acc_pl (%)", f"{name}: steps to recover")
+            found[f"steps-{name}"] = figure, "How fast the attacker of the one setting gets there."
     return found
 
 
-def of_sweep(key: str, curves: dict[str, dict[str, list[list[float]]]], models: Iterable[str]) -> dict[str, Any]:
-    """Fig. 5: Acc_pl over a swept number. curves: {dataset: {model: [[value, %], ...]}}."""
-    colours = colours_of(models)
-    return {
-        f"sweep-{name}": _lines(lines, colours, key, "Acc_pl (%)", f"{name} over {key}", log=True)
-        for name, lines in curves.items()
-    }
+def of_sweep(key: str, name: str, kind: str, curves: Curves) -> Drawing:
+    """Fig. 5: one kind of Acc_pl on a dataset over a swept number, [value, %], by model."""
+    figure = _lines(curves, colours_of(curves), key, f"Acc_pl of {WHO[kind]} (%)", f"{name} over {key}", log=True)
+    return figure, f"Piggyback accuracy of {WHO[kind]} over the swept key, as in Fig. 5 of the paper."
 
 
-def of_curves(name: str, curves: dict[str, list[list[float]]], reference: dict[str, list[float]]) -> Any:
-    """Fig. 6: target accuracy over Acc_pl along λ, one line a variant; references are single points [PL, Acc_t]."""
-    colours = colours_of([*curves, *reference])
-    figure, axes = _axes()
-    for model, points in curves.items():
-        axes.plot(*zip(*points, strict=True), "o-", color=colours[model], label=model, markersize=4, linewidth=1.2)
-    for model, (x, y) in reference.items():
-        axes.plot(x, y, "*", color=colours[model], label=model, markersize=10)
-    return _finished(figure, axes, f"Acc_pl {name} (%)", "Acc_t (%)", "Upper left is better")
+def of_curves(name: str, kind: str, curves: Curves, stars: dict[str, list[float]]) -> Drawing:
+    """Fig. 6: Acc_t over one kind of Acc_pl along λ, [PL, Acc_t], one line a variant; a star is a single model."""
+    x = f"Acc_pl {name} of {WHO[kind]} (%)"
+    figure = _lines(curves, colours_of([*curves, *stars]), x, "Acc_t (%)", "Upper left is better", stars=stars)
+    return figure, f"Target accuracy over piggyback accuracy ({WHO[kind]}) along λ, as in Fig. 6 of the paper."
 
 
-def quoted(row: dict[str, Any], name: str) -> str:
-    """Which accuracy of a table's row to hold against it: the tuned attacker's, where there is one."""
-    return "piggyback_worst" if name in row.get("piggyback_worst", {}) else "piggyback"
+def quoted(rows: Iterable[Row], name: str) -> str:
+    """Which accuracy on a dataset to draw of all these rows: the tuned attacker's, where all have one."""
+    attacked = [row for row in rows if name in row["piggyback"]]
+    return "piggyback_worst" if all(name in row.get("piggyback_worst", {}) for row in attacked) else "piggyback"
 
 
-def save(figures: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Write NAME.png and NAME.svg of every figure; return each one's SVG for a page. Closes the figures.
+def save(figures: dict[str, Drawing], folder: Path) -> list[dict[str, str]]:
+    """Write NAME.png and NAME.svg of every figure; return kind, SVG and caption of each for a page. Closes the figures.
 
-    Figures of an earlier report in this folder that are not drawn again are removed: nothing vouches for them now.
+    Figures of an earlier report in this folder that are not drawn again are removed: nothing vouches for them.
     """
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     earlier = {path for name in NAMES for form in ("svg", "png") for path in folder.glob(f"{name}.{form}")}
     for path in earlier - {folder / f"{name}.{form}" for name in figures for form in ("svg", "png")}:
         path.unlink()
-    drawn = {}
-    for name, figure in figures.items():
+    drawn = []
+    for name, (figure, caption) in figures.items():
         with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
         svg = buffer.getvalue()
-        drawn[name] = _for_page(svg)
+        drawn.append({"kind": name.partition("-")[0], "svg": _for_page(svg), "caption": caption})
         (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
         figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
         plt.close(figure)
     return drawn
-
-
-def _for_page(svg: str) -> str:
-    """An SVG to stand in HTML: no prolog, the text's own colour, as wide as there is room."""
-    svg = re.sub(
-        r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :].replace(INK, "currentColor"), flags=re.DOTALL
-    )
-    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
 
 
 def colours_of(models: Iterable[str]) -> dict[str, str]:
@@ -98,14 +92,25 @@ def colours_of(models: Iterable[str]) -> dict[str, str]:
     return {model: COLOURS[place % len(COLOURS)] for place, model in enumerate(dict.fromkeys(models))}
 
 
-def _axes(height: float = 3.2) -> tuple[Any, Any]:
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(4.6, height), layout="constrained")
-    return figure, axes
+    return plt
+
+
+def _for_page(svg: str) -> str:
+    """An SVG to stand in HTML: no prolog, the text's own colour, as wide as there is room."""
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
+
+
+def _axes(height: float = 3.2) -> tuple[Any, Any]:
+    return pyplot().subplots(figsize=(4.6, height), layout="constrained")
 
 
 def _finished(figure: Any, axes: Any, x: str, y: str, title: str) -> Any:
@@ -123,52 +128,62 @@ def _finished(figure: Any, axes: Any, x: str, y: str, title: str) -> Any:
     return figure
 
 
-def _bars(rows: list[dict[str, Any]], sets: list[str], colours: dict[str, str]) -> Any:
-    """Acc_pl by dataset and model; a diamond is the tuned attacker's."""
-    figure, axes = _axes(0.9 + 0.26 * len(rows) * len(sets))
+def _bars(rows: Sequence[Row], sets: list[str], colours: dict[str, str], chosen: str) -> Drawing:
+    """Acc_pl by dataset and model, with its number; a diamond, and the number after ◆, is the tuned attacker's."""
+    figure, axes = _axes(1.1 + 0.26 * len(rows) * len(sets))
     place, ticks, labels = 0.0, [], []
     for name in sets:
         for row in (row for row in rows if name in row["piggyback"]):
             value, half = row["piggyback"][name], row.get("piggyback_ci", {}).get(name)
             axes.barh(place, value, 0.75, color=colours[row["model"]], xerr=half, ecolor="#888888", capsize=2)
-            end = value + (half or 0)
-            if name in row.get("piggyback_worst", {}):
-                tuned = row["piggyback_worst"][name]
+            end, text = value + (half or 0), f"{value:.0f}"
+            if (tuned := row.get("piggyback_worst", {}).get(name)) is not None:
                 axes.plot(tuned, place, "D", color=INK, markersize=4)
-                end = max(end, tuned)
-            axes.text(end + 1.5, place, f"{value:.0f}", va="center", fontsize=8, color=INK)
+                end, text = max(end, tuned), f"{text}   ◆ {tuned:.0f}"
+            axes.text(end + 1.5, place, text, va="center", fontsize=8, color=INK)
             ticks.append(place)
             labels.append(row["model"] if len(sets) == 1 else f"{row['model']} · {name}")
             place += 1
         place += 0.6
     axes.set_yticks(ticks, labels)
     axes.invert_yaxis()
-    axes.set_xlim(0, 108)
-    tuned = any("piggyback_worst" in row for row in rows)
-    title = "What an attacker gets out (lower is better)" + ("\n◆ tuned attacker" if tuned else "")
-    return _finished(figure, axes, "Acc_pl (%)", "", title)
+    caption = "Piggyback accuracy by dataset, as in Fig. 2 of the paper. Bar and first number: the one setting"
+    tuned_too = any(row.get("piggyback_worst") for row in rows)
+    if tuned_too:
+        axes.plot([], [], "s", color="#8c8c8c", label="one setting: bar, first number")
+        axes.plot([], [], "D", color=INK, markersize=4, label="tuned attacker: ◆")
+        caption += f"; ◆ and the number after it: the attacker tuned on {chosen}"
+    if any("piggyback_ci" in row for row in rows):
+        caption += "; lines: 95 % interval of the one setting over seeds"
+    axes.set_xlim(0, 128 if tuned_too else 108)
+    axes.set_xticks(range(0, 101, 20))
+    return _finished(figure, axes, "Acc_pl (%)", "", "What an attacker gets out (lower is better)"), f"{caption}."
 
 
-def _tradeoff(rows: list[dict[str, Any]], name: str, colours: dict[str, str]) -> Any:
-    """Acc_t over Acc_pl, worst attacker where there is one: upper left is better."""
+def _tradeoff(rows: list[Row], name: str, colours: dict[str, str]) -> Drawing:
+    """Acc_t over Acc_pl: upper left is better."""
     figure, axes = _axes()
+    kind = quoted(rows, name)
     for row in rows:
-        kind = quoted(row, name)
-        x, y = row[kind][name], row["acc_t"]
         axes.errorbar(
-            x, y, xerr=row.get(f"{kind}_ci", {}).get(name), yerr=row.get("acc_t_ci"), fmt="o", capsize=2,
-            color=colours[row["model"]], label=row["model"], elinewidth=0.7,
+            row[kind][name], row["acc_t"], xerr=row.get(f"{kind}_ci", {}).get(name), yerr=row.get("acc_t_ci"), fmt="o",
+            capsize=2, color=colours[row["model"]], label=row["model"], elinewidth=0.7,
         )  # fmt: skip
-    return _finished(figure, axes, f"Acc_pl {name} (%)", "Acc_t (%)", f"{name}: upper left is better")
+    x, title = f"Acc_pl {name} of {WHO[kind]} (%)", f"{name}: upper left is better"
+    caption = f"What the owner keeps over what {WHO[kind]} gets, as in Fig. 6 of the paper."
+    return _finished(figure, axes, x, "Acc_t (%)", title), caption
 
 
 def _lines(
-    curves: dict[str, list[list[float]]], colours: dict[str, str], x: str, y: str, title: str, *, log: bool = False
-) -> Any:
+    curves: Curves, colours: dict[str, str], x: str, y: str, title: str, *,
+    stars: dict[str, list[float]] | None = None, log: bool = False,
+) -> Any:  # fmt: skip
     figure, axes = _axes()
     for model, points in curves.items():
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=colours[model], label=model, markersize=3, linewidth=1.2)
+    for model, point in (stars or {}).items():
+        axes.plot(*point, "*", color=colours[model], label=model, markersize=10)
     if log and all(point[0] > 0 for points in curves.values() for point in points):
         axes.set_xscale("log")
         measured = sorted({point[0] for points in curves.values() for point in points})

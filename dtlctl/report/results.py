@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from dtlctl.errors import CheckpointError
 from dtlctl.recipe.plan import Job, jobs
 from dtlctl.recipe.schema import REFERENCES, Recipe
-from dtlctl.run import origins
+from dtlctl.run import provenance
 from dtlctl.storage import checkpoint
 
 Row = dict[str, Any]
@@ -37,11 +36,23 @@ def belonging(run: Path, recipe: Recipe) -> Iterator[tuple[Job[Any], Row]]:
     What was made from other settings, images or weights is left out. Raises CheckpointError for a file that is no
     sidecar.
     """
-    weights: dict[str, str] = {}
+    weights: dict[str, Any] = {}
     for job in jobs(recipe):
         sidecar = checkpoint.read_sidecar(run / job.path)
-        if sidecar is None or not _belongs(sidecar, job, recipe, weights) or _of_other_data(sidecar, job, recipe, run):
+        if sidecar is None:
             continue
+        expected = {
+            **job.described(recipe),
+            "precision": recipe.precision,
+            "parent": {job.parent: weights.get(job.parent)} if job.parent else {},
+        }
+        if any(sidecar.get(name) != value for name, value in expected.items()):
+            continue
+        try:
+            if provenance.differs(sidecar, job, recipe):
+                continue
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{run / job.path}: not the data of {job.stage}; delete it") from None
         if "weights_sha256" in sidecar:
             weights[job.model] = sidecar["weights_sha256"]
         yield job, sidecar
@@ -61,33 +72,16 @@ def measured(run: Path, recipe: Recipe) -> Measured:
     Raises CheckpointError for a file that is no sidecar, and where two results have seen different data: which of
     them is that of the recipe cannot be told without the data.
     """
-    rows: dict[str, Row] = {}
+    rows: dict[str, Row] = {model: {"model": model, "piggyback": {}} for model in [*REFERENCES, *recipe.dispose]}
     data: dict[str, tuple[Row, Path]] = {}
     renamed: dict[tuple[str, str], dict[str, None]] = {}
-    for model in [*REFERENCES, *recipe.dispose]:
-        rows[model] = {"model": model, "piggyback": {}}
     for job, sidecar in belonging(run, recipe):
-        _agree(data, sidecar.get("data", {}), run / job.path)
-        for named in origins.renamed(sidecar, job, recipe).items():
+        for named in provenance.renamed(sidecar, job, recipe).items():
             renamed.setdefault(named, {})[job.model] = None
-        row, metrics = rows[job.model], sidecar["metrics"]
         try:
-            if job.stage == "piggyback":
-                name = job.dataset.partition(".")[2]
-                for kind, metric in ATTACKS.items():
-                    if metric in metrics or kind == "piggyback":
-                        row.setdefault(kind, {})[name] = float(metrics[metric])
-                if metrics.get("chosen") and job.settings.choose_on == "own":
-                    row.setdefault("held_out", {})[name] = fmean(one["val"] for one in metrics["chosen"])
-                looks = [[look["step"], look["acc_pl"]] for look in sidecar.get("history", []) if "acc_pl" in look]
-                row.setdefault("curves", {})[name] = looks
-            elif job.stage == "audit":
-                # Through a head that nothing has trained an attack sees noise: its 0.5 would read as forgetting.
-                if "loss" in metrics and metrics.get("source_head", "trained") == "trained":
-                    row["audit_auc"] = float(metrics["loss"]["auc"])
-            else:
-                row.update({name: float(value) for name, value in metrics.items()})
-        except (KeyError, TypeError, ValueError):
+            _agree(data, sidecar["data"], run / job.path)
+            _add(rows[job.model], job, sidecar)
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise CheckpointError(f"{run / job.path}: not the metrics of {job.stage}; delete it") from None
     sentences = [
         f"data.{role} for {', '.join(models)}: {text}. What saw other images is made again by dtlctl run RECIPE."
@@ -96,36 +90,32 @@ def measured(run: Path, recipe: Recipe) -> Measured:
     return Measured({m: row for m, row in rows.items() if row["piggyback"] or len(row) > 2}, data, sentences)
 
 
+def _add(row: Row, job: Job[Any], sidecar: Row) -> None:
+    """Add the numbers of one result to its model's row. Raises what a sidecar of another form makes Python raise."""
+    metrics = sidecar["metrics"]
+    if job.stage == "audit":
+        # Through a head that nothing has trained an attack sees noise: its 0.5 would read as forgetting.
+        if metrics["source_head"] == "trained" and "loss" in metrics:
+            row["audit_auc"] = float(metrics["loss"]["auc"])
+    elif job.stage == "piggyback":
+        name = job.dataset.partition(".")[2]
+        for kind, metric in ATTACKS.items():
+            if metric in metrics or kind == "piggyback":
+                row.setdefault(kind, {})[name] = float(metrics[metric])
+        if metrics.get("chosen") and job.settings.choose_on == "own":
+            row.setdefault("held_out", {})[name] = fmean(one["val"] for one in metrics["chosen"])
+        looks = [[look["step"], look["acc_pl"]] for look in sidecar["history"] if "acc_pl" in look]
+        row.setdefault("curves", {})[name] = looks
+    else:
+        row.update({name: float(value) for name, value in metrics.items()})
+
+
 def refuse_other_images(found: Iterable[Measured]) -> None:
     """Raise CheckpointError unless these runs have seen the same images; which subset of them goes with the seed."""
     shared: dict[str, tuple[Row, Path]] = {}
     for one in found:
         for role, (own, path) in one.data.items():
             _agree(shared, {role: {split: own[split] for split in ("train", "test") if split in own}}, path)
-
-
-def _belongs(sidecar: Row, job: Job[Any], recipe: Recipe, weights: dict[str, str]) -> bool:
-    """Whether the result was made as the run's recipe now says, from the model that is there now."""
-    described = all(sidecar.get(name) == value for name, value in job.described(recipe).items() if name != "settings")
-    described = described and _settings(sidecar, job, recipe) == job.described(recipe)["settings"]
-    described = described and sidecar.get("precision", recipe.precision) == recipe.precision
-    return described and (job.parent is None or sidecar["parent"].get(job.parent) == weights.get(job.parent))
-
-
-def _of_other_data(sidecar: Row, job: Job[Any], recipe: Recipe, run: Path) -> bool:
-    try:
-        return origins.is_other(sidecar, job, recipe)
-    except (AttributeError, TypeError, ValueError):
-        raise CheckpointError(f"{run / job.path}: not the data of {job.stage}; delete it") from None
-
-
-def _settings(sidecar: Row, job: Job[Any], recipe: Recipe) -> Any:
-    """The result's settings as its job describes them; a key that is younger than the result is at its default."""
-    try:
-        settings = type(job.settings).model_validate(sidecar.get("settings"))
-        return replace(job, settings=settings).described(recipe)["settings"]
-    except ValueError:
-        return None
 
 
 def _agree(data: dict[str, tuple[Row, Path]], seen: dict[str, Row], path: Path) -> None:

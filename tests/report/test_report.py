@@ -17,13 +17,22 @@ from dtlctl.attacks.attackers import Attacker, Frozen
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.plan import jobs
-from dtlctl.report import audit, files, page, summary, tables
-from dtlctl.report.recovery import recovered
+from dtlctl.report import audit, files, summary, tables
+from dtlctl.report.intervals import recovered
 
 
 def digest(name: str) -> str:
     """Stands for the hash of a model's weights."""
     return sha256(name.encode()).hexdigest()
+
+
+SIZES = {"train_images": 1000, "classes": 10, "smallest_class": 100}
+AUDIT = {
+    "source_head": "trained",
+    "blind": {"auc": 0.5},
+    "entropy_readout": {"nats": 1.0, "share_of_log_k": 0.5},
+    "relearning": {"goal": 90.0, "steps": None, "budget": 200, "curve": []},
+}
 
 
 def fake_run(recipe_file: Path, name: str, seed: int, acc_t: float, *changes: str) -> Path:
@@ -32,10 +41,14 @@ def fake_run(recipe_file: Path, name: str, seed: int, acc_t: float, *changes: st
     folder = recipe_file.parent / name
     for job in jobs(recipe):
         metrics = {
-            "piggyback": {"acc_pl": acc_t / 2},
-            "audit": {"loss": {"auc": 0.75}},
+            "piggyback": {"acc_pl": 5.0 if job.model == "scratch" else acc_t / 2},
+            "audit": {**AUDIT, "loss": {"auc": 0.75}},
         }.get(job.stage, {"acc_t": acc_t if job.model == "TL" else 10.0, "acc_s": 20.0})
-        sidecar = {"format": 1, "metrics": metrics, **job.described(recipe), "parent": {}}
+        tables = {role: recipe.data.of(role).model_dump(mode="json") for role in job.roles}
+        sidecar = {
+            "format": 1, "metrics": metrics, "precision": "float32", **job.described(recipe), "parent": {}, "data": {},
+            "datasets": {role: {"table": table, **SIZES} for role, table in tables.items()},
+        }  # fmt: skip
         if job.parent:
             sidecar["parent"] = {job.parent: digest(job.parent)}
         if job.stage not in ("piggyback", "audit"):
@@ -101,13 +114,12 @@ def test_one_run_has_no_intervals_and_differences_are_in_points(recipe_file: Pat
     assert [cell.strip() for cell in lines[1][1:-1]] == ["gc", "+0.0", "-60.0", "+0.0"]
 
 
-@pytest.mark.parametrize(("state", "shown"), [("trained", "0.750"), ("never trained", "–"), (None, "0.750")])
+@pytest.mark.parametrize(("state", "shown"), [("trained", "0.750"), ("never trained", "–")])
 def test_the_auc_of_a_head_that_was_never_trained_is_noise_and_left_out(recipe_file: Path, state, shown: str):
-    """Sidecars that are older than the field say nothing of the head; theirs is shown."""
     folder = fake_run(recipe_file, "noise", 0, 70.0)
     path = folder / "audit/gc.json"
     document = json.loads(path.read_text())
-    document["metrics"] |= {"source_head": state} if state else {}
+    document["metrics"]["source_head"] = state
     path.write_text(json.dumps(document))
     lines = tables.markdown(summary.summarise([folder])).splitlines()
     cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines[2:9]}
@@ -230,7 +242,8 @@ def test_the_page_tells_what_every_kind_of_attacker_tries():
     (kinds, _) = get_args(Attacker)
     attackers = [kind() for kind in get_args(kinds)]
     assert len(attackers) >= 5
-    said = page._who([one.model_dump(mode="json") for one in attackers], {"steps": 3, "epochs": None, "lr": 0.05})
+    tuned = [one.model_dump(mode="json") for one in attackers]
+    said = files.who({"attackers": tuned, "choose_on": "own", "steps": 3, "epochs": None, "lr": 0.05})
     for one in attackers:
         varied = "C" if isinstance(one, Frozen) else "sgd, learning rate"
         assert f"{one.kind} ({varied} {', '.join(f'{setting.rate:g}' for setting in one.grid())})" in said
@@ -238,7 +251,8 @@ def test_the_page_tells_what_every_kind_of_attacker_tries():
 
 def test_a_model_has_one_colour_in_every_figure():
     roc = {"loss": {"balanced_accuracy_std": 0.0, "roc": {"fpr": [0.1, 1.0], "tpr": [0.2, 1.0]}}}
-    figure = audit.chart({"gc": roc, "TL": roc}, {"TL": "#000001", "gc": "#000002"})
+    both = [audit.Audit("", "gc", roc), audit.Audit("", "TL", roc)]
+    figure, _ = audit.figures(both, {"TL": "#000001", "gc": "#000002"})["roc"]
     assert [line.get_color() for line in figure.axes[0].lines[:2]] == ["#000002", "#000001"]
 
 
@@ -246,11 +260,13 @@ def test_a_card_tells_what_is_recovered_of_every_dataset():
     """By the tuned attacker where there is one, by the one setting elsewhere."""
     shares = {"recovered": {"letters": {"share": 0.5}, "greek": {"share": 0.9}},
               "recovered_worst": {"letters": {"share": 0.6}}}  # fmt: skip
-    assert "recovered: 60% of letters, 90% of greek" in page._cards(
-        {"rows": [{"model": "gc", "acc_t": 1.0, "piggyback": {}, **shares}]}
-    )
+    assert files.cards([{"model": "gc", "acc_t": 1.0, "piggyback": {}, **shares}]) == [
+        ("gc", "1.0", "recovered: 60% of letters (tuned attacker), 90% of greek (one setting)")
+    ]
 
 
+SEEDS = ([40.0, 30.0, 35.0], [10.0, 10.0, 10.0], [70.0, 80.0, 90.0])
+"""What the tuned attacker gets from gc, scratch and TL, by seed."""
 TUNED = ('piggyback.attackers=[{kind="full"}]',)
 
 
@@ -267,14 +283,25 @@ def attack(folder: Path, model: str, single: float, worst: float) -> None:
 
 
 def test_recovered_share_and_its_interval():
-    """25 of 70. Beside it the seeds are off by 30 - 60 R = 60/7 and 20 - 80 R = -60/7: the mean of the two has the
-    standard error 60/7, and t(0.975, 1) = 12.7062."""
-    share, half = 25 / 70, 12.7062 * 60 / 7 / 70
-    found = recovered([40.0, 30.0], [10.0, 10.0], [70.0, 90.0])
-    assert found == pytest.approx({"share": share, "low": share - half, "high": share + half}, abs=1e-5)
+    """25 of 70. Beside it the seeds are off by 30 - 60 R = 60/7, 20 - 70 R = -5 and 25 - 80 R = -25/7: the standard
+    error of their mean is sqrt((60/7)^2 + 25 + (25/7)^2) / sqrt(6) = 4.3054, and t(0.975, 2) = 4.30265."""
+    share, half = 25 / 70, 4.30265 * 4.3054 / 70
+    found = recovered(*SEEDS)
+    assert found == pytest.approx({"share": share, "low": share - half, "high": share + half}, abs=1e-4)
     assert recovered([40.0], [10.0], [70.0]) == {"share": 0.5, "low": None, "high": None}
-    assert recovered([40.0], [10.0], [10.0]) is None
-    assert recovered([7.0, 9.0], [7.0, 9.0], [70.0, 80.0]) == {"share": 0, "low": 0, "high": 0}
+    assert recovered([7.0, 9.0], [7.0, 9.0], [70.0, 72.0]) == {"share": 0, "low": 0, "high": 0}
+
+
+@pytest.mark.parametrize(
+    ("scratch", "tl", "given"),
+    [
+        ([10.0], [10.0], False), ([10.0], [13.0], False), ([10.0], [13.1], True),
+        # 1, 3 and 2 above: 2 ± 4.303 / sqrt(3) = 2.48; 3, 5 and 4 above: 4 ± 2.48.
+        ([10.0, 10.0, 10.0], [11.0, 13.0, 12.0], False), ([10.0, 10.0, 10.0], [13.0, 15.0, 14.0], True),
+    ],
+)  # fmt: skip
+def test_no_share_is_given_of_what_could_be_nothing(scratch: list[float], tl: list[float], given: bool):
+    assert (recovered(tl, scratch, tl) is not None) is given
 
 
 def test_the_interval_of_the_share_covers_what_it_says():
@@ -287,28 +314,31 @@ def test_the_interval_of_the_share_covers_what_it_says():
 
 
 def test_tuned_attackers_have_a_table_of_their_own(recipe_file: Path):
-    """Seeds with scratch 10, TL 70 and 90, gc 40 and 30 under the tuned attacker: the shares of the test above."""
+    """The seeds of the test above: 25 of 70 recovered, ± 4.30265 * 4.3054 / 70 = 26 %."""
     runs = []
-    for seed, tl, gc in ((0, 70.0, 40.0), (1, 90.0, 30.0)):
+    for seed, accuracies in enumerate(zip(*SEEDS, strict=True)):
         runs.append(fake_run(recipe_file, f"t{seed}", seed, 70.0, *TUNED))
-        attack(runs[-1], "scratch", 5.0, 10.0)
-        attack(runs[-1], "TL", 60.0, tl)
-        attack(runs[-1], "gc", 20.0, gc)
+        for model, single, worst in zip(("gc", "scratch", "TL"), (20.0, 5.0, 60.0), accuracies, strict=True):
+            attack(runs[-1], model, single, worst)
     table = summary.summarise(runs)
     gc_row = rows(table)["gc"]
     assert gc_row["piggyback_worst"] == {"again": 35.0}
     assert gc_row["piggyback_max"] == {"again": 40.0}
-    assert gc_row["recovered_worst"]["again"] == recovered([40.0, 30.0], [10.0, 10.0], [70.0, 90.0])
+    assert gc_row["recovered_worst"]["again"] == recovered(*SEEDS)
     assert gc_row["recovered"]["again"]["share"] == pytest.approx(15 / 55)
     assert gc_row["curves"]["again"] == [[20, 10.0], [30, 20.0]]
-    text = tables.markdown(table)
-    assert "Under tuned attackers" in text
-    shown = [
-        cell.strip() for cell in next(row for row in reversed(text.splitlines()) if "| gc" in row).split("|")[1:-1]
-    ]
-    assert shown[0] == "gc"
-    assert shown[-1] == "36% [-120%, 191%]"
+    heading, *lines = cells(tables.of_report(table)[-1])
+    assert heading[-1] == "again recovered"
+    assert {line[0]: line[1:] for line in lines if line[0] in ("gc", "scratch")} == {
+        "gc": ["20.0 ± 0.0", "35.0 ± 12.4", "40.0 ± 12.4", "36% [9%, 62%]"],
+        "scratch": ["5.0 ± 0.0", "10.0 ± 0.0", "15.0 ± 0.0", "–"],
+    }
+    assert "Under tuned attackers" in tables.markdown(table)
     assert "Under tuned attackers" not in tables.markdown(summary.summarise([fake_run(recipe_file, "p", 0, 70.0)]))
+
+
+def cells(table: tables.Table) -> list[list[str]]:
+    return [table.columns, *table.rows]
 
 
 @pytest.mark.parametrize(("one", "tuned", "told"), [(4.0, 17.0, True), (4.0, 15.0, False), (6.0, 35.0, False)])
@@ -437,13 +467,14 @@ def test_held_out_images_that_mislead_are_named(recipe_file: Path, held_out, cho
 
 
 def test_the_table_says_which_images_chose(recipe_file: Path):
-    for number, (choose_on, words) in enumerate((("own", "images of his own, and"), ("test", tables.FRESH))):
+    for number, (choose_on, words) in enumerate(
+        (("own", "held-out images of his own"), ("test", "half of the test images, and judged by the other half"))
+    ):
         run = fake_run(recipe_file, f"who{number}", 0, 70.0, *TUNED, f'piggyback.choose_on="{choose_on}"')
         for model in ("scratch", "TL", "gc"):
             attack(run, model, 20.0, 30.0)
         table = summary.summarise([run])
         assert words in tables.markdown(table)
-        settings = table["recipe"]["piggyback"]
-        shown = page._who(settings["attackers"], settings)
+        shown = files.who(table["recipe"]["piggyback"])
         assert ("the test split picks nothing" in shown) is (choose_on == "own")
         assert ("the other half judges it" in shown) is (choose_on == "test")
