@@ -50,11 +50,7 @@ def publish(
     Those of an earlier report there that this one has not are removed. page: the rest of what `page.html.j2` shows.
     Raises CheckpointError where that cannot be.
     """
-    here = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=here, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.get_template("page.html.j2")
+    template = environment().get_template("page.html.j2")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         drawn = figures.save(drawings, folder)
@@ -68,6 +64,14 @@ def publish(
         checkpoint.write(folder / "table.json", dump(document).encode())  # last: it vouches for the others
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
+
+
+def environment() -> jinja2.Environment:
+    """Where the page's template is; what it shows is text and never markup, but for the figures."""
+    here = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(
+        loader=here, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
 
 
 def is_current(document: dict[str, Any], folder: Path) -> bool:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from hashlib import sha256
+from html import unescape
 from pathlib import Path
 from typing import get_args
 
@@ -17,8 +18,9 @@ from dtlctl.attacks.attackers import Attacker, Frozen
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.plan import jobs
-from dtlctl.report import audit, files, summary, tables
+from dtlctl.report import audit, figures, files, summary, tables
 from dtlctl.report.intervals import recovered
+from dtlctl.report.results import ATTACKS
 
 
 def digest(name: str) -> str:
@@ -96,6 +98,92 @@ def test_differences_are_taken_seed_by_seed(recipe_file: Path):
     assert "seed by seed" in text
     lines = [line.split("|") for line in text.splitlines() if line.startswith("| gc")]
     assert [cell.strip() for cell in lines[1][3:-1]] == ["-3.0 ± 4.3", "-3.0 ± 4.3", "-1.0 ± 0.0"]
+
+
+def put(path: Path, **metrics: float) -> None:
+    """Change metrics of a sidecar."""
+    document = json.loads(path.read_text())
+    document["metrics"] |= metrics
+    path.write_text(json.dumps(document))
+
+
+def test_every_cell_is_what_its_sidecar_says(recipe_file: Path):
+    """One seed, another number in every sidecar; differences and the share of gc, (41.6 - 9.1) / (74.1 - 9.1), by hand.
+
+    The page has the same cells as the Markdown.
+    """
+    run = fake_run(recipe_file, "cells", 0, 70.0, *TUNED)
+    for path, metrics in {
+        "target-only": {"acc_t": 35.6, "acc_s": 1.0}, "pretrain": {"acc_t": 2.0, "acc_s": 91.2},
+        "finetune": {"acc_t": 71.5, "acc_s": 55.1}, "dispose/gc": {"acc_t": 66.9, "acc_s": 50.9},
+        "dispose/rand": {"acc_t": 71.0, "acc_s": 33.3},
+    }.items():  # fmt: skip
+        put(run / path / "model.json", **metrics)
+    for model, metrics in {"scratch": (2.4, 9.1, 10.0), "TL": (71.9, 74.1, 75.0), "gc": (54.7, 41.6, 61.2)}.items():
+        put(run / f"piggyback/{model}/again.json", **dict(zip(ATTACKS.values(), metrics, strict=True)))
+    for model, auc in {"pre": 0.529, "TL": 0.531, "gc": 0.519, "rand": 0.532}.items():
+        put(run / f"audit/{model}.json", loss={"auc": auc})
+    table = summary.summarise([run])
+    shown = tables.of_report(table)
+    assert [cells(one) for one in shown] == [
+        [
+            ["Model", "Acc_s", "Acc_t", "PL again", "MIA AUC"],
+            ["scratch", "–", "–", "2.4", "–"],
+            ["TGT", "1.0", "35.6", "–", "–"],
+            ["pre", "91.2", "2.0", "–", "0.529"],
+            ["TL", "55.1", "71.5", "71.9", "0.531"],
+            ["gc", "50.9", "66.9", "54.7", "0.519"],
+            ["rand", "33.3", "71.0", "–", "0.532"],
+        ],
+        [
+            ["Model", "Acc_t vs TGT", "Acc_t vs TL", "PL again vs TL", "tuned again vs TL"],
+            ["TL", "+35.9", "+0.0", "+0.0", "+0.0"],
+            ["gc", "+31.3", "-4.6", "-17.2", "-32.5"],
+            ["rand", "+35.4", "-0.5", "–", "–"],
+        ],
+        [
+            ["Model", "again one setting", "again tuned", "again best of all", "again recovered"],
+            ["scratch", "2.4", "9.1", "10.0", "–"],
+            ["TGT", "–", "–", "–", "–"],
+            ["pre", "–", "–", "–", "–"],
+            ["TL", "71.9", "74.1", "75.0", "100%"],
+            ["gc", "54.7", "41.6", "61.2", "50%"],
+            ["rand", "–", "–", "–", "–"],
+        ],
+    ]
+    text = tables.markdown(table).split("\n\n")
+    assert text[0::2] == [one.note for one in shown] and "recovers from models that saw the source" in text[4]
+    for one, part in zip(shown, text[1::2], strict=True):
+        head, _, *body = ([cell.strip() for cell in line.split("|")[1:-1]] for line in part.strip().splitlines())
+        assert [head, *body] == cells(one)
+    files.write(table, run / "report", "dtlctl report")
+    page = (run / "report/report.html").read_text()
+    lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in re.findall(r"<tr>(.*?)</tr>", page)]
+    assert lines == [line for one in shown for line in cells(one)]
+
+
+def test_a_table_is_shown_as_text_whatever_is_in_it():
+    """Nothing in a cell, a sentence or a name becomes markup of the page."""
+    evil = "<i>&|x"
+    found = tables.Table(evil, [evil, "n"], [[evil, "1"]], evil)
+    page = {"title": evil, "subtitle": evil, "cards": [(evil, evil, evil)], "attackers": [evil]}
+    text = files.environment().get_template("page.html.j2").render(
+        **page, command=evil, caveats=[evil], figures=[], tables=[found]
+    )  # fmt: skip
+    assert "<i>" not in text and text.count("&lt;i&gt;&amp;|x") == 13
+
+
+def test_a_dataset_that_is_named_as_an_interval_keeps_its_number(recipe_file: Path):
+    """`again` and `again_ci`: 20, 22 and 24, and 30, 30 and 30."""
+    runs = []
+    for seed, accuracy in enumerate((20.0, 22.0, 24.0)):
+        more = ('data.piggyback.again_ci={like="source", fraction=0.03}',)
+        runs.append(fake_run(recipe_file, f"ci{seed}", seed, 70.0, *more))
+        put(runs[-1] / "piggyback/gc/again.json", acc_pl=accuracy)
+        put(runs[-1] / "piggyback/gc/again_ci.json", acc_pl=30.0)
+    gc = rows(summary.summarise(runs))["gc"]
+    assert gc["piggyback"] == {"again": 22, "again_ci": 30}
+    assert gc["piggyback_ci"] == pytest.approx({"again": 4.30265 * 2 / 3**0.5, "again_ci": 0}, abs=1e-4)
 
 
 def test_seeds_that_share_one_pretraining_are_reported(recipe_file: Path):
@@ -439,6 +527,113 @@ def test_a_report_without_attacks_leaves_no_figure_of_those_that_were_there(reci
         shutil.rmtree(folder.parent / attacks)
     files.write(summary.summarise([folder.parent]), folder, "dtlctl report")
     assert {path.name for path in folder.iterdir()} == {"table.json", "table.md", "report.html", "notes.md"}
+
+
+@pytest.mark.parametrize(
+    ("attackers", "tl", "scratch", "said"),
+    [
+        ((), [12.0], [9.0], "again, the one setting: TL − scratch = +3.0 points (one seed: 3 or less count as none)."),
+        ((), [12.1], [9.0], None),
+        (TUNED, [8.0], [12.0], "again, the tuned attacker: TL − scratch = -4.0 points."),
+        # Differences of 1, 6 and 2: mean 3, deviation sqrt(7), 4.30265 * sqrt(7 / 3) = 6.573.
+        (TUNED, [11.0, 16.0, 12.0], [10.0, 10.0, 10.0],
+         "again, the tuned attacker: TL − scratch = +3.0 ± 6.6 points (the interval includes 0)."),
+        # The same mean, but 3, 3.5 and 2.5: ± 1.242. The accuracies go up and down by far more.
+        (TUNED, [13.0, 43.5, 72.5], [10.0, 40.0, 70.0], None),
+    ],
+)  # fmt: skip
+def test_a_tl_that_gives_no_more_than_scratch_is_named(recipe_file: Path, attackers, tl, scratch, said):
+    """By the tuned attacker where there is one; then no share is given of what is not there."""
+    runs = [fake_run(recipe_file, f"s{seed}", seed, 70.0, *attackers) for seed in range(len(tl))]
+    for run, *accuracies in zip(runs, tl, scratch, strict=True):
+        for model, accuracy in zip(("TL", "scratch"), accuracies, strict=True):
+            single = {"acc_pl": 50.0, "acc_pl_worst": accuracy, "acc_pl_max": accuracy}
+            put(run / f"piggyback/{model}/again.json", **single if attackers else {"acc_pl": accuracy})
+        if attackers:
+            put(run / "piggyback/gc/again.json", acc_pl=50.0, acc_pl_worst=20.0, acc_pl_max=20.0)
+    table = summary.summarise(runs)
+    more = " That shows nothing to dispose of or to recover, and no share recovered is given."
+    assert table["caveats"] == ([said + more] if said else [])
+    share = rows(table)["gc"]["recovered_worst" if attackers else "recovered"]["again"]
+    assert (share is None) is bool(said)
+    for document in (tables.markdown(table), html(table, runs[0] / "report")):
+        assert document.count("TL − scratch = ") == bool(said)
+
+
+def html(table: dict, folder: Path) -> str:
+    """The page of a report, as a browser shows its text."""
+    files.write(table, folder, "dtlctl report")
+    return unescape((folder / "report.html").read_text())
+
+
+@pytest.mark.parametrize(
+    ("tl", "tgt", "said"),
+    [
+        ([71.0], [68.0], "Acc_t: TL − TGT = +3.0 points (one seed: 3 or less count as none)."),
+        ([71.1], [68.0], None),
+        ([50.0], [68.0], "Acc_t: TL − TGT = -18.0 points."),
+        ([71.0, 76.0, 72.0], [70.0, 70.0, 70.0], "Acc_t: TL − TGT = +3.0 ± 6.6 points (the interval includes 0)."),
+        ([50.0, 51.5, 50.5], [60.0, 61.0, 60.0], "Acc_t: TL − TGT = -9.7 ± 0.7 points."),
+        ([63.0, 63.5, 62.5], [60.0, 60.0, 60.0], None),
+    ],
+)
+def test_a_tl_that_is_no_better_than_tgt_is_named(recipe_file: Path, tl, tgt, said):
+    """-10, -9.5 and -9.5: mean -9.67, deviation 0.289, ± 4.30265 * 0.289 / sqrt(3) = 0.717."""
+    runs = [fake_run(recipe_file, f"g{seed}", seed, 70.0) for seed in range(len(tl))]
+    for run, one, other in zip(runs, tl, tgt, strict=True):
+        put(run / "finetune/model.json", acc_t=one)
+        put(run / "target-only/model.json", acc_t=other)
+    more = " That shows no use of the source: to publish TGT, which never saw it, is the answer."
+    assert summary.summarise(runs)["caveats"] == ([said + more] if said else [])
+
+
+def test_nothing_is_recovered_from_who_never_saw_the_source(recipe_file: Path):
+    """TGT gets 48 % of what TL has above scratch: in no table, card, document or caption is that called recovered."""
+    run = fake_run(recipe_file, "never", 0, 70.0, *TUNED, 'piggyback.models=["scratch", "TGT", "pre", "TL", "gc"]')
+    for model, worst in {"scratch": 10.0, "TGT": 39.0, "pre": 76.0, "TL": 70.0, "gc": 25.0}.items():
+        attack(run, model, worst - 1, worst)
+    table = summary.summarise([run])
+    shares = {model: {k: v for k, v in row.items() if "recovered" in k} for model, row in rows(table).items()}
+    assert shares["TGT"] == shares["scratch"] == {}
+    assert shares["gc"]["recovered_worst"]["again"]["share"] == 0.25
+    assert {line[0]: line[-1] for line in tables.of_report(table)[-1].rows} == {
+        "scratch": "–", "TGT": "–", "pre": "110%", "TL": "100%", "gc": "25%", "rand": "–"
+    }  # fmt: skip
+    assert [card[0] for card in files.cards(table["rows"])] == ["TL", "gc", "rand"]
+    assert "48%" not in html(table, run / "report") + files.dump(table)
+
+
+@pytest.mark.parametrize(
+    ("choose_on", "chosen"),
+    [("own", "held-out images of his own"), ("test", "half of the test images, and judged by the other half")],
+)
+def test_a_figure_says_who_chose_and_whose_its_numbers_are(recipe_file: Path, choose_on: str, chosen: str):
+    """TL: a bar of 60 and a diamond at 83. The bar's number comes first, the diamond's after a diamond."""
+    run = fake_run(recipe_file, "who", 0, 70.0, *TUNED, f'piggyback.choose_on="{choose_on}"')
+    for model, worst in (("scratch", 15.0), ("TL", 83.0), ("gc", 40.0)):
+        attack(run, model, worst - 23 if model == "TL" else worst, worst)
+    table = summary.summarise([run])
+    drawn = figures.of_table(table)
+    figure, caption = drawn["piggyback"]
+    assert caption.endswith(f"; ◆ and the number after it: the attacker tuned on {chosen}.")
+    assert "Bar and first number: the one setting" in caption
+    assert [text.get_text() for text in figure.axes[0].texts] == ["15   ◆ 15", "60   ◆ 83", "40   ◆ 40"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["one setting: bar, first number", "tuned attacker: ◆"]
+    assert "the tuned attacker" in drawn["tradeoff-again"][1]
+    assert drawn["tradeoff-again"][0].axes[0].get_xlabel() == "Acc_pl again of the tuned attacker (%)"
+    other = "held-out images of his own" if choose_on == "test" else "half of the test images"
+    assert other not in html(table, run / "report")
+
+
+def test_without_a_tuned_attacker_nothing_speaks_of_one(recipe_file: Path):
+    run = fake_run(recipe_file, "single", 0, 70.0)
+    drawn = figures.of_table(summary.summarise([run]))
+    assert [text.get_text() for text in drawn["piggyback"][0].axes[0].texts] == ["5", "35", "35"]
+    assert drawn["piggyback"][0].legends == []
+    for _, caption in drawn.values():
+        assert "tuned" not in caption and "◆" not in caption
+    assert drawn["tradeoff-again"][0].axes[0].get_xlabel() == "Acc_pl again of the one setting (%)"
 
 
 @pytest.mark.parametrize(
