@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dtlctl.attacks.membership import RATES
 from dtlctl.report.figures import INK, Drawing, pyplot
-from dtlctl.report.results import Row, belonging, recipe_of
+from dtlctl.report.results import Row, recipe_of, results_of
 from dtlctl.report.tables import Table
 
 MODES = {"as-is": "Source head as it is", "reprobe": "Source head fitted anew on the features"}
@@ -32,7 +32,7 @@ def read(runs: Sequence[Path]) -> list[Audit]:
     found = [
         Audit(run.name if len(runs) > 1 else "", job.model, sidecar["metrics"])
         for run in runs
-        for job, sidecar in belonging(run, recipe_of(run))
+        for job, _, sidecar in results_of(run, recipe_of(run))
         if job.stage == "audit"
     ]
     order = list(dict.fromkeys(one.model for one in found))

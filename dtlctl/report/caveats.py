@@ -72,26 +72,20 @@ def _failures(models: Models, seeds: Sequence[int]) -> list[str]:
     Such weights make the one setting fail, by their scale for instance; they do not hold less than random ones, as its
     number alone would say.
     """
-    if not {"scratch", "TL"} <= models.keys():
-        return []
-    return [
-        f"{model} on {name}, seed {seed}: the one setting fails on these weights. "
-        f"It gets {row['piggyback'][name]:.1f}, less than from scratch ({scratch['piggyback'][name]:.1f}), "
-        f"and a tuned attacker gets {tuned:.1f}."
-        for model, rows in models.items()
-        for seed, row, scratch, tl in zip(seeds, rows, models["scratch"], models["TL"], strict=True)
-        for name, tuned in row.get("piggyback_worst", {}).items()
-        if _failed(name, row, scratch, tl)
-    ]
-
-
-def _failed(name: str, row: Row, scratch: Row, tl: Row) -> bool:
-    """Whether the one setting gets less from this model than from scratch, and a tuned attacker enough."""
-    trio = (row, scratch, tl)
-    if any(name not in one.get("piggyback_worst", {}) for one in trio):
-        return False
-    left = recovered(*([one["piggyback_worst"][name]] for one in trio)) or {"share": None}
-    return row["piggyback"][name] < scratch["piggyback"][name] and (left["share"] or 0.0) > LEFT
+    found = []
+    for model, rows in models.items() if {"scratch", "TL"} <= models.keys() else ():
+        for seed, row, scratch, tl in zip(seeds, rows, models["scratch"], models["TL"], strict=True):
+            for name, tuned in row.get("piggyback_worst", {}).items():
+                if any(name not in one.get("piggyback_worst", {}) for one in (scratch, tl)):
+                    continue
+                share = recovered(*([one["piggyback_worst"][name]] for one in (row, scratch, tl)))
+                single, least = row["piggyback"][name], scratch["piggyback"][name]
+                if share and (share["share"] or 0) > LEFT and single < least:
+                    found.append(
+                        f"{model} on {name}, seed {seed}: the one setting fails on these weights. It gets "
+                        f"{single:.1f}, less than from scratch ({least:.1f}), and a tuned attacker gets {tuned:.1f}."
+                    )
+    return found
 
 
 def _misled(models: Models) -> list[str]:

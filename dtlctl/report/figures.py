@@ -103,10 +103,14 @@ def pyplot() -> Any:
 
 
 def _for_page(svg: str) -> str:
-    """An SVG to stand in HTML: no prolog, the text's own colour, as wide as there is room."""
+    """An SVG to stand in HTML: no prolog, the text's own colour, as wide as there is room for letters to be read."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
+    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
+    style = f"max-width: {2 * width:.0f}px" + (f"; min-width: {width:.0f}px" if width > 400 else "")
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" style="{style}">', svg, count=1
+    )
 
 
 def _axes(height: float = 3.2) -> tuple[Any, Any]:
@@ -129,35 +133,34 @@ def _finished(figure: Any, axes: Any, x: str, y: str, title: str) -> Any:
 
 
 def _bars(rows: Sequence[Row], sets: list[str], colours: dict[str, str], chosen: str) -> Drawing:
-    """Acc_pl by dataset and model, with its number; a diamond, and the number after ◆, is the tuned attacker's."""
-    figure, axes = _axes(1.1 + 0.26 * len(rows) * len(sets))
-    place, ticks, labels = 0.0, [], []
-    for name in sets:
-        for row in (row for row in rows if name in row["piggyback"]):
-            value, half = row["piggyback"][name], row.get("piggyback_ci", {}).get(name)
-            axes.barh(place, value, 0.75, color=colours[row["model"]], xerr=half, ecolor="#888888", capsize=2)
-            end, text = value + (half or 0), f"{value:.0f}"
-            if (tuned := row.get("piggyback_worst", {}).get(name)) is not None:
-                axes.plot(tuned, place, "D", color=INK, markersize=4)
-                end, text = max(end, tuned), f"{text}   ◆ {tuned:.0f}"
-            axes.text(end + 1.5, place, text, va="center", fontsize=8, color=INK)
-            ticks.append(place)
-            labels.append(row["model"] if len(sets) == 1 else f"{row['model']} · {name}")
-            place += 1
-        place += 0.6
-    axes.set_yticks(ticks, labels)
-    axes.invert_yaxis()
-    caption = "Piggyback accuracy by dataset, as in Fig. 2 of the paper. Bar and first number: the one setting"
-    tuned_too = any(row.get("piggyback_worst") for row in rows)
-    if tuned_too:
-        axes.plot([], [], "s", color="#8c8c8c", label="one setting: bar, first number")
-        axes.plot([], [], "D", color=INK, markersize=4, label="tuned attacker: ◆")
-        caption += f"; ◆ and the number after it: the attacker tuned on {chosen}"
-    if any("piggyback_ci" in row for row in rows):
-        caption += "; lines: 95 % interval of the one setting over seeds"
-    axes.set_xlim(0, 128 if tuned_too else 108)
+    """Acc_pl by dataset and model; a diamond is the tuned attacker's. To the right, the numbers of both, by column."""
+    figure, axes = _axes(1.1 + 0.26 * (len(rows) * len(sets) + 1))
+    bars = [
+        (row, name, place + 0.6 * n) for n, name in enumerate(sets) for place, row in enumerate(rows, n * len(rows))
+    ]
+    bars = [(row, name, place) for row, name, place in bars if name in row["piggyback"]]
+    columns = {"bar": "piggyback", "◆": "piggyback_worst"}
+    if not any(row.get("piggyback_worst") for row in rows):
+        del columns["◆"]
+    for row, name, place in bars:
+        value, half = row["piggyback"][name], row.get("piggyback_ci", {}).get(name)
+        axes.barh(place, value, 0.75, color=colours[row["model"]], xerr=half, ecolor="#888888", capsize=2)
+        if name in row.get("piggyback_worst", {}):
+            axes.plot(row["piggyback_worst"][name], place, "D", color=INK, markersize=4)
+    for x, (head, kind) in zip((116, 130), columns.items(), strict=False):
+        shown = [(f"{row[kind][name]:.0f}", place) for row, name, place in bars if name in row.get(kind, {})]
+        for text, place in [(head, -0.8), *shown]:
+            axes.text(x, place, text, va="center", ha="right", fontsize=8, color=INK)
+    labels = [row["model"] if len(sets) == 1 else f"{row['model']} · {name}" for row, name, _ in bars]
+    axes.set_yticks([place for *_, place in bars], labels)
+    axes.set_ylim(bars[-1][-1] + 0.6, -1.2)
+    axes.set_xlim(0, 103 + 14 * len(columns))
     axes.set_xticks(range(0, 101, 20))
-    return _finished(figure, axes, "Acc_pl (%)", "", "What an attacker gets out (lower is better)"), f"{caption}."
+    caption = "Piggyback accuracy by dataset, as in Fig. 2 of the paper. Bars: the one setting"
+    caption += f"; diamonds: the attacker tuned on {chosen}" if len(columns) > 1 else ""
+    caption += "; lines: 95 % interval of the one setting over seeds" if "piggyback_ci" in rows[0] else ""
+    title = "What an attacker gets out (lower is better)" + "\nbar: one setting, ◆: tuned attacker" * (len(columns) > 1)
+    return _finished(figure, axes, "Acc_pl (%)", "", title), f"{caption}."
 
 
 def _tradeoff(rows: list[Row], name: str, colours: dict[str, str]) -> Drawing:

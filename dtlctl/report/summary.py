@@ -11,11 +11,14 @@ from dtlctl.errors import RecipeError
 from dtlctl.report import audit
 from dtlctl.report.caveats import caveats, left_out
 from dtlctl.report.intervals import half_width, recovered
-from dtlctl.report.results import ATTACKS, Row, measured, recipe_of, refuse_other_images
+from dtlctl.report.results import ATTACKS, Row, recipe_of, refuse_other_images, renamed, results_of, rows_of
 from dtlctl.storage import checkpoint
 
 NEVER_SAW_THE_SOURCE = ("scratch", "TGT")
 """Nothing of the source can be recovered from these: what an attacker gets is what he learned himself."""
+
+Numbers = dict[tuple[str, ...], float]
+"""Of one model and seed: by name, those of an attack by kind (see ATTACKS) and dataset."""
 
 
 def summarise(runs: Sequence[Path]) -> dict[str, Any]:
@@ -35,15 +38,22 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     for run, other in zip(runs, plain, strict=True):
         if other != plain[0]:
             raise RecipeError(f"{run}: its recipe differs from {runs[0]} in more than the seed; report them separately")
-    found = [measured(run, recipe) for run, recipe in zip(runs, recipes, strict=True)]
-    refuse_other_images(found)
-    seeds, tables = [recipe.seed for recipe in recipes], [one.rows for one in found]
+    found = [results_of(run, recipe) for run, recipe in zip(runs, recipes, strict=True)]
+    for results in found:
+        refuse_other_images(results, one_seed=True)
+    refuse_other_images([result for results in found for result in results], one_seed=False)
+    seeds, tables = [recipe.seed for recipe in recipes], [*map(rows_of, found, recipes)]
     by_seed = {model: [table[model] for table in tables] for model in tables[0] if all(model in t for t in tables)}
+    numbers = {model: [*map(_numbers, own)] for model, own in by_seed.items()}
     rows = []
     for model, own in by_seed.items():
-        row = _average(own)
+        row = _average(model, numbers[model])
+        if "curves" in own[0]:
+            curves = {s: [one["curves"].get(s, []) for one in own] for s in row["piggyback"]}
+            row["curves"] = {s: _mean_curve(each) for s, each in curves.items()}
         for reference in [name for name in ("TGT", "TL") if name in by_seed]:
-            row[f"vs_{reference}"] = _average([_less(*pair) for pair in zip(own, by_seed[reference], strict=True)])
+            pairs = zip(numbers[model], numbers[reference], strict=True)
+            row[f"vs_{reference}"] = _average(model, [_less(*pair) for pair in pairs])
         if {"scratch", "TL"} <= by_seed.keys() and model not in NEVER_SAW_THE_SOURCE:
             row |= _shares(own, by_seed["scratch"], by_seed["TL"])
         rows.append(row)
@@ -54,42 +64,32 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
         "caveats": [
             *caveats(by_seed, seeds),
             *left_out(tables, seeds),
-            *dict.fromkeys(sentence for one in found for sentence in one.renamed),
+            *dict.fromkeys(text for pair in zip(found, recipes, strict=True) for text in renamed(*pair)),
         ],
         "audits_sha256": checkpoint.key({"audits": audit.read(runs)}),
     }
 
 
-def _average(rows: list[Row]) -> Row:
+def _numbers(row: Row) -> Numbers:
+    plain: Numbers = {(name,): value for name, value in row.items() if isinstance(value, float)}
+    return plain | {(kind, name): value for kind in ATTACKS for name, value in row.get(kind, {}).items()}
+
+
+def _less(model: Numbers, other: Numbers) -> Numbers:
+    """Differences of the accuracies that both models have."""
+    return {at: model[at] - other[at] for at in model if at in other and at[0] in ("acc_t", *ATTACKS)}
+
+
+def _average(model: str, seeds: Sequence[Numbers]) -> Row:
     """Means of what all seeds have, and with several seeds half widths of 95 % intervals beside them."""
-    means, halves = _means([{k: v for k, v in row.items() if isinstance(v, float)} for row in rows])
-    result: Row = {"model": rows[0]["model"]}
-    for name, value in means.items():
-        result |= {name: value, **({f"{name}_ci": halves[name]} if halves else {})}
-    for kind in [kind for kind in ATTACKS if kind in rows[0]]:
-        result[kind], halves = _means([row.get(kind, {}) for row in rows])
-        if len(rows) > 1:
-            result[f"{kind}_ci"] = halves
-    if "curves" in rows[0]:
-        result["curves"] = {s: _mean_curve([row["curves"].get(s, []) for row in rows]) for s in result["piggyback"]}
-    return result
-
-
-def _means(rows: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Means, and half widths with several seeds, of the numbers that all rows have."""
-    values = {name: [row[name] for row in rows] for name in rows[0] if all(name in row for row in rows)}
-    halves = {name: half_width(own) for name, own in values.items()} if len(rows) > 1 else {}
-    return {name: mean(own) for name, own in values.items()}, halves
-
-
-def _less(row: Row, other: Row) -> Row:
-    """The row of differences between two models of one seed, of accuracies that both have."""
-    less: Row = {"model": row["model"]}
-    if "acc_t" in row and "acc_t" in other:
-        less["acc_t"] = row["acc_t"] - other["acc_t"]
-    for kind in [kind for kind in ATTACKS if kind in row and kind in other]:
-        less[kind] = {s: value - other[kind][s] for s, value in row[kind].items() if s in other[kind]}
-    return less
+    row: Row = {"model": model, "piggyback": {}}
+    for (name, *dataset), values in [
+        (at, [one[at] for one in seeds]) for at in seeds[0] if all(at in s for s in seeds)
+    ]:
+        said = {name: mean(values), **({f"{name}_ci": half_width(values)} if len(values) > 1 else {})}
+        for key, value in said.items():
+            (row.setdefault(key, {}) if dataset else row)[dataset[0] if dataset else key] = value
+    return row
 
 
 def _mean_curve(curves: list[list[list[float]]]) -> list[list[float]]:

@@ -608,18 +608,19 @@ def test_nothing_is_recovered_from_who_never_saw_the_source(recipe_file: Path):
     [("own", "held-out images of his own"), ("test", "half of the test images, and judged by the other half")],
 )
 def test_a_figure_says_who_chose_and_whose_its_numbers_are(recipe_file: Path, choose_on: str, chosen: str):
-    """TL: a bar of 60 and a diamond at 83. The bar's number comes first, the diamond's after a diamond."""
+    """TL: a bar of 60 and a diamond at 83, their numbers in a column of bars and one of diamonds."""
     run = fake_run(recipe_file, "who", 0, 70.0, *TUNED, f'piggyback.choose_on="{choose_on}"')
     for model, worst in (("scratch", 15.0), ("TL", 83.0), ("gc", 40.0)):
         attack(run, model, worst - 23 if model == "TL" else worst, worst)
     table = summary.summarise([run])
     drawn = figures.of_table(table)
     figure, caption = drawn["piggyback"]
-    assert caption.endswith(f"; ◆ and the number after it: the attacker tuned on {chosen}.")
-    assert "Bar and first number: the one setting" in caption
-    assert [text.get_text() for text in figure.axes[0].texts] == ["15   ◆ 15", "60   ◆ 83", "40   ◆ 40"]
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["one setting: bar, first number", "tuned attacker: ◆"]
+    assert caption.endswith(f"Bars: the one setting; diamonds: the attacker tuned on {chosen}.")
+    assert "bar: one setting, ◆: tuned attacker" in figure.axes[0].get_title()
+    columns: dict[float, list[str]] = {}
+    for text in figure.axes[0].texts:
+        columns.setdefault(text.get_position()[0], []).append(text.get_text())
+    assert list(columns.values()) == [["bar", "15", "60", "40"], ["◆", "15", "83", "40"]]
     assert "the tuned attacker" in drawn["tradeoff-again"][1]
     assert drawn["tradeoff-again"][0].axes[0].get_xlabel() == "Acc_pl again of the tuned attacker (%)"
     other = "held-out images of his own" if choose_on == "test" else "half of the test images"
@@ -629,8 +630,7 @@ def test_a_figure_says_who_chose_and_whose_its_numbers_are(recipe_file: Path, ch
 def test_without_a_tuned_attacker_nothing_speaks_of_one(recipe_file: Path):
     run = fake_run(recipe_file, "single", 0, 70.0)
     drawn = figures.of_table(summary.summarise([run]))
-    assert [text.get_text() for text in drawn["piggyback"][0].axes[0].texts] == ["5", "35", "35"]
-    assert drawn["piggyback"][0].legends == []
+    assert [text.get_text() for text in drawn["piggyback"][0].axes[0].texts] == ["bar", "5", "35", "35"]
     for _, caption in drawn.values():
         assert "tuned" not in caption and "◆" not in caption
     assert drawn["tradeoff-again"][0].axes[0].get_xlabel() == "Acc_pl again of the one setting (%)"
