@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,24 @@ from dtlctl.report.tables import Table
 
 MODES = {"as-is": "Source head as it is", "reprobe": "Source head fitted anew on the features"}
 UNRESOLVED = "not to be resolved by"
+
+
+def _true_positives(rate: float, numbers: Row) -> str:
+    if (point := numbers[f"tpr_at_{rate:g}"]) is None:
+        return f"{UNRESOLVED} fewer than {round(1 / rate)} non-members"
+    return f"{100 * point['tpr']:.1f} [{100 * point['low']:.1f}, {100 * point['high']:.1f}]"
+
+
+SHOWN: dict[str, Callable[[Row], str]] = {
+    "balanced accuracy in %, mean ± deviation over repeats": lambda numbers: (
+        f"{100 * numbers['balanced_accuracy']:.1f} ± {100 * numbers['balanced_accuracy_std']:.1f}"
+    ),
+    "AUC [95 % interval]": lambda numbers: (
+        f"{numbers['auc']:.3f} [{numbers['auc_low']:.3f}, {numbers['auc_high']:.3f}]"
+    ),
+    **{f"TPR at {100 * rate:g}% FPR in % [95 % interval]": partial(_true_positives, rate) for rate in RATES},
+}
+"""What is shown of an attack's numbers, in words, and how."""
 
 
 class Audit(NamedTuple):
@@ -49,7 +68,7 @@ def tables(audits: Sequence[Audit]) -> list[Table]:
         results = [_results(one.metrics, mode) for one in audits]
         names = list(dict.fromkeys(name for one in results for name in one))
         heading = f"Membership inference, as in Table 2 of the paper: {title[0].lower()}{title[1:]}"
-        for what, show in _views() if names else ():
+        for what, show in SHOWN.items() if names else ():
             cells = [[show(one[name]) if name in one else "–" for name in names] for one in results]
             shown = {cell for row in cells for cell in row} - {"–"}
             if len(shown) == 1 and UNRESOLVED in (only := shown.pop()):
@@ -102,27 +121,6 @@ def _results(metrics: Row, mode: str) -> dict[str, Row]:
     """Attacks on a model by name, in one mode."""
     own = metrics if mode == "as-is" else metrics.get("reprobe", {})
     return {n: v for n, v in own.items() if isinstance(v, dict) and "balanced_accuracy_std" in v and n != "blind"}
-
-
-def _views() -> list[tuple[str, Callable[[Row], str]]]:
-    """What is shown of an attack's numbers, in words, and how."""
-
-    def accuracy(numbers: Row) -> str:
-        return f"{100 * numbers['balanced_accuracy']:.1f} ± {100 * numbers['balanced_accuracy_std']:.1f}"
-
-    def auc(numbers: Row) -> str:
-        return f"{numbers['auc']:.3f} [{numbers['auc_low']:.3f}, {numbers['auc_high']:.3f}]"
-
-    def true_positives(rate: float) -> Callable[[Row], str]:
-        def show(numbers: Row) -> str:
-            if (point := numbers[f"tpr_at_{rate:g}"]) is None:
-                return f"{UNRESOLVED} fewer than {round(1 / rate)} non-members"
-            return f"{100 * point['tpr']:.1f} [{100 * point['low']:.1f}, {100 * point['high']:.1f}]"
-
-        return show
-
-    rates = [(f"TPR at {100 * rate:g}% FPR in % [95 % interval]", true_positives(rate)) for rate in RATES]
-    return [("balanced accuracy in %, mean ± deviation over repeats", accuracy), ("AUC [95 % interval]", auc), *rates]
 
 
 def _readouts(metrics: Row) -> list[str]:

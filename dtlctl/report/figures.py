@@ -24,7 +24,7 @@ WHO = {"piggyback": "the one setting", "piggyback_worst": "the tuned attacker"}
 Drawing = tuple[Any, str]
 """A matplotlib figure and its caption."""
 Curves = dict[str, list[list[float]]]
-"""Points [x, y] by model."""
+"""Points [x, y] by model, or [x, y, half width of y, half width of x]."""
 
 
 def of_table(table: dict[str, Any]) -> dict[str, Drawing]:
@@ -32,13 +32,16 @@ def of_table(table: dict[str, Any]) -> dict[str, Drawing]:
     rows = [row for row in table["rows"] if row["piggyback"]]
     sets = piggyback_sets(rows)
     colours = colours_of(row["model"] for row in table["rows"])
-    found: dict[str, Drawing] = {}
-    if rows:
-        found["piggyback"] = _bars(rows, sets, colours, chosen_on(table["recipe"]))
+    found = {"piggyback": _bars(rows, sets, colours, chosen_on(table["recipe"]))} if rows else {}
     for name in sets:
-        both = [row for row in rows if "acc_t" in row and name in row["piggyback"]]
-        if len(both) > 1:
-            found[f"tradeoff-{name}"] = _tradeoff(both, name, colours)
+        kind = quoted(rows, name)
+        points = {
+            row["model"]: [_tradeoff(row, kind, name)] for row in rows if "acc_t" in row and name in row.get(kind, {})
+        }
+        if len(points) > 1:
+            x, title = f"Acc_pl {name} of {WHO[kind]} (%)", f"{name}: upper left is better"
+            caption = f"What the owner keeps over what {WHO[kind]} gets, as in Fig. 6 of the paper."
+            found[f"tradeoff-{name}"] = _lines(points, colours, x, "Acc_t (%)", title), caption
         curves = {row["model"]: row.get("curves", {}).get(name, []) for row in rows}
         if any(len(curve) > 1 for curve in curves.values()):
             figure = _lines(curves, colours, "steps of the attack", "Acc_pl (%)", f"{name}: steps to recover")
@@ -163,33 +166,27 @@ def _bars(rows: Sequence[Row], sets: list[str], colours: dict[str, str], chosen:
     return _finished(figure, axes, "Acc_pl (%)", "", title), f"{caption}."
 
 
-def _tradeoff(rows: list[Row], name: str, colours: dict[str, str]) -> Drawing:
-    """Acc_t over Acc_pl: upper left is better."""
-    figure, axes = _axes()
-    kind = quoted(rows, name)
-    for row in rows:
-        axes.errorbar(
-            row[kind][name], row["acc_t"], xerr=row.get(f"{kind}_ci", {}).get(name), yerr=row.get("acc_t_ci"), fmt="o",
-            capsize=2, color=colours[row["model"]], label=row["model"], elinewidth=0.7,
-        )  # fmt: skip
-    x, title = f"Acc_pl {name} of {WHO[kind]} (%)", f"{name}: upper left is better"
-    caption = f"What the owner keeps over what {WHO[kind]} gets, as in Fig. 6 of the paper."
-    return _finished(figure, axes, x, "Acc_t (%)", title), caption
+def _tradeoff(row: Row, kind: str, name: str) -> list[float]:
+    """[PL, Acc_t], and with several seeds the half widths of their intervals, Acc_t's first."""
+    halves = [row["acc_t_ci"], row[f"{kind}_ci"][name]] if "acc_t_ci" in row else []
+    return [row[kind][name], row["acc_t"], *halves]
 
 
 def _lines(
     curves: Curves, colours: dict[str, str], x: str, y: str, title: str, *,
     stars: dict[str, list[float]] | None = None, log: bool = False,
 ) -> Any:  # fmt: skip
+    """A line, or a dot, for every model, with error bars if its points have half widths; a star is a single point."""
     figure, axes = _axes()
+    look: dict[str, Any] = {"fmt": "o-", "markersize": 4, "linewidth": 1.2, "elinewidth": 0.7, "capsize": 2}
     for model, points in curves.items():
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", color=colours[model], label=model, markersize=3, linewidth=1.2)
+            axes.errorbar(*zip(*points, strict=True), color=colours[model], label=model, **look)
     for model, point in (stars or {}).items():
         axes.plot(*point, "*", color=colours[model], label=model, markersize=10)
-    if log and all(point[0] > 0 for points in curves.values() for point in points):
+    measured = sorted({point[0] for points in curves.values() for point in points})
+    if log and measured and measured[0] > 0:
         axes.set_xscale("log")
-        measured = sorted({point[0] for points in curves.values() for point in points})
         axes.set_xticks(measured, [f"{value:g}" for value in measured])
         axes.minorticks_off()
     return _finished(figure, axes, x, y, title)

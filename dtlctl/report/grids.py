@@ -11,7 +11,7 @@ from dtlctl.report import figures, files, tables
 from dtlctl.report.figures import Curves, Drawing
 from dtlctl.report.results import Row
 from dtlctl.report.summary import summarise as summary_of
-from dtlctl.report.tables import Table, attacked, number
+from dtlctl.report.tables import Table
 from dtlctl.storage import checkpoint
 
 Point = dict[str, Any]
@@ -57,29 +57,21 @@ def markdown(document: dict[str, Any]) -> str:
 
 def _table(found: Sequence[Point]) -> Table:
     """One row a point and model; what no swept key of its own changes is shown once."""
-    keys, rows = list(found[0]["values"]), [row for point in found for row in point["table"]["rows"]]
-    sets, audited = tables.piggyback_sets(rows), any("audit_auc" in row for row in rows)
-    tuned = any("piggyback_worst" in row for row in rows)
-    columns = ["Model", *map(_heading, keys), "Acc_s", "Acc_t", *(f"PL {s}" for s in sets)]
-    columns += [*(f"PL {s} tuned" for s in sets if tuned), *(["MIA AUC"] if audited else [])]
-    fixed = _fixed(found)
-    lines = []
-    for place, point in enumerate(found):
-        for row in point["table"]["rows"]:
-            if row["model"] in fixed and place:
-                continue
-            values = ["–"] * len(keys) if row["model"] in fixed else _values(point, row["model"])
-            line = [row["model"], *values, number(row, "acc_s"), number(row, "acc_t")]
-            line += [attacked(row, kind, s) for kind in ("piggyback", "piggyback_worst")[: 1 + tuned] for s in sets]
-            line += [number(row, "audit_auc", ".3f")] * audited
-            if line not in lines:  # a model whose own λ is the same at two points was made once
-                lines.append(line)
-    lines.sort(key=lambda line: line[0] not in fixed)
+    keys, fixed = list(found[0]["values"]), _fixed(found)
+    places = [(point, row) for point in found for row in point["table"]["rows"]]
+    tuned = any("piggyback_worst" in row for _, row in places)
+    kinds = ("piggyback", "piggyback_worst") if tuned else ("piggyback",)
+    (first, *columns), lines = tables.accuracies([row for _, row in places], kinds)
+    shown = {}  # by its cells: a model whose own λ is the same at two points was made once
+    for (point, row), (model, *cells) in zip(places, lines, strict=True):
+        values = ["–"] * len(keys) if row["model"] in fixed else _values(point, row["model"])
+        shown[(model, *values, *cells)] = model not in fixed
     note = tables.accuracies_note(found[0]["table"]["seeds"])
     if tuned:
         chosen = dict.fromkeys(tables.chosen_on(point["table"]["recipe"]) for point in found)
         note += f" Tuned: by the attacker who is best on {' or '.join(chosen)}."
-    return Table(note, columns, lines, "Accuracies at every point")
+    ordered = sorted(shown, key=lambda line: shown[line])
+    return Table(note, [first, *map(_heading, keys), *columns], [*map(list, ordered)], "Accuracies at every point")
 
 
 def _caveats(found: Sequence[Point]) -> list[str]:

@@ -36,20 +36,26 @@ def of_report(document: dict[str, Any]) -> list[Table]:
     """Accuracies in the form of the paper's Table 3, differences in that of Table 1, then tuned attackers."""
     rows = document["rows"]
     sets = piggyback_sets(rows)
-    audited = any("audit_auc" in row for row in rows)
-    columns = ["Model", "Acc_s", "Acc_t", *(f"PL {s}" for s in sets), *(["MIA AUC"] if audited else [])]
-    lines = [
-        [row["model"], number(row, "acc_s"), number(row, "acc_t")]
-        + [attacked(row, "piggyback", s) for s in sets]
-        + ([number(row, "audit_auc", ".3f")] if audited else [])
-        for row in rows
-    ]
-    tables = [Table(accuracies_note(document["seeds"]), columns, lines, "Accuracies, as in Table 3 of the paper")]
+    tables = [Table(accuracies_note(document["seeds"]), *accuracies(rows), "Accuracies, as in Table 3 of the paper")]
     if any(row["model"] == "TL" for row in rows):
         tables.append(_differences(document, sets))
     if any(row.get("piggyback_worst") for row in rows):
         tables.append(_tuned(document, sets))
     return tables
+
+
+def accuracies(rows: Sequence[Row], kinds: Sequence[str] = ("piggyback",)) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a line for every row: the model, its accuracies under these kinds of ATTACKS, the loss's AUC."""
+    attacks = [(kind, name) for kind in kinds for name in piggyback_sets(rows)]
+    audited = ["audit_auc"] * any("audit_auc" in row for row in rows)
+    columns = ["Model", "Acc_s", "Acc_t", *(f"PL {n}{' tuned' * (k == 'piggyback_worst')}" for k, n in attacks)]
+    lines = [
+        [row["model"], number(row, "acc_s"), number(row, "acc_t")]
+        + [attacked(row, kind, name) for kind, name in attacks]
+        + [number(row, name, ".3f") for name in audited]
+        for row in rows
+    ]
+    return columns + ["MIA AUC"] * len(audited), lines
 
 
 def accuracies_note(seeds: Sequence[int]) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from dtlctl import __version__
 from dtlctl.data.cache import Images
@@ -23,26 +22,10 @@ from dtlctl.data.dataset import Dataset
 from dtlctl.data.subset import per_class
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Recipe
-from dtlctl.strict import Strict
-
-
-class Origin(Strict):
-    """One dataset, as the recipe had it, and the sizes of its train split."""
-
-    table: Dataset
-    train_images: int = Field(ge=1)
-    classes: int = Field(ge=1)
-    smallest_class: int = Field(ge=1)
-
-    def drawn(self, fraction: float) -> int:
-        """How many images that fraction draws: as many are the same ones."""
-        if fraction == 1:
-            return self.train_images
-        return self.classes * per_class(fraction, self.train_images, self.classes, self.smallest_class)
 
 
 def origin(dataset: Dataset, train: Images) -> dict[str, Any]:
-    """An `Origin` as JSON, for a sidecar. train: the train split."""
+    """One dataset for a sidecar: its table in the recipe and the sizes of its train split, of which `train` is all."""
     smallest = int(np.bincount(train.labels, minlength=len(train.classes)).min())
     sizes = {"train_images": len(train.labels), "classes": len(train.classes), "smallest_class": smallest}
     return {"table": dataset.model_dump(mode="json"), **sizes}
@@ -51,24 +34,33 @@ def origin(dataset: Dataset, train: Images) -> dict[str, Any]:
 def differs(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> bool:
     """Whether the result was certainly made from other images than the recipe says, or with other augmentation.
 
-    Certainly, because a dataset of another name may be the same one; see `renamed`. Raises KeyError, TypeError or
-    ValueError for a sidecar that does not say.
+    Certainly, because a dataset of another name may be the same one; see `renamed`. Raises AttributeError, KeyError or
+    TypeError for a sidecar that does not say.
     """
     for role in job.roles:
-        was, now = _read(sidecar, role), recipe.data.of(role)
-        if was.table.augment != now.augment or was.drawn(was.table.fraction) != was.drawn(now.fraction):
+        was, now = sidecar["datasets"][role], recipe.data.of(role)
+        if was["table"]["augment"] != now.augment or drawn(was, was["table"]["fraction"]) != drawn(was, now.fraction):
             return True
     return False
+
+
+def drawn(was: dict[str, Any], fraction: float) -> int:
+    """How many images that fraction of an `origin` draws: as many are the same ones."""
+    images, classes = was["train_images"], was["classes"]
+    return images if fraction == 1 else classes * per_class(fraction, images, classes, was["smallest_class"])
 
 
 def renamed(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> dict[str, str]:
     """By role, what the recipe calls a dataset otherwise than the result did, in words: these may be one dataset."""
     found = {}
     for role in job.roles:
-        was, now = _read(sidecar, role).table, recipe.data.of(role)
-        names = sorted(Dataset.model_fields.keys() - {"fraction", "augment"})
-        if changed := [name for name in names if getattr(was, name) != getattr(now, name)]:
-            before, after = (", ".join(_say(table, name) for name in changed) for table in (was, now))
+        was, now = sidecar["datasets"][role]["table"], recipe.data.of(role).model_dump(mode="json")
+        changed = [key for key in sorted(now) if now[key] != was.get(key) and key not in ("fraction", "augment")]
+        before, after = (
+            ", ".join(f"{key} = {json.dumps(table.get(key), ensure_ascii=False)}" for key in changed)
+            for table in (was, now)
+        )
+        if changed:
             found[role] = f"made with {before}; the recipe has {after}"
     return found
 
@@ -92,13 +84,3 @@ def circumstances(device: torch.device, processes: int) -> dict[str, Any]:
             "accelerate": accelerate_version,
         },
     }
-
-
-def _read(sidecar: dict[str, Any], role: str) -> Origin:
-    """What the sidecar says of the role; "finished": its data may be out of reach where it is read."""
-    return Origin.model_validate(sidecar["datasets"][role], context={"finished": True})
-
-
-def _say(table: Dataset, name: str) -> str:
-    value = getattr(table, name)
-    return f"no {name}" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}"

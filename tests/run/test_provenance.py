@@ -14,7 +14,7 @@ from dtlctl.recipe.loading import load
 from dtlctl.recipe.plan import STAGES
 from dtlctl.report import summary, tables
 from dtlctl.run.experiment import Experiment
-from dtlctl.run.provenance import Origin
+from dtlctl.run.provenance import drawn
 from dtlctl.stages.runner import run
 
 
@@ -35,20 +35,13 @@ def rows(folder: Path) -> dict[str, dict]:
     return {row["model"]: row for row in summary.summarise([folder])["rows"]}
 
 
-@pytest.mark.parametrize("sizes", [[5, 5], [3, 8, 4], [50, 49, 51], [1, 1, 40]])
-def test_a_fraction_draws_as_many_images_as_is_said(sizes: list[int]):
+@pytest.mark.parametrize("sizes_of", [[5, 5], [3, 8, 4], [50, 49, 51], [1, 1, 40]])
+def test_a_fraction_draws_as_many_images_as_is_said(sizes_of: list[int]):
     """By the sizes of a train split alone, what `balanced` finds from its labels."""
-    labels = np.repeat(np.arange(len(sizes)), sizes)
+    labels = np.repeat(np.arange(len(sizes_of)), sizes_of)
     for fraction in [0.001, 0.03, 0.1, 0.145, 0.25, 0.5, 0.9, 0.99, 1.0]:
-        origin = Origin.model_validate(
-            {
-                "table": {"path": "builtin:digits"},
-                "train_images": len(labels),
-                "classes": len(sizes),
-                "smallest_class": min(sizes),
-            }
-        )
-        assert origin.drawn(fraction) == len(balanced(labels, len(sizes), fraction, 0))
+        sizes = {"train_images": len(labels), "classes": len(sizes_of), "smallest_class": min(sizes_of)}
+        assert drawn(sizes, fraction) == len(balanced(labels, len(sizes_of), fraction, 0))
 
 
 def test_results_of_another_fraction_or_augmentation_are_left_out(recipe_file: Path, finished: Path):
@@ -84,7 +77,7 @@ def test_a_dataset_that_has_another_name_now_is_named_below_the_tables(recipe_fi
     table = summary.summarise([finished])
     assert {row["model"]: row for row in table["rows"]} == before
     sentence = (
-        'data.piggyback.again for scratch, TL, gc: made with path = "builtin:digits", no revision, test = "test"; '
+        'data.piggyback.again for scratch, TL, gc: made with path = "builtin:digits", revision = null, test = "test"; '
         'the recipe has path = "elsewhere/now", revision = "v1", test = "valid". '
         "What saw other images is made again by dtlctl run RECIPE."
     )
@@ -93,7 +86,14 @@ def test_a_dataset_that_has_another_name_now_is_named_below_the_tables(recipe_fi
 
 
 @pytest.mark.parametrize(
-    "datasets", [3, {}, {"piggyback.again": {"table": 3}}, {"piggyback.again": {"train_images": 1}}]
+    "datasets",
+    [
+        3,
+        {},
+        {"piggyback.again": {"table": 3}},
+        {"piggyback.again": {"train_images": 1}},
+        {"piggyback.again": {"table": {}}},
+    ],
 )
 def test_datasets_that_are_none_are_named(finished: Path, datasets: object):
     path = finished / "piggyback/TL/again.json"
