@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.figure import Figure
 
 from dtlctl.attacks.membership import RATES
-from dtlctl.report.figures import INK, Drawing, pyplot
+from dtlctl.report.figures import STYLE, Drawing
 from dtlctl.report.results import Row, recipe_of, results_of
 from dtlctl.report.tables import Table
 
 MODES = {"as-is": "Source head as it is", "reprobe": "Source head fitted anew on the features"}
+SMALL: Any = {
+    "axes.titlesize": 8,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 6,
+    "ytick.labelsize": 6,
+    "legend.fontsize": 7,
+}
 UNRESOLVED = "not to be resolved by"
 
 
@@ -82,6 +93,7 @@ def tables(audits: Sequence[Audit]) -> list[Table]:
     return [*found, Table("Control and readouts.", columns, lines, "Control and readouts")] if audits else []
 
 
+@matplotlib.rc_context({**STYLE, **SMALL})
 def figures(audits: Sequence[Audit], colours: Mapping[str, str]) -> dict[str, Drawing]:
     """The ROC curves of the first run, by the figure's name; nothing where there was no audit. colours: by model.
 
@@ -93,28 +105,21 @@ def figures(audits: Sequence[Audit], colours: Mapping[str, str]) -> dict[str, Dr
     names = list(dict.fromkeys(n for mode in modes for one in audits for n in _results(one.metrics, mode)))
     if not names:
         return {}
-    plt = pyplot()
-    size = (2.3 * len(names), 2.3 * len(modes) + 0.5)
-    figure, panels = plt.subplots(len(modes), len(names), figsize=size, layout="constrained", squeeze=False)
-    for mode, row in zip(modes, panels, strict=True):
-        for name, axes in zip(names, row, strict=True):
-            for one in audits:
-                if roc := _results(one.metrics, mode).get(name, {}).get("roc"):
-                    # A rate of 0 has no place on a logarithmic axis.
-                    rates = [value or None for value in roc["tpr"]]
-                    axes.loglog(roc["fpr"], rates, label=one.model, linewidth=1, color=colours[one.model])
-            axes.plot([1e-4, 1], [1e-4, 1], color="grey", linestyle=":", linewidth=0.8)
-            axes.set(xlim=(1e-3, 1), ylim=(1e-3, 1.1), facecolor="none")
-            axes.set_title(f"{name}, {mode}", fontsize=8, color=INK)
-            axes.tick_params(labelsize=6, colors=INK, which="both")
-            axes.spines[:].set_color(INK)
-    panels[-1][0].set_xlabel("false positive rate", fontsize=7, color=INK)
-    panels[-1][0].set_ylabel("true positive rate", fontsize=7, color=INK)
-    handles = panels[0][0].get_legend_handles_labels()
-    figure.legend(*handles, fontsize=7, loc="outside lower center", ncols=8, frameon=False, labelcolor=INK)
+    figure = Figure(figsize=(2.3 * len(names), 2.3 * len(modes) + 0.5))
+    panels = figure.subplots(len(modes), len(names), squeeze=False)
+    for (mode, name), axes in zip(product(modes, names), panels.flat, strict=True):
+        for one in audits:
+            if roc := _results(one.metrics, mode).get(name, {}).get("roc"):
+                # A rate of 0 has no place on a logarithmic axis.
+                rates = [value or None for value in roc["tpr"]]
+                axes.loglog(roc["fpr"], rates, label=one.model, linewidth=1, color=colours[one.model])
+        axes.plot([1e-4, 1], [1e-4, 1], color="grey", linestyle=":", linewidth=0.8)
+        axes.set(xlim=(1e-3, 1), ylim=(1e-3, 1.1), title=f"{name}, {mode}")
+    panels[-1][0].set(xlabel="false positive rate", ylabel="true positive rate")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     caption = "Who was a member: true over false positive rate, both logarithmic; dotted: chance."
     runs = list(dict.fromkeys(one.run for one in audits if one.run))
-    return {"roc": (figure, f"{caption} Of {', '.join(runs)}." if runs else caption)}
+    return {"roc": (figure, f"{caption} Run: {', '.join(runs)}." if runs else caption)}
 
 
 def _results(metrics: Row, mode: str) -> dict[str, Row]:

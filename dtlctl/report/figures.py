@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
+
 from dtlctl.report.results import Row
 from dtlctl.report.tables import chosen_on, piggyback_sets
 
@@ -21,8 +24,17 @@ NAMES = ("piggyback", "roc", "tradeoff-*", "steps-*", "sweep-*", "curve-*")
 WHO = {"piggyback": "the one setting", "piggyback_worst": "the tuned attacker"}
 """Whose accuracy a figure shows, by the row's key."""
 
-Drawing = tuple[Any, str]
-"""A matplotlib figure and its caption."""
+STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **{"axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8},
+    **{"axes.facecolor": "none", "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True},
+    **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False},
+    **{"figure.constrained_layout.use": True, "svg.fonttype": "none"},
+}
+"""Matplotlib's settings while a figure is drawn and saved."""
+
+Drawing = tuple[Figure, str]
+"""A figure and its caption."""
 Curves = dict[str, list[list[float]]]
 """Points [x, y] by model, or [x, y, half width of y, half width of x]."""
 
@@ -69,40 +81,28 @@ def quoted(rows: Iterable[Row], name: str) -> str:
 
 
 def save(figures: dict[str, Drawing], folder: Path) -> list[dict[str, str]]:
-    """Write NAME.png and NAME.svg of every figure; return kind, SVG and caption of each for a page. Closes the figures.
+    """Write NAME.png and NAME.svg of every figure; return kind, SVG and caption of each for a page.
 
     Figures of an earlier report in this folder that are not drawn again are removed: nothing vouches for them.
     """
-    plt = pyplot()
     earlier = {path for name in NAMES for form in ("svg", "png") for path in folder.glob(f"{name}.{form}")}
     for path in earlier - {folder / f"{name}.{form}" for name in figures for form in ("svg", "png")}:
         path.unlink()
     drawn = []
     for name, (figure, caption) in figures.items():
-        with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-            buffer = io.StringIO()
+        buffer = io.StringIO()
+        with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
             figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
         svg = buffer.getvalue()
         drawn.append({"kind": name.partition("-")[0], "svg": _for_page(svg), "caption": caption})
         (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
         figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
-        plt.close(figure)
     return drawn
 
 
 def colours_of(models: Iterable[str]) -> dict[str, str]:
     """One for every model, by its place."""
     return {model: COLOURS[place % len(COLOURS)] for place, model in enumerate(dict.fromkeys(models))}
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot, drawing into files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def _for_page(svg: str) -> str:
@@ -116,28 +116,18 @@ def _for_page(svg: str) -> str:
     )
 
 
-def _axes(height: float = 3.2) -> tuple[Any, Any]:
-    return pyplot().subplots(figsize=(4.6, height), layout="constrained")
-
-
-def _finished(figure: Any, axes: Any, x: str, y: str, title: str) -> Any:
-    axes.set_title(title, fontsize=10, color=INK)
-    axes.set_xlabel(x, fontsize=9, color=INK)
-    axes.set_ylabel(y, fontsize=9, color=INK)
-    axes.tick_params(labelsize=8, colors=INK)
-    axes.set_facecolor("none")
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(fontsize=8, ncols=4, loc="outside lower center", frameon=False, labelcolor=INK)
+def _finished(figure: Figure, x: str, y: str, title: str) -> Figure:
+    figure.axes[0].set(xlabel=x, ylabel=y, title=title)
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.legend(ncols=4, loc="outside lower center")
     return figure
 
 
+@matplotlib.rc_context(STYLE)
 def _bars(rows: Sequence[Row], sets: list[str], colours: dict[str, str], chosen: str) -> Drawing:
     """Acc_pl by dataset and model; a diamond is the tuned attacker's. To the right, the numbers of both, by column."""
-    figure, axes = _axes(1.1 + 0.26 * (len(rows) * len(sets) + 1))
+    figure = Figure(figsize=(4.6, 1.1 + 0.26 * (len(rows) * len(sets) + 1)))
+    axes = figure.subplots()
     bars = [
         (row, name, place + 0.6 * n) for n, name in enumerate(sets) for place, row in enumerate(rows, n * len(rows))
     ]
@@ -153,7 +143,7 @@ def _bars(rows: Sequence[Row], sets: list[str], colours: dict[str, str], chosen:
     for x, (head, kind) in zip((116, 130), columns.items(), strict=False):
         shown = [(f"{row[kind][name]:.0f}", place) for row, name, place in bars if name in row.get(kind, {})]
         for text, place in [(head, -0.8), *shown]:
-            axes.text(x, place, text, va="center", ha="right", fontsize=8, color=INK)
+            axes.text(x, place, text, va="center", ha="right", fontsize=8)
     labels = [row["model"] if len(sets) == 1 else f"{row['model']} · {name}" for row, name, _ in bars]
     axes.set_yticks([place for *_, place in bars], labels)
     axes.set_ylim(bars[-1][-1] + 0.6, -1.2)
@@ -163,7 +153,7 @@ def _bars(rows: Sequence[Row], sets: list[str], colours: dict[str, str], chosen:
     caption += f"; diamonds: the attacker tuned on {chosen}" if len(columns) > 1 else ""
     caption += "; lines: 95 % interval of the one setting over seeds" if "piggyback_ci" in rows[0] else ""
     title = "What an attacker gets out (lower is better)" + "\nbar: one setting, ◆: tuned attacker" * (len(columns) > 1)
-    return _finished(figure, axes, "Acc_pl (%)", "", title), f"{caption}."
+    return _finished(figure, "Acc_pl (%)", "", title), f"{caption}."
 
 
 def _tradeoff(row: Row, kind: str, name: str) -> list[float]:
@@ -172,12 +162,14 @@ def _tradeoff(row: Row, kind: str, name: str) -> list[float]:
     return [row[kind][name], row["acc_t"], *halves]
 
 
+@matplotlib.rc_context(STYLE)
 def _lines(
     curves: Curves, colours: dict[str, str], x: str, y: str, title: str, *,
     stars: dict[str, list[float]] | None = None, log: bool = False,
-) -> Any:  # fmt: skip
+) -> Figure:  # fmt: skip
     """A line, or a dot, for every model, with error bars if its points have half widths; a star is a single point."""
-    figure, axes = _axes()
+    figure = Figure(figsize=(4.6, 3.2))
+    axes = figure.subplots()
     look: dict[str, Any] = {"fmt": "o-", "markersize": 4, "linewidth": 1.2, "elinewidth": 0.7, "capsize": 2}
     for model, points in curves.items():
         if points:
@@ -189,4 +181,4 @@ def _lines(
         axes.set_xscale("log")
         axes.set_xticks(measured, [f"{value:g}" for value in measured])
         axes.minorticks_off()
-    return _finished(figure, axes, x, y, title)
+    return _finished(figure, x, y, title)

@@ -28,7 +28,7 @@ from dtlctl.model import networks
 from dtlctl.recipe import network_demands
 from dtlctl.recipe.plan import Job, jobs
 from dtlctl.recipe.schema import Recipe
-from dtlctl.run import provenance
+from dtlctl.run.provenance import circumstances, origin
 from dtlctl.storage import checkpoint, lock
 from dtlctl.training.resume import Memory, State
 
@@ -266,10 +266,8 @@ class Experiment:
             "wall_seconds": round(history.seconds, 3),
             "images_per_second": round(history.images_per_second, 1),
             "precision": self.recipe.precision,
-            "datasets": {
-                role: provenance.origin(self.recipe.data.of(role), self.images(role, "train")) for role in job.roles
-            },
-            **provenance.circumstances(engine.device, engine.processes),
+            "datasets": {role: origin(self.recipe.data.of(role), self.images(role, "train")) for role in job.roles},
+            **circumstances(engine.device, engine.processes),
         }
 
         def write() -> None:
