@@ -173,7 +173,8 @@ def _lines(
     look: dict[str, Any] = {"fmt": "o-", "markersize": 4, "linewidth": 1.2, "elinewidth": 0.7, "capsize": 2}
     for model, points in curves.items():
         if points:
-            axes.errorbar(*zip(*points, strict=True), color=colours[model], label=model, **look)
+            places: dict[str, Any] = dict(zip(("x", "y", "yerr", "xerr"), zip(*points, strict=True), strict=False))
+            axes.errorbar(**places, color=colours[model], label=model, **look)
     for model, point in (stars or {}).items():
         axes.plot(*point, "*", color=colours[model], label=model, markersize=10)
     measured = sorted({point[0] for points in curves.values() for point in points})

@@ -12,6 +12,7 @@ import jinja2
 from dtlctl.errors import CheckpointError
 from dtlctl.report import audit, figures, tables
 from dtlctl.report.figures import Drawing
+from dtlctl.report.results import Row
 from dtlctl.report.summary import NEVER_SAW_THE_SOURCE
 from dtlctl.report.tables import Table
 from dtlctl.storage import checkpoint
@@ -87,45 +88,41 @@ def dump(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
-def cards(rows: Sequence[dict[str, Any]]) -> list[Card]:
+def cards(rows: Sequence[Row]) -> list[Card]:
     """The few numbers to see first: TL, then every variant with what it keeps and what is recovered of each dataset.
 
     By the tuned attacker, where there is one, else by the one setting.
     """
     found = []
     for row in rows:
-        if row["model"] in (*NEVER_SAW_THE_SOURCE, "pre") or "acc_t" not in row:
-            continue
-        shares = {
-            name: (share["share"], by)
-            for kind, by in (("recovered", "one setting"), ("recovered_worst", "tuned attacker"))
-            for name, share in row.get(kind, {}).items()
-            if share and row["model"] != "TL"
-        }
-        said = [f"{share:.0%} of {name} ({by})" for name, (share, by) in shares.items()]
-        found.append((row["model"], tables.number(row, "acc_t"), f"recovered: {', '.join(said)}" if said else ""))
+        if row["model"] not in (*NEVER_SAW_THE_SOURCE, "pre") and "acc_t" in row:
+            shares = {
+                name: (share, by)
+                for kind, by in (("recovered", "one setting"), ("recovered_worst", "tuned attacker"))
+                for name, share in row.get(kind, {}).items()
+            }
+            said = [f"{share['share']:.0%} of {name} ({by})" for name, (share, by) in shares.items() if share]
+            known = f"recovered: {', '.join(said)}" if said and row["model"] != "TL" else ""
+            found.append((row["model"], tables.number(row, "acc_t"), known))
     return found
 
 
 def who(piggyback: dict[str, Any]) -> str:
     """The attackers of a recipe's table [piggyback], in words."""
     length = f"{piggyback['steps']} steps" if piggyback["steps"] else f"{piggyback['epochs']} epochs"
-    text = (
-        f"The one setting is the paper's attacker: full fine-tuning (SGD, learning rate {piggyback['lr']:g}, {length})."
-    )
+    setting = f"SGD, learning rate {piggyback['lr']:g}, {length}"
+    text = f"The one setting is the paper's attacker: full fine-tuning ({setting})."
     if not piggyback["attackers"]:
         return f"{text} No tuned attacker was asked for: read these numbers as those of a weak one."
-    rates = [
-        f"{a['kind']} ({'C' if 'C' in a else a['optimizer'] + ', learning rate'} "
-        f"{', '.join(f'{r:g}' for r in a.get('C', a.get('lr', [])))}"
-        + (f"; on {', '.join(a['datasets'])} only" if a["datasets"] else "")
-        + ")"
-        for a in piggyback["attackers"]
-    ]
+    tuned = []
+    for one in piggyback["attackers"]:
+        name, rates = ("C", one["C"]) if "C" in one else (f"{one['optimizer']}, learning rate", one["lr"])
+        where = f"; on {', '.join(one['datasets'])} only" if one["datasets"] else ""
+        tuned.append(f"{one['kind']} ({name} {', '.join(f'{rate:g}' for rate in rates)}{where})")
     chosen = "images held out of the attacker's own; the test split picks nothing"
     if piggyback["choose_on"] == "test":
         chosen = "half of the test images; the other half judges it"
     return (
-        f"{text} The tuned ones: {'; '.join(rates)}. Each picks its setting and its length on {chosen}. "
+        f"{text} The tuned ones: {'; '.join(tuned)}. Each picks its setting and its length on {chosen}. "
         "Then it trains once more, on all he has."
     )

@@ -40,7 +40,7 @@ def of_report(document: dict[str, Any]) -> list[Table]:
     if any(row["model"] == "TL" for row in rows):
         tables.append(_differences(document, sets))
     if any(row.get("piggyback_worst") for row in rows):
-        tables.append(_tuned(document, sets))
+        tables.append(_tuned(document))
     return tables
 
 
@@ -98,8 +98,9 @@ def _differences(document: dict[str, Any], sets: list[str]) -> Table:
     return Table(note, columns, lines, "Against TGT and TL, as in Table 1 of the paper")
 
 
-def _tuned(document: dict[str, Any], sets: list[str]) -> Table:
-    """Every attack of the datasets with tuned attackers, and what they recover."""
+def _tuned(document: dict[str, Any]) -> Table:
+    """Every attack on the datasets with tuned attackers, and what they recover."""
+    sets = list(dict.fromkeys(name for row in document["rows"] for name in row.get("piggyback_worst", {})))
     kinds = ("one setting", "tuned", "best of all", "recovered")
     lines = [
         [row["model"]] + [c for s in sets for c in (*(attacked(row, kind, s) for kind in ATTACKS), _recovered(row, s))]

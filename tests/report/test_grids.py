@@ -151,6 +151,19 @@ def test_a_caveat_of_a_point_stands_below_the_table_with_its_point():
     assert below == ["All.", "At a = 1, b = x; a = 3, b = x: Odd.", "At a = 2, b = x: Even."]
 
 
+def test_a_sweep_says_on_which_images_the_tuned_attackers_chose(tmp_path: Path):
+    """The first point has held-out images, the second half of the test images: both are said, above the table too."""
+    found = [point({"a": a}, 0.1, {"piggyback": {"letters": 1.0}, "piggyback_worst": {"letters": a}}) for a in (1.5, 2)]
+    found[1]["table"]["recipe"]["piggyback"] |= {"choose_on": "test"}
+    chosen = "held-out images of his own or half of the test images, and judged by the other half."
+    assert grids.markdown({"points": found}).startswith(
+        f"Accuracies in %, seed 0. Tuned: by the attacker who is best on {chosen}\n\n| Model |   a | "
+    )
+    assert "of the tuned attacker" in grids.draw({"points": found})["sweep-letters"][1]
+    plain = [point({"a": a}, 0.1, {"piggyback": {"letters": 1.0}}) for a in (1.5, 2)]
+    assert "uned" not in grids.markdown({"points": plain}) + grids.draw({"points": plain})["sweep-letters"][1]
+
+
 def test_files_of_an_earlier_report_are_not_left_beside_a_sweep(tmp_path: Path):
     """Neither the audits of a sweep over seeds nor figures of other keys; what no report draws is not ours."""
     for name in ("audit.md", "roc.svg", "roc.png", "curve-letters.svg", "sweep-greek.png", "mine.png"):

@@ -351,6 +351,10 @@ def test_a_card_tells_what_is_recovered_of_every_dataset():
     assert files.cards([{"model": "gc", "acc_t": 1.0, "piggyback": {}, **shares}]) == [
         ("gc", "1.0", "recovered: 60% of letters (tuned attacker), 90% of greek (one setting)")
     ]
+    shares["recovered_worst"]["letters"] = None  # where he gets nothing from TL either
+    assert files.cards([{"model": "gc", "acc_t": 1.0, "piggyback": {}, **shares}]) == [
+        ("gc", "1.0", "recovered: 90% of greek (one setting)")
+    ]
 
 
 SEEDS = ([40.0, 30.0, 35.0], [10.0, 10.0, 10.0], [70.0, 80.0, 90.0])
@@ -423,6 +427,25 @@ def test_tuned_attackers_have_a_table_of_their_own(recipe_file: Path):
     }
     assert "Under tuned attackers" in tables.markdown(table)
     assert "Under tuned attackers" not in tables.markdown(summary.summarise([fake_run(recipe_file, "p", 0, 70.0)]))
+
+
+def test_a_dataset_without_tuned_attackers_has_no_columns_of_theirs(recipe_file: Path):
+    changes = ('data.piggyback.more={like="source"}', 'piggyback.attackers=[{kind="full", datasets=["again"]}]')
+    run = fake_run(recipe_file, "some", 0, 70.0, *changes)
+    for model, worst in (("scratch", 15.0), ("TL", 83.0), ("gc", 40.0)):
+        attack(run, model, 14.0, worst)
+    first, second, tuned = tables.of_report(summary.summarise([run]))
+    assert first.columns == ["Model", "Acc_s", "Acc_t", "PL again", "PL more", "MIA AUC"]
+    assert second.columns[3:] == ["PL again vs TL", "PL more vs TL", "tuned again vs TL"]
+    assert tuned.columns == [
+        "Model",
+        *(f"again {kind}" for kind in ("one setting", "tuned", "best of all", "recovered")),
+    ]
+    drawn = figures.of_table(summary.summarise([run]))
+    assert drawn["tradeoff-again"][0].axes[0].get_xlabel() == "Acc_pl again of the tuned attacker (%)"
+    assert drawn["tradeoff-more"][0].axes[0].get_xlabel() == "Acc_pl more of the one setting (%)"
+    bars = [text.get_text() for text in drawn["piggyback"][0].axes[0].texts]
+    assert bars == ["bar", "14", "14", "14", "5", "35", "35", "◆", "15", "83", "40"]
 
 
 def cells(table: tables.Table) -> list[list[str]]:
