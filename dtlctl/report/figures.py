@@ -47,9 +47,10 @@ def of_table(table: dict[str, Any]) -> dict[str, Drawing]:
     found = {"piggyback": _bars(rows, sets, colours, chosen_on(table["recipe"]))} if rows else {}
     for name in sets:
         kind = quoted(rows, name)
-        points = {
-            row["model"]: [_tradeoff(row, kind, name)] for row in rows if "acc_t" in row and name in row.get(kind, {})
-        }
+        points = {}
+        for row in [row for row in rows if "acc_t" in row and name in row.get(kind, {})]:
+            halves = [row["acc_t_ci"], row[f"{kind}_ci"][name]] if "acc_t_ci" in row else []
+            points[row["model"]] = [[row[kind][name], row["acc_t"], *halves]]
         if len(points) > 1:
             x, title = f"Acc_pl {name} of {WHO[kind]} (%)", f"{name}: upper left is better"
             caption = f"What the owner keeps over what {WHO[kind]} gets, as in Fig. 6 of the paper."
@@ -128,10 +129,8 @@ def _bars(rows: Sequence[Row], sets: list[str], colours: dict[str, str], chosen:
     """Acc_pl by dataset and model; a diamond is the tuned attacker's. To the right, the numbers of both, by column."""
     figure = Figure(figsize=(4.6, 1.1 + 0.26 * (len(rows) * len(sets) + 1)))
     axes = figure.subplots()
-    bars = [
-        (row, name, place + 0.6 * n) for n, name in enumerate(sets) for place, row in enumerate(rows, n * len(rows))
-    ]
-    bars = [(row, name, place) for row, name, place in bars if name in row["piggyback"]]
+    both = [(n, name, row) for n, name in enumerate(sets) for row in rows if name in row["piggyback"]]
+    bars = [(row, name, place + 0.6 * n) for place, (n, name, row) in enumerate(both)]
     columns = {"bar": "piggyback", "◆": "piggyback_worst"}
     if not any(row.get("piggyback_worst") for row in rows):
         del columns["◆"]
@@ -154,12 +153,6 @@ def _bars(rows: Sequence[Row], sets: list[str], colours: dict[str, str], chosen:
     caption += "; lines: 95 % interval of the one setting over seeds" if "piggyback_ci" in rows[0] else ""
     title = "What an attacker gets out (lower is better)" + "\nbar: one setting, ◆: tuned attacker" * (len(columns) > 1)
     return _finished(figure, "Acc_pl (%)", "", title), f"{caption}."
-
-
-def _tradeoff(row: Row, kind: str, name: str) -> list[float]:
-    """[PL, Acc_t], and with several seeds the half widths of their intervals, Acc_t's first."""
-    halves = [row["acc_t_ci"], row[f"{kind}_ci"][name]] if "acc_t_ci" in row else []
-    return [row[kind][name], row["acc_t"], *halves]
 
 
 @matplotlib.rc_context(STYLE)

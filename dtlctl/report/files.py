@@ -17,9 +17,6 @@ from dtlctl.report.summary import NEVER_SAW_THE_SOURCE
 from dtlctl.report.tables import Table
 from dtlctl.storage import checkpoint
 
-Card = tuple[str, str, str]
-"""A model, its accuracy on the target, and what is recovered from it."""
-
 
 def write(
     document: dict[str, Any], folder: Path, command: str, runs: Sequence[Path] = (), before: Sequence[Table] = ()
@@ -88,8 +85,8 @@ def dump(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
-def cards(rows: Sequence[Row]) -> list[Card]:
-    """The few numbers to see first: TL, then every variant with what it keeps and what is recovered of each dataset.
+def cards(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """What to see first: TL and every variant, with its accuracy on the target and what is recovered of each dataset.
 
     By the tuned attacker, where there is one, else by the one setting.
     """

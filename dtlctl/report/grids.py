@@ -17,6 +17,9 @@ from dtlctl.storage import checkpoint
 Point = dict[str, Any]
 """{"values": {swept key: value}, "table": a document of `summary.summarise`}."""
 
+ALONG_A_CURVE = (".lambda", ".odds")
+"""Ends of the swept keys whose values are points of one curve."""
+
 
 def summarise(done: Sequence[tuple[Mapping[str, Any], Path]]) -> dict[str, Any]:
     """{"over": {key: [values]}, "points": [{"values": {key: value}, "table": ...}]}; seeds are averaged in a point.
@@ -57,21 +60,24 @@ def markdown(document: dict[str, Any]) -> str:
 
 def _table(found: Sequence[Point]) -> Table:
     """One row a point and model; what no swept key of its own changes is shown once."""
-    keys, fixed = list(found[0]["values"]), _fixed(found)
+    keys, (first, *others) = list(found[0]["values"]), _by_model(found)
+    fixed = {model for model, row in first.items() if all(other.get(model) == row for other in others)}
     places = [(point, row) for point in found for row in point["table"]["rows"]]
     tuned = any("piggyback_worst" in row for _, row in places)
     kinds = ("piggyback", "piggyback_worst") if tuned else ("piggyback",)
-    (first, *columns), lines = tables.accuracies([row for _, row in places], kinds)
+    (model_column, *columns), lines = tables.accuracies([row for _, row in places], kinds)
     shown = {}  # by its cells: a model whose own λ is the same at two points was made once
-    for (point, row), (model, *cells) in zip(places, lines, strict=True):
-        values = ["–"] * len(keys) if row["model"] in fixed else _values(point, row["model"])
+    for (point, _), (model, *cells) in zip(places, lines, strict=True):
+        values = ["–"] * len(keys) if model in fixed else _values(point, model)
         shown[(model, *values, *cells)] = model not in fixed
     note = tables.accuracies_note(found[0]["table"]["seeds"])
     if tuned:
         chosen = dict.fromkeys(tables.chosen_on(point["table"]["recipe"]) for point in found)
         note += f" Tuned: by the attacker who is best on {' or '.join(chosen)}."
     ordered = sorted(shown, key=lambda line: shown[line])
-    return Table(note, [first, *map(_heading, keys), *columns], [*map(list, ordered)], "Accuracies at every point")
+    return Table(
+        note, [model_column, *map(_heading, keys), *columns], [*map(list, ordered)], "Accuracies at every point"
+    )
 
 
 def _caveats(found: Sequence[Point]) -> list[str]:
@@ -89,17 +95,9 @@ def _names(key: str) -> list[str]:
     return [name.strip("\"'") for name in re.findall(r"\"[^\"]*\"|'[^']*'|[^.]+", key)]
 
 
-def _is_odds(key: str) -> bool:
-    return key.endswith(".odds")
-
-
-def _along_a_curve(key: str) -> bool:
-    return key.endswith(".lambda") or _is_odds(key)
-
-
 def _heading(key: str) -> str:
     """Of a swept key's column: a factor of odds is shown as the λ that it came to."""
-    if not _is_odds(key):
+    if not key.endswith(".odds"):
         return key
     return "λ" if (variant := _names(key)[1]) == "*" else f"λ {variant}"
 
@@ -108,7 +106,7 @@ def _values(point: Point, model: str) -> list[str]:
     """The values of the swept keys: of a variant's for that variant alone, and of a factor of its odds the λ."""
     dispose = point["table"]["recipe"]["dispose"]
     lam = str(dispose.get(model, {}).get("lambda", "–"))
-    shown = {key: lam if _is_odds(key) else str(value) for key, value in point["values"].items()}
+    shown = {key: lam if key.endswith(".odds") else str(value) for key, value in point["values"].items()}
     return [shown[key] if _is_of(key, model, dispose) else "–" for key in shown]
 
 
@@ -117,12 +115,6 @@ def _is_of(key: str, model: str, dispose: dict[str, Any]) -> bool:
     names = _names(key)
     unlearns = model in dispose and dispose[model]["unlearn"]["kind"] != "none"
     return names[0] != "dispose" or names[1:2] in ([], [model]) or (names[1] == "*" and unlearns)
-
-
-def _fixed(found: Sequence[Point]) -> set[str]:
-    """Models whose numbers are the same at every point."""
-    first, *others = _by_model(found)
-    return {model for model, row in first.items() if all(other.get(model) == row for other in others)}
 
 
 def _by_model(found: Sequence[Point]) -> list[dict[str, Row]]:
@@ -136,7 +128,7 @@ def draw(document: dict[str, Any]) -> dict[str, Drawing]:
     keys, drawn = list(found[0]["values"]), {}
     for name in tables.piggyback_sets(row for one in rows for row in one.values()):
         kind = figures.quoted((row for one in rows for row in one.values()), name)
-        if any(map(_along_a_curve, keys)):
+        if any(key.endswith(ALONG_A_CURVE) for key in keys):
             curves = _along_lambda(found, rows, name, kind)
             on_curves = {label.partition(" ")[0] for label in curves}
             single = [m for m in ("TGT", "TL", *found[0]["table"]["recipe"]["dispose"]) if m not in on_curves]
@@ -163,7 +155,7 @@ def _along_lambda(found: Sequence[Point], rows: Sequence[dict[str, Row]], name: 
     places: dict[str, dict[float, list[float]]] = {}
     for point, row in zip(found, rows, strict=True):
         dispose = point["table"]["recipe"]["dispose"]
-        swept = {key: str(value) for key, value in point["values"].items() if not _along_a_curve(key)}
+        swept = {key: str(value) for key, value in point["values"].items() if not key.endswith(ALONG_A_CURVE)}
         for variant, settings in dispose.items():
             others = [value for key, value in swept.items() if _is_of(key, variant, dispose)]
             if place := _place(row.get(variant, {}), name, kind):
