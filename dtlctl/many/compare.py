@@ -178,21 +178,19 @@ def held_back(experiment: Experiment) -> np.ndarray:
 
 def markdown(document: dict[str, Any]) -> str:
     """Who needed which λ, then the report of the matched runs."""
-    return "\n\n".join([*_needed(document), tables.markdown(document["table"])])
+    return tables.markdown(document["table"], before=[_needed(document)])
 
 
-def _needed(document: dict[str, Any]) -> list[str]:
-    """A sentence and a table."""
+def _needed(document: dict[str, Any]) -> tables.Table:
+    """One row a variant."""
     settings = document["compare"]
     lines = [
         [name, f"{one['lambda']:g}", f"{one['drop']:.1f}", "yes" if one["reached"] else "no", _tried(one["tried"])]
         for name, one in document["variants"].items()
     ]
     wanted = f"{settings['target_drop']:g} ± {settings['tolerance']:g}"
-    return [
-        f"Who needed which λ to be {wanted} points of Acc_t below TL, on target images held back for validation.",
-        tables.grid(["Variant", "λ", "points below TL", "reached", "values tried"], lines),
-    ]
+    note = f"Who needed which λ to be {wanted} points of Acc_t below TL, on target images held back for validation."
+    return tables.Table(note, ["Variant", "λ", "points below TL", "reached", "values tried"], lines, "Which λ")
 
 
 def _tried(tried: list[dict[str, Any]]) -> str:
@@ -204,7 +202,7 @@ def _tried(tried: list[dict[str, Any]]) -> str:
 def write(document: dict[str, Any], folder: Path, command: str) -> None:
     """Write compare.json, table.json, table.md, figures and report.html. Raises CheckpointError where it cannot."""
     checkpoint.write(folder / "compare.json", files.dump(document).encode())  # first: it cannot be made from the runs
-    files.write(document["table"], folder, command, before=_needed(document))
+    files.write(document["table"], folder, command, before=[_needed(document)])
 
 
 def _changed(base: Recipe, changes: dict[str, Any]) -> Recipe:
