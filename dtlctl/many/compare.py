@@ -137,7 +137,7 @@ def following(tried: Sequence[tuple[float, float | None]], price: float) -> floa
     In log-odds, half-way between the dearest that is too cheap and the cheapest that is too dear. While all are on one
     side, a step away from the outermost: of at most 1, then 2, 4, ...: the recipe's own λ is a guess, so what is near
     it comes first. A step is shorter where the drop is near the price: as long as if the drop went with the odds.
-    (Those of RAND and null-space go with the odds or steeper: docs/results/tin100_curves.md, "Along λ".)
+    (Those of RAND and null-space go with the odds or steeper: docs/results/disposal.md, "along λ".)
     """
     cheap = [(logit(lam), drop) for lam, drop in tried if drop is not None and drop < price]
     dear = [(logit(lam), drop) for lam, drop in tried if drop is None or drop > price]
