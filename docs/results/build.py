@@ -146,7 +146,7 @@ class Data:
 
     def share(self, who: str, dataset: str) -> str:
         """Of what TL gives a tuned attacker beyond a new network, in %, with its interval."""
-        from dtlctl.report.recovery import recovered
+        from dtlctl.report.intervals import recovered
 
         study = who.partition("/")[0]
         three = (self.pl(one, dataset) for one in (who, f"{study}/scratch", f"{study}/TL"))
