@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtlctl.console.cores import cores
+from dtlctl.console.machine import cores
 from dtlctl.console.progress import say
 from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, RecipeError, suggest
 from dtlctl.recipe.loading import load, parse_value
