@@ -1,7 +1,6 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from math import log
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from dtlctl.errors import RecipeError
 from dtlctl.model import networks
 from dtlctl.model.networks import Classifier
 from dtlctl.objectives import views
+from dtlctl.objectives.disposal import Disposal
 from dtlctl.objectives.retain import AveragedGem, Distill, TargetCrossEntropy
 from dtlctl.objectives.step import Step, View
 from dtlctl.objectives.unlearn import (
@@ -25,8 +25,6 @@ from dtlctl.objectives.unlearn import (
     Uniform,
     random_labels,
 )
-from dtlctl.recipe.schema import Dispose
-from dtlctl.stages.dispose import _objective
 
 # Softmax of EVEN is (1/2, 1/2), of LEAN (1/4, 3/4), of STEEP (1/8, 2/8, 5/8).
 EVEN, LEAN, STEEP = [0.0, 0.0], [0.0, log(3)], [0.0, log(2), log(5)]
@@ -285,21 +283,16 @@ def batches(classes, seed):
     return Batches(pixels, labels, np.arange(8), **more)
 
 
-def test_the_stage_mixes_as_equation_1_and_then_repairs():
-    """λ = 1/4: 3/4 retain + 1/4 unlearn; the last half of 4 steps is retaining alone."""
+def test_a_disposal_mixes_as_equation_1_and_then_repairs():
+    """λ = 1/4: 3/4 retain + 1/4 unlearn while unlearning is on; then retaining alone."""
     model, source, target = student().train(), batches(3, seed=1), batches(2, seed=2)
-    engine = SimpleNamespace(processes=1, all_reduce=list)
-    train = SimpleNamespace(labels=range(8))
-    data, recipe = SimpleNamespace(images=lambda role, split: train), SimpleNamespace(stream=lambda tag: 0)
-    experiment = SimpleNamespace(engine=engine, data=data, recipe=recipe)
-    variant = {"steps": 4, "batch_size": 8, "lambda": 0.25, "repair": 0.5}
-    plan = Dispose(**variant, unlearn={"kind": "negative-ce"}, retain={"kind": "target-ce"})
-    objective = _objective(experiment, plan, (model, student().eval()), (source, target), 1, repair_from=2)
+    more = {"chunks": 1, "batch_norm": "train", "images": 8, "label_seed": 0}
+    disposal = Disposal(0.25, NegativeCrossEntropy(), TargetCrossEntropy(), model, student().eval(), **more)
     for number in range(4):
         ours, theirs = source[number], target[number]
         unlearn = -F.cross_entropy(model(ours.x, "source"), ours.y)
         retain = F.cross_entropy(model(theirs.x, "target"), theirs.y)
-        mixed, parts = objective(number)
+        mixed, parts = disposal(ours, theirs, number < 2)
         square = sum(float(p.detach().square().sum()) for p in model.parameters())
         assert float(parts.pop("weight_norm")) == pytest.approx(square**0.5)
         if number < 2:

@@ -1,0 +1,110 @@
+"""Eq. 1 as one object: (1 − λ) · retain + λ · unlearn. Nothing else decides about λ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtlctl.data.tensors import Batch
+from dtlctl.model.networks import Classifier
+from dtlctl.objectives import views
+from dtlctl.objectives.retain import Retain
+from dtlctl.objectives.step import Step, View
+from dtlctl.objectives.unlearn import Unlearn
+
+
+class Disposal:
+    """The loss of a disposal step, of this process's share of the global batch.
+
+    student, teacher: TL on its way to being disposed of, and TL, frozen, in eval mode. chunks: of this process.
+    batch_norm: "train", or "frozen" for the running statistics of the start. images: rows of the source dataset;
+    label_seed: of the labels that RAND draws for them. all_reduce sums tensors over `processes`.
+    """
+
+    def __init__(
+        self,
+        lam: float,
+        unlearn: Unlearn,
+        retain: Retain,
+        student: Classifier,
+        teacher: Classifier,
+        *,
+        chunks: int,
+        batch_norm: str,
+        images: int,
+        label_seed: int,
+        processes: int = 1,
+        all_reduce: Callable[[Sequence[Tensor]], list[Tensor]] = list,
+    ):
+        self.lam, self.unlearn, self.retain, self.student, self.teacher = lam, unlearn, retain, student, teacher
+        self.chunks, self.batch_norm, self.images, self.label_seed = chunks, batch_norm, images, label_seed
+        self.processes, self.all_reduce = processes, all_reduce
+        self.norms = views.momenta(student)
+        self.memory: views.Memory | None = None if unlearn.memory == "auto" else unlearn.memory
+
+    def __call__(self, source: Batch, target: Batch | None, unlearning: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """A scalar whose gradient, averaged over processes, is that of Eq. 1, and numbers to report, detached.
+
+        target: a batch of the target, for a retaining loss that needs one. unlearning: whether the unlearning loss is
+        on; without it the scalar is the retaining loss, with weight one.
+        """
+        step = self._look(source, target)
+        keep = self.retain.loss(step)
+        parts = {
+            "retain": keep.detach(),
+            "source_loss": source_loss(step.chunks),
+            "weight_norm": nn.utils.get_total_norm([p.detach() for p in step.parameters]),
+        }
+        if not unlearning:
+            return keep, parts
+        drive, value = self.unlearn.loss(step)
+        total = (1 - self.lam) * keep + self.lam * self.retain.guard(drive, keep, step)
+        return total, {**parts, "unlearn": value}
+
+    @torch.no_grad()
+    def source_loss_of(self, model: Classifier, batch: Batch) -> Tensor:
+        """The source's cross-entropy on one batch, in nats, as a step of this disposal would see it in that model.
+
+        The model's running statistics move.
+        """
+        train_mode(model, self.batch_norm)
+        pairs = zip(batch.x.chunk(self.chunks), batch.y.chunk(self.chunks), strict=True)
+        return torch.stack([F.cross_entropy(model(x, "source"), y) for x, y in pairs]).mean()
+
+    def _look(self, source: Batch, target: Batch | None) -> Step:
+        train_mode(self.student, self.batch_norm)
+        self.memory = self.memory or views.choose(self.student, source.x, self.chunks)
+        seen = views.look(self.student, source, self.chunks, self.norms, self.memory)
+        return Step(
+            chunks=seen.chunks,
+            target=views.apart(self.student, target, self.chunks, self.norms) if target else [],
+            teacher=self._answers,
+            parameters=list(self.student.parameters()),
+            images=self.images,
+            seed=self.label_seed,
+            processes=self.processes,
+            all_reduce=self.all_reduce,
+            tape=seen.tape,
+            again=seen.again,
+        )
+
+    @torch.no_grad()
+    def _answers(self, x: Tensor) -> Tensor:
+        return self.teacher(x, "target")
+
+
+@torch.no_grad()
+def source_loss(chunks: Sequence[View]) -> Tensor:
+    """The source's cross-entropy, in nats, mean over equal chunks."""
+    return torch.stack([F.cross_entropy(chunk.source, chunk.y) for chunk in chunks]).mean()
+
+
+def train_mode(model: nn.Module, batch_norm: str) -> None:
+    """Train mode, with batch normalisation as the disposal wants it."""
+    model.train()
+    if batch_norm == "frozen":
+        for norm, _ in views.momenta(model):
+            norm.eval()
