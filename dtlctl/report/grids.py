@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dtlctl.errors import CheckpointError
-from dtlctl.many.sweep import Point, names_in
+from dtlctl.many.sweep import Point
+from dtlctl.recipe.loading import names_in
 from dtlctl.report import figures, files, page, tables
 from dtlctl.report.summary import summarise as summary_of
 from dtlctl.run.experiment import Experiment
