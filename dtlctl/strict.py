@@ -1,5 +1,7 @@
 """The base of everything a recipe can say."""
 
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -13,3 +15,10 @@ class Strict(BaseModel):
         allow_inf_nan=False,
         validate_default=True,
     )
+
+
+class Algorithm(Strict):
+    """Settings of something that computes results: a stage, a loss, an attacker."""
+
+    revision: ClassVar[int] = 1
+    """Raised by whoever changes what is computed under the same settings: earlier results are then made again."""

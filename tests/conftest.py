@@ -95,11 +95,11 @@ def opened(recipe_file: Path):
     from dtlctl.recipe.loading import load
     from dtlctl.run.experiment import Experiment
 
-    def experiment(*changes: str) -> Experiment:
+    def new_experiment(*changes: str) -> Experiment:
         recipe_file.write_text(recipe_file.read_text() + "[dispose.one]\nsteps = 3\nbatch_size = 32\nclip = 1.0\n")
         return Experiment(load(recipe_file, list(changes)), recipe_file.parent / "runs", quiet=True)
 
-    return experiment
+    return new_experiment
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from dtlctl.attacks.tuning import Setting
 from dtlctl.errors import RecipeError
 from dtlctl.model.networks import Classifier, renew
-from dtlctl.strict import Strict
+from dtlctl.strict import Algorithm
 
 Rate = Annotated[float, Field(gt=0, le=100)]
 Datasets = Annotated[list[str] | None, Field(min_length=1, description="piggyback datasets to attack; default: all")]
 
 
-class _Trained(Strict):
+class _Trained(Algorithm):
     """What every attacker who trains by gradients can vary."""
 
     kind: str
@@ -65,7 +65,7 @@ class Renorm(_Trained):
         renormalise(model, fresh, images)
 
 
-class Frozen(Strict):
+class Frozen(Algorithm):
     """Attackers who train a linear classifier alone: L2-regularised logistic regression, at most 300 steps of L-BFGS.
 
     Features are computed once, in eval mode, without augmentation, and standardised with the training images' moments.

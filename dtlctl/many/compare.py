@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -25,15 +25,14 @@ from dtlctl.recipe.loading import load, validated
 from dtlctl.recipe.plan import Stage
 from dtlctl.recipe.schema import REFERENCES, Compare, Dispose, Recipe
 from dtlctl.report import files, summary, tables
+from dtlctl.run.earlier import relatives
 from dtlctl.run.experiment import Experiment
-from dtlctl.run.reuse import relatives
 from dtlctl.stages import data_demands
 from dtlctl.storage import checkpoint
 from dtlctl.training.price import Price, images_for, mean_price, price, resolution
 
 LOW, HIGH = 0.0005, 0.9995
 """λ is looked for between these."""
-Reached = Literal["yes", "no", "not resolved"]
 
 
 def compare(
@@ -114,10 +113,9 @@ def search(prices: Callable[[float], list[Price]], first: float, settings: Compa
     """The λ whose mean price is `settings.target_drop`, looked for as `following` says. prices(λ): one of each seed.
 
     {"lambda", "drop", "low", "high", "reached", "tried": [what `_numbers` returns]}. It takes for granted that more
-    unlearning costs more; where it does not, or where no λ is near enough, the best of those tried is returned, with
-    `reached` "no". It is "not resolved" where the price is near enough but its interval is wider than the tolerance.
-    A λ at which `prices` raises DivergedError is too dear, and kept with a drop of None. Raises DivergedError where all
-    of them diverged.
+    unlearning costs more. `reached` is "yes"; "no" where no λ was near enough, of which the best is returned; or "not
+    resolved" where the price is near enough but its interval wider than the tolerance. A λ at which `prices` raises
+    DivergedError is too dear, and kept with a drop of None. Raises DivergedError where all of them diverged.
     """
 
     def over(one: dict[str, Any]) -> float:
@@ -138,7 +136,7 @@ def search(prices: Callable[[float], list[Price]], first: float, settings: Compa
     if best["drop"] is None:
         values = ", ".join(f"{one['lambda']:g}" for one in tried)
         raise DivergedError(f"compare: every λ that was tried diverged ({values}); the last: {failure}")
-    reached: Reached = "no"
+    reached = "no"
     if abs(over(best)) <= settings.tolerance:
         reached = "yes" if (best["high"] - best["low"]) / 2 <= settings.tolerance else "not resolved"
     return {**{name: best[name] for name in ("lambda", "drop", "low", "high")}, "reached": reached, "tried": tried}
@@ -181,13 +179,14 @@ def logit(lam: float) -> float:
 
 def validation(experiment: Experiment, model: str) -> np.ndarray:
     """bool [n]: which target images of the train split that nothing was trained on the model answers rightly."""
-    images = experiment.split("target", "train", held_back(experiment))
-    return experiment.engine.correct(experiment.load_model(model), "target", images)
+    images = experiment.trainer.split("target", "train", held_back(experiment))
+    return experiment.engine.correct(experiment.trainer.load_model(model), "target", images)
 
 
 def held_back(experiment: Experiment) -> np.ndarray:
     """Sorted int64 rows of the target's train split that are not in the run's subset of it; possibly none."""
-    return np.setdiff1d(np.arange(len(experiment.images("target", "train").labels)), experiment.index("target"))
+    train = len(experiment.data.images("target", "train").labels)
+    return np.setdiff1d(np.arange(train), experiment.data.index("target"))
 
 
 def markdown(document: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,10 @@ import torch
 
 from dtlctl.console.cores import cores
 from dtlctl.console.progress import say
-from dtlctl.errors import DataError, DivergedError, DtlError, RecipeError
+from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, RecipeError
 from dtlctl.recipe.loading import load, parse_value
-from dtlctl.recipe.plan import STAGES, Stage
-from dtlctl.run import reuse
+from dtlctl.recipe.plan import STAGES, Job, Stage
+from dtlctl.run.earlier import Earlier, relatives
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands, runner
 from dtlctl.storage import checkpoint
@@ -85,7 +86,7 @@ def run(
     ]
     for experiment in experiments:
         data_demands.check(experiment, experiment.jobs)
-    perform(experiments, STAGES, reuse.relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
+    perform(experiments, STAGES, relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
     return list(zip(grid, experiments, strict=True))
 
 
@@ -129,14 +130,11 @@ def perform(
         while True:
             busy = {child.folder for child in children.values()}
             taken = {key for child in children.values() for key in child.keys}
-            known = reuse.results([*others, *left])
+            earlier = Earlier([*others, *left])
             idle = [one for one in experiments if one.folder not in busy] if len(children) < jobs else []
-            ready = [(one, task) for one in idle if (task := _next(one, left[one.folder], known, taken))]
+            ready = [(one, task) for one in idle if (task := _next(one, left[one.folder], earlier, taken))]
             if ready:
                 experiment, task = max(ready, key=lambda pair: len(left[pair[0].folder]))
-                if task.stage == "audit":
-                    with experiment.opened((), ()):
-                        reuse.take_over_references(experiment, [*others, *left])
                 if jobs > 1 and calls is not None:
                     gpu = min(gpus, key=[child.gpu for child in children.values()].count)
                     threads = max(1, cores() // min(jobs, sum(map(bool, left.values()))))
@@ -144,7 +142,7 @@ def perform(
                     ended = pool.submit(_wait, process, experiment.recipe.name, task.stage)
                     children[ended] = Child(process, experiment.folder, task.keys, gpu)
                 else:
-                    with experiment.opened((task.stage,), task.models):
+                    with experiment.results.opened():
                         runner.run(experiment, (task.stage,), only=task.models)
             elif children:
                 for ended in wait(children, return_when=FIRST_COMPLETED).done:
@@ -159,24 +157,31 @@ def perform(
         pool.shutdown(cancel_futures=True)
 
 
-def _next(experiment: Experiment, left: list[Stage], known: dict[str, Path], taken: set[str]) -> Task | None:
+def _next(experiment: Experiment, left: list[Stage], earlier: Earlier, taken: set[str]) -> Task | None:
     """What the run has to do next, less what others are at; stages with nothing to do are taken off `left`.
 
-    What is known is taken over.
+    What another run has made is taken over.
     """
+    results = experiment.results
     while left:
-        jobs = [(job, key) for job in experiment.chosen((left[0],), ()) if (key := reuse.key(experiment, job))]
-        ready = [(job, key) for job, key in jobs if not experiment.done(job)]
-        if any(key in known for _, key in ready):
-            with experiment.opened((), ()):
-                for job, _ in ready:
-                    reuse.take_over(experiment, job, known)
-        todo = [(job.model, key) for job, key in ready if not experiment.done(job)]
+        ready = [job for job in experiment.chosen((left[0],)) if _has_parent(experiment, job) and not results.done(job)]
+        if left[0] == "audit" or any(earlier.find(experiment, job) for job in ready):
+            with results.opened():
+                for job in ready:
+                    earlier.take(experiment, job)
+        todo = [(job.model, results.key(job)) for job in ready if not results.done(job)]
         if todo:
-            models = list(dict.fromkeys(model for model, key in todo if key not in taken))
-            return Task(left[0], models, {key for _, key in todo} - taken) if models else None
+            free = [(model, key) for model, key in todo if key not in taken]
+            models = list(dict.fromkeys(model for model, _ in free))
+            return Task(left[0], models, {key for _, key in free}) if free else None
         del left[0]
     return None
+
+
+def _has_parent(experiment: Experiment, job: Job[Any]) -> bool:
+    with suppress(CheckpointError):
+        return bool(experiment.results.key(job))
+    return False
 
 
 def visible_gpus() -> list[str]:
@@ -187,12 +192,10 @@ def visible_gpus() -> list[str]:
     return list(itertools.takewhile(lambda one: one not in ("", "-1"), map(str.strip, listed.split(","))))
 
 
-def _start(
-    experiment: Experiment, task: Task, call: list[str], threads: int, gpu: str, quiet: bool
-) -> subprocess.Popen[str]:
+def _start(run: Experiment, task: Task, call: list[str], threads: int, gpu: str, quiet: bool) -> subprocess.Popen[str]:
     """A process that does the task. gpu: the one that it sees; where it is empty, those that this process sees."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
-    command = [sys.executable, "-m", "dtlctl", task.stage, experiment.source, "--out", str(experiment.folder.parent)]
+    command = [sys.executable, "-m", "dtlctl", task.stage, run.source, "--out", str(run.folder.parent)]
     command += ["--quiet"] * quiet
     command += [word for text in call for word in ("--set", text)]
     command += [word for model in task.models for word in ("--only", model)]

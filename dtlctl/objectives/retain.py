@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dtlctl.objectives.collision import dot
 from dtlctl.objectives.step import Step
-from dtlctl.strict import Strict
+from dtlctl.strict import Algorithm
 
 
-class _Retain(Strict):
+class _Retain(Algorithm):
     def guard(self, unlearn: Tensor, retain: Tensor, step: Step) -> Tensor:
         """The unlearning scalar to mix in: here, as it is."""
         return unlearn

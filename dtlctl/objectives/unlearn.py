@@ -19,10 +19,10 @@ from dtlctl.errors import RecipeError
 from dtlctl.objectives.batched import collide_batched
 from dtlctl.objectives.collision import collide
 from dtlctl.objectives.step import Step, View
-from dtlctl.strict import Strict
+from dtlctl.strict import Algorithm
 
 
-class OnePart(Strict):
+class OnePart(Algorithm):
     """A loss of the global batch in one part: there are no graphs to hold one by one."""
 
     chunks: ClassVar[int] = 1
@@ -30,7 +30,7 @@ class OnePart(Strict):
     trains_source_head: ClassVar[bool] = True
 
 
-class GradientCollision(Strict):
+class GradientCollision(Algorithm):
     """GC, Eq. 8: the mean inner product of the chunks' gradients. See `collision.py` for the mathematics."""
 
     kind: Literal["gradient-collision"] = "gradient-collision"

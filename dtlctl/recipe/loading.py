@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
+import shlex
 import sys
+import types
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -44,7 +48,6 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
             changes = _parse_override(override)
             _resolve_odds(raw, changes)
             _merge(raw, changes)
-        _resolve_like(raw)
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: {_plain(error)}") from None
     return validated(raw, path)
@@ -53,7 +56,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
 def validated(raw: dict[str, Any], path: Path | str) -> Recipe:
     """The recipe of what a file says. Raises RecipeError, naming file, key and reason, where it is not valid."""
     try:
-        return Recipe.model_validate(raw)
+        return Recipe.model_validate(_resolve_like(raw))
     except ValidationError as error:
         raise RecipeError(_explain(path, raw, error)) from None
     except (ValueError, RecursionError) as error:
@@ -68,7 +71,9 @@ def _read(path: Path) -> str:
         blob = file.read(LARGEST + 1)
     if len(blob) > LARGEST:
         raise ValueError(f"it has more than {LARGEST:,} bytes")
-    return blob.decode("utf-8")
+    if blob.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in blob[:4]:
+        raise ValueError("it is not text in UTF-8 but, it seems, in UTF-16 or UTF-32; save it as UTF-8")
+    return blob.decode("utf-8-sig")  # with a byte-order mark or without
 
 
 def _plain(text: object, longest: int = 300) -> str:
@@ -88,7 +93,21 @@ def _parse_override(text: str) -> dict[str, Any]:
             return tomllib.loads(f"{key.strip()} = {candidate}")
         except (ValueError, RecursionError) as failure:
             reason = failure
-    raise RecipeError(f"--set {_plain(text)}: not valid TOML: {_plain(reason)}")
+    quoted = re.sub(r"""\"[^"]*"|'[^']*'|[^][{}=,"']+(?!\s*=)(?=[],}])""", _quoted, value)
+    try:
+        tomllib.loads(f"{key.strip()} = {quoted}")
+    except (ValueError, RecursionError):
+        raise RecipeError(f"--set {_plain(text)}: not valid TOML: {_plain(reason)}") from None
+    call = _plain(shlex.quote(f"{key}={quoted}"))
+    raise RecipeError(f"--set {_plain(text)}: text in a list or table needs quotes, and they need others: --set {call}")
+
+
+def _quoted(found: re.Match[str]) -> str:
+    """A value within a list or table as it is, if it is TOML, or else as text."""
+    value: Any = found[0].strip()
+    with suppress(ValueError, RecursionError):
+        value = tomllib.loads(f"x = {value}")["x"]
+    return json.dumps(value, ensure_ascii=False) if value and isinstance(value, str) else found[0]
 
 
 def names_in(key: str) -> list[str]:
@@ -163,44 +182,67 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
             base[key] = value
 
 
-def _resolve_like(raw: dict[str, Any]) -> None:
-    """Replace `like = "source"` by a copy of that table with this table's changes."""
+def _resolve_like(raw: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with a copy of the table that a `like` names, and the own keys, in its place.
+
+    A `like` that names none is left there, as a key that no dataset has. Where the table that it names is missing, so
+    is what copies it: only the first is a mistake.
+    """
     data = raw.get("data")
     if not isinstance(data, dict) or not isinstance(sets := data.get("piggyback"), dict):
-        return
+        return raw
+    resolved = {}
     for name, table in sets.items():
-        if not isinstance(table, dict) or "like" not in table:
-            continue
-        base = data.get(table["like"]) if table["like"] in ("source", "target") else None
-        if not isinstance(base, dict):
-            raise ValueError(f'data.piggyback.{name}.like: {table["like"]!r} is neither "source" nor "target"')
-        sets[name] = {**base, **{k: v for k, v in table.items() if k != "like"}}
+        if not isinstance(table, dict) or table.get("like") not in ("source", "target"):
+            resolved[name] = table
+        elif isinstance(base := data.get(table["like"]), dict):
+            resolved[name] = {**base, **{k: v for k, v in table.items() if k != "like"}}
+    return {**raw, "data": {**data, "piggyback": resolved}}
 
 
 def _explain(path: Path | str, raw: dict[str, Any], error: ValidationError) -> str:
-    """One line for the first mistake, and one that names where the others are."""
-    errors = error.errors(include_url=False)
+    """One line for the first mistake, unknown keys and tables before others, and one that names where the rest is."""
+    errors = [e for e in error.errors(include_url=False) if not _inherited(raw, e["loc"])]
+    unknown = {e["loc"][:-1] for e in errors if e["type"] == "extra_forbidden"}
+    # What is missing where a key is unknown has most likely only another name there.
+    errors = [e for e in errors if e["type"] != "missing" or e["loc"][:-1] not in unknown]
+    errors.sort(key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
     places = [_place(raw, e["loc"]) for e in errors]
-    first = errors[0]
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        reason = "unknown key" + suggest(str(first["loc"][-1]), _fields_at(first["loc"][:-1]))
-    elif first["type"] == "missing":
-        reason = "this key is required"
-    elif first["type"] == "union_tag_invalid":
-        kinds = re.findall(r"'([^']+)'", first["ctx"]["expected_tags"])
-        reason = f"unknown kind {first['ctx']['tag']!r}" + suggest(first["ctx"]["tag"], kinds)
-    elif first["type"] == "union_tag_not_found":
-        reason = 'the table needs a kind, as in { kind = "..." }'
-    elif first["type"] == "literal_error":
-        choices = re.findall(r"'([^']+)'", first["ctx"]["expected"])
-        reason = f"{first['input']!r} is not valid" + suggest(str(first["input"]), choices)
-    elif first["type"] not in ("value_error",):
-        reason += f" (it is {first['input']!r})"
-    reason = _plain(reason, 500)
+    reason = _plain(_reason(errors[0]), 500)
     message = f"{path}: {places[0]}: {reason}" if places[0] else f"{path}: {reason}"
     others = list(dict.fromkeys(places[1:]))
     return message + (f"\nalso wrong: {', '.join(others[:6])}" + (", ..." if len(others) > 6 else "") if others else "")
+
+
+def _reason(error: Any) -> str:
+    """What is wrong with one key, from pydantic's description of it."""
+    kind, loc, found, context = error["type"], error["loc"], error["input"], error.get("ctx", {})
+    reason = f"{error['msg']} (it is {found!r})"
+    if kind == "extra_forbidden":
+        known = _fields_at(loc[:-1])
+        reason = f"unknown {'table' if isinstance(found, dict) else 'key'}" + suggest(str(loc[-1]), known)
+        if loc[-1] == "like" and "like" in known:
+            reason = f"{found!r} is not valid" + suggest(str(found), ("source", "target"))
+    elif kind == "missing":
+        reason = "this key is required"
+    elif kind == "union_tag_invalid":
+        kinds = re.findall(r"'([^']+)'", context["expected_tags"])
+        reason = f"unknown kind {context['tag']!r}" + suggest(context["tag"], kinds)
+    elif kind == "union_tag_not_found":
+        reason = 'the table needs a kind, as in { kind = "..." }'
+    elif kind == "literal_error":
+        reason = f"{found!r} is not valid" + suggest(str(found), re.findall(r"'([^']+)'", context["expected"]))
+    elif kind == "value_error":
+        reason = error["msg"].removeprefix("Value error, ")
+    return reason
+
+
+def _inherited(raw: dict[str, Any], loc: tuple[int | str, ...]) -> bool:
+    """Whether a mistake in a table with `like` is one of the table that it copies, where it is told."""
+    if loc[:2] != ("data", "piggyback") or len(loc) < 4 or loc[3] == "[key]":
+        return False
+    table = raw["data"]["piggyback"][loc[2]]
+    return table.get("like") in ("source", "target") and loc[3] not in table
 
 
 def _place(raw: Any, loc: tuple[int | str, ...]) -> str:
@@ -211,32 +253,35 @@ def _place(raw: Any, loc: tuple[int | str, ...]) -> str:
         if known or depth == len(loc) - 1:
             raw = raw[part] if known else None
             if part != "[key]":
-                parts.append(_plain(part, 80))
+                bare = isinstance(part, int) or re.fullmatch(r"[\w-]+", part)
+                parts.append(_plain(part if bare else json.dumps(part, ensure_ascii=False), 80))
     return ".".join(parts)
 
 
 def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
     """The keys that the table at this place may have."""
-    schema = Recipe.model_json_schema(by_alias=True)
-    node: Any = schema
+    kind: Any = Recipe
     for part in loc:
-        node = _step_into(schema, node, str(part))
-    return sorted(_follow(schema, node).get("properties", {}))
+        kind = _within(kind, part)
+    like = ["like"] if loc[:2] == ("data", "piggyback") and len(loc) == 3 else []
+    return sorted([*like, *_fields(kind)])
 
 
-def _step_into(schema: dict[str, Any], node: Any, part: str) -> Any:
-    node = _follow(schema, node)
-    if "discriminator" in node:
-        return {"$ref": node["discriminator"]["mapping"].get(part, "")}
-    return node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
+def _fields(model: Any) -> dict[str, Any]:
+    """The types of a model's keys."""
+    return {field.alias or name: _bare(field.annotation) for name, field in getattr(model, "model_fields", {}).items()}
 
 
-def _follow(schema: dict[str, Any], node: Any) -> dict[str, Any]:
-    """A schema node behind its references; of an optional one, the part that is not null."""
-    if not isinstance(node, dict):
-        return {}
-    if "anyOf" in node:
-        node = next((n for n in node["anyOf"] if n.get("type") != "null"), {})
-    if "$ref" in node:
-        return schema["$defs"].get(node["$ref"].rpartition("/")[2], {})
-    return node
+def _within(kind: Any, part: int | str) -> Any:
+    """The type of what has this name, place or, of a union, kind within a value of the type `kind`."""
+    if get_origin(kind) in (dict, list):
+        return _bare(get_args(kind)[-1])
+    members = {member.model_fields["kind"].default: member for member in get_args(kind)}
+    return members.get(part) or _fields(kind).get(str(part))
+
+
+def _bare(kind: Any) -> Any:
+    """A type without its annotations and without None."""
+    inner = [one for one in get_args(kind) if one is not types.NoneType]
+    is_union = get_origin(kind) in (Union, types.UnionType)
+    return _bare(inner[0]) if get_origin(kind) is Annotated or (is_union and len(inner) == 1) else kind

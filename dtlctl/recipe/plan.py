@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
+from dtlctl.attacks.registry import ATTACKS
 from dtlctl.recipe.schema import Recipe
 from dtlctl.strict import Strict
 
@@ -38,17 +39,43 @@ class Job(Generic[Settings]):
             # Without tuned attackers there is nothing that these keys could have changed.
             for name in ("attackers", "attack_seeds", "held_out", "choose_on"):
                 del settings[name]
-        if settings.get("choose_on") == "own":
-            del settings["choose_on"]  # what was made before there was the key is as good
-        if not settings.get("fresh_stages", True):
-            del settings["fresh_stages"]  # likewise
         own_seed = settings.pop("seed", None)
         return {
             "settings": settings,
+            "revisions": self.revisions(),
             "architecture": recipe.model.model_dump(mode="json", exclude={"channels_last"}),
             "seed": recipe.seed if own_seed is None else own_seed,
-            **({} if recipe.precision == "float32" else {"precision": recipe.precision}),
+            "precision": recipe.precision,
         }
+
+    def revisions(self) -> dict[str, int]:
+        """Of the stage, and of the losses or attacks that it uses: a mended one makes its results anew."""
+        settings: Any = self.settings
+        parts: dict[str, int] = {"stage": settings.revision}
+        if self.stage == "dispose":
+            parts |= {"unlearn": settings.unlearn.revision, "retain": settings.retain.revision}
+        if self.stage == "piggyback":
+            parts |= {attacker.kind: attacker.revision for attacker in settings.attackers}
+        if self.stage == "audit":
+            parts |= {name: ATTACKS[name].revision for name in settings.attacks if name in ATTACKS}
+        return parts
+
+    def batches(self, images: dict[str, int], processes: int) -> dict[str, int]:
+        """Images of a step, by role: fewer than the recipe's `batch_size` where there are not as many.
+
+        A disposal's batch is cut into equal chunks on equal processes, so of a small dataset it depends on them.
+        """
+        settings: Any = self.settings
+        if self.stage == "audit":
+            return {}
+        if self.stage != "dispose":
+            return {self.dataset: min(settings.batch_size, images[self.dataset])}
+        roles = ("source", "target") if settings.retain.needs_target else ("source",)
+        return {role: settings.equal_parts(images[role], processes) for role in roles}
+
+    @property
+    def makes_model(self) -> bool:
+        return self.stage not in ("piggyback", "audit")
 
     @property
     def dataset(self) -> str:

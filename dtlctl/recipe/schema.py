@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -13,7 +14,7 @@ from dtlctl.errors import suggest
 from dtlctl.model import networks
 from dtlctl.objectives.retain import Distill, Retain
 from dtlctl.objectives.unlearn import GradientCollision, Unlearn
-from dtlctl.strict import Strict
+from dtlctl.strict import Algorithm, Strict
 
 
 def _plain_name(name: str) -> str:
@@ -58,7 +59,7 @@ class Data(Strict):
         return self.piggyback[name] if name else getattr(self, kind)
 
 
-class Training(Strict):
+class Training(Algorithm):
     """How one stage optimises. Batch size, learning rate and length are global: processes only change the speed."""
 
     epochs: int | None = Field(None, ge=1, le=100_000)
@@ -118,6 +119,11 @@ class Dispose(Training):
             raise ValueError(f'init = "fresh" starts everything anew; fresh_stages = {self.fresh_stages} is for TL')
         return self
 
+    def equal_parts(self, images: int, processes: int) -> int:
+        """How many of that many images a step takes: equal chunks on equal processes, 0 where there are too few."""
+        parts = max(self.unlearn.chunks, processes)
+        return min(self.batch_size, images) // parts * parts
+
     @property
     def new_heads(self) -> bool:
         """Whether the source head starts anew: only an unlearning loss that uses it trains it then."""
@@ -144,7 +150,7 @@ class Piggyback(Training):
 AttackName = Literal["loss", "entropy", "modified-entropy", "max-softmax", "adv-dist", "grad-w", "grad-x", "wb", "rmia"]
 
 
-class Audit(Strict):
+class Audit(Algorithm):
     """Membership inference, and two readouts beside it."""
 
     attacks: list[AttackName] = Field(["loss", "modified-entropy", "grad-w", "grad-x"], min_length=1)
@@ -238,6 +244,11 @@ class Recipe(Strict):
     @property
     def audit_models(self) -> list[str]:
         return self.audit.models or ["pre", "TL", *self.dispose]
+
+    def stream(self, tag: str) -> int:
+        """A 32-bit seed for one use of randomness, independent of every other tag's."""
+        shared = self.pretrain.seed if tag.startswith(("pretrain/", "subset/source")) else None
+        return zlib.crc32(f"{self.seed if shared is None else shared}/{tag}".encode())
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, under the names the file uses."""

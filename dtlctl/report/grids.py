@@ -19,13 +19,13 @@ from dtlctl.storage import checkpoint
 def summarise(done: Sequence[tuple[Point, Experiment]]) -> dict[str, Any]:
     """{"over": {key: [values]}, "points": [{"values": {key: value}, "table": ...}]}; seeds are averaged in a point."""
     groups: dict[str, list[tuple[Point, Experiment]]] = {}
-    for point, lab in done:
+    for point, experiment in done:
         values = {key: value for key, value in point.values.items() if key != "seed"}
-        groups.setdefault(checkpoint.key(values), []).append((point, lab))
+        groups.setdefault(checkpoint.key(values), []).append((point, experiment))
     found = [
         {
             "values": {key: value for key, value in group[0][0].values.items() if key != "seed"},
-            "table": summary_of([lab.folder for _, lab in group]),
+            "table": summary_of([experiment.folder for _, experiment in group]),
         }
         for group in groups.values()
     ]

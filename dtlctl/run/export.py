@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +13,42 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.storage import checkpoint
 
 
-def export(lab: Experiment, model: str, to: Path) -> None:
+def export(experiment: Experiment, model: str, to: Path) -> None:
     """Write the backbone and the target head of a finished model as one safetensors file.
 
     Tensors have the names of the architecture's own library, so torchvision's networks load them as they are. The
     header's `dtlctl` is a JSON object: arch, stem, width, image_size, the target's classes in the order of the logits,
     and the mean and std [3] by which an image in [0, 1] is normalised. Raises RecipeError for a model without a target
-    head or a file within the run's folder, CheckpointError for a model that is not up to date and for a file that
-    cannot be written.
+    head and for a place where the file cannot be or has another suffix, CheckpointError for a model that is not up to
+    date.
     """
     from safetensors.torch import save
 
-    known = [job.model for job in lab.jobs if job.stage in ("finetune", "dispose")]
+    known = [job.model for job in experiment.jobs if job.stage in ("finetune", "dispose")]
     if model not in known:
-        raise RecipeError(f"--model {model}: {lab.source} has no such model with a target head{suggest(model, known)}")
-    if to.resolve().is_relative_to(lab.folder.resolve()):
+        raise RecipeError(
+            f"--model {model}: {experiment.source} has no such model with a target head{suggest(model, known)}"
+        )
+    if os.path.isdir(to):
+        raise RecipeError(f"--to {to}: is a folder; name the file, as in --to {to / f'{model}.safetensors'}")
+    if to.suffix != ".safetensors":
+        raise RecipeError(f"--to {to}: the file is in safetensors; name it {to.with_suffix('.safetensors')}")
+    if Path(os.path.realpath(to)).is_relative_to(os.path.realpath(experiment.folder)):
         raise RecipeError(f"--to {to}: within the run's folder, whose files are the run's own; choose another place")
-    tensors = lab.load_model(model).plain_state("target")
+    tensors = experiment.trainer.load_model(model).plain_state("target")
     described = {
-        **lab.recipe.model.model_dump(mode="json", exclude={"channels_last"}),
-        "classes": lab.classes("target"),
+        **experiment.recipe.model.model_dump(mode="json", exclude={"channels_last"}),
+        "classes": experiment.data.classes("target"),
         "mean": networks.MEAN,
         "std": networks.STD,
     }
     # One key: several would be written in an order that differs from time to time.
     header = {"dtlctl": json.dumps(described, ensure_ascii=False)}
     blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header)
-    checkpoint.write(to, blob)
+    try:
+        checkpoint.write(to, blob)
+    except CheckpointError as error:
+        raise RecipeError(f"--to {error}") from None
 
 
 def load(path: Path) -> networks.Classifier:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dtlctl.attacks import membership, probe, signals
+from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import View
 from dtlctl.console.progress import say
 from dtlctl.data.tensors import Batch
@@ -21,8 +22,7 @@ from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Audit
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import readout, reference
-from dtlctl.stages.registry import ATTACKS, Attack
-from dtlctl.storage.kept import Kept
+from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import History
 from dtlctl.training.finite import check_finite
 
@@ -43,43 +43,47 @@ class Groups(NamedTuple):
     head_others: np.ndarray
 
 
-def audit(lab: Experiment, job: Job[Audit]) -> None:
+def audit(experiment: Experiment, job: Job[Audit]) -> None:
     """Attack as many training images of the source as test images, through its source head and through a new one.
 
     Raises DataError for too few images and for groups that can be told apart without the model, DivergedError for a
     model that answers nan.
     """
-    started, settings, kept = _clocks(), job.settings, Kept(lab.scratch(job), lab.key(job))
-    groups = _groups(lab, job)
+    started, settings, kept = (
+        _clocks(),
+        job.settings,
+        Parts(experiment.results.scratch(job), experiment.results.key(job)),
+    )
+    groups = _groups(experiment, job)
     metrics: dict[str, Any] = {"members": len(groups.members), "others": len(groups.others)}
-    model = lab.load_model(job.model).eval().requires_grad_(False)
-    metrics["source_head"] = _head_state(lab, job)
-    metrics["blind"] = _blind(lab, job, groups, model)
+    model = experiment.trainer.load_model(job.model).eval().requires_grad_(False)
+    metrics["source_head"] = _head_state(experiment, job)
+    metrics["blind"] = _blind(experiment, job, groups, model)
     costs: dict[str, Any] = {}
-    metrics["entropy_readout"] = readout.uncertainty(lab, model)
-    relearn = partial(readout.relearning, lab, job.model, settings)
+    metrics["entropy_readout"] = readout.uncertainty(experiment, model)
+    relearn = partial(readout.relearning, experiment, job.model, settings)
     steps = settings.relearn_steps
-    metrics["relearning"] = kept.common(lab.engine, "relearning", dict[str, Any], relearn) if steps else None
+    metrics["relearning"] = kept.common(experiment.engine, "relearning", dict[str, Any], relearn) if steps else None
     if "as-is" in settings.modes:
-        found, costs["as-is"] = _attack(lab, job, model, groups, "as-is", kept)
+        found, costs["as-is"] = _attack(experiment, job, model, groups, "as-is", kept)
         metrics.update(found)
     if "reprobe" in settings.modes:
-        _refit(lab, model, groups)
-        metrics["reprobe"], costs["reprobe"] = _attack(lab, job, model, groups, "reprobe", kept)
+        _refit(experiment, model, groups)
+        metrics["reprobe"], costs["reprobe"] = _attack(experiment, job, model, groups, "reprobe", kept)
     seconds, cpu = (_clocks() - started).tolist()
     metrics["cost"] = {**costs, "cpu_seconds": round(cpu, 1)}
-    lab.publish(job, metrics, History(seconds=seconds))
+    experiment.results.publish(job, metrics, History(seconds=seconds))
 
 
-def _groups(lab: Experiment, job: Job[Audit]) -> Groups:
+def _groups(experiment: Experiment, job: Job[Audit]) -> Groups:
     """Equally many images of both groups, drawn at random; in reprobe mode a fifth is for the attacker's own head."""
-    train, test = lab.index("source"), np.arange(len(lab.images("source", "test").labels))
+    train, test = experiment.data.index("source"), np.arange(len(experiment.data.images("source", "test").labels))
     count = min(len(train), len(test))
     if count < LEAST:
         raise DataError(
             f"{job.title}: {len(train)} members and {len(test)} non-members are too few; {LEAST} of each are needed"
         )
-    rng = np.random.default_rng(lab.seed("audit"))
+    rng = np.random.default_rng(experiment.recipe.stream("audit"))
     head = round(HEAD_SHARE * count) if "reprobe" in job.settings.modes else 0
     members, others = (rng.permutation(rows)[:count] for rows in (train, test))
     attacked = min(count - head, job.settings.images)
@@ -87,20 +91,23 @@ def _groups(lab: Experiment, job: Job[Audit]) -> Groups:
     return Groups(*map(np.sort, parts))
 
 
-def _head_state(lab: Experiment, job: Job[Audit]) -> str:
+def _head_state(experiment: Experiment, job: Job[Audit]) -> str:
     """What as-is attacks look through: a source head that was "trained", or "never trained"."""
-    variant = lab.recipe.dispose.get(job.model)
+    variant = experiment.recipe.dispose.get(job.model)
     if variant and variant.new_heads and not (variant.unlearn.trains_source_head and variant.lam):
-        if "as-is" in job.settings.modes and not lab.quiet:
+        if "as-is" in job.settings.modes and not experiment.quiet:
             say(f"{job.title}: the source head of {job.model} was never trained; as-is attacks see noise")
         return "never trained"
     return "trained"
 
 
-def _blind(lab: Experiment, job: Job[Audit], groups: Groups, model: Classifier) -> dict[str, Any]:
+def _blind(experiment: Experiment, job: Job[Audit], groups: Groups, model: Classifier) -> dict[str, Any]:
     control = Attack(lambda view, _: signals.blind(view), signals.logistic)
-    seen = [_see(lab, control, view, job.settings) for view in _views(lab, model, groups.members, groups.others)]
-    verdict = _judge(lab, job, control, "blind", seen)["blind"]
+    seen = [
+        _see(experiment, control, view, job.settings)
+        for view in _views(experiment, model, groups.members, groups.others)
+    ]
+    verdict = _judge(experiment, job, control, "blind", seen)["blind"]
     if verdict["auc_low"] > BLIND_LIMIT:
         raise DataError(
             f"{job.title}: data.source: train and test images differ without any model (AUC {verdict['auc']:.2f} on "
@@ -110,27 +117,29 @@ def _blind(lab: Experiment, job: Job[Audit], groups: Groups, model: Classifier) 
 
 
 def _attack(
-    lab: Experiment, job: Job[Audit], model: Classifier, groups: Groups, mode: str, kept: Kept
+    experiment: Experiment, job: Job[Audit], model: Classifier, groups: Groups, mode: str, kept: Parts
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Every attack of the recipe on one source head, each kept as soon as it is done: results by name, and the cost."""
-    views = _views(lab, model, groups.members, groups.others)
+    views = _views(experiment, model, groups.members, groups.others)
     found: dict[str, Any] = {}
     costs: dict[str, Any] = {}
     for name in job.settings.attacks:
-        one = partial(_one_attack, lab, job, name, views, groups)
-        results, costs[name] = kept.common(lab.engine, f"{mode}-{name}", tuple[dict[str, Any], dict[str, float]], one)
+        one = partial(_one_attack, experiment, job, name, views, groups)
+        results, costs[name] = kept.common(
+            experiment.engine, f"{mode}-{name}", tuple[dict[str, Any], dict[str, float]], one
+        )
         found |= results
     return found, costs
 
 
 def _one_attack(
-    lab: Experiment, job: Job[Audit], name: str, views: tuple[View, View], groups: Groups
+    experiment: Experiment, job: Job[Audit], name: str, views: tuple[View, View], groups: Groups
 ) -> tuple[dict[str, Any], dict[str, float]]:
     started = _clocks()
-    attack = ATTACKS.get(name) or _rmia(lab, job, groups)
-    seen = [_see(lab, attack, view, job.settings) for view in views]
+    attack = ATTACKS.get(name) or _rmia(experiment, job, groups)
+    seen = [_see(experiment, attack, view, job.settings) for view in views]
     observed = _clocks() - started
-    found = _judge(lab, job, attack, name, seen)
+    found = _judge(experiment, job, attack, name, seen)
     total, images = _clocks() - started, len(groups.members) + len(groups.others)
     cost = {"seconds": round(total[0], 3), "cpu_seconds": round(total[1], 3)}
     if observed[1] > 0.01:  # else all that it saw was on the account of an attack before it
@@ -144,11 +153,14 @@ def _clocks() -> np.ndarray:
 
 
 def _judge(
-    lab: Experiment, job: Job[Audit], attack: Attack, name: str, seen: list[dict[str, np.ndarray]]
+    experiment: Experiment, job: Job[Audit], attack: Attack, name: str, seen: list[dict[str, np.ndarray]]
 ) -> dict[str, Any]:
     """Repeated trials of one attack: {name: numbers}; an attack that trains nothing has one for each thing it saw."""
     members, others = seen
-    repeats, seed = job.settings.wb_repeats if attack.slow else job.settings.repeats, lab.seed("audit/trials")
+    repeats, seed = (
+        job.settings.wb_repeats if attack.slow else job.settings.repeats,
+        experiment.recipe.stream("audit/trials"),
+    )
     if attack.attacker is not membership.single:
         return {name: membership.trial(members, others, attack.attacker, repeats, seed)}
     return {
@@ -157,20 +169,22 @@ def _judge(
     }
 
 
-def _see(lab: Experiment, attack: Attack, view: View, settings: Audit) -> dict[str, np.ndarray]:
+def _see(experiment: Experiment, attack: Attack, view: View, settings: Audit) -> dict[str, np.ndarray]:
     """What the attack sees of every image of all processes' shares, in order."""
-    seen = attack.observe(view, settings)
-    return {name: lab.engine.gather(values.double()).cpu().numpy() for name, values in seen.items()}
+    seen = attack.observe(view, settings.adv_steps)
+    return {name: experiment.engine.gather(values.double()).cpu().numpy() for name, values in seen.items()}
 
 
-def _views(lab: Experiment, model: Classifier, members: np.ndarray, others: np.ndarray) -> tuple[View, View]:
-    return View(model, lab.split("source", "train", members)), View(model, lab.split("source", "test", others))
+def _views(experiment: Experiment, model: Classifier, members: np.ndarray, others: np.ndarray) -> tuple[View, View]:
+    return View(model, experiment.trainer.split("source", "train", members)), View(
+        model, experiment.trainer.split("source", "test", others)
+    )
 
 
-def _rmia(lab: Experiment, job: Job[Audit], groups: Groups) -> Attack:
-    known = reference.confidences(lab, job.settings.references)
+def _rmia(experiment: Experiment, job: Job[Audit], groups: Groups) -> Attack:
+    known = reference.confidences(experiment, job.settings.references)
     out = [
-        lab.engine.share.of(torch.tensor([table[int(row)] for row in rows]))
+        experiment.engine.share.of(torch.tensor([table[int(row)] for row in rows]))
         for table, rows in zip(known, (groups.members, groups.others), strict=True)
     ]
     waiting = iter(out)  # members are looked at first
@@ -178,18 +192,18 @@ def _rmia(lab: Experiment, job: Job[Audit], groups: Groups) -> Attack:
 
 
 @torch.no_grad()
-def _refit(lab: Experiment, model: Classifier, groups: Groups) -> None:
+def _refit(experiment: Experiment, model: Classifier, groups: Groups) -> None:
     """Give the model a source head fitted on the attacker's own images: reprobe mode."""
 
     def embedded(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         parts = [(model.embed(batch.x), batch.y) for batch in batches]
         features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-        return lab.engine.gather(features), lab.engine.gather(labels)
+        return experiment.engine.gather(features), experiment.engine.gather(labels)
 
     pairs = [
-        embedded(lab.split("source", "train", groups.head_members)),
-        embedded(lab.split("source", "test", groups.head_others)),
+        embedded(experiment.trainer.split("source", "train", groups.head_members)),
+        embedded(experiment.trainer.split("source", "test", groups.head_others)),
     ]
     features, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
     check_finite(features)
-    probe.refit(model, features, labels, len(lab.classes("source")))
+    probe.refit(model, features, labels, len(experiment.data.classes("source")))

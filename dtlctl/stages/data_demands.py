@@ -14,7 +14,7 @@ from dtlctl.recipe.schema import Dispose, Piggyback
 from dtlctl.run.experiment import Experiment
 
 
-def check(lab: Experiment, jobs: Iterable[Job[Any]]) -> None:
+def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
     """Raise RecipeError or DataError where a job's data has too many classes, or too few images, for its settings.
 
     And DataError where the data of any of these jobs cannot be read, which may be of the last one's alone; RecipeError
@@ -22,20 +22,20 @@ def check(lab: Experiment, jobs: Iterable[Job[Any]]) -> None:
     """
     jobs = list(jobs)
     for role in dict.fromkeys(role for job in jobs for role in job.roles):
-        lab.images(role, "train")
-        lab.images(role, "test")
+        experiment.data.images(role, "train")
+        experiment.data.images(role, "test")
     for job in jobs:
         if job.stage == "dispose":
             # What is there need not be shared by the processes of this start.
-            processes = 1 if (lab.folder / job.path).exists() else int(os.environ.get("WORLD_SIZE", "1"))
-            local_chunks(job.settings, processes, f"{lab.source}: {job.title}")
-            size = equal_parts(lab, job, "source", processes)
+            processes = 1 if (experiment.folder / job.path).exists() else int(os.environ.get("WORLD_SIZE", "1"))
+            local_chunks(job.settings, processes, f"{experiment.source}: {job.title}")
+            size = equal_parts(experiment, job, "source", processes)
             if job.settings.retain.needs_target:
-                equal_parts(lab, job, "target", processes)
+                equal_parts(experiment, job, "target", processes)
             if isinstance(job.settings.unlearn, NullSpace):
-                _batch_for_null_space(lab, job, size)
+                _batch_for_null_space(experiment, job, size)
         if job.stage == "piggyback" and job.settings.attackers:
-            _images_to_hold_out(lab, job)
+            _images_to_hold_out(experiment, job)
 
 
 def local_chunks(settings: Dispose, processes: int, title: str) -> int:
@@ -58,44 +58,47 @@ def local_chunks(settings: Dispose, processes: int, title: str) -> int:
     return max(1, chunks // processes)
 
 
-def equal_parts(lab: Experiment, job: Job[Dispose], role: str, processes: int) -> int:
+def equal_parts(experiment: Experiment, job: Job[Dispose], role: str, processes: int) -> int:
     """Images of a step of a disposal on the role's data: equal chunks on equal processes, of a small dataset fewer.
 
     Raises RecipeError where a chunk, or a process's share, has fewer than two.
     """
-    images, size, chunks = len(lab.index(role)), job.settings.batch_size, job.settings.unlearn.chunks
+    images, size, chunks = len(experiment.data.index(role)), job.settings.batch_size, job.settings.unlearn.chunks
     parts = max(chunks, processes)
     if min(size, images) >= 2 * parts:
-        return min(size, images) // parts * parts
+        return job.settings.equal_parts(images, processes)
     key = f"data.{role}.fraction" if images < size else f"dispose.{job.model}.batch_size"
     kind = "chunks" if chunks >= processes else "processes"
     raise RecipeError(
-        f"{lab.source}: dispose.{job.model}: {min(size, images)} images of data.{role} a step make no {parts} equal "
-        f"parts of 2 or more, for as many {kind}; make {key} larger, or take fewer {kind}"
+        f"{experiment.source}: dispose.{job.model}: {min(size, images)} images of data.{role} a step make no {parts} "
+        f"equal parts of 2 or more, for as many {kind}; make {key} larger, or take fewer {kind}"
     )
 
 
-def _batch_for_null_space(lab: Experiment, job: Job[Dispose], size: int) -> None:
+def _batch_for_null_space(experiment: Experiment, job: Job[Dispose], size: int) -> None:
     """size: images of a step, of a source smaller than a batch fewer than the recipe's `batch_size`."""
-    classes = len(lab.classes("target"))
+    classes = len(experiment.data.classes("target"))
     if size < (least := NullSpace.least_images(classes)):
         key = f"dispose.{job.model}.batch_size" if size == job.settings.batch_size else "data.source.fraction"
         raise RecipeError(
-            f"{lab.source}: {key}: {size} images a step are too few for null-space; "
+            f"{experiment.source}: {key}: {size} images a step are too few for null-space; "
             f"{classes} target classes need {least} or more"
         )
 
 
-def _images_to_hold_out(lab: Experiment, job: Job[Piggyback]) -> None:
-    fraction = lab.recipe.data.of(job.dataset).fraction
+def _images_to_hold_out(experiment: Experiment, job: Job[Piggyback]) -> None:
+    fraction = experiment.recipe.data.of(job.dataset).fraction
     if job.settings.choose_on == "test":
-        labels, share = lab.images(job.dataset, "test").labels, 0.5
+        labels, share = experiment.data.images(job.dataset, "test").labels, 0.5
         where, remedy = "piggyback.choose_on", f'the test split of data.{job.dataset} is too small; write "own"'
     else:
-        labels, share = lab.images(job.dataset, "train").labels[lab.index(job.dataset)], job.settings.held_out
+        labels, share = (
+            experiment.data.images(job.dataset, "train").labels[experiment.data.index(job.dataset)],
+            job.settings.held_out,
+        )
         where = f"data.{job.dataset}.fraction: {fraction:g}"
         remedy = "make it larger" if fraction < 1 else "leave it out of the attackers' datasets"
     try:
         tuning.hold_out(labels, share, 0)
     except DataError as error:
-        raise DataError(f"{lab.source}: {where}: {error}; {remedy}") from None
+        raise DataError(f"{experiment.source}: {where}: {error}; {remedy}") from None

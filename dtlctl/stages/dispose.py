@@ -21,40 +21,42 @@ from dtlctl.stages import data_demands
 from dtlctl.training.engine import Objective
 
 
-def dispose(lab: Experiment, job: Job[Dispose]) -> None:
+def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
     settings = job.settings
-    chunks = data_demands.local_chunks(settings, lab.engine.processes, job.title)
+    chunks = data_demands.local_chunks(settings, experiment.engine.processes, job.title)
     # Collisions need each chunk's own batch statistics; one chunk means the statistics of the global batch.
     own_statistics = settings.unlearn.chunks > 1
-    teacher = lab.load_model("TL", global_batch_norm=not own_statistics).eval().requires_grad_(False)
-    student = _student(lab, job, teacher.classes, global_batch_norm=not own_statistics)
-    source = _batches(lab, "source", job)
-    target = _batches(lab, "target", job) if settings.retain.needs_target else None
+    teacher = experiment.trainer.load_model("TL", global_batch_norm=not own_statistics).eval().requires_grad_(False)
+    student = _student(experiment, job, teacher.classes, global_batch_norm=not own_statistics)
+    source = _batches(experiment, "source", job)
+    target = _batches(experiment, "target", job) if settings.retain.needs_target else None
     repair_from = round(settings.total_steps(source.images) * (1 - settings.repair))
-    objective = _objective(lab, settings, (student, teacher), (source, target), chunks, repair_from)
+    objective = _objective(experiment, settings, (student, teacher), (source, target), chunks, repair_from)
     measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
-    before = _source_loss_of(lab, teacher, source, chunks, settings.batch_norm)
-    history, metrics = lab.train(job, student, objective, source, measures, also=(repair_from,))
+    before = _source_loss_of(experiment, teacher, source, chunks, settings.batch_norm)
+    history, metrics = experiment.trainer.train(job, student, objective, source, measures, also=(repair_from,))
     metrics |= diagnose(history.rows, before)
     after = metrics.get("source_loss_unlearned", before)
-    if settings.unlearn.kind == "gradient-collision" and after < before and lab.engine.is_main:
+    if settings.unlearn.kind == "gradient-collision" and after < before and experiment.engine.is_main:
         say(
             f"{job.title}: gradient collision lowered the source loss, from {before:.2f} in TL to {after:.2f}: "
             "gradients are small in the source minimum too, and the network slides back into it; "
             "try a larger lambda or lr"
         )
-    lab.publish(job, metrics, history, student)
+    experiment.results.publish(job, metrics, history, student)
 
 
-def _student(lab: Experiment, job: Job[Dispose], heads: dict[str, int], *, global_batch_norm: bool) -> Classifier:
+def _student(
+    experiment: Experiment, job: Job[Dispose], heads: dict[str, int], *, global_batch_norm: bool
+) -> Classifier:
     """TL, TL with its last stages and heads drawn anew, or a new network."""
     settings = job.settings
     if not settings.new_heads:
-        return lab.load_model("TL", global_batch_norm=global_batch_norm)
-    fresh = lab.new_model(heads, "dispose/init", global_batch_norm=global_batch_norm)
+        return experiment.trainer.load_model("TL", global_batch_norm=global_batch_norm)
+    fresh = experiment.trainer.new_model(heads, "dispose/init", global_batch_norm=global_batch_norm)
     if settings.init == "fresh":
         return fresh
-    student = lab.load_model("TL", global_batch_norm=global_batch_norm)
+    student = experiment.trainer.load_model("TL", global_batch_norm=global_batch_norm)
     renew(student.backbone, fresh.backbone, settings.fresh_stages)
     student.heads.load_state_dict(fresh.heads.state_dict())
     return student
@@ -72,7 +74,7 @@ def diagnose(rows: list[dict[str, float]], before: float) -> dict[str, float]:
 
 @torch.no_grad()
 def _source_loss_of(
-    lab: Experiment, model: Classifier, batches: Batches, chunks: int, batch_norm: str, count: int = 8
+    experiment: Experiment, model: Classifier, batches: Batches, chunks: int, batch_norm: str, count: int = 8
 ) -> float:
     """Cross-entropy on the first batches, in a disposal's mode and in its chunks, as its first steps see it."""
     probe = copy.deepcopy(model)  # its running statistics may move
@@ -82,11 +84,11 @@ def _source_loss_of(
         for batch in (batches[number] for number in range(count))
         for x, y in zip(batch.x.chunk(chunks), batch.y.chunk(chunks), strict=True)
     ]
-    return float(lab.engine.all_reduce([torch.stack(found).mean()])[0]) / lab.engine.processes
+    return float(experiment.engine.all_reduce([torch.stack(found).mean()])[0]) / experiment.engine.processes
 
 
 def _objective(
-    lab: Experiment,
+    experiment: Experiment,
     settings: Dispose,
     models: tuple[Classifier, Classifier],
     data: tuple[Batches, Batches | None],
@@ -97,7 +99,7 @@ def _objective(
     (student, teacher), (source, target) = models, data
     unlearn, retain, parameters = settings.unlearn, settings.retain, list(student.parameters())
     norms, memory = views.momenta(student), _memory(settings, student, source[0], chunks)
-    images = len(lab.images("source", "train").labels)
+    images = len(experiment.data.images("source", "train").labels)
 
     @torch.no_grad()
     def answers(x: Tensor) -> Tensor:
@@ -112,9 +114,9 @@ def _objective(
             teacher=answers,
             parameters=parameters,
             images=images,
-            seed=lab.seed("dispose/labels"),
-            processes=lab.engine.processes,
-            all_reduce=lab.engine.all_reduce,
+            seed=experiment.recipe.stream("dispose/labels"),
+            processes=experiment.engine.processes,
+            all_reduce=experiment.engine.all_reduce,
             tape=seen.tape,
             again=seen.again,
         )
@@ -144,9 +146,11 @@ def _memory(settings: Dispose, student: Classifier, batch: Batch, chunks: int) -
     return views.choose(student, batch.x, chunks) if wanted == "auto" else wanted
 
 
-def _batches(lab: Experiment, role: str, job: Job[Dispose]) -> Batches:
+def _batches(experiment: Experiment, role: str, job: Job[Dispose]) -> Batches:
     """Batches of equal chunks on equal processes; of a dataset smaller than a batch, as many images as divide."""
-    return lab.batches(role, data_demands.equal_parts(lab, job, role, lab.engine.processes), f"dispose/{role}")
+    return experiment.trainer.batches(
+        role, data_demands.equal_parts(experiment, job, role, experiment.engine.processes), f"dispose/{role}"
+    )
 
 
 def _set_mode(student: Classifier, norms: views.Momenta, batch_norm: str) -> None:

@@ -8,16 +8,16 @@ from dtlctl.recipe.schema import Finetune
 from dtlctl.run.experiment import Experiment
 
 
-def finetune(lab: Experiment, job: Job[Finetune]) -> None:
-    classes = len(lab.classes("target"))
+def finetune(experiment: Experiment, job: Job[Finetune]) -> None:
+    classes = len(experiment.data.classes("target"))
     measures = {"acc_t": ("target", "target")}
     if job.parent:
-        model = lab.load_model(job.parent)
-        lab.attach_head(model, "target", classes, "finetune/head")
+        model = experiment.trainer.load_model(job.parent)
+        experiment.trainer.attach_head(model, "target", classes, "finetune/head")
         measures["acc_s"] = ("source", "source")
     else:
-        model = lab.new_model({"target": classes}, "target-only/init")
-    batches = lab.batches("target", job.settings.batch_size, "finetune/batches")
+        model = experiment.trainer.new_model({"target": classes}, "target-only/init")
+    batches = experiment.trainer.batches("target", job.settings.batch_size, "finetune/batches")
     objective = cross_entropy(model, "target", batches)
-    history, metrics = lab.train(job, model, objective, batches, measures)
-    lab.publish(job, metrics, history, model)
+    history, metrics = experiment.trainer.train(job, model, objective, batches, measures)
+    experiment.results.publish(job, metrics, history, model)

@@ -14,31 +14,31 @@ from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Piggyback
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages.trials import HEAD, Ground, Strike, share_out, start
-from dtlctl.storage.kept import Kept
+from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import History
 
 
-def piggyback(lab: Experiment, job: Job[Piggyback]) -> None:
+def piggyback(experiment: Experiment, job: Job[Piggyback]) -> None:
     """Full fine-tuning of all weights under a new head. Head, batches and augmentation are the same for all models.
 
     Then, if the recipe names any, the attackers who tune themselves.
     """
-    model = start(lab, job, f"piggyback/{job.dataset}/head")
-    batches = lab.batches(job.dataset, job.settings.batch_size, f"piggyback/{job.dataset}/batches")
+    model = start(experiment, job, f"piggyback/{job.dataset}/head")
+    batches = experiment.trainer.batches(job.dataset, job.settings.batch_size, f"piggyback/{job.dataset}/batches")
     objective = cross_entropy(model, HEAD, batches)
-    kept = Kept(lab.scratch(job), lab.key(job))
+    kept = Parts(experiment.results.scratch(job), experiment.results.key(job))
     history, metrics = kept.common(
-        lab.engine,
+        experiment.engine,
         "single",
         tuple[History, dict[str, Any]],
-        lambda: lab.train(job, model, objective, batches, {"acc_pl": (HEAD, job.dataset)}),
+        lambda: experiment.trainer.train(job, model, objective, batches, {"acc_pl": (HEAD, job.dataset)}),
     )
     if job.settings.attackers:
-        metrics |= _tuned(lab, job, kept, metrics["acc_pl"])
-    lab.publish(job, metrics, history)
+        metrics |= _tuned(experiment, job, kept, metrics["acc_pl"])
+    experiment.results.publish(job, metrics, history)
 
 
-def _tuned(lab: Experiment, job: Job[Piggyback], kept: Kept, single: float) -> dict[str, Any]:
+def _tuned(experiment: Experiment, job: Job[Piggyback], kept: Parts, single: float) -> dict[str, Any]:
     """Metrics of the tuned attackers; `single`: Acc_pl of the table's one setting.
 
     Each attacker tries his grid on the training part of his images and keeps what is best on the held-out part, the
@@ -50,9 +50,9 @@ def _tuned(lab: Experiment, job: Job[Piggyback], kept: Kept, single: float) -> d
     trials: list[Trial] = []
     strikes: list[list[Strike]] = []
     total = job.settings.attack_seeds * sum(len(attacker.grid()) for attacker in job.settings.attackers)
-    with lab.progress(f"{job.title}: attackers", total) as bar:
+    with experiment.processes.progress(f"{job.title}: attackers", total) as bar:
         for seed in range(job.settings.attack_seeds):
-            ground = Ground(lab, job, seed)
+            ground = Ground(experiment, job, seed)
             grid = [(attacker, setting) for attacker in job.settings.attackers for setting in attacker.grid()]
             tasks = [partial(ground.attempt, *point) for point in grid]
             trying = kept.each(f"trial-{seed}", Trial, tasks, ground.stop.is_set)
@@ -63,7 +63,7 @@ def _tuned(lab: Experiment, job: Job[Piggyback], kept: Kept, single: float) -> d
             again = share_out(ground, kept.each(f"strike-{seed}", Strike, strokes, ground.stop.is_set))
             trials.extend(tried)
             strikes.append(again)
-    seconds, fits = time.perf_counter() - started, len(lab.engine.gather_objects(kept.made))
+    seconds, fits = time.perf_counter() - started, len(experiment.engine.gather_objects(kept.made))
     cost = {"trials_per_minute": round(60 * fits / seconds, 1), "attack_seconds": round(seconds, 1)}
     stood = [[(s, s.acc_pl) for s in again if s.acc_pl is not None] for again in strikes]
     worst = [tuning.choose([strike.trial for strike, _ in found]) for found in stood]

@@ -8,9 +8,9 @@ from dtlctl.recipe.schema import Pretrain
 from dtlctl.run.experiment import Experiment
 
 
-def pretrain(lab: Experiment, job: Job[Pretrain]) -> None:
-    model = lab.new_model({"source": len(lab.classes("source"))}, "pretrain/init")
-    batches = lab.batches("source", job.settings.batch_size, "pretrain/batches")
+def pretrain(experiment: Experiment, job: Job[Pretrain]) -> None:
+    model = experiment.trainer.new_model({"source": len(experiment.data.classes("source"))}, "pretrain/init")
+    batches = experiment.trainer.batches("source", job.settings.batch_size, "pretrain/batches")
     objective = cross_entropy(model, "source", batches)
-    history, metrics = lab.train(job, model, objective, batches, {"acc_s": ("source", "source")})
-    lab.publish(job, metrics, history, model)
+    history, metrics = experiment.trainer.train(job, model, objective, batches, {"acc_s": ("source", "source")})
+    experiment.results.publish(job, metrics, history, model)

@@ -35,15 +35,15 @@ def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
     rmia's references alone. Raises RecipeError and DataError, naming the recipe's file `source`, where the network or
     decoded data lacks what the recipe asks for.
     """
-    lab = Experiment(recipe, out, source=source, quiet=True)
+    experiment = Experiment(recipe, out, source=source, quiet=True)
     data = {role: _describe(recipe, role) for role in _roles(recipe)}
     decoded = {role for role, row in data.items() if row["images"] is not None and row["test_images"] is not None}
-    data_demands.check(lab, [job for job in lab.jobs if decoded.issuperset(job.roles)])
+    data_demands.check(experiment, [job for job in experiment.jobs if decoded.issuperset(job.roles)])
     parameters, seconds = _measure(recipe)
-    rows = [_job(lab, job, data, seconds) for job in lab.jobs]
+    rows = [_job(experiment, job, data, seconds) for job in experiment.jobs]
     audits = [row for row in rows if row["stage"] == "audit" and row["state"] != "done"]
     if audits:  # trained for the first, and kept for the others
-        audits[0]["seconds"] = _references(lab, data["source"], seconds)
+        audits[0]["seconds"] = _references(experiment, data["source"], seconds)
     known = [row["seconds"] for row in rows if row["seconds"] is not None]
     return {
         "recipe": recipe.name,
@@ -122,9 +122,9 @@ def _measure(recipe: Recipe, rounds: int = 3) -> tuple[int, float]:
     return sum(p.numel() for p in model.parameters()), min(times) / batch
 
 
-def _state(lab: Experiment, job: Job[Any], data: dict[str, Any]) -> str:
+def _state(experiment: Experiment, job: Job[Any], data: dict[str, Any]) -> str:
     """One of those that `plan` names. No data is decoded and no engine started for it."""
-    path = lab.folder / job.path
+    path = experiment.folder / job.path
     if not path.exists():
         return "to do"
     try:
@@ -135,22 +135,22 @@ def _state(lab: Experiment, job: Job[Any], data: dict[str, Any]) -> str:
     if any(data[role][count] is None for role in roles for count in ("images", "test_images")):
         return "not checked"
     with suppress(CheckpointError):  # of a parent: missing, stale or unreadable
-        return "done" if lab.done(job) else "stale"
+        return "done" if experiment.results.done(job) else "stale"
     return "stale"
 
 
-def _references(lab: Experiment, source: dict[str, Any], seconds: float) -> float | None:
+def _references(experiment: Experiment, source: dict[str, Any], seconds: float) -> float | None:
     """Seconds that the missing references take; each sees half of the source's images, its test split among them."""
-    count, settings = lab.recipe.audit.references, lab.recipe.pretrain
+    count, settings = experiment.recipe.audit.references, experiment.recipe.pretrain
     if not count:
         return 0.0
     if source["images"] is None or source["test_images"] is None:
         return None
     half = (source["images"] + source["test_images"]) // 2
-    return missing(lab, count) * settings.total_steps(half) * min(settings.batch_size, half) * seconds
+    return missing(experiment, count) * settings.total_steps(half) * min(settings.batch_size, half) * seconds
 
 
-def _job(lab: Experiment, job: Job[Any], data: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], seconds: float) -> dict[str, Any]:
     images = data[job.dataset]["images"]
     size = getattr(job.settings, "batch_size", None)
     asked = getattr(job.settings, "steps", None)  # else so many epochs of the images
@@ -163,7 +163,7 @@ def _job(lab: Experiment, job: Job[Any], data: dict[str, Any], seconds: float) -
         trained = [(a, len(a.lr) + 1) for a in job.settings.attackers if not isinstance(a, Frozen)]
         fits = sum(count * a.steps * min(a.batch_size, images) for a, count in trained)
         cost += job.settings.attack_seeds * fits * seconds
-    state = _state(lab, job, data)
+    state = _state(experiment, job, data)
     return {
         "title": job.title,
         "stage": job.stage,

@@ -27,40 +27,40 @@ POINTS = 10
 """How often the accuracy is looked at."""
 
 
-def uncertainty(lab: Experiment, model: Classifier) -> dict[str, float]:
+def uncertainty(experiment: Experiment, model: Classifier) -> dict[str, float]:
     """Mean entropy of the source head on the source's test split, in nats and as a share of log K (1: it is mute).
 
     Raises DivergedError for answers that are not finite.
     """
     with torch.no_grad():
-        parts = [-entropy(View(model, [batch]))["entropy"] for batch in lab.split("source", "test")]
-    found = lab.engine.gather(torch.cat(parts)).double()
+        parts = [-entropy(View(model, [batch]))["entropy"] for batch in experiment.trainer.split("source", "test")]
+    found = experiment.engine.gather(torch.cat(parts)).double()
     check_finite(found)
     mean = float(found.mean())
     return {"nats": mean, "share_of_log_k": mean / math.log(max(2, model.classes["source"]))}
 
 
-def relearning(lab: Experiment, name: str, settings: Audit) -> dict[str, Any]:
+def relearning(experiment: Experiment, name: str, settings: Audit) -> dict[str, Any]:
     """Train the model on the source again and count steps until 95 % of the pre-trained model's Acc_s is back.
 
     All weights, plain cross-entropy, a constant learning rate, batches of 64; Acc_s is that of at most 500 fixed test
     images, ten times on the way. {"goal", "steps" (None: not within the budget), "budget", "curve": [[step, Acc_s],
     ...]}, accuracies in %.
     """
-    goal = SHARE * lab.require("pre")["metrics"]["acc_s"]
-    model = lab.load_model(name)
+    goal = SHARE * experiment.results.require("pre")["metrics"]["acc_s"]
+    model = experiment.trainer.load_model(name)
     plan = Training(steps=settings.relearn_steps, batch_size=64, lr=settings.relearn_lr, schedule="constant")
-    batches = lab.batches("source", plan.batch_size, "audit/relearn")
-    test = len(lab.images("source", "test").labels)
-    rows = np.sort(np.random.default_rng(lab.seed("audit/relearn/test")).permutation(test)[:500])
+    batches = experiment.trainer.batches("source", plan.batch_size, "audit/relearn")
+    test = len(experiment.data.images("source", "test").labels)
+    rows = np.sort(np.random.default_rng(experiment.recipe.stream("audit/relearn/test")).permutation(test)[:500])
 
     def accuracy(step: int) -> dict[str, float]:
-        return {"acc_s": lab.engine.accuracy(model, "source", lab.split("source", "test", rows))}
+        return {"acc_s": experiment.engine.accuracy(model, "source", experiment.trainer.split("source", "test", rows))}
 
     curve = [[0, accuracy(0)["acc_s"]]]
     if curve[0][1] < goal:
-        with lab.progress(f"audit/{name} relearn", settings.relearn_steps) as bar:
-            history = lab.engine.train(
+        with experiment.processes.progress(f"audit/{name} relearn", settings.relearn_steps) as bar:
+            history = experiment.engine.train(
                 model,
                 cross_entropy(model, "source", batches),
                 plan,

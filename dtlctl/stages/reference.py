@@ -17,8 +17,6 @@ from torch import Tensor
 from dtlctl.attacks.signals import View
 from dtlctl.data.tensors import Batches, evaluation_batches
 from dtlctl.objectives.supervised import cross_entropy
-from dtlctl.storage import checkpoint
-from dtlctl.storage.kept import Kept
 from dtlctl.training.finite import check_finite
 
 if TYPE_CHECKING:
@@ -51,77 +49,72 @@ class Everything(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def confidences(lab: Experiment, count: int) -> tuple[dict[int, float], dict[int, float]]:
+def confidences(experiment: Experiment, count: int) -> tuple[dict[int, float], dict[int, float]]:
     """For rows of the source's train subset and of its test split: the confidence in the true class of references.
 
     `count` (even) models are trained as `pretrain` says, in pairs on complementary random halves, so that each
     image is unknown to half of them; only those are averaged. What each said is kept in the run's folder, for other
     models and later audits.
     """
-    train, test = lab.images("source", "train"), lab.images("source", "test")
-    rows = lab.index("source")
+    train, test = experiment.data.images("source", "train"), experiment.data.images("source", "test")
+    rows = experiment.data.index("source")
     everything = Everything(
         np.concatenate([train.pixels[rows], test.pixels]), np.concatenate([train.labels[rows], test.labels])
     )
-    done, sums = kept(lab), np.zeros(len(everything.labels))
+    done, sums = experiment.results.reference_answers(), np.zeros(len(everything.labels))
     for number in range(count):
-        inside, outside = _halves(lab, number, len(sums))
-        train_one = partial(_reference, lab, number, count, everything, inside, outside)
+        inside, outside = _halves(experiment, number, len(sums))
+        train_one = partial(_reference, experiment, number, count, everything, inside, outside)
         form = Annotated[list[float], Field(min_length=len(outside), max_length=len(outside))]
-        sums[outside] += done.common(lab.engine, f"{number}", form, train_one)
+        sums[outside] += done.common(experiment.engine, f"{number}", form, train_one)
     means = sums / max(1, count // 2)
     known = dict(zip(rows.tolist(), means[: len(rows)].tolist(), strict=True))
     return known, dict(enumerate(means[len(rows) :].tolist()))
 
 
-def kept(lab: Experiment) -> Kept:
-    """Where the run keeps what its references said."""
-    return Kept(lab.reference_folder, checkpoint.key({"pre": lab.key(lab.job("pre")), "seed": lab.recipe.seed}))
-
-
-def missing(lab: Experiment, count: int) -> int:
+def missing(experiment: Experiment, count: int) -> int:
     """How many of `count` references have yet to be trained."""
-    done = kept(lab)
+    done = experiment.results.reference_answers()
     return sum(not done.has(f"{number}", list[float]) for number in range(count))
 
 
-def _halves(lab: Experiment, number: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+def _halves(experiment: Experiment, number: int, images: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted places of the images that a reference is trained on, and of those that it never sees."""
-    order = np.random.default_rng(lab.seed(f"audit/references/{number // 2}")).permutation(images)
+    order = np.random.default_rng(experiment.recipe.stream(f"audit/references/{number // 2}")).permutation(images)
     halves = [np.sort(half) for half in np.split(order, [images // 2])]
     return halves[number % 2], halves[1 - number % 2]
 
 
 def _reference(
-    lab: Experiment, number: int, count: int, everything: Everything, inside: np.ndarray, outside: np.ndarray
+    experiment: Experiment, number: int, count: int, everything: Everything, inside: np.ndarray, outside: np.ndarray
 ) -> list[float]:
     """Train one reference; its confidence in the true class of the images that it never saw."""
-    settings, tag = lab.recipe.pretrain, f"audit/reference/{number}"
-    model = lab.new_model({"source": len(lab.classes("source"))}, tag)
+    settings, tag = experiment.recipe.pretrain, f"audit/reference/{number}"
+    model = experiment.trainer.new_model({"source": len(experiment.data.classes("source"))}, tag)
     batches = Batches(
         everything.pixels,
         everything.labels,
         inside,
         batch_size=settings.batch_size,
-        augment=lab.recipe.data.source.augment,
-        seed=lab.seed(tag),
-        device=lab.engine.device,
-        share=lab.engine.share,
+        augment=experiment.recipe.data.source.augment,
+        seed=experiment.recipe.stream(tag),
+        device=experiment.engine.device,
+        share=experiment.engine.share,
     )
     steps = settings.total_steps(batches.images)
-    with lab.progress(f"audit/reference {number + 1} of {count}", steps) as bar:
+    with experiment.processes.progress(f"audit/reference {number + 1} of {count}", steps) as bar:
         objective = cross_entropy(model, "source", batches)
-        lab.engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
-    found = _confidence(lab, model.eval(), everything.pixels[outside], everything.labels[outside])
+        experiment.engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
+    found = _confidence(experiment, model.eval(), everything.pixels[outside], everything.labels[outside])
     check_finite(found)
     return found.tolist()
 
 
 @torch.no_grad()
-def _confidence(lab: Experiment, model: torch.nn.Module, pixels: np.ndarray, labels: np.ndarray) -> Tensor:
+def _confidence(experiment: Experiment, model: torch.nn.Module, pixels: np.ndarray, labels: np.ndarray) -> Tensor:
     """float64 [n], on the CPU."""
     parts = [
         model(batch.x, "source").softmax(1).gather(1, batch.y[:, None])[:, 0]
-        for batch in evaluation_batches(pixels, labels, device=lab.engine.device, share=lab.engine.share)
+        for batch in evaluation_batches(pixels, labels, device=experiment.engine.device, share=experiment.engine.share)
     ]
-    return lab.engine.gather(torch.cat(parts)).double().cpu()
+    return experiment.engine.gather(torch.cat(parts)).double().cpu()

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dtlctl.console.progress import say
 from dtlctl.errors import DtlError
 from dtlctl.recipe.plan import Job, Stage
-from dtlctl.run import reuse
+from dtlctl.run.earlier import Earlier, relatives
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands
 from dtlctl.storage import checkpoint
 
 
 def run(
-    lab: Experiment, stages: Collection[Stage], *, only: Collection[str] = (), force: bool = False
+    experiment: Experiment, stages: Collection[Stage], *, only: Collection[str] = (), force: bool = False
 ) -> list[Job[Any]]:
     """Do the jobs of these stages that are not up to date, in order; return those that were done.
 
@@ -27,38 +25,34 @@ def run(
     `force` redoes what is there. Raises DtlError of whatever kind stops it, before the first job trains where the data
     or the processes cannot do for one of them.
     """
-    done, chosen = [], lab.chosen(stages, only)
-    data_demands.check(lab, chosen)
-    elsewhere = cache(lambda: reuse.results(reuse.relatives(lab.folder.parent, lab.recipe.name)))
+    done, chosen = [], experiment.chosen(stages, only)
+    data_demands.check(experiment, chosen)
+    earlier = cache(lambda: Earlier(relatives(experiment.folder.parent, experiment.recipe.name)))
     for job in chosen:
-        if not force and (lab.done(job) or _taken_over(lab, job, elsewhere)):
-            lab.tidy(job)
+        if not force and (experiment.results.done(job) or _taken_over(experiment, job, earlier)):
+            experiment.results.tidy(job)
             continue
+        if experiment.results.scratch(job).exists() and (parts := experiment.results.parts(job).count()):
+            experiment.processes.say(f"{job.title}: goes on with {parts} finished part{'s' * (parts > 1)}")
         try:
-            _stage(job.stage)(lab, job)
+            _stage(job.stage)(experiment, job)
         except (RuntimeError, MemoryError) as error:
             from dtlctl.training.failures import is_shortage, shortage
 
             if not is_shortage(error):
                 raise
-            raise DtlError(f"{lab.source}: {shortage(job)}") from error
+            raise DtlError(f"{experiment.source}: {shortage(job)}") from error
         done.append(job)
-        if not lab.quiet and lab.engine.is_main:
-            say(f"{job.title}: {_summary(lab.folder / job.path)}")
+        experiment.processes.say(f"{job.title}: {_summary(experiment.results.path(job))}")
     return done
 
 
-def _taken_over(lab: Experiment, job: Job[Any], elsewhere: Callable[[], dict[str, Path]]) -> bool:
-    """elsewhere: what is known, by key. Several processes would have to agree on what is there: they make it."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+def _taken_over(experiment: Experiment, job: Job[Any], earlier: Callable[[], Earlier]) -> bool:
+    """Whether another run's result could be taken. Several processes would have to agree on what there is."""
+    found = earlier().take(experiment, job) if experiment.processes.count == 1 else None
+    if found is None or not experiment.results.done(job):
         return False
-    found = reuse.take_over(lab, job, elsewhere())
-    if found is None and job.stage == "audit":
-        reuse.take_over_references(lab, reuse.relatives(lab.folder.parent, lab.recipe.name))
-    if found is None or not lab.done(job):
-        return False
-    if not lab.quiet:
-        say(f"{job.title}: taken over from {found.parent}")
+    experiment.processes.say(f"{job.title}: taken over from {found.parent}")
     return True
 
 

@@ -30,13 +30,13 @@ Features = dict[Split, tuple[np.ndarray, np.ndarray]]
 """Features [N, F] and labels [N] of the images of a split."""
 
 
-def start(lab: Experiment, job: Job[Piggyback], head: str, *, alone: bool = False) -> Classifier:
+def start(experiment: Experiment, job: Job[Piggyback], head: str, *, alone: bool = False) -> Classifier:
     """The attacked model under a new head; `alone`: its batch statistics are this process's own."""
     if job.parent:
-        model = lab.load_model(job.parent, global_batch_norm=not alone)
+        model = experiment.trainer.load_model(job.parent, global_batch_norm=not alone)
     else:
-        model = lab.new_model({}, f"piggyback/{job.dataset}/init", global_batch_norm=not alone)
-    lab.attach_head(model, HEAD, len(lab.classes(job.dataset)), head)
+        model = experiment.trainer.new_model({}, f"piggyback/{job.dataset}/init", global_batch_norm=not alone)
+    experiment.trainer.attach_head(model, HEAD, len(experiment.data.classes(job.dataset)), head)
     return model
 
 
@@ -55,12 +55,12 @@ class Strike(NamedTuple):
 class Ground:
     """One repetition of the attack on one model: which images train, choose and judge, the new head, the features."""
 
-    def __init__(self, lab: Experiment, job: Job[Piggyback], seed: int):
-        self.lab, self.job, self.seed, self.tag = lab, job, seed, f"piggyback/{job.dataset}/attack/{seed}"
-        self.own, self.labels = lab.index(job.dataset), lab.images(job.dataset, "train").labels
-        self.train, self.held, self.judges = self._split(lab.seed(f"{self.tag}/split"))
-        self.model = start(lab, job, f"{self.tag}/head", alone=True)
-        self.fresh = lab.new_model({}, f"{self.tag}/fresh", global_batch_norm=False)
+    def __init__(self, experiment: Experiment, job: Job[Piggyback], seed: int):
+        self.experiment, self.job, self.seed, self.tag = experiment, job, seed, f"piggyback/{job.dataset}/attack/{seed}"
+        self.own, self.labels = experiment.data.index(job.dataset), experiment.data.images(job.dataset, "train").labels
+        self.train, self.held, self.judges = self._split(experiment.recipe.stream(f"{self.tag}/split"))
+        self.model = start(experiment, job, f"{self.tag}/head", alone=True)
+        self.fresh = experiment.trainer.new_model({}, f"{self.tag}/fresh", global_batch_norm=False)
         self.stop = threading.Event()
         frozen = {a.kind: a for a in job.settings.attackers if isinstance(a, Frozen)}
         self.features: dict[str, Features] = {kind: self._features(attacker) for kind, attacker in frozen.items()}
@@ -95,7 +95,7 @@ class Ground:
 
     def _split(self, seed: int) -> tuple[np.ndarray, tuple[Split, np.ndarray], np.ndarray]:
         """Places of the images that train, among the attacker's own; that choose, with their split; and that judge."""
-        test = self.lab.images(self.job.dataset, "test").labels
+        test = self.experiment.data.images(self.job.dataset, "test").labels
         if self.job.settings.choose_on == "test":
             judges, held = tuning.hold_out(test, 0.5, seed)
             return np.arange(len(self.own)), ("test", held), judges
@@ -116,9 +116,9 @@ class Ground:
         return model
 
     def _batches(self, rows: np.ndarray, size: int) -> Batches:
-        train = self.lab.images(self.job.dataset, "train")
-        augment = self.lab.recipe.data.of(self.job.dataset).augment
-        seed, device = self.lab.seed(f"{self.tag}/batches"), self.lab.engine.device
+        train = self.experiment.data.images(self.job.dataset, "train")
+        augment = self.experiment.recipe.data.of(self.job.dataset).augment
+        seed, device = self.experiment.recipe.stream(f"{self.tag}/batches"), self.experiment.engine.device
         return Batches(
             train.pixels, train.labels, self.own[rows], batch_size=size, augment=augment, seed=seed, device=device
         )
@@ -130,14 +130,14 @@ class Ground:
 
     def _whole(self, split: Split, rows: np.ndarray) -> Iterator[Batch]:
         """All of these rows, on this process: trials are shared out, batches are not."""
-        images = self.lab.images(self.job.dataset, split)
-        return evaluation_batches(images.pixels[rows], images.labels[rows], device=self.lab.engine.device)
+        images = self.experiment.data.images(self.job.dataset, split)
+        return evaluation_batches(images.pixels[rows], images.labels[rows], device=self.experiment.engine.device)
 
     @torch.no_grad()
     def _features(self, attacker: Attacker) -> Features:
         """Of the attacker's own images and of the test split, computed once."""
         model = self._prepared(attacker, np.arange(len(self.own))).eval()
-        test = np.arange(len(self.lab.images(self.job.dataset, "test").labels))
+        test = np.arange(len(self.experiment.data.images(self.job.dataset, "test").labels))
         found: Features = {}
         splits: list[tuple[Split, np.ndarray]] = [("train", self.own), ("test", test)]
         for split, rows in splits:
@@ -159,13 +159,13 @@ def share_out(
     """
     from threadpoolctl import threadpool_limits
 
-    engine, cores = ground.lab.engine, torch.get_num_threads()
+    engine, cores = ground.experiment.engine, torch.get_num_threads()
     drawing = draws(ground.model)
     at_once = 1 if drawing or engine.device.type != "cpu" else cores
 
     def work(number: int) -> Result:
         if drawing:
-            torch.manual_seed(ground.lab.seed(f"{ground.tag}/{number}"))
+            torch.manual_seed(ground.experiment.recipe.stream(f"{ground.tag}/{number}"))
         return tasks[number]()
 
     blas = threadpool_limits(1 if at_once > 1 else None, "blas")  # two probes of two threads each are slower

@@ -20,7 +20,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
 from dtlctl.console import stop
-from dtlctl.console.progress import Progress
+from dtlctl.console.progress import Progress, say
 from dtlctl.data.tensors import Batch, Share
 from dtlctl.errors import DivergedError, DtlError, Elsewhere, Stopped
 from dtlctl.model.batchnorm import GlobalBatchNorm
@@ -186,8 +186,9 @@ class Engine:
         schedule = schedules.scheduler(optimizer, plan, steps)
         state = state or State()
         self._draw_apart()
-        if memory:
-            memory.restore(self, state, model, optimizer, schedule)
+        saved = memory.restore(self, state, model, optimizer, schedule) if memory else None
+        if saved and progress.enabled:
+            say(f"{progress.title}: goes on from step {state.step} of {steps}, saved at {saved}")
         progress.advance(state.step)
         started, before, every = time.perf_counter(), state.seconds, max(1, steps // reports)
         due = {*range(every, steps, every), *also, steps}
@@ -274,10 +275,9 @@ class Engine:
 
     @torch.no_grad()
     def correct(self, model: nn.Module, head: str, batches: Iterable[Batch]) -> np.ndarray:
-        """bool [n]: whether the head is right about each image, all processes' shares in order; the mode is kept.
+        """bool [n]: whether the head is right about each image, over all processes' shares in order. The mode is kept.
 
-        Raises DivergedError, in all processes, where an answer is not finite: argmax would make class 0 of it.
-        """
+        Raises DivergedError, in all processes, where an answer is not finite: argmax would make class 0 of it."""
         own, training = [], model.training
         model.eval()
         for batch in batches:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dtlctl.errors import CheckpointError
 from dtlctl.storage import checkpoint
+from dtlctl.storage.parts import ProcessGroup
 from dtlctl.strict import Strict
 
 _CUDA = 16  # bytes of the random state of an accelerator
@@ -53,18 +54,8 @@ class Document(Strict):
     rows: list[dict[str, int | float]]
     sums: list[str]
     seconds: float = Field(ge=0)
-
-
-class Crew(Protocol):
-    """What the engine does for the processes together."""
-
-    share: Any
-    processes: int
-    device: torch.device
-
-    def gather(self, values: Tensor) -> Tensor: ...
-    def agree(self, code: int) -> int: ...
-    def by_main(self, work: Callable[[], Any]) -> Any: ...
+    saved: str
+    """When, in local time."""
 
 
 class Memory:
@@ -81,32 +72,38 @@ class Memory:
     def due(self) -> bool:
         return time.monotonic() - self._saved >= 60 * self.minutes
 
-    def save(self, crew: Crew, state: State, model: nn.Module, optimizer: Optimizer) -> None:
+    def save(self, group: ProcessGroup, state: State, model: nn.Module, optimizer: Optimizer) -> None:
         """Called by all processes, written by the main one. Raises CheckpointError; the earlier state is intact."""
         names = list(state.sums)
-        sums = torch.stack([state.sums[name] for name in names]) if names else torch.zeros(0, device=crew.device)
+        sums = torch.stack([state.sums[name] for name in names]) if names else torch.zeros(0, device=group.device)
         tensors = {
-            "random": crew.gather(_random(crew.device)[None]),
-            "sums": crew.gather(sums.double()[None]),
+            "random": group.gather(_random(group.device)[None]),
+            "sums": group.gather(sums.double()[None]),
             **{f"model/{name}": tensor for name, tensor in model.state_dict().items()},
             **{f"optimizer/{name}": tensor for name, tensor in _flatten(optimizer).items()},
         }
-        crew.by_main(lambda: self._write(tensors, state, names, optimizer, crew.processes))
+        group.by_main(lambda: self._write(tensors, state, names, optimizer, group.processes))
         self._saved = time.monotonic()
 
-    def restore(self, crew: Crew, state: State, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:
-        """Take up the state if there is one for this key. Raises CheckpointError for a file that cannot be used."""
+    def restore(
+        self, group: ProcessGroup, state: State, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler
+    ) -> str | None:
+        """Take up the state if there is one for this key; returns when it was saved, or None.
+
+        Raises CheckpointError for a file that cannot be used.
+        """
         found = self._read()
         step = found[0].step if found else -1
-        if crew.agree(step) != step:
+        if group.agree(step) != step:
             raise CheckpointError(f"{self.path}: not the same on all processes; they must share the run's folder")
         if found is None:
-            return
+            return None
         document, tensors = found
         try:
-            self._fill(document, tensors, crew, state, model, optimizer, schedule)
+            self._fill(document, tensors, group, state, model, optimizer, schedule)
         except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
             raise self._unusable(error) from None
+        return document.saved
 
     def forget(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -122,10 +119,11 @@ class Memory:
             sha256=_digest(tensors),
             processes=processes,
             step=state.step,
-            lrs=[float(group["lr"]) for group in optimizer.param_groups],
+            lrs=[float(options["lr"]) for options in optimizer.param_groups],
             rows=state.rows,
             sums=names,
             seconds=state.seconds,
+            saved=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
         checkpoint.write(self.path, save(tensors, {"dtlctl": document.model_dump_json()}))
 
@@ -151,7 +149,7 @@ class Memory:
         self,
         document: Document,
         tensors: dict[str, Tensor],
-        crew: Crew,
+        group: ProcessGroup,
         state: State,
         model: nn.Module,
         optimizer: Optimizer,
@@ -159,19 +157,19 @@ class Memory:
     ) -> None:
         checkpoint.fill(model, _under("model/", tensors))
         saved = optimizer.state_dict()
-        for group, lr in zip(saved["param_groups"], document.lrs, strict=True):
-            group["lr"] = lr
+        for options, lr in zip(saved["param_groups"], document.lrs, strict=True):
+            options["lr"] = lr
         saved["state"] = _unflatten(_under("optimizer/", tensors), optimizer)
         optimizer.load_state_dict(saved)
         clock = {"last_epoch": document.step, "_step_count": document.step + 1, "_last_lr": list(document.lrs)}
         schedule.load_state_dict({**schedule.state_dict(), **clock})
         state.step, state.rows[:], state.seconds = document.step, document.rows, document.seconds
-        rank, sums = crew.share.rank, tensors["sums"]
-        if document.processes != crew.processes:  # only the mean over processes matters
-            sums = sums.mean(0, keepdim=True).expand(crew.processes, -1)
-        own = sums[rank].to(crew.device)
+        rank, sums = group.share.rank, tensors["sums"]
+        if document.processes != group.processes:  # only the mean over processes matters
+            sums = sums.mean(0, keepdim=True).expand(group.processes, -1)
+        own = sums[rank].to(group.device)
         state.sums = dict(zip(document.sums, own.unbind(), strict=True))
-        _set_random(tensors["random"][rank % document.processes], crew.device)
+        _set_random(tensors["random"][rank % document.processes], group.device)
 
     def _unusable(self, error: Exception) -> CheckpointError:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -206,7 +204,7 @@ def _flatten(optimizer: Optimizer) -> dict[str, Tensor]:
 
 def _unflatten(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
     """The reverse. Raises ValueError for a tensor that is not shaped like its weight, or not finite."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for options in optimizer.param_groups for p in options["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for place, tensor in tensors.items():
         index, _, name = place.partition("/")

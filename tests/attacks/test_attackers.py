@@ -24,7 +24,7 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.stages import piggyback
 from dtlctl.stages.runner import run
 from dtlctl.stages.trials import Ground, Strike
-from dtlctl.storage.kept import Kept
+from dtlctl.storage.parts import Parts
 
 ATTACKERS = (
     'piggyback.attackers=[{kind="full", lr=[0.01, 0.1], steps=4}, {kind="full", optimizer="adam", lr=[0.01], steps=4}, '
@@ -130,9 +130,9 @@ def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():
 
 def test_features_that_are_not_finite_make_a_failed_trial_and_wrong_answers(recipe_file: Path):
     """scikit-learn refuses them. What the attacker cannot fit is a trial without a look; what judges him, a miss."""
-    lab = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="probe"}]']), recipe_file.parent, quiet=True)
-    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
-    ground, (probe,) = Ground(lab, job, 0), job.settings.attackers
+    experiment = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="probe"}]']), recipe_file.parent, quiet=True)
+    (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
+    ground, (probe,) = Ground(experiment, job, 0), job.settings.attackers
     setting = probe.grid()[0]
     trial = ground.attempt(probe, setting)
     before, (features, _) = ground.strike(probe, trial).acc_pl, ground.features["probe"]["test"]
@@ -148,9 +148,9 @@ def test_features_that_are_not_finite_make_a_failed_trial_and_wrong_answers(reci
 def test_a_renorm_probe_sees_through_running_statistics(recipe_file: Path):
     """Running means of 10,000 silence every unit for the probe; with the images' own statistics nothing has changed."""
     change = 'piggyback.attackers=[{kind="probe"}, {kind="renorm-probe"}]'
-    lab = Experiment(load(recipe_file, [change]), recipe_file.parent, quiet=True)
-    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
-    ground = Ground(lab, job, 0)
+    experiment = Experiment(load(recipe_file, [change]), recipe_file.parent, quiet=True)
+    (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
+    ground = Ground(experiment, job, 0)
     for module in ground.model.modules():
         if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.fill_(1e4)
@@ -199,15 +199,15 @@ def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file:
     """2 + 1 settings of full, 2 of probe, 1 each of the 3 others, by 2 seeds: 16 trials, and 5 strikes a seed."""
     documents = []
     for name, threads in (("one", 1), ("two", 2)):
-        lab = Experiment(
+        experiment = Experiment(
             load(recipe_file, [ATTACKERS, "piggyback.attack_seeds=2", f"name={name}"]), recipe_file.parent, quiet=True
         )
-        run(lab, ("pretrain", "finetune"), only=("pre", "TL"))
+        run(experiment, ("pretrain", "finetune"), only=("pre", "TL"))
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        run(lab, ("piggyback",), only=("TL",))
+        run(experiment, ("piggyback",), only=("TL",))
         torch.set_num_threads(before)
-        documents.append(json.loads((lab.folder / "piggyback/TL/again.json").read_text())["metrics"])
+        documents.append(json.loads((experiment.folder / "piggyback/TL/again.json").read_text())["metrics"])
     metrics, other = (
         {k: v for k, v in d.items() if k not in ("trials_per_minute", "attack_seconds")} for d in documents
     )
@@ -229,18 +229,18 @@ def test_who_is_trained_on_is_not_looked_at_and_nobody_sees_the_test_split(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Three images a class: two to train on and one to look at, and at last all three, for the chosen steps."""
-    lab = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="full", lr=[0.1], steps=20}]']), recipe_file.parent,
-                     quiet=True)  # fmt: skip
-    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
-    ground, seen = Ground(lab, job, 0), []
+    change = 'piggyback.attackers=[{kind="full", lr=[0.1], steps=20}]'
+    experiment = Experiment(load(recipe_file, [change]), recipe_file.parent, quiet=True)
+    (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
+    ground, seen = Ground(experiment, job, 0), []
     train = tuning.train
     monkeypatch.setattr(tuning, "train", lambda *a, **k: seen.append((a[2], k)) or train(*a, **k))
     (attacker,) = job.settings.attackers
     trial = ground.attempt(attacker, attacker.grid()[0])
     ground.strike(attacker, trial)
     (tried, looking), (again, last) = seen
-    pixels = torch.from_numpy(lab.images("source", "train").pixels).float() / 255
-    held = sorted(set(lab.index("piggyback.again").tolist()) - set(tried.rows.tolist()))
+    pixels = torch.from_numpy(experiment.data.images("source", "train").pixels).float() / 255
+    held = sorted(set(experiment.data.index("piggyback.again").tolist()) - set(tried.rows.tolist()))
     assert (len(tried.rows), len(held), len(again.rows)) == (20, 10, 30)
     assert torch.allclose(looking["held_out"][0], pixels[held])
     assert trial.best
@@ -249,14 +249,19 @@ def test_who_is_trained_on_is_not_looked_at_and_nobody_sees_the_test_split(
 
 def test_a_probe_is_fitted_to_the_training_part_and_judged_by_the_held_out(recipe_file: Path):
     """C = 100 knows its 20 images by heart, and not the 10 held-out ones; then it is fitted to all 30."""
-    lab = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="probe", C=[100.0]}]']), recipe_file.parent,
+    experiment = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="probe", C=[100.0]}]']), recipe_file.parent,
                      quiet=True)  # fmt: skip
-    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
-    ground, (attacker,) = Ground(lab, job, 0), job.settings.attackers
+    (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
+    ground, (attacker,) = Ground(experiment, job, 0), job.settings.attackers
     trial = ground.attempt(attacker, attacker.grid()[0])
     (x, y), test = ground.features["probe"]["train"], ground.features["probe"]["test"]
     train, (split, held) = ground.train, ground.held
-    assert (split, len(train), len(held), len(test[1])) == ("train", 20, 10, len(lab.images("source", "test").labels))
+    assert (split, len(train), len(held), len(test[1])) == (
+        "train",
+        20,
+        10,
+        len(experiment.data.images("source", "test").labels),
+    )
     fitted = tuning.Linear(x[train], y[train], 100.0)
     assert fitted.look(x[train], y[train]).accuracy == 100
     assert trial.best == fitted.look(x[held], y[held])
@@ -267,10 +272,14 @@ def test_a_probe_is_fitted_to_the_training_part_and_judged_by_the_held_out(recip
 def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     """All 30 own images train; of the test split, the same number of every class chooses, and the rest judges."""
     table = '[{kind="probe", C=[100.0]}, {kind="full", lr=[0.1], steps=20}]'
-    lab = Experiment(load(recipe_file, ['piggyback.choose_on="test"', f"piggyback.attackers={table}"]),
+    experiment = Experiment(load(recipe_file, ['piggyback.choose_on="test"', f"piggyback.attackers={table}"]),
                      recipe_file.parent, quiet=True)  # fmt: skip
-    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
-    ground, (probe, full), labels = Ground(lab, job, 0), job.settings.attackers, lab.images("source", "test").labels
+    (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
+    ground, (probe, full), labels = (
+        Ground(experiment, job, 0),
+        job.settings.attackers,
+        experiment.data.images("source", "test").labels,
+    )
     split, held = ground.held
     assert split == "test" and list(ground.train) == list(range(30))
     assert sorted([*held, *ground.judges]) == list(range(len(labels)))
@@ -286,7 +295,7 @@ def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monke
     monkeypatch.setattr(tuning, "train", lambda *a, **k: seen.append((a[2].rows, k)) or train(*a, **k))
     monkeypatch.setattr(tuning, "accuracy", lambda m, h, b: judged.extend(b := list(b)) or accuracy(m, h, b))
     ground.strike(full, ground.attempt(full, full.grid()[0]))
-    pixels = torch.from_numpy(lab.images("source", "test").pixels).float() / 255
+    pixels = torch.from_numpy(experiment.data.images("source", "test").pixels).float() / 255
     assert [len(rows) for rows, _ in seen] == [30, 30]
     assert torch.allclose(seen[0][1]["held_out"][0], pixels[held])
     assert torch.allclose(torch.cat([batch.x for batch in judged]), pixels[ground.judges])
@@ -297,16 +306,16 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
 
     The maximum is then 55, and the median of 20 and 10 is 15.
     """
-    lab = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="full", lr=[1.0]}, {kind="probe", C=[1.0]}]']),
-                     recipe_file.parent, quiet=True)  # fmt: skip
-    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
+    change = 'piggyback.attackers=[{kind="full", lr=[1.0]}, {kind="probe", C=[1.0]}]'
+    experiment = Experiment(load(recipe_file, [change]), recipe_file.parent, quiet=True)
+    (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
     held_out, tested = {"full": 60.0, "probe": 70.0}, {"full": 20.0, "probe": 10.0}
 
     class Fake:
         stop, model = threading.Event(), torch.nn.Identity()
 
-        def __init__(self, lab: Experiment, *_: object):
-            self.lab = lab
+        def __init__(self, experiment: Experiment, *_: object):
+            self.experiment = experiment
 
         def attempt(self, attacker: Any, setting: Setting) -> Trial:
             return Trial(setting, 0, [Look(1, held_out[setting.kind], 1.0)])
@@ -316,7 +325,7 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
             return Strike(trial, tested[attacker.kind])
 
     monkeypatch.setattr(piggyback, "Ground", Fake)
-    metrics = piggyback._tuned(lab, job, Kept(lab.scratch(job), "key"), 55.0)
+    metrics = piggyback._tuned(experiment, job, Parts(experiment.results.scratch(job), "key"), 55.0)
     assert [metrics[f"acc_pl_{name}"] for name in ("worst", "median", "max")] == [10.0, 15.0, 55.0]
     assert [strike["kind"] for strike in metrics["chosen"]] == ["probe"]
 
@@ -324,9 +333,9 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
 def test_an_attacker_whose_last_training_diverges_is_left_out(recipe_file: Path):
     """On held-out images he is the best; his weights then end as nan, of which argmax would make class 0."""
     attackers = 'piggyback.attackers=[{kind="full", lr=[1.0], steps=2}, {kind="probe", C=[1.0]}]'
-    lab = Experiment(load(recipe_file, [attackers]), recipe_file.parent, quiet=True)
-    (job,) = [job for job in lab.jobs if job.title == "piggyback/scratch/again"]
-    ground, (full, _) = Ground(lab, job, 0), job.settings.attackers
+    experiment = Experiment(load(recipe_file, [attackers]), recipe_file.parent, quiet=True)
+    (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
+    ground, (full, _) = Ground(experiment, job, 0), job.settings.attackers
     wild = Trial(Setting("full", "sgd", 1e30), 0, [Look(2, 100.0, 0.0)])
     strike = ground.strike(full, wild)
     assert strike.acc_pl is None and strike.document()["acc_pl"] is None
@@ -337,7 +346,7 @@ def test_an_attacker_whose_last_training_diverges_is_left_out(recipe_file: Path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(piggyback, "Ground", Fake)
-        metrics = piggyback._tuned(lab, job, Kept(lab.scratch(job), "key"), 5.0)
+        metrics = piggyback._tuned(experiment, job, Parts(experiment.results.scratch(job), "key"), 5.0)
     assert [one["kind"] for one in metrics["chosen"]] == ["probe"]
     assert [one["acc_pl"] for one in metrics["attackers"]] == [None, metrics["acc_pl_worst"]]
     assert metrics["acc_pl_median"] == metrics["acc_pl_worst"] > 0
@@ -363,9 +372,9 @@ def test_an_attacker_may_be_for_some_datasets_only(recipe_file: Path):
 def test_the_single_setting_does_not_change_beside_tuned_attackers(recipe_file: Path):
     accuracies = []
     for name, extra in (("plain", []), ("tuned", [ATTACKERS])):
-        lab = Experiment(load(recipe_file, [f"name={name}", *extra]), recipe_file.parent, quiet=True)
-        run(lab, ("piggyback",), only=("scratch",))
-        document = json.loads((lab.folder / "piggyback/scratch/again.json").read_text())
+        experiment = Experiment(load(recipe_file, [f"name={name}", *extra]), recipe_file.parent, quiet=True)
+        run(experiment, ("piggyback",), only=("scratch",))
+        document = json.loads((experiment.folder / "piggyback/scratch/again.json").read_text())
         assert ("attackers" in document["settings"]) == bool(extra)
         accuracies.append(document["metrics"]["acc_pl"])
     assert accuracies[0] == accuracies[1]
@@ -373,38 +382,40 @@ def test_the_single_setting_does_not_change_beside_tuned_attackers(recipe_file: 
 
 def test_one_image_a_class_cannot_tune_and_that_is_told_before_anything_trains(recipe_file: Path):
     """1,000 digits: a hundredth is one of each of ten classes."""
-    lab = Experiment(
+    experiment = Experiment(
         load(recipe_file, [ATTACKERS, "data.piggyback.again.fraction=0.01"]), recipe_file.parent, quiet=True
     )
     reason = r"data\.piggyback\.again\.fraction: 0\.01: tuned attackers hold out images: .*; make it larger"
     with pytest.raises(DataError, match=f"^RECIPE: {reason}$"):
-        run(lab, ("pretrain", "finetune", "piggyback"))
-    assert not lab.folder.exists()
+        run(experiment, ("pretrain", "finetune", "piggyback"))
+    assert not experiment.folder.exists()
 
 
 def test_a_test_split_too_small_to_choose_by_is_told_before_anything_trains(recipe_file: Path, monkeypatch):
-    lab = Experiment(load(recipe_file, [ATTACKERS, 'piggyback.choose_on="test"']), recipe_file.parent, quiet=True)
-    images = lab.images
+    experiment = Experiment(
+        load(recipe_file, [ATTACKERS, 'piggyback.choose_on="test"']), recipe_file.parent, quiet=True
+    )
+    images = experiment.data.images
 
     def one_of_each(role: str, split: str) -> Any:
         found = images(role, split)
         return found if split == "train" else found._replace(labels=np.arange(10))
 
-    monkeypatch.setattr(lab, "images", one_of_each)
+    monkeypatch.setattr(experiment.data, "images", one_of_each)
     reason = (
         r"piggyback\.choose_on: .* 2 or more of every class .*; the test split of data\.piggyback\.again is too small"
     )
     with pytest.raises(DataError, match=rf'^RECIPE: {reason}; write "own"$'):
-        run(lab, ("pretrain", "finetune", "piggyback"))
-    assert not lab.folder.exists()
+        run(experiment, ("pretrain", "finetune", "piggyback"))
+    assert not experiment.folder.exists()
 
 
 def test_two_processes_share_the_trials(recipe_file: Path, dtlctl):
     """Trials are whole on one process each, so they are the same to the last digit."""
     result = dtlctl("piggyback", recipe_file, "--only", "scratch", "--set", ATTACKERS, "--set", "name=two", processes=2)
     assert result.returncode == 0, result.stderr
-    lab = Experiment(load(recipe_file, [ATTACKERS, "name=one"]), recipe_file.parent / "runs", quiet=True)
-    run(lab, ("piggyback",), only=("scratch",))
+    experiment = Experiment(load(recipe_file, [ATTACKERS, "name=one"]), recipe_file.parent / "runs", quiet=True)
+    run(experiment, ("piggyback",), only=("scratch",))
     one, two = (
         json.loads((recipe_file.parent / f"runs/{name}/piggyback/scratch/again.json").read_text())
         for name in ("one", "two")

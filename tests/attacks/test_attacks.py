@@ -13,18 +13,18 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from dtlctl.attacks import gradients, membership, probe, whitebox
+from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import View
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks
 from dtlctl.model.networks import Classifier
 from dtlctl.recipe.schema import Audit
 from dtlctl.stages import reference
-from dtlctl.stages.registry import ATTACKS, Attack
 
 CLASSES, EACH, SIZE = 4, 60, 8
 HEAD = 20
 """Images of each group, of the above, that only the head of reprobe mode is fitted on."""
-SETTINGS = Audit(adv_steps=20)
+STEPS = 20  # of the search for adversarial examples
 
 
 def drawn(seed: int) -> tuple[Batch, Batch]:
@@ -74,7 +74,7 @@ def part(batch: Batch, rows: slice) -> Batch:
 
 def results(attack: Attack, name: str, model: Classifier, groups, sign: int = 1) -> dict[str, dict]:
     """The attack's numbers; `sign` = -1 turns an attack that trains nothing upside down."""
-    seen = [attack.observe(View(model, [batch]), SETTINGS) for batch in groups]
+    seen = [attack.observe(View(model, [batch]), STEPS) for batch in groups]
     members, others = ({k: sign * v.double().numpy() for k, v in s.items()} for s in seen)
     repeats = 2 if attack.slow else 10
     if attack.attacker is not membership.single:

@@ -216,7 +216,7 @@ def test_memory_that_runs_out_is_told_with_the_job_and_its_keys(opened, monkeypa
 
     monkeypatch.setattr(runner, "_stage", lambda _: fail)
     monkeypatch.setattr(runner.data_demands, "check", lambda *_: None)
-    lab = opened('dispose.one.unlearn={kind="gradient-collision", chunks=4, memory="recompute"}')
+    experiment = opened('dispose.one.unlearn={kind="gradient-collision", chunks=4, memory="recompute"}')
     smaller = "a batch_size below %d, or more processes, each on a device of its own"
     for model, ways in (
         ("gc", f'unlearn.memory = "recompute", or {smaller % 8}'),
@@ -224,9 +224,9 @@ def test_memory_that_runs_out_is_told_with_the_job_and_its_keys(opened, monkeypa
         ("rand", smaller % 8),
     ):
         with pytest.raises(DtlError) as caught:
-            runner.run(lab, ("dispose",), only=(model,), force=True)
+            runner.run(experiment, ("dispose",), only=(model,), force=True)
         assert str(caught.value) == f"RECIPE: dispose/{model}: memory ran out\nit takes less with {ways}"
         assert caught.value.exit_code == 1
     monkeypatch.setattr(runner, "_stage", lambda _: lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
-        runner.run(lab, ("dispose",), only=("rand",), force=True)
+        runner.run(experiment, ("dispose",), only=("rand",), force=True)

@@ -93,7 +93,7 @@ def test_builtin_is_drawn_the_same_twice():
     first = load(Dataset(path="builtin:digits"))
     shutil.rmtree(cache.folder())
     again = load(Dataset(path="builtin:digits"))
-    assert again.fingerprint == first.fingerprint and first.classes == tuple("0123456789")
+    assert again.fingerprint == first.fingerprint and first.data.classes == tuple("0123456789")
 
 
 # Images in folders --------------------------------------------------------------------------------------------------

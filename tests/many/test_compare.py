@@ -234,13 +234,13 @@ def test_validation_images_are_neither_trained_on_nor_tested_on(recipe_file: Pat
     """1,000 training digits less the 20 of the subset; answers are asked for exactly these rows of the train split."""
     experiment = Experiment(load(recipe_file), recipe_file.parent, quiet=True)
     seen = []
-    monkeypatch.setattr(experiment, "load_model", lambda name: None)
-    monkeypatch.setattr(experiment, "split", lambda role, split, rows: seen.append((role, split, rows)))
+    monkeypatch.setattr(experiment.trainer, "load_model", lambda name: None)
+    monkeypatch.setattr(experiment.trainer, "split", lambda role, split, rows: seen.append((role, split, rows)))
     monkeypatch.setattr(type(experiment.engine), "correct", lambda *_: answers(50))
     assert comparison.validation(experiment, "TL").sum() == 490
     ((role, split, rows),) = seen
     assert (role, split, len(rows)) == ("target", "train", 980)
-    assert len(np.intersect1d(rows, experiment.index("target"))) == 0
+    assert len(np.intersect1d(rows, experiment.data.index("target"))) == 0
 
 
 @pytest.mark.parametrize(

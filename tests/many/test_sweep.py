@@ -156,7 +156,7 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
 
     r0's first stage runs beside both stages of r1 and the first of r2. A run by itself has both cores.
     """
-    labs = [Experiment(load(recipe_file, [f"name=r{n}"]), recipe_file.parent, quiet=True) for n in range(3)]
+    experiments = [Experiment(load(recipe_file, [f"name=r{n}"]), recipe_file.parent, quiet=True) for n in range(3)]
     log: list[tuple[str, str]] = []
     pipes: list[io.StringIO] = []
     done: set[tuple[str, str]] = set()
@@ -181,22 +181,22 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
         def poll(self) -> int:
             return 0
 
-    def following(lab: Experiment, left: list, *_: object) -> sweep.Task | None:
-        while left and (lab.recipe.name, left[0]) in done:
+    def following(experiment: Experiment, left: list, *_: object) -> sweep.Task | None:
+        while left and (experiment.recipe.name, left[0]) in done:
             del left[0]
         return sweep.Task(left[0], ["TL"], set()) if left else None
 
     monkeypatch.setattr(sweep, "cores", lambda: 2)
     monkeypatch.setattr("subprocess.Popen", Process)
     monkeypatch.setattr(sweep, "_next", following)
-    calls = {lab.recipe.name: [f"name={lab.recipe.name}"] for lab in labs}
-    sweep.perform(labs, ("pretrain", "finetune"), jobs=2, calls=calls)
+    calls = {experiment.recipe.name: [f"name={experiment.recipe.name}"] for experiment in experiments}
+    sweep.perform(experiments, ("pretrain", "finetune"), jobs=2, calls=calls)
     started = [name for name, _ in log]
     assert started[:4] == ["r0 pretrain", "r1 pretrain", "r2 pretrain", "r1 finetune"]
     assert sorted(started[4:]) == ["r0 finetune", "r2 finetune"]
     assert [cores for _, cores in log[:5]] == ["1"] * 5
     done.clear()
-    sweep.perform(labs[1:2], ("pretrain",), jobs=2, calls=calls)
+    sweep.perform(experiments[1:2], ("pretrain",), jobs=2, calls=calls)
     assert log[-1] == ("r1 pretrain", "2")
     assert all(pipe.closed for pipe in pipes)  # a sweep of hundreds of tasks would run out of them
 

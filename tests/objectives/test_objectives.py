@@ -290,10 +290,11 @@ def test_the_stage_mixes_as_equation_1_and_then_repairs():
     model, source, target = student().train(), batches(3, seed=1), batches(2, seed=2)
     engine = SimpleNamespace(processes=1, all_reduce=list)
     train = SimpleNamespace(labels=range(8))
-    lab = SimpleNamespace(engine=engine, images=lambda role, split: train, seed=lambda tag: 0)
+    data, recipe = SimpleNamespace(images=lambda role, split: train), SimpleNamespace(stream=lambda tag: 0)
+    experiment = SimpleNamespace(engine=engine, data=data, recipe=recipe)
     variant = {"steps": 4, "batch_size": 8, "lambda": 0.25, "repair": 0.5}
     plan = Dispose(**variant, unlearn={"kind": "negative-ce"}, retain={"kind": "target-ce"})
-    objective = _objective(lab, plan, (model, student().eval()), (source, target), 1, repair_from=2)
+    objective = _objective(experiment, plan, (model, student().eval()), (source, target), 1, repair_from=2)
     for number in range(4):
         ours, theirs = source[number], target[number]
         unlearn = -F.cross_entropy(model(ours.x, "source"), ours.y)

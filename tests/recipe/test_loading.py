@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dtlctl.errors import RecipeError
-from dtlctl.recipe.loading import load, names_in
+from dtlctl.recipe.loading import load, names_in, tomllib
 from dtlctl.recipe.plan import jobs
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.experiment import Experiment
@@ -137,7 +138,7 @@ MISTAKES = {
     "finetune.lrr=0.1": "finetune.lrr: unknown key; did you mean 'lr'?",
     "dispose.gc.unlearn.chunk=2": "dispose.gc.unlearn.chunk: unknown key; did you mean 'chunks'?",
     "data.source.pth='x'": "data.source.pth: unknown key; did you mean 'path'?",
-    "pretran.epochs=1": "pretran: unknown key; did you mean 'pretrain'?",
+    "pretran.epochs=1": "pretran: unknown table; did you mean 'pretrain'?",
     "dispose.gc.lambda=1.5": "dispose.gc.lambda: Input should be less than or equal to 1 (it is 1.5)",
     "dispose.gc.lambda=-0.1": "dispose.gc.lambda: Input should be greater than or equal to 0 (it is -0.1)",
     "dispose.gc.lambda='x'": "dispose.gc.lambda: Input should be a valid number (it is 'x')",
@@ -152,7 +153,16 @@ MISTAKES = {
     "model.arch='resnet9'": "model: unknown architecture 'resnet9'; did you mean",
     "model.arch='vit_b_16'": "model: width belongs to the CIFAR ResNets",
     "data.source.path='builtin:leters'": "no builtin dataset 'leters'; did you mean 'letters'?",
-    "data.piggyback.again.like='sauce'": 'data.piggyback.again.like: \'sauce\' is neither "source" nor "target"',
+    "data.piggyback.again.like='sauce'": "data.piggyback.again.like: 'sauce' is not valid; did you mean 'source'?",
+    "data.piggyback.again.like=['x']": "data.piggyback.again.like: ['x'] is not valid (valid: source, target)",
+    "data.piggyback.new={lke='source'}": "data.piggyback.new.lke: unknown key; did you mean 'like'?",
+    "data.sorce={path='x'}": "data.sorce: unknown table; did you mean 'source'?",
+    "dispose.gc.unlern={kind='uniform'}": "dispose.gc.unlern: unknown table; did you mean 'unlearn'?",
+    "dispose.unlearn={steps=3, stpes=3}": "dispose.unlearn.stpes: unknown key; did you mean 'steps'?",
+    "dispose.gc.retain={kind='distill', tempreature=2}": "dispose.gc.retain.tempreature: unknown key; did you mean 'te",
+    """dispose."a.b".'l"r'=1""": r"""dispose."a.b"."l\"r": unknown key; did you mean 'lr'?""",
+    "target-only.stps=3": "target-only.stps: unknown key; did you mean 'steps'?",
+    "data.piggyback.'a b'.like='source'": 'data.piggyback."a b": a name is 1 to 64',
     "finetune={epochs=3, steps=3}": "finetune: give either epochs or steps, not both",
     "finetune.batch_size=1": "finetune.batch_size: Input should be greater than or equal to 2 (it is 1)",
     "data.target.fraction=0": "data.target.fraction: Input should be greater than 0 (it is 0)",
@@ -190,6 +200,74 @@ def test_every_mistake_names_file_key_and_reason(recipe_file: Path, change: str)
 def test_several_mistakes_are_all_named(recipe_file: Path):
     with pytest.raises(RecipeError, match=r"seed: .*\nalso wrong: finetune\.lr"):
         load(recipe_file, ["seed=-1", "finetune.lr=0"])
+
+
+def test_an_unknown_table_is_told_before_what_it_leaves_missing(recipe_file: Path):
+    """Without [data.source], `like = "source"` copies nothing: that is no second mistake."""
+    text = recipe_file.read_text().replace("[data.source]", "[data.sorce]").replace("lr = 0.02", "lr = 0")
+    recipe_file.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load(recipe_file)
+    assert str(caught.value) == (
+        f"{recipe_file}: data.sorce: unknown table; did you mean 'source'? (valid: piggyback, source, target)\n"
+        "also wrong: dispose.gc.lr, dispose.rand.lr"
+    )
+    recipe_file.write_text(text.replace('like = "source"', 'like = "sorce"'))
+    with pytest.raises(RecipeError, match=r"data\.sorce: .*\nalso wrong: data\.piggyback\.again\.like, dispose"):
+        load(recipe_file)
+
+
+def test_a_mistake_is_not_told_again_where_it_is_copied(recipe_file: Path):
+    recipe_file.write_text(recipe_file.read_text().replace('path = "builtin:digits"', 'pth = "builtin:digits"', 1))
+    with pytest.raises(RecipeError) as caught:
+        load(recipe_file)
+    assert str(caught.value).startswith(f"{recipe_file}: data.source.pth: unknown key; did you mean 'path'?")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "corrected"),
+    [
+        ("piggyback.models=[scratch,TL]", """'piggyback.models=["scratch","TL"]'"""),
+        ("piggyback.models=['scratch', T L]", """'piggyback.models=["scratch","T L"]'"""),
+        ("compare.seeds=[1, 2,x]", """'compare.seeds=[1, 2,"x"]'"""),
+        (
+            "piggyback.attackers=[{kind=full, lr=[1e-3, 1]}]",
+            """'piggyback.attackers=[{kind="full", lr=[1e-3, 1]}]'""",
+        ),
+    ],
+)
+def test_text_without_quotes_in_a_list_is_shown_with_them(recipe_file: Path, override: str, corrected: str):
+    """A shell takes the quotes away; a call that is shown can be pasted."""
+    with pytest.raises(RecipeError) as caught:
+        load(recipe_file, [override])
+    assert str(caught.value).startswith(f"--set {override}: text in a list or table needs quotes")
+    assert str(caught.value).endswith(f": --set {corrected}")
+    (word,) = shlex.split(corrected)
+    assert tomllib.loads(word)
+
+
+def test_a_list_that_quotes_cannot_mend_is_not_valid_toml(recipe_file: Path):
+    for override in ("piggyback.models=[scratch,TL", "piggyback.models=[scr'atch]", "piggyback.models=[[]"):
+        with pytest.raises(RecipeError, match="not valid TOML"):
+            load(recipe_file, [override])
+
+
+@pytest.mark.parametrize("override", [".=1", "a b=1", "dispose.*=[gc]"])
+def test_a_key_that_is_none_is_not_mended_by_quotes_around_its_value(recipe_file: Path, override: str):
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load(recipe_file, [override])
+
+
+def test_a_byte_order_mark_is_read_and_other_encodings_are_named(recipe_file: Path):
+    text, recipe = recipe_file.read_text(), load(recipe_file)
+    for blob in (text.encode("utf-8-sig"), text.replace("\n", "\r\n").encode("utf-8-sig")):
+        recipe_file.write_bytes(blob)
+        assert load(recipe_file) == recipe
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"):
+        recipe_file.write_bytes(text.lstrip().encode(encoding))
+        with pytest.raises(RecipeError, match=r"UTF-16 or UTF-32; save it as UTF-8$"):
+            load(recipe_file)
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "a b=1", "seed..x=1"])
@@ -245,9 +323,9 @@ def test_seeds_share_a_pre_training_with_a_seed_of_its_own(recipe_file: Path):
     """Its random numbers and the source's subset are those of a run with that seed; the others' stay the run's."""
 
     def of(*overrides: str) -> tuple[dict, dict, list[int]]:
-        lab = Experiment(load(recipe_file, list(overrides)), recipe_file.parent, quiet=True)
-        pre, _, tl = (job.described(lab.recipe) for job in lab.jobs[:3])
-        return pre, tl, [lab.seed(tag) for tag in ("pretrain/init", "subset/source", "subset/target")]
+        experiment = Experiment(load(recipe_file, list(overrides)), recipe_file.parent, quiet=True)
+        pre, _, tl = (job.described(experiment.recipe) for job in experiment.jobs[:3])
+        return pre, tl, [experiment.recipe.stream(tag) for tag in ("pretrain/init", "subset/source", "subset/target")]
 
     zero, three = of("seed=0"), of("seed=3")
     shared = of("seed=3", "pretrain.seed=0")
@@ -257,7 +335,7 @@ def test_seeds_share_a_pre_training_with_a_seed_of_its_own(recipe_file: Path):
 
 
 def test_what_does_not_change_a_result_does_not_make_it_stale(recipe_file: Path):
-    """How memory is used changes nothing; bfloat16 does; float32 reads as results did that knew no precision."""
+    """How memory is used changes nothing; bfloat16 does."""
 
     def described(*overrides: str) -> dict:
         recipe = load(recipe_file, list(overrides))
@@ -266,7 +344,6 @@ def test_what_does_not_change_a_result_does_not_make_it_stale(recipe_file: Path)
     plain = described()
     assert described('dispose.gc.unlearn.memory="recompute"') == plain
     assert described("model.width=16", "model.channels_last=true") == described("model.width=16") != plain
-    assert "precision" not in plain
-    assert "fresh_stages" not in plain["settings"]  # nor fresh stages, where there are none
+    assert plain["precision"] == "float32"
     assert described("dispose.gc.fresh_stages=2")["settings"] == {**plain["settings"], "fresh_stages": 2}
     assert described("precision=bfloat16") == {**plain, "precision": "bfloat16"}

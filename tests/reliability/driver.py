@@ -121,9 +121,9 @@ def sabotage(text: str) -> Fault:
         fault.here("step")
         heed(*arguments)
 
-    def restoring(*arguments: Any) -> None:
+    def restoring(*arguments: Any) -> str | None:
         fault.here("start")
-        restore(*arguments)
+        return restore(*arguments)
 
     def decoding(*arguments: Any) -> None:
         fault.here("decode")

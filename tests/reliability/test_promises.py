@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -57,7 +58,7 @@ class Dropping(nn.Module):
 
 
 @pytest.mark.parametrize("schedule", ["one-cycle", "cosine", "constant"])
-def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, listening, schedule: str):
+def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, listening, capsys, schedule: str):
     """Stopped after 4 and after 7 of 10 steps: weights, buffers, history as without. Random numbers, momentum and the
     learning rate all matter: leaving any of them out of the state makes this fail. What is 1 in five steps, and is not
     reported after them, has a mean of 1 up to a row at step 5."""
@@ -77,7 +78,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, listening, 
 
         plan = Training(steps=10, batch_size=8, schedule=schedule)
         memory = Memory(tmp_path / "state.safetensors", "key")
-        bar = Progress("", 10, enabled=False)
+        bar = Progress("work", 10)
         history = engine.train(model, objective, plan, 10, 8, bar, lambda _: {}, reports=3, also=(5,), memory=memory)
         memory.forget()
         return model.state_dict(), history.rows
@@ -88,7 +89,10 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, listening, 
         with pytest.raises(Stopped):
             train(stops)
         stop.listen()
+    capsys.readouterr()
     resumed, again = train([])
+    said = r"work: goes on from step 7 of 10, saved at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert json.dumps(rows) == json.dumps(again)
     assert [(row["step"], row.get("early")) for row in again] == [(3, 1), (5, 1), (6, None), (9, None), (10, None)]

@@ -26,11 +26,11 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.2
 
 
 @pytest.fixture
-def lab(recipe_file: Path) -> Experiment:
+def experiment(recipe_file: Path) -> Experiment:
     """The tiny recipe, up to one disposal."""
-    lab = Experiment(load(recipe_file), recipe_file.parent / "runs", source=str(recipe_file), quiet=True)
-    runner.run(lab, STAGES[:3], only=("pre", "TL", "rand"))
-    return lab
+    experiment = Experiment(load(recipe_file), recipe_file.parent / "runs", source=str(recipe_file), quiet=True)
+    runner.run(experiment, STAGES[:3], only=("pre", "TL", "rand"))
+    return experiment
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "vgg11", "densenet121"])
@@ -49,10 +49,10 @@ def test_the_tutorials_recipient_gets_it(recipe_file: Path, tmp_path: Path, monk
     ours_alone = 'arch = "resnet8"\nwidth = 4\nimage_size = 8'
     torchvisions = 'arch = "resnet18"\nstem = "imagenet"\nimage_size = 32'
     recipe_file.write_text(recipe_file.read_text().replace(ours_alone, torchvisions))
-    lab = Experiment(load(recipe_file, ["target-only={steps=1, batch_size=4}"]), tmp_path / "runs", quiet=True)
-    runner.run(lab, ("finetune",), only=("TGT",))
+    experiment = Experiment(load(recipe_file, ["target-only={steps=1, batch_size=4}"]), tmp_path / "runs", quiet=True)
+    runner.run(experiment, ("finetune",), only=("TGT",))
     for name in ("digits", "photographs"):
-        export.export(lab, "TGT", tmp_path / f"{name}.safetensors")
+        export.export(experiment, "TGT", tmp_path / f"{name}.safetensors")
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs/tutorial.md").read_text(encoding="utf-8")
     _, _, section = page.partition("## Give a model away\n")
@@ -65,21 +65,21 @@ def test_the_tutorials_recipient_gets_it(recipe_file: Path, tmp_path: Path, monk
         assert torch.allclose(theirs.eval()((x - MEAN) / STD), ours(x, "target"), atol=1e-5)
 
 
-def test_an_exported_model_answers_as_the_runs_own_does(lab: Experiment, call):
-    code, out, err = call("export", lab.source, "--model", "rand", "--to", "given/rand.safetensors", "--quiet")
+def test_an_exported_model_answers_as_the_runs_own_does(experiment: Experiment, call):
+    code, out, err = call("export", experiment.source, "--model", "rand", "--to", "given/rand.safetensors", "--quiet")
     assert (code, out, err) == (0, "given/rand.safetensors\n", "")
-    x, own = torch.rand(4, 3, 8, 8), lab.load_model("rand").eval()
+    x, own = torch.rand(4, 3, 8, 8), experiment.trainer.load_model("rand").eval()
     theirs = export.load(Path(out.strip()))
     with torch.no_grad():
         assert torch.equal(theirs(x, "target"), own(x, "target")) and not theirs.training
-        assert not torch.equal(theirs(x, "target"), lab.load_model("TL").eval()(x, "target"))
+        assert not torch.equal(theirs(x, "target"), experiment.trainer.load_model("TL").eval()(x, "target"))
 
 
-def test_nothing_of_the_source_is_in_the_file(lab: Experiment, tmp_path: Path):
+def test_nothing_of_the_source_is_in_the_file(experiment: Experiment, tmp_path: Path):
     """No tensor of the source head, under any name, and no word of the run in the header."""
     path = tmp_path / "rand.safetensors"
-    export.export(lab, "rand", path)
-    own = lab.load_model("rand").state_dict()
+    export.export(experiment, "rand", path)
+    own = experiment.trainer.load_model("rand").state_dict()
     given = load_file(path)
     assert len(given) == len(own) - 2
     for head in ("heads.source.weight", "heads.source.bias"):
@@ -95,19 +95,19 @@ def test_nothing_of_the_source_is_in_the_file(lab: Experiment, tmp_path: Path):
             "std": [0.229, 0.224, 0.225],
         }
     again = tmp_path / "again.safetensors"
-    export.export(lab, "rand", again)
+    export.export(experiment, "rand", again)
     assert path.read_bytes() == again.read_bytes()
 
 
 def test_float64_stays_float64(recipe_file: Path, tmp_path: Path):
-    lab = Experiment(load(recipe_file, ["precision=float64"]), tmp_path / "runs", quiet=True)
-    runner.run(lab, ("finetune",), only=("TGT",))
-    export.export(lab, "TGT", tmp_path / "double.safetensors")
+    experiment = Experiment(load(recipe_file, ["precision=float64"]), tmp_path / "runs", quiet=True)
+    runner.run(experiment, ("finetune",), only=("TGT",))
+    export.export(experiment, "TGT", tmp_path / "double.safetensors")
     assert next(export.load(tmp_path / "double.safetensors").parameters()).dtype == torch.float64
 
 
-def test_a_model_that_was_not_disposed_of_is_told(lab: Experiment, call):
-    code, _, err = call("export", lab.source, "--model", "TL", "--to", "tl.safetensors")
+def test_a_model_that_was_not_disposed_of_is_told(experiment: Experiment, call):
+    code, _, err = call("export", experiment.source, "--model", "TL", "--to", "tl.safetensors")
     assert code == 0 and "TL has not been disposed of: it holds all that it learned from the source\n" in err
 
 
@@ -125,22 +125,32 @@ def test_a_launcher_is_refused(recipe_file: Path, call, monkeypatch: pytest.Monk
         ("ran", "a.safetensors", 2, "did you mean 'rand'? (valid: TGT, TL, gc, rand)"),
         ("gc", "a.safetensors", 4, "gc has not been made yet; run: dtlctl dispose"),
         ("rand", "runs/tiny/dispose/rand/model.safetensors", 2, "within the run's folder"),
-        ("rand", "a.toml/b.safetensors", 4, "a.toml/b.safetensors: cannot be written"),
+        ("rand", "a.toml/b.safetensors", 2, "--to a.toml/b.safetensors: cannot be written: "),
+        ("rand", f"{'a' * 300}.safetensors", 2, "cannot be written: File name too long"),
+        ("rand", ".", 2, "--to .: is a folder; name the file, as in --to rand.safetensors\n"),
+        ("rand", "..", 2, "--to ..: is a folder; name the file, as in --to ../rand.safetensors\n"),
+        ("rand", "runs/", 2, "--to runs: is a folder; name the file, as in --to runs/rand.safetensors\n"),
+        ("rand", "", 2, "--to .: is a folder"),
+        ("rand", "a.txt", 2, "--to a.txt: the file is in safetensors; name it a.safetensors\n"),
+        ("rand", "a/", 2, "--to a: the file is in safetensors; name it a.safetensors\n"),
+        ("rand", "a.pth", 2, "the file is in safetensors"),
     ],
 )
-def test_what_cannot_be_exported_is_one_line(lab: Experiment, call, model: str, to: str, code: int, message: str):
+def test_what_cannot_be_exported_is_one_line(
+    experiment: Experiment, call, model: str, to: str, code: int, message: str
+):
     Path("a.toml").write_text("")
-    weights = lab.folder / "dispose/rand/model.safetensors"
+    weights = experiment.folder / "dispose/rand/model.safetensors"
     before = weights.read_bytes()
-    found, out, err = call("export", lab.source, "--model", model, "--to", to, "--quiet")
+    found, out, err = call("export", experiment.source, "--model", model, "--to", to, "--quiet")
     assert (found, out) == (code, "") and message in err and err.count("\n") == 1
     assert weights.read_bytes() == before and not Path("a.safetensors").exists()
 
 
 @pytest.mark.parametrize("spoil", ["cut", "other", "arch", "tensor"])
-def test_a_file_that_export_did_not_write_is_refused(lab: Experiment, tmp_path: Path, spoil: str):
+def test_a_file_that_export_did_not_write_is_refused(experiment: Experiment, tmp_path: Path, spoil: str):
     path = tmp_path / "rand.safetensors"
-    export.export(lab, "rand", path)
+    export.export(experiment, "rand", path)
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         header = file.metadata()

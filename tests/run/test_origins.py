@@ -18,15 +18,15 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.stages.runner import run
 
 
-def lab(recipe_file: Path, *changes: str) -> Experiment:
+def new_experiment(recipe_file: Path, *changes: str) -> Experiment:
     return Experiment(load(recipe_file, list(changes)), recipe_file.parent / "runs", quiet=True)
 
 
 @pytest.fixture
 def finished(recipe_file: Path) -> Path:
     """The folder of the tiny recipe's run, everything done."""
-    done = lab(recipe_file)
-    with done.opened(STAGES, ()):
+    done = new_experiment(recipe_file)
+    with done.results.opened():
         run(done, STAGES)
     return done.folder
 
@@ -63,15 +63,15 @@ def test_results_of_another_fraction_or_augmentation_are_left_out(recipe_file: P
         ("data.piggyback.again.augment=crop-flip", False),
         ("data.piggyback.again.fraction=0.031", True),
     ):
-        other = lab(recipe_file, change)
-        with other.opened(("pretrain",), ()):
+        other = new_experiment(recipe_file, change)
+        with other.results.opened():
             run(other, ("pretrain",))
         found = summary.summarise([finished])
         assert [bool(row["piggyback"]) for row in found["rows"] if row["model"] in ("TL", "gc")] == [attacked] * 2
         assert found["caveats"] == []
-    with lab(recipe_file, "data.target.fraction=0.5").opened(("pretrain",), ()):
+    with new_experiment(recipe_file, "data.target.fraction=0.5").results.opened():
         assert rows(finished).keys() == {"scratch", "pre"}
-    with lab(recipe_file).opened(("pretrain",), ()):
+    with new_experiment(recipe_file).results.opened():
         assert rows(finished) == before
 
 
@@ -83,9 +83,9 @@ def test_augmentation_is_compared_in_sidecars_that_have_no_table(recipe_file: Pa
         path.write_text(json.dumps(document))
     before = rows(finished)
     assert before["gc"]["piggyback"] and before["gc"]["audit_auc"]
-    with lab(recipe_file, "data.piggyback.again.fraction=0.5").opened(("pretrain",), ()):
+    with new_experiment(recipe_file, "data.piggyback.again.fraction=0.5").results.opened():
         assert rows(finished) == before
-    with lab(recipe_file, "data.piggyback.again.augment=crop").opened(("pretrain",), ()):
+    with new_experiment(recipe_file, "data.piggyback.again.augment=crop").results.opened():
         assert not rows(finished)["gc"]["piggyback"]
 
 

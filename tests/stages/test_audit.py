@@ -22,13 +22,13 @@ EVERYTHING = (
 )
 
 
-def lab(recipe_file: Path, *overrides: str) -> Experiment:
+def new_experiment(recipe_file: Path, *overrides: str) -> Experiment:
     return Experiment(load(recipe_file, list(overrides)), recipe_file.parent / "runs", quiet=True)
 
 
 def pretrained(recipe_file: Path, *overrides: str) -> Experiment:
-    experiment = lab(recipe_file, *overrides)
-    with experiment.opened(("pretrain",), ()):
+    experiment = new_experiment(recipe_file, *overrides)
+    with experiment.results.opened():
         run(experiment, ("pretrain",))
     return experiment
 
@@ -83,7 +83,7 @@ def test_too_few_images_are_counted(recipe_file: Path):
 def test_splits_that_were_prepared_differently_are_refused(recipe_file: Path, monkeypatch):
     """Test images a third darker than training images: no attack on the model is needed to tell them apart."""
     experiment = pretrained(recipe_file)
-    original = experiment.images
+    original = experiment.data.images
 
     def darker(role: str, split: str):
         images = original(role, split)
@@ -91,7 +91,7 @@ def test_splits_that_were_prepared_differently_are_refused(recipe_file: Path, mo
             return images
         return images._replace(pixels=(np.asarray(images.pixels) * 0.67).astype(np.uint8))
 
-    monkeypatch.setattr(experiment, "images", darker)
+    monkeypatch.setattr(experiment.data, "images", darker)
     with pytest.raises(DataError, match=r"train and test images differ without any model \(AUC (0\.[89]|1)") as error:
         run(experiment, ("audit",), only=("pre",), force=True)
     assert len(str(error.value).splitlines()) == 2
@@ -102,8 +102,8 @@ def test_splits_that_were_prepared_differently_are_refused(recipe_file: Path, mo
 )
 def test_a_head_that_was_never_trained_is_said_to_be_so(recipe_file: Path, start: str):
     change = f"dispose={{rand={{steps=2, batch_size=30, {start}}}}}"
-    experiment = lab(recipe_file, change)
-    with experiment.opened(("pretrain",), ()):
+    experiment = new_experiment(recipe_file, change)
+    with experiment.results.opened():
         run(experiment, ("pretrain", "finetune", "dispose", "audit"), only=("pre", "TL", "rand"))
     assert metrics(experiment, "rand")["source_head"] == "never trained"
     assert metrics(experiment, "TL")["source_head"] == "trained"
@@ -114,9 +114,9 @@ def test_the_audits_shown_are_those_of_the_recipe(recipe_file: Path):
 
     The recipe is what the last command had; changed back, all are there again.
     """
-    first, text = lab(recipe_file), recipe_file.read_text()
+    first, text = new_experiment(recipe_file), recipe_file.read_text()
     stages = ("pretrain", "finetune", "dispose", "audit")
-    with first.opened(stages, ()):
+    with first.results.opened():
         run(first, stages)
     without_rand = text[: text.index("[dispose.rand]")] + text[text.index("[piggyback]") :]
     for changed, changes, shown in (
@@ -127,7 +127,7 @@ def test_the_audits_shown_are_those_of_the_recipe(recipe_file: Path):
         (text, [], ["pre", "TL", "gc", "rand"]),
     ):
         recipe_file.write_text(changed)
-        with lab(recipe_file, *changes).opened(("pretrain",), ()):
+        with new_experiment(recipe_file, *changes).results.opened():
             table = summary.summarise([first.folder])
         assert list(audit.read(first.folder)) == shown, changes
         assert [row["model"] for row in table["rows"] if "audit_auc" in row] == shown

@@ -106,17 +106,17 @@ def test_images_that_make_no_equal_chunks_are_told_before_anything_trains(call, 
 
 def test_shares_of_processes_are_told_too_unless_the_result_is_there(opened, monkeypatch):
     """Twenty processes have one target image each; a result that was made on one needs none of them."""
-    lab = opened(
+    experiment = opened(
         "dispose.one.batch_size=40", "dispose.one.unlearn={kind='uniform'}", "dispose.one.retain={kind='target-ce'}"
     )
-    (job,) = [job for job in lab.jobs if job.path == "dispose/one/model.json"]
-    lab.index("target"), lab.index("source")
+    (job,) = [job for job in experiment.jobs if job.path == "dispose/one/model.json"]
+    experiment.data.index("target"), experiment.data.index("source")
     monkeypatch.setenv("WORLD_SIZE", "20")
     with pytest.raises(RecipeError, match=r"20 images of data.target a step make no 20 .* take fewer processes"):
-        data_demands.check(lab, [job])
-    (lab.folder / job.path).parent.mkdir(parents=True)
-    (lab.folder / job.path).touch()
-    data_demands.check(lab, [job])
+        data_demands.check(experiment, [job])
+    (experiment.folder / job.path).parent.mkdir(parents=True)
+    (experiment.folder / job.path).touch()
+    data_demands.check(experiment, [job])
 
 
 def test_one_pass_of_a_network_that_cannot_is_told_before_data_is_read(call, recipe_file: Path):

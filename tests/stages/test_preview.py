@@ -12,7 +12,6 @@ from dtlctl.data import cache
 from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import preview
-from dtlctl.stages.reference import kept
 from dtlctl.stages.runner import run
 
 
@@ -27,8 +26,8 @@ def states(document: dict) -> dict[str, str]:
 @pytest.fixture
 def trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny recipe after its disposals; from here on nobody may start an engine. An image costs one second."""
-    lab = Experiment(load(recipe_file), recipe_file.parent, quiet=True)
-    run(lab, ("pretrain", "finetune", "dispose"))
+    experiment = Experiment(load(recipe_file), recipe_file.parent, quiet=True)
+    run(experiment, ("pretrain", "finetune", "dispose"))
     monkeypatch.setattr(Experiment, "engine", property(lambda _: pytest.fail("an engine was started")))
     monkeypatch.setattr(preview, "_measure", lambda _: (1, 1.0))
     return recipe_file
@@ -95,7 +94,8 @@ def test_the_cost_counts_references_once_and_nothing_that_is_done(trained: Path)
     assert text.endswith("66.7 min on this machine, without the attacks of the audit themselves")
     assert planned(trained)["minutes"] == 1.5  # the three attacks alone
     alone: Any = SimpleNamespace(agree=lambda code: code, by_main=lambda work: work())
-    kept(Experiment(load(trained, list(rmia)), trained.parent)).common(alone, "2", list[float], lambda: [0.5])
+    answers = Experiment(load(trained, list(rmia)), trained.parent).results.reference_answers()
+    answers.common(alone, "2", list[float], lambda: [0.5])
     assert {row["title"]: row["seconds"] for row in planned(trained, *rmia)["jobs"]}["audit/pre"] == 3 * 880
 
 

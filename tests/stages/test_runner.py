@@ -21,7 +21,7 @@ from dtlctl.stages.runner import run
 from dtlctl.storage import checkpoint
 
 
-def lab(recipe_file: Path, *overrides: str) -> Experiment:
+def new_experiment(recipe_file: Path, *overrides: str) -> Experiment:
     return Experiment(load(recipe_file, list(overrides)), recipe_file.parent / "runs", quiet=True)
 
 
@@ -79,12 +79,14 @@ def test_the_command_that_is_missing_is_for_this_run(recipe_file: Path, call):
 
 
 def test_a_change_redoes_only_what_depends_on_it(recipe_file: Path):
-    everything = run(lab(recipe_file), ("pretrain", "finetune", "dispose", "piggyback"))
+    everything = run(new_experiment(recipe_file), ("pretrain", "finetune", "dispose", "piggyback"))
     assert len(everything) == 8
-    assert run(lab(recipe_file), ("pretrain", "finetune", "dispose", "piggyback")) == []
-    changed = run(lab(recipe_file, "dispose.gc.lambda=0.2"), ("pretrain", "finetune", "dispose", "piggyback"))
+    assert run(new_experiment(recipe_file), ("pretrain", "finetune", "dispose", "piggyback")) == []
+    changed = run(
+        new_experiment(recipe_file, "dispose.gc.lambda=0.2"), ("pretrain", "finetune", "dispose", "piggyback")
+    )
     assert [job.title for job in changed] == ["dispose/gc", "piggyback/gc/again"]
-    stale = lab(recipe_file, "pretrain.lr=0.05")
+    stale = new_experiment(recipe_file, "pretrain.lr=0.05")
     with pytest.raises(CheckpointError, match="pre was made from other settings or data; run: dtlctl pretrain"):
         run(stale, ("finetune",), only=("TL",))
 
@@ -92,7 +94,7 @@ def test_a_change_redoes_only_what_depends_on_it(recipe_file: Path):
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(recipe_file: Path):
     results = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        experiment = lab(recipe_file, f"name={name}", f"seed={seed}")
+        experiment = new_experiment(recipe_file, f"name={name}", f"seed={seed}")
         run(experiment, ("pretrain", "finetune", "dispose"))
         results.append([weights(experiment, f) for f in ("pretrain", "finetune", "dispose/gc", "dispose/rand")])
     assert results[0] == results[1]
@@ -101,7 +103,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(recipe_file: 
 
 def test_repair_ends_with_the_retaining_loss_alone(recipe_file: Path):
     """6 steps with repair = 0.5: the unlearning loss is reported for the first three only."""
-    experiment = lab(recipe_file)
+    experiment = new_experiment(recipe_file)
     run(experiment, ("pretrain", "finetune", "dispose"), only=("pre", "TL", "gc"))
     history = json.loads((experiment.folder / "dispose/gc/model.json").read_text())["history"]
     assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 6]
@@ -112,7 +114,7 @@ def test_a_row_of_the_history_is_of_unlearning_or_of_repair(recipe_file: Path):
     """20 steps, a row every 2, repair from round(20 * 0.55) = 11 on. NEG's loss is minus the source loss: so are means
     over the same steps."""
     change = 'dispose={neg={steps=20, batch_size=8, lr=0.02, repair=0.45, unlearn={kind="negative-ce"}}}'
-    experiment = lab(recipe_file, change)
+    experiment = new_experiment(recipe_file, change)
     run(experiment, ("pretrain", "finetune", "dispose"), only=("pre", "TL", "neg"))
     made = json.loads((experiment.folder / "dispose/neg/model.json").read_text())
     assert [row["step"] for row in made["history"]] == [2, 4, 6, 8, 10, 11, 12, 14, 16, 18, 20]
@@ -125,7 +127,7 @@ def test_a_row_of_the_history_is_of_unlearning_or_of_repair(recipe_file: Path):
 def test_lambda_zero_and_no_unlearning_are_the_same(recipe_file: Path):
     """Eq. 1 at lambda = 0 is the retaining loss, whatever the unlearning loss; chunks = 1 on both sides."""
     changes = 'dispose={rand={lambda=0.0}, none={steps=4, batch_size=8, lr=0.02, lambda=0.0, unlearn={kind="none"}}}'
-    experiment = lab(recipe_file, changes)
+    experiment = new_experiment(recipe_file, changes)
     run(experiment, ("pretrain", "finetune", "dispose"))
     assert weights(experiment, "dispose/rand") == weights(experiment, "dispose/none")
 
@@ -134,7 +136,7 @@ def test_lambda_zero_and_no_unlearning_are_the_same(recipe_file: Path):
 @pytest.mark.parametrize("unlearn", ["gradient-collision", "uniform", "negative-ce", "null-space"])
 def test_every_pair_of_losses_trains(recipe_file: Path, retain: str, unlearn: str):
     change = f'dispose={{rand={{batch_size=32, unlearn={{kind="{unlearn}"}}, retain={retain}}}}}'
-    experiment = lab(recipe_file, change)
+    experiment = new_experiment(recipe_file, change)
     done = run(experiment, ("pretrain", "finetune", "dispose"), only=("pre", "TL", "rand"))
     assert [job.model for job in done] == ["pre", "TL", "rand"]
 
@@ -144,13 +146,13 @@ def test_every_pair_of_losses_trains(recipe_file: Path, retain: str, unlearn: st
 )
 def test_a_disposal_starts_from_tl_but_for_what_is_drawn_anew(recipe_file: Path, start: str, anew: str):
     """ResNet-8 has stages 0, 1, 2 after its stem; heads go with the stages that they read."""
-    experiment = lab(recipe_file, f"dispose={{rand={{{start}}}}}")
+    experiment = new_experiment(recipe_file, f"dispose={{rand={{{start}}}}}")
     run(experiment, ("pretrain", "finetune"))
     (job,) = experiment.chosen(("dispose",), ("rand",))
     heads = {"source": 10, "target": 10}
     student = stage._student(experiment, job, heads, global_batch_norm=True).state_dict()
-    tl = experiment.load_model("TL").state_dict()
-    fresh = experiment.new_model(heads, "dispose/init").state_dict()
+    tl = experiment.trainer.load_model("TL").state_dict()
+    fresh = experiment.trainer.new_model(heads, "dispose/init").state_dict()
     drawn = tuple(f"backbone.stages.{number}." for number in anew if number != "s")
     for name, tensor in student.items():
         new = "s" in anew or name.startswith(("heads.", *drawn))
@@ -162,14 +164,14 @@ def test_more_fresh_stages_than_there_are_is_one_line(recipe_file: Path):
     with pytest.raises(
         RecipeError, match=r"dispose\.rand\.fresh_stages: 4, but resnet8 has 3 stages; write 3 or less$"
     ):
-        lab(recipe_file, "dispose={rand={fresh_stages=4}}")
+        new_experiment(recipe_file, "dispose={rand={fresh_stages=4}}")
 
 
 @pytest.mark.parametrize(("before", "warned"), [(99.0, True), (0.0, False)])
 def test_gradient_collision_that_lowers_the_source_loss_is_told(recipe_file: Path, monkeypatch, capsys, before, warned):
     """Whatever the source loss becomes, it is less than 99 nats and more than 0; what it was is in the sidecar too."""
     monkeypatch.setattr(stage, "_source_loss_of", lambda *_: before)
-    experiment = lab(recipe_file)
+    experiment = new_experiment(recipe_file)
     run(experiment, ("pretrain", "finetune", "dispose"))
     assert ("dispose/gc: gradient collision lowered the source loss, from 99.00" in capsys.readouterr().err) == warned
     metrics = json.loads((experiment.folder / "dispose/gc/model.json").read_text())["metrics"]
@@ -177,9 +179,12 @@ def test_gradient_collision_that_lowers_the_source_loss_is_told(recipe_file: Pat
 
 
 def test_tls_source_loss_is_that_of_train_mode_and_leaves_it_alone(recipe_file: Path):
-    experiment = lab(recipe_file)
+    experiment = new_experiment(recipe_file)
     run(experiment, ("pretrain",))
-    model, batches = experiment.load_model("pre").eval(), experiment.batches("source", 8, "dispose/source")
+    model, batches = (
+        experiment.trainer.load_model("pre").eval(),
+        experiment.trainer.batches("source", 8, "dispose/source"),
+    )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = stage._source_loss_of(experiment, model, batches, chunks=2, batch_norm="train", count=2)
     assert not model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
@@ -192,7 +197,9 @@ def test_tls_source_loss_is_that_of_train_mode_and_leaves_it_alone(recipe_file: 
 @pytest.mark.parametrize("batch_norm", ["train", "frozen"])
 def test_tls_source_loss_is_that_of_a_disposal_that_stands_still(recipe_file: Path, batch_norm: str):
     """At a step size of next to nothing the student is TL in all 8 steps, which see the batches that TL was shown."""
-    experiment = lab(recipe_file, f'dispose={{gc={{steps=8, lr=1e-9, repair=0.0, batch_norm="{batch_norm}"}}}}')
+    experiment = new_experiment(
+        recipe_file, f'dispose={{gc={{steps=8, lr=1e-9, repair=0.0, batch_norm="{batch_norm}"}}}}'
+    )
     run(experiment, ("pretrain", "finetune", "dispose"), only=("pre", "TL", "gc"))
     made = json.loads((experiment.folder / "dispose/gc/model.json").read_text())
     losses = [row["source_loss"] for row in made["history"]]
@@ -208,27 +215,27 @@ def test_the_diagnosis_looks_at_the_end_of_unlearning():
 
 
 def test_divergence_publishes_nothing(recipe_file: Path):
-    experiment = lab(recipe_file, "pretrain.lr=100", "pretrain.steps=200", "pretrain.schedule=constant")
+    experiment = new_experiment(recipe_file, "pretrain.lr=100", "pretrain.steps=200", "pretrain.schedule=constant")
     with pytest.raises(DivergedError, match=r"diverged at step \d+.*\n.*smaller lr"):
         run(experiment, ("pretrain",))
     assert not list(experiment.folder.rglob("model.*"))
 
 
 def test_a_damaged_checkpoint_is_refused_with_both_hashes(recipe_file: Path):
-    experiment = lab(recipe_file)
+    experiment = new_experiment(recipe_file)
     run(experiment, ("pretrain",))
     file = experiment.folder / "pretrain" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(CheckpointError, match=r"SHA-256 [0-9a-f]{64} where model.json says [0-9a-f]{64}"):
-        run(lab(recipe_file), ("finetune",), only=("TL",))
+        run(new_experiment(recipe_file), ("finetune",), only=("TL",))
 
 
 def test_a_sidecar_that_is_no_json_is_named(recipe_file: Path):
-    experiment = lab(recipe_file)
+    experiment = new_experiment(recipe_file)
     run(experiment, ("pretrain",))
     (experiment.folder / "pretrain" / "model.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"model\.json: not a readable sidecar"):
-        run(lab(recipe_file), ("pretrain",))
+        run(new_experiment(recipe_file), ("pretrain",))
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path):

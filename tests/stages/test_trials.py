@@ -20,8 +20,9 @@ from dtlctl.stages.trials import draws, share_out
 def ground(model: nn.Module) -> Any:
     share = SimpleNamespace(rank=0)
     engine = SimpleNamespace(device=torch.device("cpu"), share=share, processes=1, gather_objects=lambda found: found)
-    lab = SimpleNamespace(engine=engine, seed=lambda tag: zlib.crc32(tag.encode()))
-    return SimpleNamespace(lab=lab, model=model, tag="attack", stop=threading.Event())
+    recipe = SimpleNamespace(stream=lambda tag: zlib.crc32(tag.encode()))
+    experiment = SimpleNamespace(engine=engine, recipe=recipe)
+    return SimpleNamespace(experiment=experiment, model=model, tag="attack", stop=threading.Event())
 
 
 @pytest.fixture

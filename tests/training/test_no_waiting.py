@@ -67,10 +67,12 @@ def test_the_watch_sees_what_waits():
 @pytest.mark.parametrize(("unlearn", "retain"), EVERY_LOSS)
 def test_no_step_waits(opened, monkeypatch, unlearn, retain):
     """Pre-training with clipping, fine-tuning, and a disposal by every loss, in every way of holding graphs."""
-    lab = opened(f"dispose.one.unlearn={unlearn}", f'dispose.one.retain={{kind="{retain}"}}', "pretrain.clip=1.0")
+    experiment = opened(
+        f"dispose.one.unlearn={unlearn}", f'dispose.one.retain={{kind="{retain}"}}', "pretrain.clip=1.0"
+    )
 
     def trained() -> None:
-        run(lab, ["pretrain", "finetune", "dispose"], only=["pre", "TL", "one"])
+        run(experiment, ["pretrain", "finetune", "dispose"], only=["pre", "TL", "one"])
 
     asked = in_steps(monkeypatch, trained)
     assert asked.operations["convolution"] > 0 and asked.operations["_fused_sgd_"] >= 19

@@ -13,15 +13,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dtlctl.attacks.registry import ATTACKS
 from dtlctl.attacks.signals import View
 from dtlctl.data import tensors
 from dtlctl.data.tensors import Batch
 from dtlctl.model import batchnorm, networks
 from dtlctl.objectives import unlearn
-from dtlctl.recipe.schema import Audit
 from dtlctl.run.experiment import Experiment
+from dtlctl.run.results import Results
 from dtlctl.stages import dispose as disposal
-from dtlctl.stages.registry import ATTACKS
 from dtlctl.stages.runner import run
 from dtlctl.training import engine as engine_module
 from dtlctl.training.engine import Engine
@@ -99,13 +99,13 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[Experiment], None]:
         if state.step in due:
             state.rows.append(dict.fromkeys(("acc_s", "acc_t", "acc_pl", "source_loss"), 0.0) | {"step": state.step})
 
-    def move(lab: Experiment) -> None:
+    def move(experiment: Experiment) -> None:
         monkeypatch.setattr(torch.optim, "SGD", Still)
         monkeypatch.setattr(engine_module, "check_weights", lambda *_: None)
         monkeypatch.setattr(disposal, "_source_loss_of", lambda *_: 0.0)
         monkeypatch.setattr(Engine, "_report", report)
-        monkeypatch.setattr(Experiment, "publish", lambda *_: None)
-        lab.engine.device = META
+        monkeypatch.setattr(Results, "publish", lambda *_: None)
+        experiment.engine.device = META
 
     return move
 
@@ -133,19 +133,19 @@ def test_batch_norm_over_processes_stays_on_its_device(watch, monkeypatch):
 
 
 def test_training_stays_on_its_device(opened, watch, elsewhere):
-    lab = opened("pretrain.clip=1.0")
-    run(lab, ["pretrain", "finetune"])
-    elsewhere(lab)
-    run(lab, ["pretrain", "finetune", "piggyback"], only=["pre", "TL", "TGT", "scratch"], force=True)
+    experiment = opened("pretrain.clip=1.0")
+    run(experiment, ["pretrain", "finetune"])
+    elsewhere(experiment)
+    run(experiment, ["pretrain", "finetune", "piggyback"], only=["pre", "TL", "TGT", "scratch"], force=True)
     assert "meta" in watch.seen
 
 
 @pytest.mark.parametrize(("loss", "retain"), EVERY_LOSS)
 def test_a_disposal_stays_on_its_device(opened, watch, elsewhere, loss, retain):
-    lab = opened(f"dispose.one.unlearn={loss}", f'dispose.one.retain={{kind="{retain}"}}')
-    run(lab, ["pretrain", "finetune"], only=["pre", "TL"])
-    elsewhere(lab)
-    run(lab, ["dispose"], only=["one"])
+    experiment = opened(f"dispose.one.unlearn={loss}", f'dispose.one.retain={{kind="{retain}"}}')
+    run(experiment, ["pretrain", "finetune"], only=["pre", "TL"])
+    elsewhere(experiment)
+    run(experiment, ["dispose"], only=["one"])
     assert "meta" in watch.seen
 
 
@@ -156,5 +156,5 @@ def test_what_an_attack_sees_stays_on_its_device(attack):
     x, y = torch.empty(6, 3, 8, 8, device=META), torch.empty(6, dtype=torch.int64, device=META)
     view = View(model, [Batch(x, y, torch.arange(6))])
     with Watch(), Made():
-        seen = ATTACKS[attack].observe(view, Audit())
+        seen = ATTACKS[attack].observe(view, 20)
     assert {(len(values), values.device) for values in seen.values()} == {(6, META)}

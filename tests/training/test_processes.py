@@ -38,7 +38,9 @@ def differences(runs: Path, job: str) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [pytest.param("float32", 1e-4, marks=pytest.mark.slow), ("float64", 1e-10)]
+)
 def test_two_processes_equal_one(recipe_file: Path, dtlctl, call, precision: str, tolerance: float):
     """After a chain of stages only the order of additions differs, by so much."""
     runs, changes = recipe_file.parent / "runs", ("--set", MORE, "--set", f'precision="{precision}"')

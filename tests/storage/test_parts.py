@@ -14,13 +14,14 @@ from dtlctl.attacks.tuning import Look, Setting, Trial
 from dtlctl.errors import CheckpointError, DivergedError, Stopped
 from dtlctl.many import sweep
 from dtlctl.recipe.loading import load
-from dtlctl.run import reuse
+from dtlctl.run.earlier import Earlier
 from dtlctl.run.experiment import Experiment
+from dtlctl.run.trainer import Trainer
 from dtlctl.stages import audit as auditing
 from dtlctl.stages import reference
 from dtlctl.stages.runner import run
 from dtlctl.stages.trials import Ground, Strike
-from dtlctl.storage.kept import Kept
+from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import Engine
 
 ATTACKERS = (
@@ -30,7 +31,7 @@ ATTACKERS = (
 RMIA = 'audit={attacks=["loss", "rmia", "grad-x"], modes=["as-is"], repeats=2, references=2, relearn_steps=0}'
 
 
-def lab(recipe_file: Path, *overrides: str) -> Experiment:
+def new_experiment(recipe_file: Path, *overrides: str) -> Experiment:
     return Experiment(load(recipe_file, list(overrides)), recipe_file.parent, quiet=True)
 
 
@@ -47,9 +48,15 @@ def metrics(experiment: Experiment, path: str) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k not in ("trials_per_minute", "attack_seconds", "cost")}
 
 
-def test_tuned_attackers_go_on_where_they_were_stopped(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_tuned_attackers_go_on_where_they_were_stopped(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     """Stopped before the first strike of four: the one setting and 4 trials are there, and nothing is lost by it."""
-    whole, parts = lab(recipe_file, *ATTACKERS, "name=whole"), lab(recipe_file, *ATTACKERS, "name=parts")
+    whole, parts = (
+        new_experiment(recipe_file, *ATTACKERS, "name=whole"),
+        new_experiment(recipe_file, *ATTACKERS, "name=parts"),
+    )
+    parts.processes.quiet = False
     run(whole, ("piggyback",), only=("scratch",))
     with monkeypatch.context() as patch:
         patch.setattr(Ground, "strike", stop)
@@ -59,12 +66,15 @@ def test_tuned_attackers_go_on_where_they_were_stopped(recipe_file: Path, monkey
     assert {"single.json", *(f"trial-0-{n}.json" for n in range(4))} <= kept
     assert not any(name.startswith(("strike", "trial-1")) for name in kept)
 
+    said = "piggyback/scratch/again: goes on with 5 finished parts\n"
+    assert "goes on" not in capsys.readouterr().err
     attempt, seeds = Ground.attempt, []
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "train", never)
         patch.setattr(Ground, "attempt", lambda self, *point: (seeds.append(self.seed), attempt(self, *point))[1])
         run(parts, ("piggyback",), only=("scratch",))
     assert seeds == [1] * 4
+    assert said in capsys.readouterr().err
     costs = [json.loads((one.folder / "piggyback/scratch/again.json").read_text())["metrics"] for one in (parts, whole)]
     assert ["attack_seconds" in one for one in costs] == [False, True]
     assert metrics(parts, "piggyback/scratch/again.json") == metrics(whole, "piggyback/scratch/again.json")
@@ -74,7 +84,7 @@ def test_tuned_attackers_go_on_where_they_were_stopped(recipe_file: Path, monkey
 def test_a_result_that_was_cut_short_is_not_kept(tmp_path: Path):
     trial = Trial(Setting("full", "sgd", 0.1), 0, [Look(4, 50.0, 0.1 + 0.2)])
     for cut_short in (True, False):
-        (task,) = Kept(tmp_path, "key").each("trial", Trial, [lambda: trial], lambda cut=cut_short: cut)
+        (task,) = Parts(tmp_path, "key").each("trial", Trial, [lambda: trial], lambda cut=cut_short: cut)
         assert task() == trial
         assert (tmp_path / "trial-0.json").exists() != cut_short
 
@@ -83,7 +93,7 @@ def test_what_is_kept_comes_back_to_the_bit_and_for_its_key_alone(tmp_path: Path
     strike = Strike(Trial(Setting("probe", "logistic", 1e-3), 1, [Look(0, 100 / 3, 0.1 + 0.2)]), 1e-17)
     made = []
     for key, count in (("key", 1), ("key", 1), ("other", 2)):
-        kept = Kept(tmp_path, key)
+        kept = Parts(tmp_path, key)
         (task,) = kept.each("strike", Strike, [lambda: (made.append(1), strike)[1]], lambda: False)
         found = task()
         assert found == strike and type(found.trial.looks[0]) is Look and type(found.trial.seed) is int
@@ -95,7 +105,7 @@ def test_what_is_kept_comes_back_to_the_bit_and_for_its_key_alone(tmp_path: Path
 )
 def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path, text: str):
     (tmp_path / "trial-0.json").write_text(text)
-    (task,) = Kept(tmp_path, "key").each("trial", Trial, [never], lambda: False)
+    (task,) = Parts(tmp_path, "key").each("trial", Trial, [never], lambda: False)
     with pytest.raises(CheckpointError, match=r"trial-0.json: cannot be used: .*; delete it to make it again"):
         task()
 
@@ -104,42 +114,42 @@ def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path, text: str):
 def test_a_number_that_is_not_finite_is_not_kept_as_something_else(tmp_path: Path, part: Any):
     alone: Any = SimpleNamespace(agree=lambda code: code, by_main=lambda work: work())
     with pytest.raises(DivergedError, match=r"loss.json: a number of this result is not finite"):
-        Kept(tmp_path, "key").common(alone, "loss", Any, lambda: part)
+        Parts(tmp_path, "key").common(alone, "loss", Any, lambda: part)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_reference_must_have_said_something_finite_of_every_image(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     """A file that says it of one image fewer is not used; a reference that answers nan is not kept."""
-    experiment = lab(recipe_file, RMIA)
+    experiment = new_experiment(recipe_file, RMIA)
     run(experiment, ("pretrain", "audit"), only=("pre",))
     (experiment.folder / "audit/pre.json").unlink()
-    path = experiment.reference_folder / "1.json"
+    path = experiment.results.references / "1.json"
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "part": document["part"][1:]}))
     with pytest.raises(CheckpointError, match=r"references/1.json: cannot be used: .*; delete it to make it again"):
-        run(lab(recipe_file, RMIA), ("audit",), only=("pre",))
+        run(new_experiment(recipe_file, RMIA), ("audit",), only=("pre",))
     path.unlink()
     confidence = reference._confidence
     monkeypatch.setattr(reference, "_confidence", lambda *given: confidence(*given) * float("nan"))
     with pytest.raises(DivergedError, match="are not finite"):
-        run(lab(recipe_file, RMIA), ("audit",), only=("pre",))
+        run(new_experiment(recipe_file, RMIA), ("audit",), only=("pre",))
     assert not path.exists()
 
 
 def test_an_audit_goes_on_where_it_was_stopped(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     """Stopped in the last of three attacks: the others, with their references, are not made again, nor for TL."""
-    whole, parts = lab(recipe_file, RMIA, "name=whole"), lab(recipe_file, RMIA, "name=parts")
+    whole, parts = new_experiment(recipe_file, RMIA, "name=whole"), new_experiment(recipe_file, RMIA, "name=parts")
     for experiment in (whole, parts):
         run(experiment, ("pretrain", "finetune"), only=("pre", "TL"))
     run(whole, ("audit",), only=("pre", "TL"))
     judge, judged = auditing._judge, []
 
-    def judging(lab: Experiment, job: Any, attack: Any, name: str, seen: Any) -> dict[str, Any]:
+    def judging(experiment: Experiment, job: Any, attack: Any, name: str, seen: Any) -> dict[str, Any]:
         if name == "grad-x" and not judged.count(name):
             judged.append(name)
             raise Stopped(15)
         judged.append(name)
-        return judge(lab, job, attack, name, seen)
+        return judge(experiment, job, attack, name, seen)
 
     monkeypatch.setattr(auditing, "_judge", judging)
     with pytest.raises(Stopped):
@@ -148,7 +158,7 @@ def test_an_audit_goes_on_where_it_was_stopped(recipe_file: Path, monkeypatch: p
     assert {path.name for path in (parts.folder / "audit/references").iterdir()} == {"0.json", "1.json"}
     judged[:] = ["grad-x"]
     monkeypatch.setattr(Engine, "train", never)
-    again = lab(recipe_file, RMIA, "name=parts")  # as another process would see it
+    again = new_experiment(recipe_file, RMIA, "name=parts")  # as another process would see it
     run(again, ("audit",), only=("pre", "TL"))
     assert judged == ["grad-x", "blind", "grad-x", "blind", "loss", "rmia", "grad-x"]
     for model in ("pre", "TL"):
@@ -157,7 +167,7 @@ def test_an_audit_goes_on_where_it_was_stopped(recipe_file: Path, monkeypatch: p
 
 def test_every_image_is_unknown_to_one_reference_of_each_pair(recipe_file: Path):
     """Five images: halves of two and three, the other way round for the second; the next pair draws anew."""
-    experiment = lab(recipe_file)
+    experiment = new_experiment(recipe_file)
     pairs = [[reference._halves(experiment, 2 * pair + n, 5) for n in range(2)] for pair in range(4)]
     for first, second in pairs:
         assert [list(half) for half in first] == [list(half) for half in reversed(second)]
@@ -167,21 +177,25 @@ def test_every_image_is_unknown_to_one_reference_of_each_pair(recipe_file: Path)
 
 def test_references_of_other_runs_are_taken_over_if_they_fit(recipe_file: Path):
     """The key is of the pre-training and the seed: a run of another seed has no use for them."""
-    first, second, third = (lab(recipe_file, RMIA, *more) for more in ((), ("name=second",), ("name=third", "seed=1")))
+    first, second, third = (
+        new_experiment(recipe_file, RMIA, *more) for more in ((), ("name=second",), ("name=third", "seed=1"))
+    )
     run(first, ("pretrain", "audit"), only=("pre",))
-    (first.reference_folder / "damaged.json").write_text("no JSON")  # of another run: it is none of ours
+    (first.results.references / "damaged.json").write_text("no JSON")  # of another run: it is none of ours
     for other, left in ((second, 0), (third, 2)):
         run(other, ("pretrain",))
         assert reference.missing(other, 2) == 2
-        with other.opened((), ()):
-            reuse.take_over_references(other, [first.folder])
+        with other.results.opened():
+            Earlier([first.folder]).take(other, next(job for job in other.jobs if job.title == "audit/TL"))
         assert reference.missing(other, 2) == left
 
 
 def test_a_sweep_trains_its_references_once(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     trained, train = [], reference._reference
     monkeypatch.setattr(
-        reference, "_reference", lambda lab, number, *rest: trained.append(number) or train(lab, number, *rest)
+        reference,
+        "_reference",
+        lambda experiment, number, *rest: trained.append(number) or train(experiment, number, *rest),
     )
     few = [RMIA, 'audit.models=["pre", "TL"]', 'piggyback.models=["TL"]']
     sweep.run(
@@ -192,9 +206,9 @@ def test_a_sweep_trains_its_references_once(recipe_file: Path, monkeypatch: pyte
 
 def test_a_model_that_answers_nan_is_not_audited(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     """Weights may be finite, and their sums not; who published such a model before that was refused is told so."""
-    experiment = lab(recipe_file, 'audit.modes=["reprobe"]')
+    experiment = new_experiment(recipe_file, 'audit.modes=["reprobe"]')
     run(experiment, ("pretrain",))
-    load_model = Experiment.load_model
+    load_model = Trainer.load_model
 
     def broken(self: Experiment, name: str, **options: Any) -> Any:
         model = load_model(self, name, **options)
@@ -204,6 +218,6 @@ def test_a_model_that_answers_nan_is_not_audited(recipe_file: Path, monkeypatch:
                     module.weight.fill_(3e38)
         return model
 
-    monkeypatch.setattr(Experiment, "load_model", broken)
+    monkeypatch.setattr(Trainer, "load_model", broken)
     with pytest.raises(DivergedError, match=r"answers to \d+ of \d+ images are not finite"):
         run(experiment, ("audit",), only=("pre",))

@@ -10,16 +10,17 @@ from torch import Tensor
 from dtlctl.attacks import adversarial, gradients, signals, whitebox
 from dtlctl.attacks.membership import Attacker, single
 from dtlctl.attacks.signals import View
-from dtlctl.recipe.schema import Audit
 
 
 class Attack(NamedTuple):
-    observe: Callable[[View, Audit], dict[str, Tensor]]
-    """What is seen of the n images in view: tensors [n, ...] by name."""
+    observe: Callable[[View, int], dict[str, Tensor]]
+    """(view, steps of an iterated search) -> what is seen of the n images in view: tensors [n, ...] by name."""
     attacker: Attacker
     """`single` reports each name as a result of its own; a learner takes all names together."""
     slow: bool = False
     """Repeated `wb_repeats` times, not `repeats`."""
+    revision: int = 1
+    """Raised whenever the attack computes something else: its earlier results are then made again."""
 
 
 # rmia is not here: its references are a matter of the whole run, which the stage knows.
@@ -28,7 +29,7 @@ ATTACKS: dict[str, Attack] = {
     "entropy": Attack(lambda view, _: signals.entropy(view), single),
     "modified-entropy": Attack(lambda view, _: signals.modified_entropy(view), single),
     "max-softmax": Attack(lambda view, _: signals.max_softmax(view), single),
-    "adv-dist": Attack(lambda view, settings: adversarial.distance(view, settings.adv_steps), single),
+    "adv-dist": Attack(adversarial.distance, single),
     "grad-w": Attack(lambda view, _: gradients.weights(view), signals.logistic),
     "grad-x": Attack(lambda view, _: gradients.pixels(view), signals.logistic),
     "wb": Attack(lambda view, _: whitebox.observe(view), whitebox.infer, slow=True),

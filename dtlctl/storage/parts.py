@@ -8,18 +8,29 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter
 
 from dtlctl.errors import CheckpointError, DivergedError
 from dtlctl.storage import checkpoint
-from dtlctl.training.resume import Crew
 
 Part = TypeVar("Part")
 
 
-class Kept:
+class ProcessGroup(Protocol):
+    """What the engine does for the processes together."""
+
+    share: Any
+    processes: int
+    device: Any
+
+    def gather(self, values: Any) -> Any: ...
+    def agree(self, code: int) -> int: ...
+    def by_main(self, work: Callable[[], Any]) -> Any: ...
+
+
+class Parts:
     """Parts in one folder, valid for one key (what they depend on besides their names).
 
     form: a part's type, of what JSON has, named tuples and dataclasses. Raises CheckpointError for a file that cannot
@@ -45,21 +56,25 @@ class Kept:
                 self._write(name, found)
         return found
 
-    def common(self, crew: Crew, name: str, form: Any, make: Callable[[], Part]) -> Part:
+    def common(self, group: ProcessGroup, name: str, form: Any, make: Callable[[], Part]) -> Part:
         """A part that all processes make together; what the main one has of it is kept."""
         found = self._read(name, form)
-        if crew.agree(found is None) or found is None:
+        if group.agree(found is None) or found is None:
             found = made = make()
-            crew.by_main(lambda: self._write(name, made))
+            group.by_main(lambda: self._write(name, made))
         return found
 
     def has(self, name: str, form: Any) -> bool:
         """Whether the part is there, so that it need not be made."""
         return self._read(name, form) is not None
 
+    def count(self) -> int:
+        """How many parts are there."""
+        return sum(self.has(path.stem, Any) for path in self.folder.glob("*.json"))
+
     def adopt(self, folder: Path) -> None:
         """Copy what another folder has for our key and this one lacks."""
-        theirs = Kept(folder, self.key)
+        theirs = Parts(folder, self.key)
         for path in sorted(folder.glob("*.json")):
             with suppress(CheckpointError):  # damaged there, or not to be written here: then it is made anew
                 if not self._path(path.stem).exists() and theirs.has(path.stem, Any):

@@ -1,0 +1,54 @@
+"""Commands that do many runs of one recipe: sweep, compare."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Annotated
+
+import typer
+
+from dtlctl.cli.options import RUNS, Json, Out, Overrides, Quiet, RecipeFile, say, words
+
+
+def sweep(
+    recipe: RecipeFile,
+    over: Annotated[
+        list[str], typer.Option("--over", metavar="KEY.PATH=A,B,C", help="Values to try; several make a grid.")
+    ],
+    overrides: Overrides = None,
+    out: Out = RUNS,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, max=256, help="Runs at a time, each a process.")] = 1,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run the recipe at every point of a grid, share what points have in common, and print one table."""
+    from dtlctl.many import sweep as sweeps
+    from dtlctl.report import grids
+
+    done = sweeps.run(recipe, over, overrides or [], out, jobs=jobs, quiet=quiet)
+    document = grids.summarise(done)
+    axes = [word for text in over for word in ("--over", text)]
+    folder = done[0][1].folder.parent / "report"
+    command = shlex.join(["dtlctl", "sweep", str(recipe), *axes, *words(overrides, out)])
+    grids.write(document, folder, command, recipe.stem, [experiment.folder for _, experiment in done])
+    print(
+        json.dumps(document, ensure_ascii=False) if as_json else grids.markdown(document), end="\n" if as_json else ""
+    )
+    say(f"report: {folder}", quiet)
+
+
+def compare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = RUNS,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Find for every unlearning loss the λ that costs the same target accuracy, and attack them all at it."""
+    from dtlctl.many import compare as comparison
+
+    command = shlex.join(["dtlctl", "compare", str(recipe), *words(overrides, out)])
+    document, folder = comparison.compare(recipe, overrides or [], out, command=command, quiet=quiet)
+    print(json.dumps(document, ensure_ascii=False) + "\n" if as_json else comparison.markdown(document), end="")
+    say(f"report: {folder}", quiet)

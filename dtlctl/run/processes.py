@@ -1,0 +1,52 @@
+"""The processes that do a run together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+from dtlctl import __version__
+from dtlctl.console.progress import Progress, say
+from dtlctl.model import networks
+
+if TYPE_CHECKING:
+    from dtlctl.training.engine import Engine
+
+Item = TypeVar("Item")
+
+
+class Processes:
+    """Work for the main process alone, progress, and the engine, which is started when it is first needed.
+
+    title: what is said to be at work when the engine starts; quiet: nothing is said.
+    """
+
+    def __init__(self, title: str, precision: networks.Precision, quiet: bool):
+        self.title, self.precision, self.quiet = title, precision, quiet
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.is_main = os.environ.get("RANK", "0") == "0"
+
+    @cached_property
+    def engine(self) -> Engine:
+        from dtlctl.training.engine import Engine
+
+        engine = Engine()
+        networks.set_matmul_precision(self.precision)
+        if not self.quiet:
+            count = f"{engine.processes} process" + ("es" if engine.processes > 1 else "")
+            say(f"dtlctl {__version__}: {self.title} on {count}, {engine.device.type}")
+        return engine
+
+    def by_main(self, work: Callable[[], Item]) -> Item | None:
+        """What the main process alone does, while the others wait. No engine is started where there is one process."""
+        return work() if self.count == 1 else self.engine.by_main(work)
+
+    def progress(self, title: str, total: int) -> Progress:
+        return Progress(title, total, enabled=not self.quiet and self.is_main)
+
+    def say(self, text: str) -> None:
+        """One line of talk, once, unless the run is quiet."""
+        if not self.quiet and self.is_main:
+            say(text)

@@ -1,0 +1,152 @@
+"""The results of a run: its folder, the key of each result, and how a result is published."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtlctl.console import stop
+from dtlctl.console.progress import say
+from dtlctl.errors import CheckpointError
+from dtlctl.model import networks
+from dtlctl.recipe.plan import Job
+from dtlctl.recipe.schema import Recipe
+from dtlctl.run import origins
+from dtlctl.run.datasets import Datasets
+from dtlctl.run.processes import Processes
+from dtlctl.run.provenance import circumstances
+from dtlctl.storage import checkpoint, lock
+from dtlctl.storage.parts import Parts
+
+if TYPE_CHECKING:
+    from dtlctl.training.engine import History
+
+
+class Results:
+    """What is in the run's folder, job by job.
+
+    command: the command line that does a stage, for messages.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        jobs: Sequence[Job[Any]],
+        data: Datasets,
+        processes: Processes,
+        command: Callable[[str], str],
+    ):
+        self.folder, self.recipe, self.jobs = folder, recipe, jobs
+        self.data, self.processes, self.command = data, processes, command
+        self.references = folder / "audit/references"
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Own the folder: lock it, put it in order after a crash, write the resolved recipe there.
+
+        Raises CheckpointError where nothing can be written, another process is at work, or a link leads out of it.
+        """
+        with ExitStack() as stack:
+            self.processes.by_main(lambda: self._open(stack))
+            yield
+
+    def _open(self, stack: ExitStack) -> None:
+        folders = sorted({place for job in self.jobs for place in (self.path(job).parent, self.scratch(job))})
+        lock.refuse_links(self.folder, [*folders, self.references, self.folder / "report"])
+        if taken_over := stack.enter_context(lock.held(self.folder)):
+            say(taken_over)
+        for folder in [self.folder, self.references, *folders]:
+            checkpoint.settle(folder)
+        checkpoint.renew_json(self.folder / "recipe.json", self.recipe.resolved())
+
+    def path(self, job: Job[Any]) -> Path:
+        """The job's sidecar."""
+        return self.folder / job.path
+
+    def scratch(self, job: Job[Any]) -> Path:
+        """A folder for what a job needs until it is published, and no longer."""
+        return self.path(job).with_suffix(".resume")
+
+    def parts(self, job: Job[Any]) -> Parts:
+        """What is finished of an attack that is not."""
+        return Parts(self.scratch(job), self.key(job))
+
+    def tidy(self, job: Job[Any]) -> None:
+        """Remove the job's scratch folder, if this is the main process."""
+        if self.processes.is_main:
+            shutil.rmtree(self.scratch(job), ignore_errors=True)
+
+    def maker(self, model: str) -> Job[Any]:
+        """The job that makes the model."""
+        return next(job for job in self.jobs if job.model == model and job.makes_model)
+
+    def key(self, job: Job[Any]) -> str:
+        return checkpoint.key(self._inputs(job))
+
+    def done(self, job: Job[Any]) -> bool:
+        """Whether the result exists and was made from exactly this recipe, data and parent."""
+        sidecar = checkpoint.read_sidecar(self.path(job))
+        return sidecar is not None and sidecar["key"] == self.key(job)
+
+    def reference_answers(self) -> Parts:
+        """What reference models said of the source's images, kept for the audits of all models."""
+        key = {"pre": self.key(self.maker("pre")), "seed": self.recipe.seed}
+        return Parts(self.references, checkpoint.key(key))
+
+    def require(self, model: str) -> dict[str, Any]:
+        """The sidecar of an up-to-date model; else CheckpointError with the command that makes it."""
+        job = self.maker(model)
+        sidecar = checkpoint.read_sidecar(self.path(job))
+        remedy = f"run: {self.command(job.stage)}"
+        if sidecar is None:
+            raise CheckpointError(f"{self.path(job)}: {model} has not been made yet; {remedy}")
+        if sidecar["key"] != self.key(job):
+            raise CheckpointError(f"{self.path(job)}: {model} was made from other settings or data; {remedy}")
+        return sidecar
+
+    def publish(
+        self, job: Job[Any], metrics: dict[str, Any], history: History, model: networks.Classifier | None = None
+    ) -> None:
+        """Publish a result, and a model's weights with it, from the main process, once all processes are there."""
+        engine = self.processes.engine
+        sidecar = {
+            "format": checkpoint.FORMAT,
+            "stage": job.stage,
+            "model": job.model,
+            "key": self.key(job),
+            **self._inputs(job),
+            "metrics": metrics,
+            "history": history.rows,
+            "wall_seconds": round(history.seconds, 3),
+            "images_per_second": round(history.images_per_second, 1),
+            "datasets": {
+                role: origins.of(self.recipe.data.of(role), self.data.images(role, "train")) for role in job.roles
+            },
+            "notes": {role: [note._asdict() for note in self.data.notes(role)] for role in job.roles},
+            **circumstances(engine.device, engine.processes),
+        }
+
+        def write() -> None:
+            if model is None:
+                checkpoint.publish_json(self.path(job), sidecar)
+            else:
+                checkpoint.publish(self.path(job).parent, model, {**sidecar, "heads": model.classes})
+            self.tidy(job)
+
+        with stop.deferred():
+            engine.agree(0)  # nobody is still at work on it
+            engine.by_main(write)
+
+    def _inputs(self, job: Job[Any]) -> dict[str, Any]:
+        """Everything a result depends on."""
+        identities = {role: self.data.identity(role) for role in job.roles}
+        return {
+            **job.described(self.recipe),
+            "data": identities,
+            "batch": job.batches({role: one["images"] for role, one in identities.items()}, self.processes.count),
+            "parent": {job.parent: self.require(job.parent).get("weights_sha256")} if job.parent else {},
+        }

@@ -1,0 +1,115 @@
+"""The models of a run, and their training and testing on its datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dtlctl.data.dataset import Split
+from dtlctl.data.tensors import Batch, Batches, evaluation_batches
+from dtlctl.model import networks
+from dtlctl.recipe.plan import Job
+from dtlctl.recipe.schema import Recipe
+from dtlctl.run.datasets import Datasets
+from dtlctl.run.processes import Processes
+from dtlctl.run.results import Results
+from dtlctl.storage import checkpoint
+from dtlctl.training.resume import Memory, State
+
+if TYPE_CHECKING:
+    from dtlctl.training.engine import History, Objective
+
+
+class Trainer:
+    """Makes, loads, trains and tests the models of one run. `tag`s name independent streams of randomness."""
+
+    def __init__(self, recipe: Recipe, data: Datasets, results: Results, processes: Processes):
+        self.recipe, self.data, self.results, self.processes = recipe, data, results, processes
+
+    def new_model(self, heads: dict[str, int], tag: str, *, global_batch_norm: bool = True) -> networks.Classifier:
+        """A freshly initialised model, the same for every use of the tag.
+
+        With several processes its batch statistics are global, or else each process's own.
+        """
+        torch.manual_seed(self.recipe.stream(tag))
+        spec = self.recipe.model
+        model = networks.build(spec.arch, heads, stem=spec.stem, width=spec.width, image_size=spec.image_size)
+        model.precision, model.channels_last = self.recipe.precision, spec.channels_last
+        if self.recipe.precision == "float64":
+            model.double()
+        return self.processes.engine.place(model, global_batch_norm=global_batch_norm)
+
+    def load_model(self, name: str, *, global_batch_norm: bool = True) -> networks.Classifier:
+        """The published model of that name, which must be up to date with the recipe."""
+        sidecar = self.results.require(name)
+        model = self.new_model(sidecar.get("heads", {}), "load", global_batch_norm=global_batch_norm)
+        checkpoint.load_weights(self.results.path(self.results.maker(name)).parent, sidecar, model)
+        return model
+
+    def attach_head(self, model: networks.Classifier, name: str, classes: int, tag: str) -> None:
+        """Give the model a fresh head, the same for every use of the tag."""
+        torch.manual_seed(self.recipe.stream(tag))
+        model.add_head(name, classes)
+
+    def batches(self, role: str, batch_size: int, tag: str) -> Batches:
+        """Training batches of the role's subset."""
+        train, engine = self.data.images(role, "train"), self.processes.engine
+        return Batches(
+            train.pixels,
+            train.labels,
+            self.data.index(role),
+            batch_size=batch_size,
+            augment=self.recipe.data.of(role).augment,
+            seed=self.recipe.stream(tag),
+            device=engine.device,
+            share=engine.share,
+        )
+
+    def split(self, role: str, split: Split, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        """This process's share of a split, or of some rows of it, not augmented; to be read to its end."""
+        images, engine = self.data.images(role, split), self.processes.engine
+        pixels, labels = (images.pixels, images.labels) if rows is None else (images.pixels[rows], images.labels[rows])
+        return engine.heeding(evaluation_batches(pixels, labels, device=engine.device, share=engine.share))
+
+    def accuracy(self, model: networks.Classifier, head: str, role: str) -> float:
+        """Accuracy in % of one head on the role's test split."""
+        return self.processes.engine.accuracy(model, head, self.split(role, "test"))
+
+    def train(
+        self,
+        job: Job[Any],
+        model: networks.Classifier,
+        objective: Objective,
+        batches: Batches,
+        measures: dict[str, tuple[str, str]],
+        part: str = "",
+        also: Collection[int] = (),
+    ) -> tuple[History, dict[str, float]]:
+        """Train as the job's settings say, measuring {name: (head, role)} accuracies on the way and at the end.
+
+        On the way only as often as no more images are tested than trained on. State is saved in the job's scratch
+        folder and taken up from there; a job that trains more than once names its `part`s, each a plain file name.
+        After `also` so many steps there is a row in the history besides those at even intervals.
+        """
+        steps = job.settings.total_steps(batches.images)
+        tested = sum(len(self.data.images(role, "test").labels) for _, role in measures.values())
+        state = State()
+
+        def evaluate(step: int) -> dict[str, float]:
+            last = next((row["step"] for row in reversed(state.rows) if measures.keys() <= row.keys()), 0)
+            if step < steps and (step - last) * batches.batch_size < tested:
+                return {}
+            return {name: self.accuracy(model, head, role) for name, (head, role) in measures.items()}
+
+        file = self.results.scratch(job) / f"{part or 'state'}.safetensors"
+        key = checkpoint.key({self.results.key(job): part})
+        memory = Memory(file, key, self.recipe.checkpoint_minutes)
+        with self.processes.progress(job.title, steps) as bar:
+            size = batches.batch_size
+            history = self.processes.engine.train(
+                model, objective, job.settings, steps, size, bar, evaluate, also=also, memory=memory, state=state
+            )
+        return history, {name: history.rows[-1][name] for name in measures}

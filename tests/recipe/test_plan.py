@@ -1,0 +1,68 @@
+"""What a result depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtlctl.attacks.attackers import Full
+from dtlctl.attacks.registry import ATTACKS
+from dtlctl.objectives.retain import Distill
+from dtlctl.objectives.unlearn import GradientCollision, RandomLabels
+from dtlctl.recipe.loading import load
+from dtlctl.recipe.plan import Job, jobs
+from dtlctl.recipe.schema import Dispose, Pretrain
+
+ATTACKERS = 'piggyback.attackers=[{kind="full", lr=[0.1], steps=20}]'
+
+
+def job(recipe_file: Path, title: str, *overrides: str) -> tuple[Job[Any], Any]:
+    recipe = load(recipe_file, list(overrides))
+    return next(job for job in jobs(recipe) if job.title == title), recipe
+
+
+@pytest.mark.parametrize(
+    ("mended", "stale"),
+    [
+        (GradientCollision, {"dispose/gc"}),
+        (RandomLabels, {"dispose/rand"}),
+        (Distill, {"dispose/gc", "dispose/rand"}),
+        (Dispose, {"dispose/gc", "dispose/rand"}),
+        (Pretrain, {"pretrain"}),
+        (Full, {"piggyback/TL/again"}),
+    ],
+)
+def test_a_mended_part_makes_its_results_anew_and_no_others(
+    recipe_file: Path, monkeypatch, mended: type, stale: set[str]
+):
+    titles = ("pretrain", "finetune", "dispose/gc", "dispose/rand", "piggyback/TL/again", "audit/TL")
+    found = {title: job(recipe_file, title, ATTACKERS) for title in titles}
+    before = {title: one.described(recipe) for title, (one, recipe) in found.items()}
+    monkeypatch.setattr(mended, "revision", 2)
+    assert {title for title, (one, recipe) in found.items() if one.described(recipe) != before[title]} == stale
+
+
+def test_a_mended_membership_attack_makes_its_audits_anew(recipe_file: Path, monkeypatch):
+    one, recipe = job(recipe_file, "audit/TL")
+    before = one.described(recipe)
+    monkeypatch.setitem(ATTACKS, "entropy", ATTACKS["entropy"]._replace(revision=2))  # not one of this audit's
+    assert one.described(recipe) == before
+    monkeypatch.setitem(ATTACKS, "loss", ATTACKS["loss"]._replace(revision=2))
+    assert one.described(recipe) != before
+
+
+@pytest.mark.parametrize(("processes", "size"), [(1, 50), (2, 50), (4, 48)])
+def test_a_batch_of_fewer_images_than_it_asks_for_depends_on_who_shares_it(
+    recipe_file: Path, processes: int, size: int
+):
+    """50 images are one batch, or two parts of 25, or four of 12: then it is another experiment, with another key."""
+    one, _ = job(recipe_file, "dispose/rand", "dispose.rand.batch_size=64")
+    assert one.batches({"source": 50, "target": 500}, processes) == {"source": size}
+    one, _ = job(recipe_file, "dispose/rand", "dispose.rand.batch_size=64", 'dispose.rand.retain={kind="target-ce"}')
+    assert one.batches({"source": 50, "target": 500}, processes) == {"source": size, "target": 64}
+    one, _ = job(recipe_file, "pretrain", "pretrain.batch_size=64")
+    assert one.batches({"source": 50}, processes) == {"source": 50}
+    one, _ = job(recipe_file, "audit/TL")
+    assert one.batches({"source": 50}, processes) == {}
