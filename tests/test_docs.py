@@ -26,7 +26,9 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-PAGES = [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
+PAGES = [
+    p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))) if p.exists()
+]
 SCHEMA = Recipe.model_json_schema(by_alias=True)
 MODELS = {**SCHEMA["$defs"], "Recipe": SCHEMA}
 ATTACKERS = MODELS["Piggyback"]["properties"]["attackers"]["items"]["discriminator"]["mapping"]

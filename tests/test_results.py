@@ -1,109 +1,52 @@
-"""Published tables are what the sidecars in the repository say."""
+"""The pages of results say what their data say, and no data lie about that no page uses."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
 from pathlib import Path
 
 import pytest
 
-from dtlctl.bench import collision, training
-from dtlctl.many import compare as comparison
-from dtlctl.report import audit, grids, summary, tables
-
-ROOT = Path(__file__).parents[1]
-STUDIES = sorted({path.parent.parent for path in (ROOT / "docs" / "results").glob("*/*/recipe.json")})
-
-
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
-def test_a_study_shows_the_table_of_its_sidecars(study: Path):
-    runs = sorted(path.parent for path in study.glob("*/recipe.json"))
-    page = study.with_suffix(".md").read_text(encoding="utf-8")
-    for part in tables.markdown(summary.summarise(runs)).strip().split("\n\n"):
-        assert part in page, f"{study.name}: the page does not show\n{part}"
-    for part in (p for run in runs if (audits := audit.read(run)) for p in audit.tables(audits)):
-        assert part in page, f"{study.name}: the page does not show\n{part}"
+FOLDER = Path(__file__).parents[1] / "docs" / "results"
+SPEC = importlib.util.spec_from_file_location("build_results", FOLDER / "build.py")
+assert SPEC is not None and SPEC.loader is not None
+build = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(build)
 
 
-def test_there_are_studies():
-    assert {study.name for study in STUDIES} >= {"quickstart"}
+def test_pages_and_figure_are_not_stale_and_all_data_are_used():
+    assert build.main(check=True) == []
+    assert {path.stem for path in (FOLDER / "data").iterdir()} == set(build.PAGES.values())
+    assert {path for path in build.PAGES if path.parent == FOLDER} == set(FOLDER.glob("*.md"))
 
 
-def test_the_readme_shows_one_of_the_runs():
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tables.markdown(summary.summarise([ROOT / "docs/results/quickstart/seed-0"])).strip() in page
+def test_a_number_that_was_changed_by_hand_is_put_right():
+    page, data = (FOLDER / "disposal.md").read_text("utf-8"), build.Data("disposal")
+    number = build.MARKER.search(page)
+    assert number is not None
+    changed = f"{page[: number.start(2)]}99.9{page[number.end(2) :]}"
+    assert build.written(changed, data) == page
 
 
-BENCHES = sorted((ROOT / "docs/results/bench").glob("*.json"))
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.md")), ids=lambda path: path.stem)
+def test_a_page_is_short(path: Path):
+    assert len(path.read_text("utf-8").split()) <= 800
 
 
-@pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)
-def test_the_page_on_performance_shows_what_was_measured(path: Path):
-    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    _, found, rest = page.partition(f"<!-- bench: {path.stem} -->\n")
-    shown, text = (
-        rest.partition("<!-- end bench -->")[0],
-        (training if path.stem.startswith("train_") else collision).text,
-    )
-    assert found and shown.strip() == f"```text\n{text(json.loads(path.read_text()))}\n```"
+def test_an_interval_by_hand():
+    """1, 2, 3: mean 2, deviation 1; t(0.975, 2) = 4.303; 4.303 / sqrt(3) = 2.48. A difference goes seed by seed."""
+    some, others = build.Seeds({6: 1.0, 7: 2.0, 8: 3.0}), build.Seeds({8: 2.5, 6: 0.5, 7: 1.5})
+    assert str(some) == "2.0 ± 2.5" and str(some - others) == "0.5 ± 0.0"
+    assert str(build.Seeds({0: -0.04})) == "0.0"
+    with pytest.raises(ValueError, match="seeds"):
+        some - build.Seeds({6: 1.0})
 
 
-def test_the_page_on_performance_shows_what_was_printed():
-    """Where the sidecar of a benchmark was lost, what it printed was kept."""
-    printed = (ROOT / "docs/results/bench/train_h200.txt").read_text(encoding="utf-8")
-    assert f"```text\n{printed.strip()}\n```" in (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-
-
-def test_two_processes_made_what_one_made():
-    """The page's numbers are those of the two sidecars, and of the comparison of their weights."""
-    folder = ROOT / "docs/results/two_processes"
-    one, two = (json.loads((folder / run / "gc.json").read_text()) for run in ("one", "two"))
-    page = folder.with_suffix(".md").read_text(encoding="utf-8")
-    assert (one["processes"], two["processes"], one["precision"]) == (1, 2, "float64")
-    assert one["key"] == two["key"] and one["metrics"] == two["metrics"]
-    for name, value in one["metrics"].items():
-        assert f"| {name.capitalize()} after 800 steps (%) | {value:.6f} | {value:.6f} |" in page
-    difference = json.loads((folder / "difference.json").read_text())["largest_relative_difference"]
-    assert f"{difference:.1e} (`difference.json`)" in page
-
-
-def test_the_curve_and_the_match_show_their_documents():
-    """The sweep's table is that of its table.json; who needed which λ is what compare.json says."""
-    folder = ROOT / "docs/results"
-    curve = json.loads((folder / "quickstart_curve/table.json").read_text())
-    for part in grids.markdown(curve).strip().split("\n\n"):
-        assert part in (folder / "quickstart_curve.md").read_text(encoding="utf-8")
-    for name in ("quickstart_matched", "tin100_matched", "tin100_fresh", "tin100_target", "tin100_both", "tin100_gpu"):
-        found = json.loads((folder / name / "compare.json").read_text())
-        for part in comparison._needed(found):
-            assert part in (folder / f"{name}.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("document", "label"),
-    [
-        ("quickstart_matched/compare.json", "{}"),
-        ("tin100_matched/compare.json", "{}"),
-        ("tin100_matched/first_search.json", "{}, first search"),
-        ("tin100_fresh/compare.json", "{}"),
-        ("tin100_target/compare.json", "{}"),
-        ("tin100_target/tried.json", "{}, tried before"),
-        ("tin100_both/compare.json", "{}"),
-        ("tin100_both/tried.json", "{}, tried beside"),
-        ("tin100_parts/tried.json", "{}"),
-        ("tin100_gpu/compare.json", "{}"),
-        ("tin100_gpu/unfinished.json", "{}, not attacked"),
-    ],
-)
-def test_a_match_shows_every_value_of_lambda_that_was_tried(document: str, label: str):
-    """A row a loss: each λ, the mean of what it cost, and each seed's; in the order in which they were tried."""
-    path = ROOT / "docs/results" / document
-    page = path.parent.with_suffix(".md").read_text(encoding="utf-8")
-    for variant, found in json.loads(path.read_text(encoding="utf-8"))["variants"].items():
-        tried = [
-            f"{one['lambda']:g}: diverged"
-            if one["drop"] is None
-            else f"{one['lambda']:g}: {one['drop']:.1f} ({', '.join(f'{drop:.1f}' for drop in one['drops'])})"
-            for one in found["tried"]
-        ]
-        assert f"| {label.format(variant)} | {'; '.join(tried)} |" in page
+def test_a_name_that_no_result_has_is_refused():
+    data = build.Data("disposal")
+    with pytest.raises(LookupError, match="no result"):
+        build.written('The <!--=acc_t("both/rnd")--><!--/-->', data)
+    with pytest.raises(ValueError, match="two results"):
+        build.written('The <!--=pl("source/null",own)--><!--/-->', data)
+    with pytest.raises(ValueError, match="no Markdown"):
+        build.written('- <!--=acc_t("both/TL")--><!--/-->', data)

@@ -27,7 +27,7 @@ def sweep(
     from dtlctl.report import grids
 
     done = sweeps.run(recipe, over, overrides or [], out, jobs=jobs, quiet=quiet)
-    document = grids.summarise(done)
+    document = grids.summarise([(point.values, experiment.folder) for point, experiment in done])
     axes = [word for text in over for word in ("--over", text)]
     folder = done[0][1].folder.parent / "report"
     command = shlex.join(["dtlctl", "sweep", str(recipe), *axes, *words(overrides, out)])

@@ -154,7 +154,7 @@ def following(tried: Sequence[tuple[float, float | None]], wanted: float) -> flo
     In log-odds, half-way between the dearest that is too cheap and the cheapest that is too dear. While all are on one
     side, a step away from the outermost: of at most 1, then 2, 4, ...: the recipe's own λ is a guess, so what is near
     it comes first. A step is shorter where the drop is near the price: as long as if the drop went with the odds.
-    (Those of RAND and null-space go with the odds or steeper: docs/results/tin100_curves.md, "Along λ".)
+    (Those of RAND and null-space go with the odds or steeper: docs/results/disposal.md, "along λ".)
     """
     cheap = [(logit(lam), drop) for lam, drop in tried if drop is not None and drop < wanted]
     dear = [(logit(lam), drop) for lam, drop in tried if drop is None or drop > wanted]
@@ -191,24 +191,24 @@ def held_back(experiment: Experiment) -> np.ndarray:
 
 def markdown(document: dict[str, Any]) -> str:
     """Who needed which λ, then the report of the matched runs."""
-    return "\n\n".join([*_needed(document), tables.markdown(document["table"])])
+    return tables.markdown(document["table"], before=[_needed(document)])
 
 
-def _needed(document: dict[str, Any]) -> list[str]:
-    """A sentence and a table."""
+def _needed(document: dict[str, Any]) -> tables.Table:
+    """One row a variant."""
     settings = document["compare"]
     lines = [
         [name, f"{one['lambda']:g}", _points(one), one["reached"], _tried(one["tried"])]
         for name, one in document["variants"].items()
     ]
     seeds = ", over seeds the mean of their half widths" if len(document["seeds"]) > 1 else ""
-    return [
+    note = (
         f"Who needed which λ to be {settings['target_drop']:g} points of Acc_t below TL, give or take "
         f"{settings['tolerance']:g}, on {document['images']:,} target images held back for validation. ±: half width "
         f"of the 95 % interval that these images give the difference of these models{seeds}; not resolved: wider than "
-        "what may be given or taken.",
-        tables.grid(["Variant", "λ", "points below TL", "reached", "values tried"], lines),
-    ]
+        "what may be given or taken."
+    )
+    return tables.Table(note, ["Variant", "λ", "points below TL", "reached", "values tried"], lines, "Which λ")
 
 
 def _points(one: dict[str, Any]) -> str:
@@ -224,7 +224,7 @@ def _tried(tried: list[dict[str, Any]]) -> str:
 def write(document: dict[str, Any], folder: Path, command: str) -> None:
     """Write compare.json, table.json, table.md, figures and report.html. Raises CheckpointError where it cannot."""
     checkpoint.write(folder / "compare.json", files.dump(document).encode())  # first: it cannot be made from the runs
-    files.write(document["table"], folder, command, before=_needed(document))
+    files.write(document["table"], folder, command, before=[_needed(document)])
 
 
 def _changed(base: Recipe, source: str, name: str, seed: int, dispose: dict[str, Dispose]) -> Recipe:
@@ -237,5 +237,5 @@ def _changed(base: Recipe, source: str, name: str, seed: int, dispose: dict[str,
         known = {*REFERENCES, *dispose}
         raw["piggyback"]["models"] = [model for model in raw["piggyback"]["models"] if model in known] or None
     raw["audit"]["models"] = None
-    tables = {variant: settings.model_dump(mode="json", by_alias=True) for variant, settings in dispose.items()}
-    return validated({**raw, "name": name, "seed": seed, "dispose": tables}, source)
+    variants = {variant: settings.model_dump(mode="json", by_alias=True) for variant, settings in dispose.items()}
+    return validated({**raw, "name": name, "seed": seed, "dispose": variants}, source)

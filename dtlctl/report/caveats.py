@@ -1,27 +1,27 @@
-"""What a reader of the table must be told beside it."""
+"""What a reader of the tables must be told beside them: sentences, computed from the rows of every seed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from dtlctl.report.recovery import recovered
+from dtlctl.report.intervals import MARGIN, difference, recovered
 from dtlctl.report.results import Row
 
 LEFT = 0.1
 """The share of what TL gives away that must be left for an attack to have failed: less could be chance."""
-
-
 MISLED = 10.0
 """Points by which held-out images must flatter an attacker before that is told: some hundred images differ by less."""
+BY = {"piggyback": "the one setting", "piggyback_worst": "the tuned attacker"}
+
+Models = Mapping[str, Sequence[Row]]
+"""Rows by model, one a seed."""
 
 
-def caveats(models: Mapping[str, Sequence[Row]], seeds: Sequence[int]) -> list[str]:
-    """A sentence for everything that makes a number of the table mean less than it seems to.
-
-    models: the rows of `report` by model, one a seed.
-    """
-    return [*_failures(models, seeds), *_misled(models)]
+def caveats(models: Models, seeds: Sequence[int]) -> list[str]:
+    """A sentence for everything that makes a number of the table mean less than it seems to."""
+    return [*_nothing_to_dispose_of(models), *_target_only_is_as_good(models), *_failures(models, seeds),
+            *_misled(models)]  # fmt: skip
 
 
 def left_out(tables: Sequence[Mapping[str, Row]], seeds: Sequence[int]) -> list[str]:
@@ -34,45 +34,70 @@ def left_out(tables: Sequence[Mapping[str, Row]], seeds: Sequence[int]) -> list[
     return [f"Left out, because a seed lacks it: {', '.join(said)}."] if said else []
 
 
-def _failures(models: Mapping[str, Sequence[Row]], seeds: Sequence[int]) -> list[str]:
+def _nothing_to_dispose_of(models: Models) -> list[str]:
+    """Wherever TL gives an attacker no more than scratch does: the tuned attacker, if there is one."""
+    tl, scratch, found = models.get("TL", []), models.get("scratch", []), []
+    for name in tl[0]["piggyback"] if tl and scratch else []:
+        both = [*tl, *scratch]
+        kind = next((k for k in ("piggyback_worst", "piggyback") if all(name in row.get(k, {}) for row in both)), None)
+        if kind and (said := _not_above("scratch", *([row[kind][name] for row in rows] for rows in (tl, scratch)))):
+            found.append(
+                f"{name}, {BY[kind]}: {said}. That shows nothing to dispose of or to recover, and no share recovered "
+                "is given."
+            )
+    return found
+
+
+def _target_only_is_as_good(models: Models) -> list[str]:
+    """Where TL is not better than TGT on the target."""
+    tl, tgt = ([row["acc_t"] for row in models.get(name, []) if "acc_t" in row] for name in ("TL", "TGT"))
+    if not tl or len(tl) != len(tgt) or not (said := _not_above("TGT", tl, tgt)):
+        return []
+    return [f"Acc_t: {said}. That shows no use of the source: to publish TGT, which never saw it, is the answer."]
+
+
+def _not_above(other: str, tl: Sequence[float], reference: Sequence[float]) -> str:
+    """In words, how TL compares with a reference that it is not clearly above; nothing where it is."""
+    points, half = difference(tl, reference)
+    if points > half:
+        return ""
+    why = "the interval includes 0" if len(tl) > 1 else f"one seed: {MARGIN:g} or less count as none"
+    width = f" ± {half:.1f}" if len(tl) > 1 else ""
+    return f"TL − {other} = {points:+.1f}{width} points" + (f" ({why})" if points >= -half else "")
+
+
+def _failures(models: Models, seeds: Sequence[int]) -> list[str]:
     """Wherever the one setting gets less than from scratch, and a tuned attacker much more.
 
     Such weights make the one setting fail, by their scale for instance; they do not hold less than random ones, as its
     number alone would say.
     """
-    if not {"scratch", "TL"} <= models.keys():
-        return []
-    return [
-        f"{model} on {name}, seed {seed}: the one setting fails on these weights. "
-        f"It gets {row['piggyback'][name]:.1f}, less than from scratch ({scratch['piggyback'][name]:.1f}), "
-        f"and a tuned attacker gets {tuned:.1f}."
-        for model, rows in models.items()
-        for seed, row, scratch, tl in zip(seeds, rows, models["scratch"], models["TL"], strict=True)
-        for name, tuned in row.get("piggyback_worst", {}).items()
-        if _failed(name, row, scratch, tl)
-    ]
+    found = []
+    for model, rows in models.items() if {"scratch", "TL"} <= models.keys() else ():
+        for seed, row, scratch, tl in zip(seeds, rows, models["scratch"], models["TL"], strict=True):
+            for name, tuned in row.get("piggyback_worst", {}).items():
+                if any(name not in one.get("piggyback_worst", {}) for one in (scratch, tl)):
+                    continue
+                share = recovered(*([one["piggyback_worst"][name]] for one in (row, scratch, tl)))
+                single, least = row["piggyback"][name], scratch["piggyback"][name]
+                if share and (share["share"] or 0) > LEFT and single < least:
+                    found.append(
+                        f"{model} on {name}, seed {seed}: the one setting fails on these weights. It gets "
+                        f"{single:.1f}, less than from scratch ({least:.1f}), and a tuned attacker gets {tuned:.1f}."
+                    )
+    return found
 
 
-def _misled(models: Mapping[str, Sequence[Row]]) -> list[str]:
+def _misled(models: Models) -> list[str]:
     """Wherever held-out images flatter the attacker on TL: it was trained on them, and what it knows chooses badly."""
-    rows = models.get("TL", [])
-    sets = rows[0].get("held_out", {}) if rows else {}
-    names = [name for name in sets if all(name in row.get("held_out", {}) for row in rows)]
-    means = {
-        name: [fmean(row[kind][name] for row in rows) for kind in ("held_out", "piggyback_worst")] for name in names
-    }
-    return [
-        f"{name}: held-out images mislead the tuned attackers. On TL they are right on {held:.1f} % of them and on "
-        f'{tested:.1f} % of the test images. Let fresh images choose: piggyback.choose_on = "test".'
-        for name, (held, tested) in means.items()
-        if held - tested > MISLED
-    ]
-
-
-def _failed(name: str, row: Row, scratch: Row, tl: Row) -> bool:
-    """Whether the one setting gets less from this model than from scratch, and a tuned attacker enough."""
-    trio = (row, scratch, tl)
-    if any(name not in one.get("piggyback_worst", {}) for one in trio):
-        return False
-    left = recovered(*([one["piggyback_worst"][name]] for one in trio)) or {"share": None}
-    return row["piggyback"][name] < scratch["piggyback"][name] and (left["share"] or 0.0) > LEFT
+    rows, found = models.get("TL", []), []
+    for name in rows[0].get("held_out", {}) if rows else []:
+        if all(name in row.get("held_out", {}) for row in rows):
+            held, tested = (fmean(row[kind][name] for row in rows) for kind in ("held_out", "piggyback_worst"))
+            if held - tested > MISLED:
+                found.append(
+                    f"{name}: held-out images mislead the tuned attackers. On TL they are right on {held:.1f} % of "
+                    f"them and on {tested:.1f} % of the test images. Let fresh images choose: "
+                    'piggyback.choose_on = "test".'
+                )
+    return found

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from dtlctl.report.results import Row
+from dtlctl.report.tables import chosen_on, piggyback_sets
 
 # One colour for every model, told apart by the colour-blind too (Okabe and Ito, then Tol), on light and on dark.
 COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#b8a500", "#8c8c8c", "#9467bd", "#17a589",
@@ -15,82 +21,84 @@ INK = "#010203"
 """Nearly black, and in a page the text's own colour: there it becomes `currentColor`."""
 NAMES = ("piggyback", "roc", "tradeoff-*", "steps-*", "sweep-*", "curve-*")
 """Of all figures of a report."""
+WHO = {"piggyback": "the one setting", "piggyback_worst": "the tuned attacker"}
+"""Whose accuracy a figure shows, by the row's key."""
+
+STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **{"axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8},
+    **{"axes.facecolor": "none", "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True},
+    **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False},
+    **{"figure.constrained_layout.use": True, "svg.fonttype": "none"},
+}
+"""Matplotlib's settings while a figure is drawn and saved."""
+
+Drawing = tuple[Figure, str]
+"""A figure and its caption."""
+Curves = dict[str, list[list[float]]]
+"""Points [x, y] by model, or [x, y, half width of y, half width of x]."""
 
 
-def of_table(table: dict[str, Any]) -> dict[str, Any]:
+def of_table(table: dict[str, Any]) -> dict[str, Drawing]:
     """Figures by file name, of one report: Fig. 2, the trade-off of Fig. 6, and the attack's steps."""
     rows = [row for row in table["rows"] if row["piggyback"]]
-    sets = list(dict.fromkeys(name for row in rows for name in row["piggyback"]))
+    sets = piggyback_sets(rows)
     colours = colours_of(row["model"] for row in table["rows"])
-    found: dict[str, Any] = {}
-    if rows:
-        found["piggyback"] = _bars(rows, sets, colours)
+    found = {"piggyback": _bars(rows, sets, colours, chosen_on(table["recipe"]))} if rows else {}
     for name in sets:
-        kept = [row for row in rows if "acc_t" in row and name in row["piggyback"]]
-        if len(kept) > 1:
-            found[f"tradeoff-{name}"] = _tradeoff(kept, name, colours)
+        kind = quoted(rows, name)
+        points = {}
+        for row in [row for row in rows if "acc_t" in row and name in row.get(kind, {})]:
+            halves = [row["acc_t_ci"], row[f"{kind}_ci"][name]] if "acc_t_ci" in row else []
+            points[row["model"]] = [[row[kind][name], row["acc_t"], *halves]]
+        if len(points) > 1:
+            x, title = f"Acc_pl {name} of {WHO[kind]} (%)", f"{name}: upper left is better"
+            caption = f"What the owner keeps over what {WHO[kind]} gets, as in Fig. 6 of the paper."
+            found[f"tradeoff-{name}"] = _lines(points, colours, x, "Acc_t (%)", title), caption
         curves = {row["model"]: row.get("curves", {}).get(name, []) for row in rows}
         if any(len(curve) > 1 for curve in curves.values()):
-            found[f"steps-{name}"] = _lines(
-                curves, colours, "steps of the attack", "Acc_pl (%)", f"{name}: steps to recover"
-            )
+            figure = _lines(curves, colours, "steps of the attack", "Acc_pl (%)", f"{name}: steps to recover")
+            found[f"steps-{name}"] = figure, "How fast the attacker of the one setting gets there."
     return found
 
 
-def of_sweep(key: str, curves: dict[str, dict[str, list[list[float]]]], models: Iterable[str]) -> dict[str, Any]:
-    """Fig. 5: Acc_pl over a swept number. curves: {dataset: {model: [[value, %], ...]}}."""
-    colours = colours_of(models)
-    return {
-        f"sweep-{name}": _lines(lines, colours, key, "Acc_pl (%)", f"{name} over {key}", log=True)
-        for name, lines in curves.items()
-    }
+def of_sweep(key: str, name: str, kind: str, curves: Curves) -> Drawing:
+    """Fig. 5: one kind of Acc_pl on a dataset over a swept number, [value, %], by model."""
+    figure = _lines(curves, colours_of(curves), key, f"Acc_pl of {WHO[kind]} (%)", f"{name} over {key}", log=True)
+    return figure, f"Piggyback accuracy of {WHO[kind]} over the swept key, as in Fig. 5 of the paper."
 
 
-def of_curves(name: str, curves: dict[str, list[list[float]]], reference: dict[str, list[float]]) -> Any:
-    """Fig. 6: target accuracy over Acc_pl along λ, one line a variant; references are single points [PL, Acc_t]."""
-    colours = colours_of([*curves, *reference])
-    figure, axes = _axes()
-    for model, points in curves.items():
-        axes.plot(*zip(*points, strict=True), "o-", color=colours[model], label=model, markersize=4, linewidth=1.2)
-    for model, (x, y) in reference.items():
-        axes.plot(x, y, "*", color=colours[model], label=model, markersize=10)
-    return _finished(figure, axes, f"Acc_pl {name} (%)", "Acc_t (%)", "Upper left is better")
+def of_curves(name: str, kind: str, curves: Curves, stars: dict[str, list[float]]) -> Drawing:
+    """Fig. 6: Acc_t over one kind of Acc_pl along λ, [PL, Acc_t], one line a variant; a star is a single model."""
+    x = f"Acc_pl {name} of {WHO[kind]} (%)"
+    figure = _lines(curves, colours_of([*curves, *stars]), x, "Acc_t (%)", "Upper left is better", stars=stars)
+    return figure, f"Target accuracy over piggyback accuracy ({WHO[kind]}) along λ, as in Fig. 6 of the paper."
 
 
-def quoted(row: dict[str, Any], name: str) -> str:
-    """Which accuracy of a table's row to hold against it: the tuned attacker's, where there is one."""
-    return "piggyback_worst" if name in row.get("piggyback_worst", {}) else "piggyback"
+def quoted(rows: Iterable[Row], name: str) -> str:
+    """Which accuracy on a dataset to draw of all these rows: the tuned attacker's, where all have one."""
+    attacked = [row for row in rows if name in row["piggyback"]]
+    return "piggyback_worst" if all(name in row.get("piggyback_worst", {}) for row in attacked) else "piggyback"
 
 
-def save(figures: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Write NAME.png and NAME.svg of every figure; return each one's SVG for a page. Closes the figures.
+def save(figures: dict[str, Drawing], folder: Path) -> list[dict[str, str]]:
+    """Write NAME.png and NAME.svg of every figure; return kind, SVG and caption of each for a page.
 
-    Figures of an earlier report in this folder that are not drawn again are removed: nothing vouches for them now.
+    Figures of an earlier report in this folder that are not drawn again are removed: nothing vouches for them.
     """
-    import matplotlib.pyplot as plt
-
     earlier = {path for name in NAMES for form in ("svg", "png") for path in folder.glob(f"{name}.{form}")}
     for path in earlier - {folder / f"{name}.{form}" for name in figures for form in ("svg", "png")}:
         path.unlink()
-    drawn = {}
-    for name, figure in figures.items():
-        with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-            buffer = io.StringIO()
+    drawn = []
+    for name, (figure, caption) in figures.items():
+        buffer = io.StringIO()
+        with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
             figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
         svg = buffer.getvalue()
-        drawn[name] = _for_page(svg)
+        drawn.append({"kind": name.partition("-")[0], "svg": _for_page(svg), "caption": caption})
         (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
         figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
-        plt.close(figure)
     return drawn
-
-
-def _for_page(svg: str) -> str:
-    """An SVG to stand in HTML: no prolog, the text's own colour, as wide as there is room."""
-    svg = re.sub(
-        r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :].replace(INK, "currentColor"), flags=re.DOTALL
-    )
-    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
 
 
 def colours_of(models: Iterable[str]) -> dict[str, str]:
@@ -98,80 +106,73 @@ def colours_of(models: Iterable[str]) -> dict[str, str]:
     return {model: COLOURS[place % len(COLOURS)] for place, model in enumerate(dict.fromkeys(models))}
 
 
-def _axes(height: float = 3.2) -> tuple[Any, Any]:
-    import matplotlib
+def _for_page(svg: str) -> str:
+    """An SVG to stand in HTML: no prolog, the text's own colour, as wide as there is room for letters to be read."""
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
+    style = f"max-width: {2 * width:.0f}px" + (f"; min-width: {width:.0f}px" if width > 400 else "")
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" style="{style}">', svg, count=1
+    )
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(4.6, height), layout="constrained")
-    return figure, axes
-
-
-def _finished(figure: Any, axes: Any, x: str, y: str, title: str) -> Any:
-    axes.set_title(title, fontsize=10, color=INK)
-    axes.set_xlabel(x, fontsize=9, color=INK)
-    axes.set_ylabel(y, fontsize=9, color=INK)
-    axes.tick_params(labelsize=8, colors=INK)
-    axes.set_facecolor("none")
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(fontsize=8, ncols=4, loc="outside lower center", frameon=False, labelcolor=INK)
+def _finished(figure: Figure, x: str, y: str, title: str) -> Figure:
+    figure.axes[0].set(xlabel=x, ylabel=y, title=title)
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.legend(ncols=4, loc="outside lower center")
     return figure
 
 
-def _bars(rows: list[dict[str, Any]], sets: list[str], colours: dict[str, str]) -> Any:
-    """Acc_pl by dataset and model; a diamond is the tuned attacker's."""
-    figure, axes = _axes(0.9 + 0.26 * len(rows) * len(sets))
-    place, ticks, labels = 0.0, [], []
-    for name in sets:
-        for row in (row for row in rows if name in row["piggyback"]):
-            value, half = row["piggyback"][name], row.get("piggyback_ci", {}).get(name)
-            axes.barh(place, value, 0.75, color=colours[row["model"]], xerr=half, ecolor="#888888", capsize=2)
-            end = value + (half or 0)
-            if name in row.get("piggyback_worst", {}):
-                tuned = row["piggyback_worst"][name]
-                axes.plot(tuned, place, "D", color=INK, markersize=4)
-                end = max(end, tuned)
-            axes.text(end + 1.5, place, f"{value:.0f}", va="center", fontsize=8, color=INK)
-            ticks.append(place)
-            labels.append(row["model"] if len(sets) == 1 else f"{row['model']} · {name}")
-            place += 1
-        place += 0.6
-    axes.set_yticks(ticks, labels)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 108)
-    tuned = any("piggyback_worst" in row for row in rows)
-    title = "What an attacker gets out (lower is better)" + ("\n◆ tuned attacker" if tuned else "")
-    return _finished(figure, axes, "Acc_pl (%)", "", title)
+@matplotlib.rc_context(STYLE)
+def _bars(rows: Sequence[Row], sets: list[str], colours: dict[str, str], chosen: str) -> Drawing:
+    """Acc_pl by dataset and model; a diamond is the tuned attacker's. To the right, the numbers of both, by column."""
+    figure = Figure(figsize=(4.6, 1.1 + 0.26 * (len(rows) * len(sets) + 1)))
+    axes = figure.subplots()
+    both = [(n, name, row) for n, name in enumerate(sets) for row in rows if name in row["piggyback"]]
+    bars = [(row, name, place + 0.6 * n) for place, (n, name, row) in enumerate(both)]
+    columns = {"bar": "piggyback", "◆": "piggyback_worst"}
+    if not any(row.get("piggyback_worst") for row in rows):
+        del columns["◆"]
+    for row, name, place in bars:
+        value, half = row["piggyback"][name], row.get("piggyback_ci", {}).get(name)
+        axes.barh(place, value, 0.75, color=colours[row["model"]], xerr=half, ecolor="#888888", capsize=2)
+        if name in row.get("piggyback_worst", {}):
+            axes.plot(row["piggyback_worst"][name], place, "D", color=INK, markersize=4)
+    for x, (head, kind) in zip((116, 130), columns.items(), strict=False):
+        shown = [(f"{row[kind][name]:.0f}", place) for row, name, place in bars if name in row.get(kind, {})]
+        for text, place in [(head, -0.8), *shown]:
+            axes.text(x, place, text, va="center", ha="right", fontsize=8)
+    labels = [row["model"] if len(sets) == 1 else f"{row['model']} · {name}" for row, name, _ in bars]
+    axes.set_yticks([place for *_, place in bars], labels)
+    axes.set_ylim(bars[-1][-1] + 0.6, -1.2)
+    axes.set_xlim(0, 103 + 14 * len(columns))
+    axes.set_xticks(range(0, 101, 20))
+    caption = "Piggyback accuracy by dataset, as in Fig. 2 of the paper. Bars: the one setting"
+    caption += f"; diamonds: the attacker tuned on {chosen}" if len(columns) > 1 else ""
+    caption += "; lines: 95 % interval of the one setting over seeds" if "piggyback_ci" in rows[0] else ""
+    title = "What an attacker gets out (lower is better)" + "\nbar: one setting, ◆: tuned attacker" * (len(columns) > 1)
+    return _finished(figure, "Acc_pl (%)", "", title), f"{caption}."
 
 
-def _tradeoff(rows: list[dict[str, Any]], name: str, colours: dict[str, str]) -> Any:
-    """Acc_t over Acc_pl, worst attacker where there is one: upper left is better."""
-    figure, axes = _axes()
-    for row in rows:
-        kind = quoted(row, name)
-        x, y = row[kind][name], row["acc_t"]
-        axes.errorbar(
-            x, y, xerr=row.get(f"{kind}_ci", {}).get(name), yerr=row.get("acc_t_ci"), fmt="o", capsize=2,
-            color=colours[row["model"]], label=row["model"], elinewidth=0.7,
-        )  # fmt: skip
-    return _finished(figure, axes, f"Acc_pl {name} (%)", "Acc_t (%)", f"{name}: upper left is better")
-
-
+@matplotlib.rc_context(STYLE)
 def _lines(
-    curves: dict[str, list[list[float]]], colours: dict[str, str], x: str, y: str, title: str, *, log: bool = False
-) -> Any:
-    figure, axes = _axes()
+    curves: Curves, colours: dict[str, str], x: str, y: str, title: str, *,
+    stars: dict[str, list[float]] | None = None, log: bool = False,
+) -> Figure:  # fmt: skip
+    """A line, or a dot, for every model, with error bars if its points have half widths; a star is a single point."""
+    figure = Figure(figsize=(4.6, 3.2))
+    axes = figure.subplots()
+    look: dict[str, Any] = {"fmt": "o-", "markersize": 4, "linewidth": 1.2, "elinewidth": 0.7, "capsize": 2}
     for model, points in curves.items():
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", color=colours[model], label=model, markersize=3, linewidth=1.2)
-    if log and all(point[0] > 0 for points in curves.values() for point in points):
+            places: dict[str, Any] = dict(zip(("x", "y", "yerr", "xerr"), zip(*points, strict=True), strict=False))
+            axes.errorbar(**places, color=colours[model], label=model, **look)
+    for model, point in (stars or {}).items():
+        axes.plot(*point, "*", color=colours[model], label=model, markersize=10)
+    measured = sorted({point[0] for points in curves.values() for point in points})
+    if log and measured and measured[0] > 0:
         axes.set_xscale("log")
-        measured = sorted({point[0] for points in curves.values() for point in points})
         axes.set_xticks(measured, [f"{value:g}" for value in measured])
         axes.minorticks_off()
-    return _finished(figure, axes, x, y, title)
+    return _finished(figure, x, y, title)

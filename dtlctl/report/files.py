@@ -1,4 +1,4 @@
-"""A report's files in its folder: tables, figures, and the page around them."""
+"""A report's files in its folder: tables, figures, and a page with all of them that fetches nothing from anywhere."""
 
 from __future__ import annotations
 
@@ -7,45 +7,119 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from dtlctl.errors import CheckpointError
-from dtlctl.report import audit, figures, page
-from dtlctl.report.tables import markdown
+from dtlctl.report import audit, figures, tables
+from dtlctl.report.figures import Drawing
+from dtlctl.report.results import Row
+from dtlctl.report.summary import NEVER_SAW_THE_SOURCE
+from dtlctl.report.tables import Table
 from dtlctl.storage import checkpoint
 
 
 def write(
-    table: dict[str, Any], folder: Path, command: str, runs: Sequence[Path] = (), before: Sequence[str] = ()
+    document: dict[str, Any], folder: Path, command: str, runs: Sequence[Path] = (), before: Sequence[Table] = ()
 ) -> None:
-    """Write table.json, table.md, figures, report.html and, of the audits of `runs`, audit.md into `folder`.
+    """Write the report of a document of `summary.summarise`, and of the audits of `runs`, into `folder`.
 
-    Those of an earlier report there that this one has not are removed. command: what makes it again. before: Markdown
-    parts to stand before the tables. Raises CheckpointError where that cannot be.
+    command: what makes it again. before: tables to stand before its own. Raises CheckpointError where that cannot be.
     """
-    audits = audit.read_all(runs)
+    audits, recipe, seeds = audit.read(runs), document["recipe"], document["seeds"]
+    colours = figures.colours_of([*(row["model"] for row in document["rows"]), *(one.model for one in audits)])
+    drawings = {**figures.of_table(document), **audit.figures(audits, colours)}
+    shown = [*before, *tables.of_report(document)]
+    page = {
+        "title": f"What is left to piggyback on: {recipe['name']}",
+        "subtitle": f"Accuracies in %, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. "
+        + ("± and lines: 95 % interval over seeds." if len(seeds) > 1 else "One seed has no interval."),
+        "cards": cards(document["rows"]),
+        "attackers": [who(recipe["piggyback"])],
+    }
+    publish(document, folder, command, shown, document["caveats"], drawings, page, audit.tables(audits))
+
+
+def publish(
+    document: dict[str, Any], folder: Path, command: str, shown: Sequence[Table], caveats: Sequence[str],
+    drawings: dict[str, Drawing], page: dict[str, Any], audited: Sequence[Table] = (),
+) -> None:  # fmt: skip
+    """Write table.json, table.md, figures, report.html and, if there are audits, audit.md into `folder`.
+
+    Those of an earlier report there that this one has not are removed. page: the rest of what `page.html.j2` shows.
+    Raises CheckpointError where that cannot be.
+    """
+    template = environment().get_template("page.html.j2")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        colours = figures.colours_of([*(row["model"] for row in table["rows"]), *(m for _, one in audits for m in one)])
-        drawn = figures.save({**figures.of_table(table), **audit.figures(audits, colours)}, folder)
-        text, audited = [*before, markdown(table).strip()], audit.tables_of_all(audits)
-        checkpoint.write(folder / "report.html", page.of_table(table, drawn, command, [*text, *audited]).encode())
-        checkpoint.write(folder / "table.md", ("\n\n".join(text) + "\n").encode())
+        drawn = figures.save(drawings, folder)
+        html = template.render(**page, command=command, caveats=caveats, figures=drawn, tables=[*shown, *audited])
+        checkpoint.write(folder / "report.html", html.encode())
+        checkpoint.write(folder / "table.md", tables.render(shown, caveats).encode())
         if audited:
-            checkpoint.write(folder / "audit.md", ("\n\n".join(audited) + "\n").encode())
+            checkpoint.write(folder / "audit.md", tables.render(audited).encode())
         else:
             (folder / "audit.md").unlink(missing_ok=True)  # of audits that are gone, or not of this recipe
-        checkpoint.write(folder / "table.json", dump(table).encode())  # last: it vouches for the others
+        checkpoint.write(folder / "table.json", dump(document).encode())  # last: it vouches for the others
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
 
 
-def is_current(table: dict[str, Any], folder: Path) -> bool:
-    """Whether the folder holds the report of this table, and of the same audits."""
+def environment() -> jinja2.Environment:
+    """Where the page's template is; what it shows is text and never markup, but for the figures."""
+    here = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(
+        loader=here, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def is_current(document: dict[str, Any], folder: Path) -> bool:
+    """Whether the folder holds the report of this document, and of the same audits."""
     try:
-        return (folder / "table.json").read_text(encoding="utf-8") == dump(table)
+        return (folder / "table.json").read_text(encoding="utf-8") == dump(document)
     except (OSError, ValueError):
         return False
 
 
-def dump(table: dict[str, Any]) -> str:
-    """The table as table.json has it."""
-    return json.dumps(table, indent=1, ensure_ascii=False) + "\n"
+def dump(document: dict[str, Any]) -> str:
+    """The document as table.json has it."""
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def cards(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """What to see first: TL and every variant, with its accuracy on the target and what is recovered of each dataset.
+
+    By the tuned attacker, where there is one, else by the one setting.
+    """
+    found = []
+    for row in rows:
+        if row["model"] not in (*NEVER_SAW_THE_SOURCE, "pre") and "acc_t" in row:
+            shares = {
+                name: (share, by)
+                for kind, by in (("recovered", "one setting"), ("recovered_worst", "tuned attacker"))
+                for name, share in row.get(kind, {}).items()
+            }
+            said = [f"{share['share']:.0%} of {name} ({by})" for name, (share, by) in shares.items() if share]
+            known = f"recovered: {', '.join(said)}" if said and row["model"] != "TL" else ""
+            found.append((row["model"], tables.number(row, "acc_t"), known))
+    return found
+
+
+def who(piggyback: dict[str, Any]) -> str:
+    """The attackers of a recipe's table [piggyback], in words."""
+    length = f"{piggyback['steps']} steps" if piggyback["steps"] else f"{piggyback['epochs']} epochs"
+    setting = f"SGD, learning rate {piggyback['lr']:g}, {length}"
+    text = f"The one setting is the paper's attacker: full fine-tuning ({setting})."
+    if not piggyback["attackers"]:
+        return f"{text} No tuned attacker was asked for: read these numbers as those of a weak one."
+    tuned = []
+    for one in piggyback["attackers"]:
+        name, rates = ("C", one["C"]) if "C" in one else (f"{one['optimizer']}, learning rate", one["lr"])
+        where = f"; on {', '.join(one['datasets'])} only" if one["datasets"] else ""
+        tuned.append(f"{one['kind']} ({name} {', '.join(f'{rate:g}' for rate in rates)}{where})")
+    chosen = "images held out of the attacker's own; the test split picks nothing"
+    if piggyback["choose_on"] == "test":
+        chosen = "half of the test images; the other half judges it"
+    return (
+        f"{text} The tuned ones: {'; '.join(tuned)}. Each picks its setting and its length on {chosen}. "
+        "Then it trains once more, on all he has."
+    )

@@ -1,10 +1,10 @@
-"""What a run's folder says was measured: the numbers of its sidecars, by model."""
+"""What a run's folder says was measured: its sidecars, and the numbers in them by model."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -12,13 +12,21 @@ from typing import Any, NamedTuple
 from dtlctl.errors import CheckpointError
 from dtlctl.recipe.plan import Job, jobs
 from dtlctl.recipe.schema import REFERENCES, Recipe
-from dtlctl.run import origins
+from dtlctl.run import provenance
 from dtlctl.storage import checkpoint
 
 Row = dict[str, Any]
-
-# Numbers by piggyback dataset: the sidecar's metric behind each.
+"""The numbers of one model by name; those of ATTACKS by name and piggyback dataset."""
 ATTACKS = {"piggyback": "acc_pl", "piggyback_worst": "acc_pl_worst", "piggyback_max": "acc_pl_max"}
+"""The sidecar's metric behind each kind of Acc_pl: of the one setting, the tuned attacker, the best by test images."""
+
+
+class Result(NamedTuple):
+    """One sidecar of a run, and the job that it is of."""
+
+    job: Job[Any]
+    path: Path
+    sidecar: Row
 
 
 def recipe_of(run: Path) -> Recipe:
@@ -31,108 +39,88 @@ def recipe_of(run: Path) -> Recipe:
         raise CheckpointError(f"{run / 'recipe.json'}: not a run's recipe ({reason})") from None
 
 
-def belonging(run: Path, recipe: Recipe) -> Iterator[tuple[Job[Any], Row]]:
-    """The recipe's results that are there, in order: jobs and their sidecars.
+def results_of(run: Path, recipe: Recipe) -> list[Result]:
+    """The recipe's results that are there, in order; what was made from other settings, images or weights is left out.
 
-    What was made from other settings, images or weights is left out. Raises CheckpointError for a file that is no
-    sidecar.
+    Raises CheckpointError for a file that is no sidecar.
     """
+    found: list[Result] = []
     weights: dict[str, str] = {}
     for job in jobs(recipe):
-        sidecar = checkpoint.read_sidecar(run / job.path)
-        if sidecar is None or not _belongs(sidecar, job, recipe, weights) or _of_other_data(sidecar, job, recipe, run):
+        path = run / job.path
+        if (sidecar := checkpoint.read_sidecar(path)) is None:
             continue
+        parent = {job.parent: weights.get(job.parent)} if job.parent else {}
+        expected = {**job.described(recipe), "precision": recipe.precision, "parent": parent}
+        if any(sidecar.get(name) != value for name, value in expected.items()):
+            continue
+        with _reading(path, f"data of {job.stage}"):
+            if provenance.differs(sidecar, job, recipe):
+                continue
         if "weights_sha256" in sidecar:
             weights[job.model] = sidecar["weights_sha256"]
-        yield job, sidecar
+        found.append(Result(job, path, sidecar))
+    return found
 
 
-class Measured(NamedTuple):
-    """What a run's results say."""
-
-    rows: dict[str, Row]  # numbers by model, the references first
-    data: dict[str, tuple[Row, Path]]  # by role: the images that they have seen, and a sidecar that says so
-    renamed: list[str]  # a sentence for every dataset that some of them call otherwise than the recipe
-
-
-def measured(run: Path, recipe: Recipe) -> Measured:
-    """The numbers of all results that belong to the recipe.
-
-    Raises CheckpointError for a file that is no sidecar, and where two results have seen different data: which of
-    them is that of the recipe cannot be told without the data.
-    """
-    rows: dict[str, Row] = {}
-    data: dict[str, tuple[Row, Path]] = {}
-    renamed: dict[tuple[str, str], dict[str, None]] = {}
-    for model in [*REFERENCES, *recipe.dispose]:
-        rows[model] = {"model": model, "piggyback": {}}
-    for job, sidecar in belonging(run, recipe):
-        _agree(data, sidecar.get("data", {}), run / job.path)
-        for named in origins.renamed(sidecar, job, recipe).items():
-            renamed.setdefault(named, {})[job.model] = None
+def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
+    """The numbers of a run's results by model, the references first. Raises CheckpointError where one lacks them."""
+    rows: dict[str, Row] = {model: {"model": model, "piggyback": {}} for model in [*REFERENCES, *recipe.dispose]}
+    for job, path, sidecar in results:
         row, metrics = rows[job.model], sidecar["metrics"]
-        try:
-            if job.stage == "piggyback":
+        with _reading(path, f"metrics of {job.stage}"):
+            if job.stage == "audit":
+                # Through a head that nothing has trained an attack sees noise: its 0.5 would read as forgetting.
+                if metrics["source_head"] == "trained" and "loss" in metrics:
+                    row["audit_auc"] = float(metrics["loss"]["auc"])
+            elif job.stage == "piggyback":
                 name = job.dataset.partition(".")[2]
                 for kind, metric in ATTACKS.items():
                     if metric in metrics or kind == "piggyback":
                         row.setdefault(kind, {})[name] = float(metrics[metric])
                 if metrics.get("chosen") and job.settings.choose_on == "own":
                     row.setdefault("held_out", {})[name] = fmean(one["val"] for one in metrics["chosen"])
-                looks = [[look["step"], look["acc_pl"]] for look in sidecar.get("history", []) if "acc_pl" in look]
+                looks = [[look["step"], look["acc_pl"]] for look in sidecar["history"] if "acc_pl" in look]
                 row.setdefault("curves", {})[name] = looks
-            elif job.stage == "audit":
-                # Through a head that nothing has trained an attack sees noise: its 0.5 would read as forgetting.
-                if "loss" in metrics and metrics.get("source_head", "trained") == "trained":
-                    row["audit_auc"] = float(metrics["loss"]["auc"])
             else:
                 row.update({name: float(value) for name, value in metrics.items()})
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{run / job.path}: not the metrics of {job.stage}; delete it") from None
-    sentences = [
-        f"data.{role} for {', '.join(models)}: {text}. What saw other images is made again by dtlctl run RECIPE."
-        for (role, text), models in renamed.items()
+    return {model: row for model, row in rows.items() if row["piggyback"] or len(row) > 2}
+
+
+def refuse_other_images(results: Iterable[Result], *, one_seed: bool) -> None:
+    """Raise CheckpointError unless these results have seen the same images.
+
+    Which images the recipe means cannot be told without the data. one_seed: also the same subset of them.
+    """
+    seen: dict[tuple[str, str], tuple[Any, Path]] = {}
+    for job, path, sidecar in results:
+        with _reading(path, f"data of {job.stage}"):
+            parts = [(role, name, value) for role, own in sidecar["data"].items() for name, value in own.items()]
+        for role, name, value in parts:
+            other, first = seen.setdefault((role, name), (value, path))
+            if other != value and (one_seed or name in ("train", "test")):
+                raise CheckpointError(
+                    f"{path}: made from other images of data.{role} than {first}; do the stages again: "
+                    "dtlctl run RECIPE"
+                )
+
+
+def renamed(results: Iterable[Result], recipe: Recipe) -> list[str]:
+    """A sentence for every dataset that some of a run's results call otherwise than its recipe does."""
+    models: dict[tuple[str, str], dict[str, None]] = {}
+    for job, _, sidecar in results:
+        for named in provenance.renamed(sidecar, job, recipe).items():
+            models.setdefault(named, {})[job.model] = None
+    return [
+        f"data.{role} for {', '.join(some)}: {text}. What saw other images is made again by dtlctl run RECIPE."
+        for (role, text), some in models.items()
     ]
-    return Measured({m: row for m, row in rows.items() if row["piggyback"] or len(row) > 2}, data, sentences)
 
 
-def refuse_other_images(found: Iterable[Measured]) -> None:
-    """Raise CheckpointError unless these runs have seen the same images; which subset of them goes with the seed."""
-    shared: dict[str, tuple[Row, Path]] = {}
-    for one in found:
-        for role, (own, path) in one.data.items():
-            _agree(shared, {role: {split: own[split] for split in ("train", "test") if split in own}}, path)
-
-
-def _belongs(sidecar: Row, job: Job[Any], recipe: Recipe, weights: dict[str, str]) -> bool:
-    """Whether the result was made as the run's recipe now says, from the model that is there now."""
-    described = all(sidecar.get(name) == value for name, value in job.described(recipe).items() if name != "settings")
-    described = described and _settings(sidecar, job, recipe) == job.described(recipe)["settings"]
-    described = described and sidecar.get("precision", recipe.precision) == recipe.precision
-    return described and (job.parent is None or sidecar["parent"].get(job.parent) == weights.get(job.parent))
-
-
-def _of_other_data(sidecar: Row, job: Job[Any], recipe: Recipe, run: Path) -> bool:
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever a sidecar of another form makes Python raise becomes a CheckpointError."""
     try:
-        return origins.is_other(sidecar, job, recipe)
-    except (AttributeError, TypeError, ValueError):
-        raise CheckpointError(f"{run / job.path}: not the data of {job.stage}; delete it") from None
-
-
-def _settings(sidecar: Row, job: Job[Any], recipe: Recipe) -> Any:
-    """The result's settings as its job describes them; a key that is younger than the result is at its default."""
-    try:
-        settings = type(job.settings).model_validate(sidecar.get("settings"))
-        return replace(job, settings=settings).described(recipe)["settings"]
-    except ValueError:
-        return None
-
-
-def _agree(data: dict[str, tuple[Row, Path]], seen: dict[str, Row], path: Path) -> None:
-    """Keep what the result has seen, by role; raise CheckpointError where another result has seen something else."""
-    for role, own in seen.items():
-        other, first = data.setdefault(role, (own, path))
-        if any(own[name] != other[name] for name in own.keys() & other.keys()):
-            raise CheckpointError(
-                f"{path}: made from other images of data.{role} than {first}; do the stages again: dtlctl run RECIPE"
-            )
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path}: not the {what}; delete it") from None

@@ -1,104 +1,152 @@
-"""The tables of a report, in Markdown that also reads well as plain text."""
+"""The tables of a report as data, and as Markdown that also reads well as plain text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dtlctl.report.results import ATTACKS, Row
 
-TUNED = (
-    "Under tuned attackers: PL of the table's one setting, of the attacker who is best on {chosen}, "
-    "and of the best of all by test accuracy, which nobody can choose; the share (PL − scratch) / (TL − scratch) that "
-    "the tuned attacker recovers, with its 95 % t interval over seeds."
-)
-FRESH = "half of the test images, and judged by the other half"
 
-PAIRED = " Taken seed by seed: ± is of the difference."
+@dataclass(frozen=True)
+class Table:
+    """One table: cells as they are shown, the first column to the left, the others to the right."""
+
+    note: str
+    """What it shows, in a sentence; without columns that is all."""
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    heading: str = ""
+    """Over it, and over those after it without one, on a page."""
 
 
-def markdown(table: dict[str, Any]) -> str:
-    """Accuracies in the form of the paper's Table 3, then differences in that of Table 1."""
-    rows, seeds = table["rows"], table["seeds"]
-    sets = list(dict.fromkeys(name for row in rows for name in row["piggyback"]))
-    by_name = {row["model"]: row for row in rows}
-    note = f"Mean over seeds {', '.join(map(str, seeds))} ± half width of the 95 % interval." if len(seeds) > 1 else ""
-    audited = any("audit_auc" in row for row in rows)
+def markdown(document: dict[str, Any], before: Sequence[Table] = ()) -> str:
+    """All tables of a report (`summary.summarise`), after those given, and its caveats."""
+    return render([*before, *of_report(document)], document["caveats"])
 
-    columns = ["Model", "Acc_s", "Acc_t", *(f"PL {s}" for s in sets), *(["MIA AUC"] if audited else [])]
+
+def render(tables: Iterable[Table], caveats: Iterable[str] = ()) -> str:
+    """Tables as Markdown, and sentences below them."""
+    parts = [part for table in tables for part in (table.note, _grid(table)) if part]
+    return "\n\n".join([*parts, *caveats]) + "\n"
+
+
+def of_report(document: dict[str, Any]) -> list[Table]:
+    """Accuracies in the form of the paper's Table 3, differences in that of Table 1, then tuned attackers."""
+    rows = document["rows"]
+    sets = piggyback_sets(rows)
+    tables = [Table(accuracies_note(document["seeds"]), *accuracies(rows), "Accuracies, as in Table 3 of the paper")]
+    if any(row["model"] == "TL" for row in rows):
+        tables.append(_differences(document, sets))
+    if any(row.get("piggyback_worst") for row in rows):
+        tables.append(_tuned(document))
+    return tables
+
+
+def accuracies(rows: Sequence[Row], kinds: Sequence[str] = ("piggyback",)) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a line for every row: the model, its accuracies under these kinds of ATTACKS, the loss's AUC."""
+    attacks = [(kind, name) for kind in kinds for name in piggyback_sets(rows)]
+    audited = ["audit_auc"] * any("audit_auc" in row for row in rows)
+    columns = ["Model", "Acc_s", "Acc_t", *(f"PL {n}{' tuned' * (k == 'piggyback_worst')}" for k, n in attacks)]
     lines = [
         [row["model"], number(row, "acc_s"), number(row, "acc_t")]
-        + [attacked_number(row, s, "piggyback") for s in sets]
-        + ([number(row, "audit_auc", ".3f")] if audited else [])
+        + [attacked(row, kind, name) for kind, name in attacks]
+        + [number(row, name, ".3f") for name in audited]
         for row in rows
     ]
-    parts = [
-        f"Accuracies in %, seed {seeds[0]}." if len(seeds) == 1 else f"Accuracies in %. {note}",
-        grid(columns, lines),
-    ]
-
-    if "TL" in by_name:
-        parts.append("Differences in points (higher Acc_t is better, lower PL is better)." + (PAIRED if note else ""))
-        tuned = [name for name in sets if name in by_name["TL"].get("piggyback_worst", {})]
-        shown = [row for row in rows if row["model"] not in ("scratch", "pre", "TGT")]
-        parts.append(grid(*_differences(shown, sets, tuned)))
-    if any(row.get("piggyback_worst") for row in rows):
-        columns = [
-            "Model",
-            *(f"{s} {kind}" for s in sets for kind in ("one setting", "tuned", "best of all", "recovered")),
-        ]
-        lines = [[row["model"], *(cell for s in sets for cell in attacked(row, s))] for row in rows]
-        chosen = FRESH if table["recipe"]["piggyback"].get("choose_on") == "test" else "held-out images of his own"
-        parts += [TUNED.format(chosen=chosen), grid(columns, lines)]
-    return "\n\n".join([*parts, *table.get("caveats", [])]) + "\n"
+    return columns + ["MIA AUC"] * len(audited), lines
 
 
-def _differences(rows: list[Row], sets: list[str], tuned: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines in the form of the paper's Table 1; tuned: datasets with tuned attackers."""
+def accuracies_note(seeds: Sequence[int]) -> str:
+    """What the numbers of a table of accuracies are."""
+    if len(seeds) == 1:
+        return f"Accuracies in %, seed {seeds[0]}."
+    return f"Accuracies in %. Mean over seeds {', '.join(map(str, seeds))} ± half width of the 95 % interval."
+
+
+def chosen_on(recipe: dict[str, Any]) -> str:
+    """On which images tuned attackers choose what they do."""
+    if recipe["piggyback"]["choose_on"] == "test":
+        return "half of the test images, and judged by the other half"
+    return "held-out images of his own"
+
+
+def piggyback_sets(rows: Iterable[Row]) -> list[str]:
+    """The names of all datasets that any of the rows was attacked with."""
+    return list(dict.fromkeys(name for row in rows for name in row["piggyback"]))
+
+
+def _differences(document: dict[str, Any], sets: list[str]) -> Table:
+    """Against TGT and TL: models that hold the source."""
+    rows = [row for row in document["rows"] if row["model"] not in ("scratch", "pre", "TGT")]
     others = [other for other in ("TGT", "TL") if f"vs_{other}" in rows[0]]
+    tl = next(row for row in rows if row["model"] == "TL")
+    tuned = [name for name in sets if name in tl.get("piggyback_worst", {})]
     columns = ["Model", *(f"Acc_t vs {other}" for other in others)]
     columns += [*(f"PL {s} vs TL" for s in sets), *(f"tuned {s} vs TL" for s in tuned)]
     lines = [
         [row["model"]]
         + [number(row[f"vs_{other}"], "acc_t", "+.1f") for other in others]
-        + [attacked_number(row["vs_TL"], s, "piggyback", "+.1f") for s in sets]
-        + [attacked_number(row["vs_TL"], s, "piggyback_worst", "+.1f") for s in tuned]
+        + [attacked(row["vs_TL"], "piggyback", s, "+.1f") for s in sets]
+        + [attacked(row["vs_TL"], "piggyback_worst", s, "+.1f") for s in tuned]
         for row in rows
     ]
-    return columns, lines
+    note = "Differences in points (higher Acc_t is better, lower PL is better)."
+    if len(document["seeds"]) > 1:
+        note += " Taken seed by seed: ± is of the difference."
+    return Table(note, columns, lines, "Against TGT and TL, as in Table 1 of the paper")
 
 
-def attacked_number(row: Row, name: str, kind: str, form: str = ".1f") -> str:
-    """One kind of Acc_pl (see ATTACKS) on one dataset, with its interval."""
-    halves = {f"{dataset}_ci": half for dataset, half in row.get(f"{kind}_ci", {}).items()}
-    return number({**row.get(kind, {}), **halves}, name, form)
+def _tuned(document: dict[str, Any]) -> Table:
+    """Every attack on the datasets with tuned attackers, and what they recover."""
+    sets = list(dict.fromkeys(name for row in document["rows"] for name in row.get("piggyback_worst", {})))
+    kinds = ("one setting", "tuned", "best of all", "recovered")
+    lines = [
+        [row["model"]] + [c for s in sets for c in (*(attacked(row, kind, s) for kind in ATTACKS), _recovered(row, s))]
+        for row in document["rows"]
+    ]
+    note = (
+        "Under tuned attackers: PL of the table's one setting, of the attacker who is best on "
+        f"{chosen_on(document['recipe'])}, and of the best of all by test accuracy, which nobody can choose; the share "
+        "(PL − scratch) / (TL − scratch) that the tuned attacker recovers from models that saw the source"
+        + (", with its 95 % t interval over seeds." if len(document["seeds"]) > 1 else ".")
+    )
+    return Table(note, ["Model", *(f"{s} {kind}" for s in sets for kind in kinds)], lines, "Under tuned attackers")
 
 
-def attacked(row: Row, name: str) -> list[str]:
-    """PL of one setting, of the tuned attacker, of the best attacker by test accuracy, and the recovered share."""
-    cells = [attacked_number(row, name, kind) for kind in ATTACKS]
+def _recovered(row: Row, name: str) -> str:
     share = row.get("recovered_worst", {}).get(name)
     if share is None:
-        return [*cells, "–"]
-    width = f" [{share['low']:.0%}, {share['high']:.0%}]" if share.get("low") is not None else ""
-    return [*cells, f"{share['share']:.0%}{width}"]
+        return "–"
+    return f"{share['share']:.0%}" + (f" [{share['low']:.0%}, {share['high']:.0%}]" if share["low"] is not None else "")
 
 
 def number(row: Row, name: str, form: str = ".1f") -> str:
-    """A number with its interval, or a dash where there is none."""
-    if name not in row:
-        return "–"
-    return f"{row[name]:{form}}" + (f" ± {row[f'{name}_ci']:{form.lstrip('+')}}" if f"{name}_ci" in row else "")
+    """A number of a row with its interval, or a dash where there is none."""
+    return _shown(row.get(name), row.get(f"{name}_ci"), form)
 
 
-def grid(columns: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table that also reads well as plain text."""
-    widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
+def attacked(row: Row, kind: str, dataset: str, form: str = ".1f") -> str:
+    """One kind of Acc_pl (see ATTACKS) on one dataset, with its interval."""
+    return _shown(row.get(kind, {}).get(dataset), row.get(f"{kind}_ci", {}).get(dataset), form)
 
-    def show(line: list[str]) -> str:
-        first, *rest = (
-            text.ljust(w) if not i else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))
-        )
-        return "| " + " | ".join([first, *rest]) + " |"
 
-    rule = "|" + "|".join(":" + "-" * (w + 1) if not i else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([show(columns), rule, *map(show, lines)])
+def _shown(value: float | None, half: float | None, form: str) -> str:
+    width = "" if half is None else f" ± {half:{form.lstrip('+')}}"
+    return "–" if value is None else f"{value:{form}}{width}"
+
+
+def _grid(table: Table) -> str:
+    """Columns of one width each; nothing for a table without columns."""
+    if not table.columns:
+        return ""
+    widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
+    rule = "|".join(":" + "-" * (w + 1) if not i else "-" * (w + 1) + ":" for i, w in enumerate(widths))
+    lines = [
+        "| "
+        + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        + " |"
+        for cells in (table.columns, *table.rows)
+    ]
+    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])

@@ -1,26 +1,81 @@
-"""Where, how and when a result was made."""
+"""Where a result comes from: the datasets as the recipe had them, the machine, the time and the versions.
+
+The key of a result knows its images by content, which nobody has at hand who only reads sidecars. So a sidecar keeps
+the recipe's tables too, outside the key: the same images may well be somewhere else by now.
+"""
 
 from __future__ import annotations
 
+import json
 import platform
 import resource
 import sys
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from dtlctl import __version__
+from dtlctl.data.cache import Images
+from dtlctl.data.dataset import Dataset
+from dtlctl.data.subset import per_class
+from dtlctl.recipe.plan import Job
+from dtlctl.recipe.schema import Recipe
+
+
+def origin(dataset: Dataset, train: Images) -> dict[str, Any]:
+    """One dataset for a sidecar: its table in the recipe and the sizes of its train split, of which `train` is all."""
+    smallest = int(np.bincount(train.labels, minlength=len(train.classes)).min())
+    sizes = {"train_images": len(train.labels), "classes": len(train.classes), "smallest_class": smallest}
+    return {"table": dataset.model_dump(mode="json"), **sizes}
+
+
+def differs(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> bool:
+    """Whether the result was certainly made from other images than the recipe says, or with other augmentation.
+
+    Certainly, because a dataset of another name may be the same one; see `renamed`. Raises AttributeError, KeyError or
+    TypeError for a sidecar that does not say.
+    """
+    for role in job.roles:
+        was, now = sidecar["datasets"][role], recipe.data.of(role)
+        if was["table"]["augment"] != now.augment or drawn(was, was["table"]["fraction"]) != drawn(was, now.fraction):
+            return True
+    return False
+
+
+def drawn(was: dict[str, Any], fraction: float) -> int:
+    """How many images that fraction of an `origin` draws: as many are the same ones."""
+    images, classes = was["train_images"], was["classes"]
+    return images if fraction == 1 else classes * per_class(fraction, images, classes, was["smallest_class"])
+
+
+def renamed(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> dict[str, str]:
+    """By role, what the recipe calls a dataset otherwise than the result did, in words: these may be one dataset."""
+    found = {}
+    for role in job.roles:
+        was, now = sidecar["datasets"][role]["table"], recipe.data.of(role).model_dump(mode="json")
+        changed = [key for key in sorted(now) if now[key] != was.get(key) and key not in ("fraction", "augment")]
+        before, after = (
+            ", ".join(f"{key} = {json.dumps(table.get(key), ensure_ascii=False)}" for key in changed)
+            for table in (was, now)
+        )
+        if changed:
+            found[role] = f"made with {before}; the recipe has {after}"
+    return found
 
 
 def circumstances(device: torch.device, processes: int) -> dict[str, Any]:
-    """A part of a sidecar that no result depends on."""
+    """The part of a sidecar that no result depends on: memory, processes, device, time, versions."""
     from accelerate import __version__ as accelerate_version
 
+    on_gpu = device.type == "cuda"
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
-        "peak_memory_bytes": _peak_memory(device),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak,
         "processes": processes,
-        "device": _name(device),
+        "device": torch.cuda.get_device_name(device) if on_gpu else (platform.processor() or device.type),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {
             "dtlctl": __version__,
@@ -29,15 +84,3 @@ def circumstances(device: torch.device, processes: int) -> dict[str, Any]:
             "accelerate": accelerate_version,
         },
     }
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.processor() or device.type)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the accelerator's peak where there is one, else this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

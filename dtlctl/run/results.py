@@ -14,10 +14,9 @@ from dtlctl.errors import CheckpointError
 from dtlctl.model import networks
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Recipe
-from dtlctl.run import origins
 from dtlctl.run.datasets import Datasets
 from dtlctl.run.processes import Processes
-from dtlctl.run.provenance import circumstances
+from dtlctl.run.provenance import circumstances, origin
 from dtlctl.storage import checkpoint, lock
 from dtlctl.storage.parts import Parts
 
@@ -124,7 +123,7 @@ class Results:
             "wall_seconds": round(history.seconds, 3),
             "images_per_second": round(history.images_per_second, 1),
             "datasets": {
-                role: origins.of(self.recipe.data.of(role), self.data.images(role, "train")) for role in job.roles
+                role: origin(self.recipe.data.of(role), self.data.images(role, "train")) for role in job.roles
             },
             "notes": {role: [note._asdict() for note in self.data.notes(role)] for role in job.roles},
             **circumstances(engine.device, engine.processes),

@@ -12,20 +12,27 @@ from dtlctl.report import figures, grids
 
 
 def point(values: dict[str, Any], lam: float, gc: dict[str, Any]) -> dict[str, Any]:
-    """TL and rand are the same at every point; gc is as given."""
-    fixed = [{"model": name, "acc_t": acc_t, "piggyback": {"letters": pl}}
-             for name, acc_t, pl in (("TL", 70.0, 60.0), ("rand", 65.0, 50.0))]  # fmt: skip
+    """TL and rand are the same at every point, a tuned attacker gets 5 points more; gc is as given."""
+    fixed: list[dict[str, Any]] = [
+        {"model": "TL", "acc_t": 70.0, "piggyback": {"letters": 60.0}},
+        {"model": "rand", "acc_t": 65.0, "piggyback": {"letters": 50.0}},
+    ]
+    if "piggyback_worst" in gc:
+        for row in fixed:
+            row["piggyback_worst"] = {"letters": row["piggyback"]["letters"] + 5}
     kinds = {"rand": "random-labels", "gc": "gradient-collision"}
     dispose = {
         name: {"lambda": lam if name == "gc" else 0.2, "unlearn": {"kind": kind}} for name, kind in kinds.items()
     }
     rows = [*fixed, {"model": "gc", **gc}]
-    return {"values": values, "table": {"recipe": {"dispose": dispose}, "seeds": [0], "rows": rows}}
+    piggyback = {"choose_on": "own", "attackers": [], "steps": 3, "epochs": None, "lr": 0.05}
+    recipe = {"dispose": dispose, "piggyback": piggyback}
+    return {"values": values, "table": {"recipe": recipe, "seeds": [0], "rows": rows, "caveats": []}}
 
 
 def captured(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(figures, name, lambda *arguments: calls.append(arguments) or {})
+    monkeypatch.setattr(figures, name, lambda *arguments: calls.append(arguments))
     return calls
 
 
@@ -44,8 +51,9 @@ def test_curves_go_along_lambda_one_for_every_retaining_loss(monkeypatch: pytest
         )
     ]  # fmt: skip
     assert list(grids.draw({"points": found})) == ["curve-letters"]
-    ((name, curves, stars),) = calls
-    assert (name, stars) == ("letters", {"TL": [60.0, 70.0], "rand": [50.0, 65.0]})
+    ((name, kind, curves, stars),) = calls
+    assert (name, kind) == ("letters", "piggyback_worst")
+    assert stars == {"TL": [65.0, 70.0], "rand": [55.0, 65.0]}
     assert curves == {"gc distill": [[50.0, 68.0], [30.0, 60.0]], "gc a-gem": [[51.0, 69.0], [31.0, 61.0]]}
 
 
@@ -57,7 +65,7 @@ def test_a_curve_along_the_odds_of_lambda_shows_lambda(monkeypatch: pytest.Monke
         for odds, lam, acc_t, pl in ((2, 0.6, 60.0, 30.0), (0.5, 0.3, 68.0, 50.0))
     ]
     grids.draw({"points": found})
-    ((_, curves, _),) = calls
+    ((_, _, curves, _),) = calls
     assert curves == {"gc": [[50.0, 68.0], [30.0, 60.0]]}
     lines = [[cell.strip() for cell in line.split("|")[1:3]] for line in grids.markdown({"points": found}).splitlines()
              if "|" in line]  # fmt: skip
@@ -114,7 +122,7 @@ def test_a_star_is_of_who_unlearns_and_a_key_of_one_variant_draws_no_other_twice
     for one in found:
         del one["values"]["audit.images"]
     grids.draw({"points": found})
-    ((_, curves, _),) = calls
+    ((_, _, curves, _),) = calls
     assert set(curves) == {"gc", "rand 0.01", "rand 0.02"}
 
 
@@ -127,10 +135,10 @@ def test_one_swept_number_is_drawn_over_it(monkeypatch: pytest.MonkeyPatch, key:
         for g, pl in ((0.01, 20.0), (0.1, 40.0))
     ]
     grids.draw({"points": found})
-    ((swept, lines, models),) = calls
-    assert (swept, list(models)) == (key, ["TL", "rand", "gc"])
-    assert lines == {"letters": {"TL": [[0.01, 60.0], [0.1, 60.0]], "rand": [[0.01, 50.0], [0.1, 50.0]],
-                                 "gc": [[0.01, 20.0], [0.1, 40.0]]}}  # fmt: skip
+    (called,) = calls
+    lines = {"TL": [[0.01, 65.0], [0.1, 65.0]], "rand": [[0.01, 55.0], [0.1, 55.0]], "gc": [[0.01, 20.0], [0.1, 40.0]]}
+    assert called == (key, "letters", "piggyback_worst", lines)
+    assert list(called[-1]) == ["TL", "rand", "gc"]
 
 
 def test_a_caveat_of_a_point_stands_below_the_table_with_its_point():
@@ -141,6 +149,19 @@ def test_a_caveat_of_a_point_stands_below_the_table_with_its_point():
     _, table, *below = grids.markdown({"points": found}).strip().split("\n\n")
     assert table.startswith("| Model")
     assert below == ["All.", "At a = 1, b = x; a = 3, b = x: Odd.", "At a = 2, b = x: Even."]
+
+
+def test_a_sweep_says_on_which_images_the_tuned_attackers_chose(tmp_path: Path):
+    """The first point has held-out images, the second half of the test images: both are said, above the table too."""
+    found = [point({"a": a}, 0.1, {"piggyback": {"letters": 1.0}, "piggyback_worst": {"letters": a}}) for a in (1.5, 2)]
+    found[1]["table"]["recipe"]["piggyback"] |= {"choose_on": "test"}
+    chosen = "held-out images of his own or half of the test images, and judged by the other half."
+    assert grids.markdown({"points": found}).startswith(
+        f"Accuracies in %, seed 0. Tuned: by the attacker who is best on {chosen}\n\n| Model |   a | "
+    )
+    assert "of the tuned attacker" in grids.draw({"points": found})["sweep-letters"][1]
+    plain = [point({"a": a}, 0.1, {"piggyback": {"letters": 1.0}}) for a in (1.5, 2)]
+    assert "uned" not in grids.markdown({"points": plain}) + grids.draw({"points": plain})["sweep-letters"][1]
 
 
 def test_files_of_an_earlier_report_are_not_left_beside_a_sweep(tmp_path: Path):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from hashlib import sha256
+from html import unescape
 from pathlib import Path
 from typing import get_args
 
@@ -17,13 +18,23 @@ from dtlctl.attacks.attackers import Attacker, Frozen
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.plan import jobs
-from dtlctl.report import audit, files, page, summary, tables
-from dtlctl.report.recovery import recovered
+from dtlctl.report import audit, figures, files, summary, tables
+from dtlctl.report.intervals import recovered
+from dtlctl.report.results import ATTACKS
 
 
 def digest(name: str) -> str:
     """Stands for the hash of a model's weights."""
     return sha256(name.encode()).hexdigest()
+
+
+SIZES = {"train_images": 1000, "classes": 10, "smallest_class": 100}
+AUDIT = {
+    "source_head": "trained",
+    "blind": {"auc": 0.5},
+    "entropy_readout": {"nats": 1.0, "share_of_log_k": 0.5},
+    "relearning": {"goal": 90.0, "steps": None, "budget": 200, "curve": []},
+}
 
 
 def fake_run(recipe_file: Path, name: str, seed: int, acc_t: float, *changes: str) -> Path:
@@ -32,10 +43,14 @@ def fake_run(recipe_file: Path, name: str, seed: int, acc_t: float, *changes: st
     folder = recipe_file.parent / name
     for job in jobs(recipe):
         metrics = {
-            "piggyback": {"acc_pl": acc_t / 2},
-            "audit": {"loss": {"auc": 0.75}},
+            "piggyback": {"acc_pl": 5.0 if job.model == "scratch" else acc_t / 2},
+            "audit": {**AUDIT, "loss": {"auc": 0.75}},
         }.get(job.stage, {"acc_t": acc_t if job.model == "TL" else 10.0, "acc_s": 20.0})
-        sidecar = {"format": 1, "metrics": metrics, **job.described(recipe), "parent": {}}
+        tables = {role: recipe.data.of(role).model_dump(mode="json") for role in job.roles}
+        sidecar = {
+            "format": 1, "metrics": metrics, "precision": "float32", **job.described(recipe), "parent": {}, "data": {},
+            "datasets": {role: {"table": table, **SIZES} for role, table in tables.items()},
+        }  # fmt: skip
         if job.parent:
             sidecar["parent"] = {job.parent: digest(job.parent)}
         if job.stage not in ("piggyback", "audit"):
@@ -85,6 +100,92 @@ def test_differences_are_taken_seed_by_seed(recipe_file: Path):
     assert [cell.strip() for cell in lines[1][3:-1]] == ["-3.0 ± 4.3", "-3.0 ± 4.3", "-1.0 ± 0.0"]
 
 
+def put(path: Path, **metrics: float) -> None:
+    """Change metrics of a sidecar."""
+    document = json.loads(path.read_text())
+    document["metrics"] |= metrics
+    path.write_text(json.dumps(document))
+
+
+def test_every_cell_is_what_its_sidecar_says(recipe_file: Path):
+    """One seed, another number in every sidecar; differences and the share of gc, (41.6 - 9.1) / (74.1 - 9.1), by hand.
+
+    The page has the same cells as the Markdown.
+    """
+    run = fake_run(recipe_file, "cells", 0, 70.0, *TUNED)
+    for path, metrics in {
+        "target-only": {"acc_t": 35.6, "acc_s": 1.0}, "pretrain": {"acc_t": 2.0, "acc_s": 91.2},
+        "finetune": {"acc_t": 71.5, "acc_s": 55.1}, "dispose/gc": {"acc_t": 66.9, "acc_s": 50.9},
+        "dispose/rand": {"acc_t": 71.0, "acc_s": 33.3},
+    }.items():  # fmt: skip
+        put(run / path / "model.json", **metrics)
+    for model, metrics in {"scratch": (2.4, 9.1, 10.0), "TL": (71.9, 74.1, 75.0), "gc": (54.7, 41.6, 61.2)}.items():
+        put(run / f"piggyback/{model}/again.json", **dict(zip(ATTACKS.values(), metrics, strict=True)))
+    for model, auc in {"pre": 0.529, "TL": 0.531, "gc": 0.519, "rand": 0.532}.items():
+        put(run / f"audit/{model}.json", loss={"auc": auc})
+    table = summary.summarise([run])
+    shown = tables.of_report(table)
+    assert [cells(one) for one in shown] == [
+        [
+            ["Model", "Acc_s", "Acc_t", "PL again", "MIA AUC"],
+            ["scratch", "–", "–", "2.4", "–"],
+            ["TGT", "1.0", "35.6", "–", "–"],
+            ["pre", "91.2", "2.0", "–", "0.529"],
+            ["TL", "55.1", "71.5", "71.9", "0.531"],
+            ["gc", "50.9", "66.9", "54.7", "0.519"],
+            ["rand", "33.3", "71.0", "–", "0.532"],
+        ],
+        [
+            ["Model", "Acc_t vs TGT", "Acc_t vs TL", "PL again vs TL", "tuned again vs TL"],
+            ["TL", "+35.9", "+0.0", "+0.0", "+0.0"],
+            ["gc", "+31.3", "-4.6", "-17.2", "-32.5"],
+            ["rand", "+35.4", "-0.5", "–", "–"],
+        ],
+        [
+            ["Model", "again one setting", "again tuned", "again best of all", "again recovered"],
+            ["scratch", "2.4", "9.1", "10.0", "–"],
+            ["TGT", "–", "–", "–", "–"],
+            ["pre", "–", "–", "–", "–"],
+            ["TL", "71.9", "74.1", "75.0", "100%"],
+            ["gc", "54.7", "41.6", "61.2", "50%"],
+            ["rand", "–", "–", "–", "–"],
+        ],
+    ]
+    text = tables.markdown(table).split("\n\n")
+    assert text[0::2] == [one.note for one in shown] and "recovers from models that saw the source" in text[4]
+    for one, part in zip(shown, text[1::2], strict=True):
+        head, _, *body = ([cell.strip() for cell in line.split("|")[1:-1]] for line in part.strip().splitlines())
+        assert [head, *body] == cells(one)
+    files.write(table, run / "report", "dtlctl report")
+    page = (run / "report/report.html").read_text()
+    lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in re.findall(r"<tr>(.*?)</tr>", page)]
+    assert lines == [line for one in shown for line in cells(one)]
+
+
+def test_a_table_is_shown_as_text_whatever_is_in_it():
+    """Nothing in a cell, a sentence or a name becomes markup of the page."""
+    evil = "<i>&|x"
+    found = tables.Table(evil, [evil, "n"], [[evil, "1"]], evil)
+    page = {"title": evil, "subtitle": evil, "cards": [(evil, evil, evil)], "attackers": [evil]}
+    text = files.environment().get_template("page.html.j2").render(
+        **page, command=evil, caveats=[evil], figures=[], tables=[found]
+    )  # fmt: skip
+    assert "<i>" not in text and text.count("&lt;i&gt;&amp;|x") == 13
+
+
+def test_a_dataset_that_is_named_as_an_interval_keeps_its_number(recipe_file: Path):
+    """`again` and `again_ci`: 20, 22 and 24, and 30, 30 and 30."""
+    runs = []
+    for seed, accuracy in enumerate((20.0, 22.0, 24.0)):
+        more = ('data.piggyback.again_ci={like="source", fraction=0.03}',)
+        runs.append(fake_run(recipe_file, f"ci{seed}", seed, 70.0, *more))
+        put(runs[-1] / "piggyback/gc/again.json", acc_pl=accuracy)
+        put(runs[-1] / "piggyback/gc/again_ci.json", acc_pl=30.0)
+    gc = rows(summary.summarise(runs))["gc"]
+    assert gc["piggyback"] == {"again": 22, "again_ci": 30}
+    assert gc["piggyback_ci"] == pytest.approx({"again": 4.30265 * 2 / 3**0.5, "again_ci": 0}, abs=1e-4)
+
+
 def test_seeds_that_share_one_pretraining_are_reported(recipe_file: Path):
     """With pretrain.seed, pre has that seed in every run, and what comes from it still belongs to the run."""
     runs = [fake_run(recipe_file, f"r{seed}", seed, 70.0, "pretrain.seed=0") for seed in (0, 1)]
@@ -101,13 +202,12 @@ def test_one_run_has_no_intervals_and_differences_are_in_points(recipe_file: Pat
     assert [cell.strip() for cell in lines[1][1:-1]] == ["gc", "+0.0", "-60.0", "+0.0"]
 
 
-@pytest.mark.parametrize(("state", "shown"), [("trained", "0.750"), ("never trained", "–"), (None, "0.750")])
+@pytest.mark.parametrize(("state", "shown"), [("trained", "0.750"), ("never trained", "–")])
 def test_the_auc_of_a_head_that_was_never_trained_is_noise_and_left_out(recipe_file: Path, state, shown: str):
-    """Sidecars that are older than the field say nothing of the head; theirs is shown."""
     folder = fake_run(recipe_file, "noise", 0, 70.0)
     path = folder / "audit/gc.json"
     document = json.loads(path.read_text())
-    document["metrics"] |= {"source_head": state} if state else {}
+    document["metrics"]["source_head"] = state
     path.write_text(json.dumps(document))
     lines = tables.markdown(summary.summarise([folder])).splitlines()
     cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines[2:9]}
@@ -230,7 +330,8 @@ def test_the_page_tells_what_every_kind_of_attacker_tries():
     (kinds, _) = get_args(Attacker)
     attackers = [kind() for kind in get_args(kinds)]
     assert len(attackers) >= 5
-    said = page._who([one.model_dump(mode="json") for one in attackers], {"steps": 3, "epochs": None, "lr": 0.05})
+    tuned = [one.model_dump(mode="json") for one in attackers]
+    said = files.who({"attackers": tuned, "choose_on": "own", "steps": 3, "epochs": None, "lr": 0.05})
     for one in attackers:
         varied = "C" if isinstance(one, Frozen) else "sgd, learning rate"
         assert f"{one.kind} ({varied} {', '.join(f'{setting.rate:g}' for setting in one.grid())})" in said
@@ -238,7 +339,8 @@ def test_the_page_tells_what_every_kind_of_attacker_tries():
 
 def test_a_model_has_one_colour_in_every_figure():
     roc = {"loss": {"balanced_accuracy_std": 0.0, "roc": {"fpr": [0.1, 1.0], "tpr": [0.2, 1.0]}}}
-    figure = audit.chart({"gc": roc, "TL": roc}, {"TL": "#000001", "gc": "#000002"})
+    both = [audit.Audit("", "gc", roc), audit.Audit("", "TL", roc)]
+    figure, _ = audit.figures(both, {"TL": "#000001", "gc": "#000002"})["roc"]
     assert [line.get_color() for line in figure.axes[0].lines[:2]] == ["#000002", "#000001"]
 
 
@@ -246,11 +348,17 @@ def test_a_card_tells_what_is_recovered_of_every_dataset():
     """By the tuned attacker where there is one, by the one setting elsewhere."""
     shares = {"recovered": {"letters": {"share": 0.5}, "greek": {"share": 0.9}},
               "recovered_worst": {"letters": {"share": 0.6}}}  # fmt: skip
-    assert "recovered: 60% of letters, 90% of greek" in page._cards(
-        {"rows": [{"model": "gc", "acc_t": 1.0, "piggyback": {}, **shares}]}
-    )
+    assert files.cards([{"model": "gc", "acc_t": 1.0, "piggyback": {}, **shares}]) == [
+        ("gc", "1.0", "recovered: 60% of letters (tuned attacker), 90% of greek (one setting)")
+    ]
+    shares["recovered_worst"]["letters"] = None  # where he gets nothing from TL either
+    assert files.cards([{"model": "gc", "acc_t": 1.0, "piggyback": {}, **shares}]) == [
+        ("gc", "1.0", "recovered: 90% of greek (one setting)")
+    ]
 
 
+SEEDS = ([40.0, 30.0, 35.0], [10.0, 10.0, 10.0], [70.0, 80.0, 90.0])
+"""What the tuned attacker gets from gc, scratch and TL, by seed."""
 TUNED = ('piggyback.attackers=[{kind="full"}]',)
 
 
@@ -267,14 +375,25 @@ def attack(folder: Path, model: str, single: float, worst: float) -> None:
 
 
 def test_recovered_share_and_its_interval():
-    """25 of 70. Beside it the seeds are off by 30 - 60 R = 60/7 and 20 - 80 R = -60/7: the mean of the two has the
-    standard error 60/7, and t(0.975, 1) = 12.7062."""
-    share, half = 25 / 70, 12.7062 * 60 / 7 / 70
-    found = recovered([40.0, 30.0], [10.0, 10.0], [70.0, 90.0])
-    assert found == pytest.approx({"share": share, "low": share - half, "high": share + half}, abs=1e-5)
+    """25 of 70. Beside it the seeds are off by 30 - 60 R = 60/7, 20 - 70 R = -5 and 25 - 80 R = -25/7: the standard
+    error of their mean is sqrt((60/7)^2 + 25 + (25/7)^2) / sqrt(6) = 4.3054, and t(0.975, 2) = 4.30265."""
+    share, half = 25 / 70, 4.30265 * 4.3054 / 70
+    found = recovered(*SEEDS)
+    assert found == pytest.approx({"share": share, "low": share - half, "high": share + half}, abs=1e-4)
     assert recovered([40.0], [10.0], [70.0]) == {"share": 0.5, "low": None, "high": None}
-    assert recovered([40.0], [10.0], [10.0]) is None
-    assert recovered([7.0, 9.0], [7.0, 9.0], [70.0, 80.0]) == {"share": 0, "low": 0, "high": 0}
+    assert recovered([7.0, 9.0], [7.0, 9.0], [70.0, 72.0]) == {"share": 0, "low": 0, "high": 0}
+
+
+@pytest.mark.parametrize(
+    ("scratch", "tl", "given"),
+    [
+        ([10.0], [10.0], False), ([10.0], [13.0], False), ([10.0], [13.1], True),
+        # 1, 3 and 2 above: 2 ± 4.303 / sqrt(3) = 2.48; 3, 5 and 4 above: 4 ± 2.48.
+        ([10.0, 10.0, 10.0], [11.0, 13.0, 12.0], False), ([10.0, 10.0, 10.0], [13.0, 15.0, 14.0], True),
+    ],
+)  # fmt: skip
+def test_no_share_is_given_of_what_could_be_nothing(scratch: list[float], tl: list[float], given: bool):
+    assert (recovered(tl, scratch, tl) is not None) is given
 
 
 def test_the_interval_of_the_share_covers_what_it_says():
@@ -287,28 +406,50 @@ def test_the_interval_of_the_share_covers_what_it_says():
 
 
 def test_tuned_attackers_have_a_table_of_their_own(recipe_file: Path):
-    """Seeds with scratch 10, TL 70 and 90, gc 40 and 30 under the tuned attacker: the shares of the test above."""
+    """The seeds of the test above: 25 of 70 recovered, ± 4.30265 * 4.3054 / 70 = 26 %."""
     runs = []
-    for seed, tl, gc in ((0, 70.0, 40.0), (1, 90.0, 30.0)):
+    for seed, accuracies in enumerate(zip(*SEEDS, strict=True)):
         runs.append(fake_run(recipe_file, f"t{seed}", seed, 70.0, *TUNED))
-        attack(runs[-1], "scratch", 5.0, 10.0)
-        attack(runs[-1], "TL", 60.0, tl)
-        attack(runs[-1], "gc", 20.0, gc)
+        for model, single, worst in zip(("gc", "scratch", "TL"), (20.0, 5.0, 60.0), accuracies, strict=True):
+            attack(runs[-1], model, single, worst)
     table = summary.summarise(runs)
     gc_row = rows(table)["gc"]
     assert gc_row["piggyback_worst"] == {"again": 35.0}
     assert gc_row["piggyback_max"] == {"again": 40.0}
-    assert gc_row["recovered_worst"]["again"] == recovered([40.0, 30.0], [10.0, 10.0], [70.0, 90.0])
+    assert gc_row["recovered_worst"]["again"] == recovered(*SEEDS)
     assert gc_row["recovered"]["again"]["share"] == pytest.approx(15 / 55)
     assert gc_row["curves"]["again"] == [[20, 10.0], [30, 20.0]]
-    text = tables.markdown(table)
-    assert "Under tuned attackers" in text
-    shown = [
-        cell.strip() for cell in next(row for row in reversed(text.splitlines()) if "| gc" in row).split("|")[1:-1]
-    ]
-    assert shown[0] == "gc"
-    assert shown[-1] == "36% [-120%, 191%]"
+    heading, *lines = cells(tables.of_report(table)[-1])
+    assert heading[-1] == "again recovered"
+    assert {line[0]: line[1:] for line in lines if line[0] in ("gc", "scratch")} == {
+        "gc": ["20.0 ± 0.0", "35.0 ± 12.4", "40.0 ± 12.4", "36% [9%, 62%]"],
+        "scratch": ["5.0 ± 0.0", "10.0 ± 0.0", "15.0 ± 0.0", "–"],
+    }
+    assert "Under tuned attackers" in tables.markdown(table)
     assert "Under tuned attackers" not in tables.markdown(summary.summarise([fake_run(recipe_file, "p", 0, 70.0)]))
+
+
+def test_a_dataset_without_tuned_attackers_has_no_columns_of_theirs(recipe_file: Path):
+    changes = ('data.piggyback.more={like="source"}', 'piggyback.attackers=[{kind="full", datasets=["again"]}]')
+    run = fake_run(recipe_file, "some", 0, 70.0, *changes)
+    for model, worst in (("scratch", 15.0), ("TL", 83.0), ("gc", 40.0)):
+        attack(run, model, 14.0, worst)
+    first, second, tuned = tables.of_report(summary.summarise([run]))
+    assert first.columns == ["Model", "Acc_s", "Acc_t", "PL again", "PL more", "MIA AUC"]
+    assert second.columns[3:] == ["PL again vs TL", "PL more vs TL", "tuned again vs TL"]
+    assert tuned.columns == [
+        "Model",
+        *(f"again {kind}" for kind in ("one setting", "tuned", "best of all", "recovered")),
+    ]
+    drawn = figures.of_table(summary.summarise([run]))
+    assert drawn["tradeoff-again"][0].axes[0].get_xlabel() == "Acc_pl again of the tuned attacker (%)"
+    assert drawn["tradeoff-more"][0].axes[0].get_xlabel() == "Acc_pl more of the one setting (%)"
+    bars = [text.get_text() for text in drawn["piggyback"][0].axes[0].texts]
+    assert bars == ["bar", "14", "14", "14", "5", "35", "35", "◆", "15", "83", "40"]
+
+
+def cells(table: tables.Table) -> list[list[str]]:
+    return [table.columns, *table.rows]
 
 
 @pytest.mark.parametrize(("one", "tuned", "told"), [(4.0, 17.0, True), (4.0, 15.0, False), (6.0, 35.0, False)])
@@ -412,6 +553,113 @@ def test_a_report_without_attacks_leaves_no_figure_of_those_that_were_there(reci
 
 
 @pytest.mark.parametrize(
+    ("attackers", "tl", "scratch", "said"),
+    [
+        ((), [12.0], [9.0], "again, the one setting: TL − scratch = +3.0 points (one seed: 3 or less count as none)."),
+        ((), [12.1], [9.0], None),
+        (TUNED, [8.0], [12.0], "again, the tuned attacker: TL − scratch = -4.0 points."),
+        # Differences of 1, 6 and 2: mean 3, deviation sqrt(7), 4.30265 * sqrt(7 / 3) = 6.573.
+        (TUNED, [11.0, 16.0, 12.0], [10.0, 10.0, 10.0],
+         "again, the tuned attacker: TL − scratch = +3.0 ± 6.6 points (the interval includes 0)."),
+        # The same mean, but 3, 3.5 and 2.5: ± 1.242. The accuracies go up and down by far more.
+        (TUNED, [13.0, 43.5, 72.5], [10.0, 40.0, 70.0], None),
+    ],
+)  # fmt: skip
+def test_a_tl_that_gives_no_more_than_scratch_is_named(recipe_file: Path, attackers, tl, scratch, said):
+    """By the tuned attacker where there is one; then no share is given of what is not there."""
+    runs = [fake_run(recipe_file, f"s{seed}", seed, 70.0, *attackers) for seed in range(len(tl))]
+    for run, *accuracies in zip(runs, tl, scratch, strict=True):
+        for model, accuracy in zip(("TL", "scratch"), accuracies, strict=True):
+            single = {"acc_pl": 50.0, "acc_pl_worst": accuracy, "acc_pl_max": accuracy}
+            put(run / f"piggyback/{model}/again.json", **single if attackers else {"acc_pl": accuracy})
+        if attackers:
+            put(run / "piggyback/gc/again.json", acc_pl=50.0, acc_pl_worst=20.0, acc_pl_max=20.0)
+    table = summary.summarise(runs)
+    more = " That shows nothing to dispose of or to recover, and no share recovered is given."
+    assert table["caveats"] == ([said + more] if said else [])
+    share = rows(table)["gc"]["recovered_worst" if attackers else "recovered"]["again"]
+    assert (share is None) is bool(said)
+    for document in (tables.markdown(table), html(table, runs[0] / "report")):
+        assert document.count("TL − scratch = ") == bool(said)
+
+
+def html(table: dict, folder: Path) -> str:
+    """The page of a report, as a browser shows its text."""
+    files.write(table, folder, "dtlctl report")
+    return unescape((folder / "report.html").read_text())
+
+
+@pytest.mark.parametrize(
+    ("tl", "tgt", "said"),
+    [
+        ([71.0], [68.0], "Acc_t: TL − TGT = +3.0 points (one seed: 3 or less count as none)."),
+        ([71.1], [68.0], None),
+        ([50.0], [68.0], "Acc_t: TL − TGT = -18.0 points."),
+        ([71.0, 76.0, 72.0], [70.0, 70.0, 70.0], "Acc_t: TL − TGT = +3.0 ± 6.6 points (the interval includes 0)."),
+        ([50.0, 51.5, 50.5], [60.0, 61.0, 60.0], "Acc_t: TL − TGT = -9.7 ± 0.7 points."),
+        ([63.0, 63.5, 62.5], [60.0, 60.0, 60.0], None),
+    ],
+)
+def test_a_tl_that_is_no_better_than_tgt_is_named(recipe_file: Path, tl, tgt, said):
+    """-10, -9.5 and -9.5: mean -9.67, deviation 0.289, ± 4.30265 * 0.289 / sqrt(3) = 0.717."""
+    runs = [fake_run(recipe_file, f"g{seed}", seed, 70.0) for seed in range(len(tl))]
+    for run, one, other in zip(runs, tl, tgt, strict=True):
+        put(run / "finetune/model.json", acc_t=one)
+        put(run / "target-only/model.json", acc_t=other)
+    more = " That shows no use of the source: to publish TGT, which never saw it, is the answer."
+    assert summary.summarise(runs)["caveats"] == ([said + more] if said else [])
+
+
+def test_nothing_is_recovered_from_who_never_saw_the_source(recipe_file: Path):
+    """TGT gets 48 % of what TL has above scratch: in no table, card, document or caption is that called recovered."""
+    run = fake_run(recipe_file, "never", 0, 70.0, *TUNED, 'piggyback.models=["scratch", "TGT", "pre", "TL", "gc"]')
+    for model, worst in {"scratch": 10.0, "TGT": 39.0, "pre": 76.0, "TL": 70.0, "gc": 25.0}.items():
+        attack(run, model, worst - 1, worst)
+    table = summary.summarise([run])
+    shares = {model: {k: v for k, v in row.items() if "recovered" in k} for model, row in rows(table).items()}
+    assert shares["TGT"] == shares["scratch"] == {}
+    assert shares["gc"]["recovered_worst"]["again"]["share"] == 0.25
+    assert {line[0]: line[-1] for line in tables.of_report(table)[-1].rows} == {
+        "scratch": "–", "TGT": "–", "pre": "110%", "TL": "100%", "gc": "25%", "rand": "–"
+    }  # fmt: skip
+    assert [card[0] for card in files.cards(table["rows"])] == ["TL", "gc", "rand"]
+    assert "48%" not in html(table, run / "report") + files.dump(table)
+
+
+@pytest.mark.parametrize(
+    ("choose_on", "chosen"),
+    [("own", "held-out images of his own"), ("test", "half of the test images, and judged by the other half")],
+)
+def test_a_figure_says_who_chose_and_whose_its_numbers_are(recipe_file: Path, choose_on: str, chosen: str):
+    """TL: a bar of 60 and a diamond at 83, their numbers in a column of bars and one of diamonds."""
+    run = fake_run(recipe_file, "who", 0, 70.0, *TUNED, f'piggyback.choose_on="{choose_on}"')
+    for model, worst in (("scratch", 15.0), ("TL", 83.0), ("gc", 40.0)):
+        attack(run, model, worst - 23 if model == "TL" else worst, worst)
+    table = summary.summarise([run])
+    drawn = figures.of_table(table)
+    figure, caption = drawn["piggyback"]
+    assert caption.endswith(f"Bars: the one setting; diamonds: the attacker tuned on {chosen}.")
+    assert "bar: one setting, ◆: tuned attacker" in figure.axes[0].get_title()
+    columns: dict[float, list[str]] = {}
+    for text in figure.axes[0].texts:
+        columns.setdefault(text.get_position()[0], []).append(text.get_text())
+    assert list(columns.values()) == [["bar", "15", "60", "40"], ["◆", "15", "83", "40"]]
+    assert "the tuned attacker" in drawn["tradeoff-again"][1]
+    assert drawn["tradeoff-again"][0].axes[0].get_xlabel() == "Acc_pl again of the tuned attacker (%)"
+    other = "held-out images of his own" if choose_on == "test" else "half of the test images"
+    assert other not in html(table, run / "report")
+
+
+def test_without_a_tuned_attacker_nothing_speaks_of_one(recipe_file: Path):
+    run = fake_run(recipe_file, "single", 0, 70.0)
+    drawn = figures.of_table(summary.summarise([run]))
+    assert [text.get_text() for text in drawn["piggyback"][0].axes[0].texts] == ["bar", "5", "35", "35"]
+    for _, caption in drawn.values():
+        assert "tuned" not in caption and "◆" not in caption
+    assert drawn["tradeoff-again"][0].axes[0].get_xlabel() == "Acc_pl again of the one setting (%)"
+
+
+@pytest.mark.parametrize(
     ("held_out", "choose_on", "told"),
     [((90.0, 86.0), "own", True), ((90.0, 69.0), "own", False), ((90.0, 86.0), "test", False)],
 )
@@ -437,13 +685,14 @@ def test_held_out_images_that_mislead_are_named(recipe_file: Path, held_out, cho
 
 
 def test_the_table_says_which_images_chose(recipe_file: Path):
-    for number, (choose_on, words) in enumerate((("own", "images of his own, and"), ("test", tables.FRESH))):
+    for number, (choose_on, words) in enumerate(
+        (("own", "held-out images of his own"), ("test", "half of the test images, and judged by the other half"))
+    ):
         run = fake_run(recipe_file, f"who{number}", 0, 70.0, *TUNED, f'piggyback.choose_on="{choose_on}"')
         for model in ("scratch", "TL", "gc"):
             attack(run, model, 20.0, 30.0)
         table = summary.summarise([run])
         assert words in tables.markdown(table)
-        settings = table["recipe"]["piggyback"]
-        shown = page._who(settings["attackers"], settings)
+        shown = files.who(table["recipe"]["piggyback"])
         assert ("the test split picks nothing" in shown) is (choose_on == "own")
         assert ("the other half judges it" in shown) is (choose_on == "test")
