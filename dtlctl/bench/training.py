@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dtlctl.bench import meter, plain
-from dtlctl.console.cores import cores
+from dtlctl.console.machine import cores
 from dtlctl.console.progress import Progress
 from dtlctl.data import cache
 from dtlctl.data.dataset import Dataset

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from dtlctl.console.cores import cores
+from dtlctl.console.machine import cores
 from dtlctl.data.dataset import Dataset, Note, Split, where
 from dtlctl.data.sources import Rows, identity, rows
 from dtlctl.errors import DataError

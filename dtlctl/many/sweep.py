@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dtlctl.console.cores import cores
+from dtlctl.console.machine import cores
 from dtlctl.console.progress import say
 from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, RecipeError
 from dtlctl.recipe.loading import load, parse_value

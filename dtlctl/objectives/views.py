@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dtlctl.console import machine
 from dtlctl.data.tensors import Batch, Share
 from dtlctl.model.networks import Classifier, watched
 from dtlctl.objectives.batched import Tape, batchable, record
@@ -134,4 +134,4 @@ def _restore(norms: Momenta) -> None:
 def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine.memory()
