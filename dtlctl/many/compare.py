@@ -1,32 +1,35 @@
 """`dtlctl compare`: every unlearning loss at the λ that costs the same target accuracy.
 
 The paper adjusts λ so that "the differently unlearned models are compared with similar target accuracy" (section 4.2).
-Here λ is searched with real disposals, from the recipe's own outwards. The target accuracy that steers it is that of
-images that nothing is trained or tested on: the part of the target's train split that the recipe's `fraction` leaves
-out.
+Here λ is searched with real disposals, from the recipe's own outwards. The price that steers it is that on images that
+nothing is trained or tested on: the part of the target's train split that the recipe's `fraction` leaves out. TL and
+the variant answer the same ones (`training.price`). A tolerance is resolved where the half width of the price's 95 %
+interval is not larger: one that so many images cannot resolve at `compare.disagreement` is refused before anything
+trains, and where the measured interval is wider after all, no λ counts as reached.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
 
 from dtlctl.console.progress import say
 from dtlctl.errors import DivergedError, RecipeError
-from dtlctl.many.sweep import one_process, perform
-from dtlctl.recipe.loading import load
+from dtlctl.many.sweep import folder_name, one_process, perform
+from dtlctl.recipe.loading import load, validated
 from dtlctl.recipe.plan import Stage
-from dtlctl.recipe.schema import Compare, Dispose, Recipe
+from dtlctl.recipe.schema import REFERENCES, Compare, Dispose, Recipe
 from dtlctl.report import files, summary, tables
 from dtlctl.run.earlier import relatives
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands
 from dtlctl.storage import checkpoint
+from dtlctl.training.price import Price, images_for, mean_price, price, resolution
 
 LOW, HIGH = 0.0005, 0.9995
 """λ is looked for between these."""
@@ -37,75 +40,82 @@ def compare(
 ) -> tuple[dict[str, Any], Path]:
     """The document of the comparison, and the folder of its report. Runs are kept below OUT/<name>-compare.
 
-    {"compare": settings, "variants": {name: {"lambda", "drop", "reached", "tried": [{"lambda", "drop", "drops"}]}},
-    "table": ...}: drops in points of validation accuracy below TL, means over seeds, with each seed's in "drops"; null
-    where a disposal diverged. Raises RecipeError for a recipe with nothing to compare, or without target images to
-    validate on, and DivergedError where every λ of a variant diverged.
+    {"compare": settings, "images": n, "seeds", "variants": {name: what `search` returns}, "table": ...}. Raises what
+    `_comparable` does, and DivergedError where every λ of a variant diverged.
     """
     one_process("compare: start it as one process, without a launcher")
     base = load(path, list(overrides))
-    variants = _comparable(Experiment(base, out, source=str(path), quiet=quiet))
     settings = base.compare or Compare()
+    variants, images = _comparable(Experiment(base, out, source=str(path), quiet=quiet), settings)
     seeds = settings.seeds or [base.seed]
     folder = out / f"{base.name}-compare"
 
     def made(name: str, dispose: dict[str, Dispose], *stages: Stage) -> list[Experiment]:
-        changes = [{"seed": seed, "name": f"{name}-{seed}", "dispose": dispose} for seed in seeds]
-        experiments = [Experiment(_changed(base, change), folder, source=str(path), quiet=quiet) for change in changes]
+        recipes = [_changed(base, str(path), f"{name}-{seed}", seed, dispose) for seed in seeds]
+        experiments = [Experiment(recipe, folder, source=str(path), quiet=quiet) for recipe in recipes]
         perform(experiments, ("pretrain", "finetune", *stages), relatives(out, base.name))
         return experiments
 
     tl = [validation(experiment, "TL") for experiment in made("search", {})]
-    document: dict[str, Any] = {"compare": settings.model_dump(mode="json"), "seeds": seeds, "variants": {}}
-    matched = dict(base.dispose)
+    document: dict[str, Any] = {"compare": settings.model_dump(mode="json"), "images": images, "seeds": seeds}
+    document["variants"], matched = {}, dict(base.dispose)
     for variant in variants:
 
-        def drops(lam: float, variant: str = variant) -> list[float]:
-            name = f"{variant}-{lam:.4g}"
+        def prices(lam: float, variant: str = variant) -> list[Price]:
+            name = folder_name(f"{variant}-{lam:.4g}", {variant: lam})
             try:
-                experiments = made("search", {name: base.dispose[variant].model_copy(update={"lam": lam})}, "dispose")
+                disposed = made("search", {name: base.dispose[variant].model_copy(update={"lam": lam})}, "dispose")
             except DivergedError as error:
                 raise DivergedError(f"dispose.{name}: {error}") from None
-            lost = [before - validation(experiment, name) for before, experiment in zip(tl, experiments, strict=True)]
+            found = [price(before, validation(one, name)) for before, one in zip(tl, disposed, strict=True)]
             if not quiet:
-                say(f"{name}: {', '.join(f'{points:.1f}' for points in lost)} points below TL, by seed")
-            return lost
+                by_seed = ", ".join(f"{one.points:.1f} ± {one.half_width:.1f}" for one in found)
+                say(f"{name}: {by_seed} points below TL, by seed")
+            return found
 
-        found = search(drops, base.dispose[variant].lam, settings)
+        found = search(prices, base.dispose[variant].lam, settings)
         document["variants"][variant] = found
         matched[variant] = base.dispose[variant].model_copy(update={"lam": found["lambda"]})
         if not quiet:
-            say(f"{variant}: λ = {found['lambda']:g}, {found['drop']:.1f} points below TL")
+            say(f"{variant}: λ = {found['lambda']:g}, {_points(found)} points below TL; reached: {found['reached']}")
     final = made("matched", matched, "dispose", "piggyback")
     document["table"] = summary.summarise([experiment.folder for experiment in final])
     write(document, folder / "report", command)
     return document, folder / "report"
 
 
-def _comparable(experiment: Experiment) -> list[str]:
-    """The variants whose λ is to be found. Raises RecipeError where there are none, or nothing to validate on.
+def _comparable(experiment: Experiment, settings: Compare) -> tuple[list[str], int]:
+    """The variants whose λ is to be found, and how many target images are held back for it.
 
-    And what `data_demands.check` raises: all of it before anything trains.
+    Raises RecipeError where there are no variants, or too few images to resolve the tolerance, and what
+    `data_demands.check` raises: all of it before anything trains.
     """
     variants = [name for name, one in experiment.recipe.dispose.items() if one.unlearn.kind != "none"]
     if not variants:
         raise RecipeError(f"{experiment.source}: compare needs a [dispose.NAME] table with an unlearning loss")
-    fraction = experiment.recipe.data.target.fraction
-    if fraction == 1 or not len(held_back(experiment)):
+    fraction, tolerance, share = experiment.recipe.data.target.fraction, settings.tolerance, settings.disagreement
+    if fraction == 1 or not (images := len(held_back(experiment))):
+        where = f"{experiment.source}: data.target.fraction = {fraction:g}"
+        raise RecipeError(f"{where} leaves no target images to validate λ on; lower it")
+    if (finest := resolution(images, share)) > tolerance:
         raise RecipeError(
-            f"{experiment.source}: data.target.fraction = {fraction:g} leaves no target images to validate λ on; "
-            "lower it"
+            f"{experiment.source}: compare.tolerance = {tolerance:g}: {images:,} held-back target images resolve no "
+            f"less than {finest:.1f} points, where TL and a variant disagree on {share:.0%} of them; "
+            f"{images_for(tolerance, share):,} images would do\n"
+            f"lower data.target.fraction, set compare.tolerance = {math.ceil(10 * finest) / 10} or more, or a smaller "
+            "compare.disagreement if compare.json has measured one"
         )
     data_demands.check(experiment, experiment.jobs)
-    return variants
+    return variants, images
 
 
-def search(drops: Callable[[float], list[float]], first: float, settings: Compare) -> dict[str, Any]:
-    """The λ whose mean drop is `settings.target_drop`, looked for as `following` says.
+def search(prices: Callable[[float], list[Price]], first: float, settings: Compare) -> dict[str, Any]:
+    """The λ whose mean price is `settings.target_drop`, looked for as `following` says. prices(λ): one of each seed.
 
-    It takes for granted that more unlearning costs more; where it does not, or where no λ is near enough, the best of
-    those tried is returned with `reached` false. A λ at which `drops` raises DivergedError is too dear. Every one tried
-    is kept, a diverged one without a drop. Raises DivergedError where all of them diverged.
+    {"lambda", "drop", "low", "high", "reached", "tried": [what `_numbers` returns]}. It takes for granted that more
+    unlearning costs more. `reached` is "yes"; "no" where no λ was near enough, of which the best is returned; or "not
+    resolved" where the price is near enough but its interval wider than the tolerance. A λ at which `prices` raises
+    DivergedError is too dear, and kept with a drop of None. Raises DivergedError where all of them diverged.
     """
 
     def over(one: dict[str, Any]) -> float:
@@ -115,8 +125,7 @@ def search(drops: Callable[[float], list[float]], first: float, settings: Compar
     lam = rounded(first)
     while len(tried) < settings.rounds and lam not in [one["lambda"] for one in tried]:  # again: the range has ended
         try:
-            found = drops(lam)
-            tried.append({"lambda": lam, "drop": mean(found), "drops": found})
+            tried.append(_numbers(lam, prices(lam)))
         except DivergedError as error:
             failure = error
             tried.append({"lambda": lam, "drop": None, "drops": None})
@@ -127,25 +136,33 @@ def search(drops: Callable[[float], list[float]], first: float, settings: Compar
     if best["drop"] is None:
         values = ", ".join(f"{one['lambda']:g}" for one in tried)
         raise DivergedError(f"compare: every λ that was tried diverged ({values}); the last: {failure}")
-    reached = abs(over(best)) <= settings.tolerance
-    return {"lambda": best["lambda"], "drop": best["drop"], "reached": reached, "tried": tried}
+    reached = "no"
+    if abs(over(best)) <= settings.tolerance:
+        reached = "yes" if (best["high"] - best["low"]) / 2 <= settings.tolerance else "not resolved"
+    return {**{name: best[name] for name in ("lambda", "drop", "low", "high")}, "reached": reached, "tried": tried}
 
 
-def following(tried: Sequence[tuple[float, float | None]], price: float) -> float:
-    """The λ to try after these pairs of λ and drop (None: diverged, so too dear), of which none costs the price.
+def _numbers(lam: float, found: list[Price]) -> dict[str, Any]:
+    """Points of accuracy below TL at one λ with their 95 % interval: over the seeds (`mean_price`), and of each."""
+    whole, own = asdict(mean_price(found)), [asdict(one) for one in found]
+    return {"lambda": lam, "drop": whole.pop("points"), **whole, "drops": [one.points for one in found], "by_seed": own}
+
+
+def following(tried: Sequence[tuple[float, float | None]], wanted: float) -> float:
+    """The λ to try after these pairs of λ and drop (None: diverged, so too dear), of which none costs what is wanted.
 
     In log-odds, half-way between the dearest that is too cheap and the cheapest that is too dear. While all are on one
     side, a step away from the outermost: of at most 1, then 2, 4, ...: the recipe's own λ is a guess, so what is near
     it comes first. A step is shorter where the drop is near the price: as long as if the drop went with the odds.
     (Those of RAND and null-space go with the odds or steeper: docs/results/disposal.md, "along λ".)
     """
-    cheap = [(logit(lam), drop) for lam, drop in tried if drop is not None and drop < price]
-    dear = [(logit(lam), drop) for lam, drop in tried if drop is None or drop > price]
+    cheap = [(logit(lam), drop) for lam, drop in tried if drop is not None and drop < wanted]
+    dear = [(logit(lam), drop) for lam, drop in tried if drop is None or drop > wanted]
     if cheap and dear:
         middle = (max(cheap)[0] + min(dear)[0]) / 2
     else:
         outermost, drop = max(cheap) if cheap else min(dear)
-        step = 2.0 ** (len(tried) - 1) * (min(1, abs(math.log(drop / price))) if drop and drop > 0 else 1)
+        step = 2.0 ** (len(tried) - 1) * (min(1, abs(math.log(drop / wanted))) if drop and drop > 0 else 1)
         middle = outermost + step if cheap else outermost - step
     return 1 / (1 + math.exp(-middle))
 
@@ -160,20 +177,16 @@ def logit(lam: float) -> float:
     return math.log(lam / (1 - lam))
 
 
-def validation(experiment: Experiment, model: str) -> float:
-    """Target accuracy in % on the images of the train split that nothing was trained on."""
-    return experiment.engine.accuracy(
-        experiment.trainer.load_model(model),
-        "target",
-        experiment.trainer.split("target", "train", held_back(experiment)),
-    )
+def validation(experiment: Experiment, model: str) -> np.ndarray:
+    """bool [n]: which target images of the train split that nothing was trained on the model answers rightly."""
+    images = experiment.trainer.split("target", "train", held_back(experiment))
+    return experiment.engine.correct(experiment.trainer.load_model(model), "target", images)
 
 
 def held_back(experiment: Experiment) -> np.ndarray:
     """Sorted int64 rows of the target's train split that are not in the run's subset of it; possibly none."""
-    return np.setdiff1d(
-        np.arange(len(experiment.data.images("target", "train").labels)), experiment.data.index("target")
-    )
+    train = len(experiment.data.images("target", "train").labels)
+    return np.setdiff1d(np.arange(train), experiment.data.index("target"))
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -185,12 +198,21 @@ def _needed(document: dict[str, Any]) -> tables.Table:
     """One row a variant."""
     settings = document["compare"]
     lines = [
-        [name, f"{one['lambda']:g}", f"{one['drop']:.1f}", "yes" if one["reached"] else "no", _tried(one["tried"])]
+        [name, f"{one['lambda']:g}", _points(one), one["reached"], _tried(one["tried"])]
         for name, one in document["variants"].items()
     ]
-    wanted = f"{settings['target_drop']:g} ± {settings['tolerance']:g}"
-    note = f"Who needed which λ to be {wanted} points of Acc_t below TL, on target images held back for validation."
+    seeds = ", over seeds the mean of their half widths" if len(document["seeds"]) > 1 else ""
+    note = (
+        f"Who needed which λ to be {settings['target_drop']:g} points of Acc_t below TL, give or take "
+        f"{settings['tolerance']:g}, on {document['images']:,} target images held back for validation. ±: half width "
+        f"of the 95 % interval that these images give the difference of these models{seeds}; not resolved: wider than "
+        "what may be given or taken."
+    )
     return tables.Table(note, ["Variant", "λ", "points below TL", "reached", "values tried"], lines, "Which λ")
+
+
+def _points(one: dict[str, Any]) -> str:
+    return f"{one['drop']:.1f} ± {(one['high'] - one['low']) / 2:.1f}"
 
 
 def _tried(tried: list[dict[str, Any]]) -> str:
@@ -205,12 +227,15 @@ def write(document: dict[str, Any], folder: Path, command: str) -> None:
     files.write(document["table"], folder, command, before=[_needed(document)])
 
 
-def _changed(base: Recipe, changes: dict[str, Any]) -> Recipe:
-    """The recipe with other tables, validated like a file; whom to attack then follows from the variants."""
-    piggyback = base.piggyback
-    if piggyback.models:
-        known = {"scratch", "TGT", "pre", "TL", *changes["dispose"]}
-        piggyback = piggyback.model_copy(update={"models": [m for m in piggyback.models if m in known] or None})
-    return base.model_copy(
-        update={**changes, "piggyback": piggyback, "audit": base.audit.model_copy(update={"models": None})}
-    )
+def _changed(base: Recipe, source: str, name: str, seed: int, dispose: dict[str, Dispose]) -> Recipe:
+    """The recipe of a run with these variants alone, validated like a file. Whom to attack follows from the variants.
+
+    Raises RecipeError where that is no recipe.
+    """
+    raw = base.resolved()
+    if raw["piggyback"]["models"]:
+        known = {*REFERENCES, *dispose}
+        raw["piggyback"]["models"] = [model for model in raw["piggyback"]["models"] if model in known] or None
+    raw["audit"]["models"] = None
+    variants = {variant: settings.model_dump(mode="json", by_alias=True) for variant, settings in dispose.items()}
+    return validated({**raw, "name": name, "seed": seed, "dispose": variants}, source)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from dtlctl.errors import RecipeError, suggest
-from dtlctl.recipe.schema import Recipe
+from dtlctl.recipe.schema import Dispose, Recipe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,9 +27,12 @@ LARGEST = 1 << 20  # bytes of a recipe
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe in a TOML file, with `key.path=value` overrides applied as if the file said so.
+    """The recipe in a TOML file, with `key.path=value` overrides applied one after the other as if the file said so.
 
-    Raises RecipeError, naming file, key and reason, for anything that is not a valid recipe.
+    They are those of `--set` and of `--over`, and TOML but for two things. `dispose.*.KEY` is KEY of every variant with
+    an unlearning loss. `dispose.NAME.odds` is a factor: λ is set to where λ / (1 − λ), the weight of the unlearning
+    loss over the retaining loss's in Eq. 1, is that many times what it was. Raises RecipeError, naming file, key and
+    reason, for anything that is not a valid recipe.
     """
     try:
         text = _read(path)
@@ -41,8 +44,18 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not valid TOML: {_plain(error)}") from None
     try:
-        for override in overrides or []:
-            _merge(raw, _parse_override(override))
+        for override in (one for text in overrides or [] for one in _for_each_variant(raw, text)):
+            changes = _parse_override(override)
+            _resolve_odds(raw, changes)
+            _merge(raw, changes)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: {_plain(error)}") from None
+    return validated(raw, path)
+
+
+def validated(raw: dict[str, Any], path: Path | str) -> Recipe:
+    """The recipe of what a file says. Raises RecipeError, naming file, key and reason, where it is not valid."""
+    try:
         return Recipe.model_validate(_resolve_like(raw))
     except ValidationError as error:
         raise RecipeError(_explain(path, raw, error)) from None
@@ -82,7 +95,7 @@ def _parse_override(text: str) -> dict[str, Any]:
             reason = failure
     quoted = re.sub(r"""\"[^"]*"|'[^']*'|[^][{}=,"']+(?!\s*=)(?=[],}])""", _quoted, value)
     try:
-        tomllib.loads(f"x = {quoted}")
+        tomllib.loads(f"{key.strip()} = {quoted}")
     except (ValueError, RecursionError):
         raise RecipeError(f"--set {_plain(text)}: not valid TOML: {_plain(reason)}") from None
     call = _plain(shlex.quote(f"{key}={quoted}"))
@@ -95,6 +108,50 @@ def _quoted(found: re.Match[str]) -> str:
     with suppress(ValueError, RecursionError):
         value = tomllib.loads(f"x = {value}")["x"]
     return json.dumps(value, ensure_ascii=False) if value and isinstance(value, str) else found[0]
+
+
+def names_in(key: str) -> list[str]:
+    """The names in a dotted key, without the quotes that one with a dot has."""
+    return [name.strip("\"'") for name in re.findall(r"\"[^\"]*\"|'[^']*'|[^.\s]+", key)]
+
+
+def _variants(raw: dict[str, Any]) -> dict[str, Any]:
+    """The tables of the variants with an unlearning loss, by name; they may hold anything else that is not valid."""
+    tables = raw.get("dispose")
+    return {
+        name: table
+        for name, table in (tables if isinstance(tables, dict) else {}).items()
+        if isinstance(table, dict)
+        and not (isinstance(loss := table.get("unlearn"), dict) and loss.get("kind") == "none")
+    }
+
+
+def _for_each_variant(raw: dict[str, Any], override: str) -> list[str]:
+    """`dispose.*.KEY=VALUE` once for every variant with an unlearning loss; any other override as it is."""
+    if not (star := re.match(r"\s*dispose\s*\.\s*\*\s*\.", override)):
+        return [override]
+    if not (names := _variants(raw)):
+        raise ValueError(f"{override.partition('=')[0].strip()}: no [dispose.NAME] table has an unlearning loss")
+    return [f"dispose.{json.dumps(name, ensure_ascii=False)}.{override[star.end() :]}" for name in names]
+
+
+def _resolve_odds(raw: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Replace `dispose.NAME.odds` by the λ that it comes to."""
+    tables = changes.get("dispose")
+    for name, change in (tables if isinstance(tables, dict) else {}).items():
+        if not isinstance(change, dict) or "odds" not in change:
+            continue
+        factor, variants = change.pop("odds"), _variants(raw)
+        # An integer may be larger than any float, and still below infinity.
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= sys.float_info.max:
+            raise ValueError(
+                f"dispose.{name}.odds: {factor!r:.40} is no factor of the odds of lambda; give a number above 0"
+            )
+        if name not in variants:
+            raise ValueError(f"dispose.{name}.odds: {name} has no unlearning loss" + suggest(name, variants))
+        lam = variants[name].get("lambda", Dispose.model_fields["lam"].default)
+        if type(lam) in (int, float) and 0 <= lam <= 1:  # any other is told when the recipe is validated
+            change["lambda"] = float(f"{factor * lam / (1 - lam + factor * lam):g}")
 
 
 def parse_value(text: str) -> list[Any]:
@@ -143,7 +200,7 @@ def _resolve_like(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "data": {**data, "piggyback": resolved}}
 
 
-def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
+def _explain(path: Path | str, raw: dict[str, Any], error: ValidationError) -> str:
     """One line for the first mistake, unknown keys and tables before others, and one that names where the rest is."""
     errors = [e for e in error.errors(include_url=False) if not _inherited(raw, e["loc"])]
     unknown = {e["loc"][:-1] for e in errors if e["type"] == "extra_forbidden"}

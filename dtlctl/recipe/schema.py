@@ -179,7 +179,10 @@ class Compare(Strict):
     """Matched comparison: every unlearning loss at the λ that costs the same target accuracy (section 4.2)."""
 
     target_drop: float = Field(2.0, gt=0, le=100, description="points of Acc_t below TL, on validation images")
-    tolerance: float = Field(0.5, gt=0, le=100, description="points; near enough to stop the search")
+    tolerance: float = Field(1.5, gt=0, le=100, description="points; near enough to stop the search")
+    disagreement: float = Field(
+        0.2, gt=0, le=1, description="share of images that one of TL and a variant alone gets right, to refuse by"
+    )
     rounds: int = Field(6, ge=1, le=30, description="most values of λ to try for one loss")
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
         None, min_length=1, description="one λ for all these seeds; default: the recipe's seed"

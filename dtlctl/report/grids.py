@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dtlctl.recipe.loading import names_in
 from dtlctl.report import figures, files, tables
 from dtlctl.report.figures import Curves, Drawing
 from dtlctl.report.results import Row
@@ -90,16 +90,11 @@ def _caveats(found: Sequence[Point]) -> list[str]:
     return [text if len(at) == len(found) else f"At {'; '.join(at)}: {text}" for text, at in places.items()]
 
 
-def _names(key: str) -> list[str]:
-    """The names in a dotted key, without the quotes that one with a dot has."""
-    return [name.strip("\"'") for name in re.findall(r"\"[^\"]*\"|'[^']*'|[^.]+", key)]
-
-
 def _heading(key: str) -> str:
     """Of a swept key's column: a factor of odds is shown as the λ that it came to."""
     if not key.endswith(".odds"):
         return key
-    return "λ" if (variant := _names(key)[1]) == "*" else f"λ {variant}"
+    return "λ" if (variant := names_in(key)[1]) == "*" else f"λ {variant}"
 
 
 def _values(point: Point, model: str) -> list[str]:
@@ -112,7 +107,7 @@ def _values(point: Point, model: str) -> list[str]:
 
 def _is_of(key: str, model: str, dispose: dict[str, Any]) -> bool:
     """Whether a swept key is of the model's own table of [dispose], or outside of it; `*` is who unlearns something."""
-    names = _names(key)
+    names = names_in(key)
     unlearns = model in dispose and dispose[model]["unlearn"]["kind"] != "none"
     return names[0] != "dispose" or names[1:2] in ([], [model]) or (names[1] == "*" and unlearns)
 
@@ -136,7 +131,7 @@ def draw(document: dict[str, Any]) -> dict[str, Drawing]:
             if curves:
                 drawn[f"curve-{name}"] = figures.of_curves(name, kind, curves, stars)
         elif len(keys) == 1 and all(isinstance(point["values"][keys[0]], int | float) for point in found):
-            if keys[0].startswith("data.piggyback.") and _names(keys[0])[2] != name:
+            if keys[0].startswith("data.piggyback.") and names_in(keys[0])[2] != name:
                 continue
             lines = {
                 model: [

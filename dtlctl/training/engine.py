@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
@@ -262,30 +263,30 @@ class Engine:
 
     def _heed(self, memory: Memory | None, save: Callable[[], None]) -> None:
         """Save when it is time, stop when a signal asks for it: all processes at the same step."""
-        due = memory is not None and self.is_main and memory.due()
-        code = self.agree(max(stop.pending(), due))
+        code = self.agree(max(stop.pending(), memory is not None and self.is_main and memory.due()))
         if code > 1:
             raise Stopped(code)
         if code:
             save()
 
-    @torch.no_grad()
     def accuracy(self, model: nn.Module, head: str, batches: Iterable[Batch]) -> float:
-        """Test accuracy in %, over all processes' shares; the model is left in the mode it was in.
+        """Test accuracy in %, over all processes' shares; raises what `correct` does."""
+        return 100 * float(self.correct(model, head, batches).mean())
 
-        Raises DivergedError, in all processes, where an answer is not finite: argmax would make class 0 of it.
-        """
-        counts = torch.zeros(3, dtype=torch.float64, device=self.device)
-        training = model.training
+    @torch.no_grad()
+    def correct(self, model: nn.Module, head: str, batches: Iterable[Batch]) -> np.ndarray:
+        """bool [n]: whether the head is right about each image, over all processes' shares in order. The mode is kept.
+
+        Raises DivergedError, in all processes, where an answer is not finite: argmax would make class 0 of it."""
+        own, training = [], model.training
         model.eval()
         for batch in batches:
             logits = model(batch.x, head)
-            hits, bad = (logits.argmax(1) == batch.y).sum(), (~logits.isfinite()).any(1).sum()
-            counts += torch.stack([hits, torch.full_like(hits, len(logits)), bad])
+            own.append((logits.argmax(1) == batch.y).to(torch.int8).masked_fill(~logits.isfinite().all(1), -1))
         model.train(training)
-        hits, total, bad = self.all_reduce([counts])[0].tolist()
-        check_answers(int(bad), int(total), head)
-        return 100 * hits / total
+        answers = self.gather(torch.cat(own)).cpu().numpy()
+        check_answers(int((answers < 0).sum()), len(answers), head)
+        return answers == 1
 
     def _share_gradients(self, parameters: list[nn.Parameter], clip: float | None) -> Tensor:
         """Average gradients over processes, clip them, and return their norm from before clipping."""

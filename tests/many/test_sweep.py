@@ -1,24 +1,21 @@
-"""Grids of runs and the matched comparison: parents are shared, work is resumed, λ is found on validation images."""
+"""Grids of runs: parents are shared, work is resumed, and every process has its share of the machine."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from dtlctl.errors import DivergedError, RecipeError
-from dtlctl.many import compare as comparison
 from dtlctl.many import sweep
 from dtlctl.recipe.loading import load, parse_value
-from dtlctl.recipe.schema import Compare
-from dtlctl.report import summary
 from dtlctl.run.experiment import Experiment
 from dtlctl.storage import checkpoint
 
@@ -40,13 +37,15 @@ def test_the_grid_and_its_names():
                                       "gc.lambda-0.5_seed-0", "gc.lambda-0.5_seed-1"]  # fmt: skip
     (point,) = sweep.points(["dispose.*.lambda=0.2"])
     assert point.name == "all.lambda-0.2"
-    assert point.overrides({"gc": 0.5, "neg": 0.1}) == ["dispose.gc.lambda=0.2", "dispose.neg.lambda=0.2"]
+    assert point.overrides == ["dispose.*.lambda=0.2"]
     long = sweep.points([f"data.source.path={'x' * 80},{'x' * 79}y"])
     assert len({p.name for p in long}) == 2
     assert all(len(p.name) <= 64 for p in long)
     same = sweep.points(["data.source.path=./a/b,./ab,./c"])  # what a folder's name cannot hold is left out of it
     assert [p.name.rpartition("-")[0] for p in same[:2]] == ["data.source.path-.ab"] * 2
     assert same[0].name != same[1].name and same[2].name == "data.source.path-.c"
+    case = sweep.points(["data.source.path=a,A"])  # one folder on some file systems
+    assert len({p.name.lower() for p in case}) == 2
     for bad in ("seed", "seed=", "=1", "name=a,b"):
         with pytest.raises(RecipeError, match="--over"):
             sweep.points([bad])
@@ -54,32 +53,11 @@ def test_the_grid_and_its_names():
         sweep.points(["seed=1", "seed=2"])
 
 
-def test_a_swept_factor_multiplies_the_odds_of_lambda():
-    """λ / (1 − λ): 1/4 and 3/1 at λ = 0.2 and 0.75; twice that is 1/2 and 6/1, so λ = 1/3 and 6/7."""
-    lambdas = {"gc": 0.2, "neg": 0.75, "rand": 0.012345}
-    same, double = sweep.points(["dispose.*.odds=1,2"])
-    assert double.name == "all.odds-2"
-    assert same.overrides(lambdas) == [f"dispose.{name}.lambda={lam}" for name, lam in lambdas.items()]
-    assert double.overrides(lambdas)[:2] == ["dispose.gc.lambda=0.333333", "dispose.neg.lambda=0.857143"]
-    assert sweep.points(["dispose.neg.odds=2"])[0].overrides(lambdas) == double.overrides(lambdas)[1:2]
-    for over, message in (("gc.odds=0", "above 0"), ("gc.odds=much", "above 0"), ("gc.odds=true", "above 0"),
-                          (f"gc.odds=1{'0' * 400}", "above 0"), ("ngc.odds=2", "did you mean 'gc'")):  # fmt: skip
-        with pytest.raises(RecipeError, match=message):
-            sweep.points([f"dispose.{over}"])[0].overrides(lambdas)
-
-
-def test_a_variant_whose_name_has_a_dot_is_swept(recipe_file: Path):
-    """λ = 0.2 is 1/4 in odds; 4 times that is 1, λ = 0.5: by the star, and by the name as the file quotes it."""
-    variant = 'dispose={"gc.v2"={lambda=0.2, steps=1, batch_size=8, unlearn={kind="uniform"}}}'
-    for over in ("dispose.*.lambda=0.5", "dispose.*.odds=4", 'dispose."gc.v2".odds=4', "dispose.'gc.v2'.odds=4"):
-        (point,) = sweep.points([over])
-        overrides = point.overrides({"gc.v2": 0.2})
-        assert overrides == ['dispose."gc.v2".lambda=0.5']
-        assert load(recipe_file, [variant, *overrides]).dispose["gc.v2"].lam == 0.5
-    assert sweep.names_in("data.piggyback.'a.b'.fraction") == ["data", "piggyback", "a.b", "fraction"]
-    for over in (".=1", "dispose=1", "dispose.odds=1", "a..odds=1"):
-        with pytest.raises(RecipeError):
-            load(recipe_file, sweep.points([over])[0].overrides({"gc": 0.1}))
+@pytest.mark.parametrize("text", ["a" * 90, "../" * 30 + "x", "λ" * 70, "", "-._", "b." * 40])
+def test_any_text_makes_a_name_that_a_recipe_may_have(recipe_file: Path, text: str):
+    names = {sweep.folder_name(text, {"of": number}, hashed=number > 0) for number in range(3)}
+    assert all(load(recipe_file, [f"name={name}"]).name == name for name in names)
+    assert len(names) == 3
 
 
 def test_a_sweep_trains_shared_parents_once_and_resumes(recipe_file: Path, call):
@@ -203,10 +181,10 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
         def poll(self) -> int:
             return 0
 
-    def following(experiment: Experiment, left: list, *_: object) -> sweep._Task | None:
+    def following(experiment: Experiment, left: list, *_: object) -> sweep.Task | None:
         while left and (experiment.recipe.name, left[0]) in done:
             del left[0]
-        return sweep._Task(left[0], ["TL"], set()) if left else None
+        return sweep.Task(left[0], ["TL"], set()) if left else None
 
     monkeypatch.setattr(sweep, "cores", lambda: 2)
     monkeypatch.setattr("subprocess.Popen", Process)
@@ -223,9 +201,64 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
     assert all(pipe.closed for pipe in pipes)  # a sweep of hundreds of tasks would run out of them
 
 
-def test_a_warning_of_a_quiet_run_is_no_error(capsys):
-    lines = ["dispose/gc: a warning\n", "error: r.toml: diverged\n", "try less\n"]
-    assert sweep._Crew({}, quiet=True)._relay("r0", lines) == "r.toml: diverged\ntry less"
+def started(experiments: list[Experiment], jobs: int, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of the processes of a sweep of one stage, in order; the first lasts until the others end."""
+    seen: list[str | None] = []
+    done, others = set(), threading.Event()
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str], **_: object):
+            self.stderr, self.name = io.StringIO(), next(w for w in command if w.startswith("name="))[5:]
+            seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+
+        def wait(self) -> int:
+            if self.name == "r0":
+                assert others.wait(timeout=20)
+            done.add(self.name)
+            if len(done) == len(experiments) - 1:
+                others.set()
+            return 0
+
+        def poll(self) -> int:
+            return 0
+
+    def following(one: Experiment, left: list, *_: object) -> sweep.Task | None:
+        return None if one.recipe.name in done else sweep.Task("pretrain", [], set())
+
+    monkeypatch.setattr("subprocess.Popen", Process)
+    monkeypatch.setattr(sweep, "_next", following)
+    calls = {one.recipe.name: [f"name={one.recipe.name}"] for one in experiments}
+    sweep.perform(experiments, ("pretrain",), jobs=jobs, calls=calls)
+    return seen
+
+
+def test_every_process_of_a_sweep_has_a_gpu_of_its_own(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """r0 keeps the first of two GPUs; r1, r2 and r3, one after the other, have the second. Three at a time on one."""
+    experiments = [Experiment(load(recipe_file, [f"name=r{n}"]), recipe_file.parent, quiet=True) for n in range(4)]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for listed, seen in (
+        (None, ["0", "1", "1", "1"]),
+        ("5, GPU-8932f937", ["5", "GPU-8932f937", "GPU-8932f937", "GPU-8932f937"]),
+        ("3", ["3"] * 4),
+        ("", [""] * 4),
+        ("-1", ["-1"] * 4),
+    ):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if listed is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+        assert started(experiments, 2, monkeypatch) == seen, listed
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,-1,2")  # what follows -1 is not seen
+    assert started(experiments[:3], 3, monkeypatch) == ["0", "1", "0"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert started(experiments, 2, monkeypatch) == [None] * 4
+
+
+def test_a_warning_of_a_quiet_run_is_no_error(capsys: pytest.CaptureFixture[str]):
+    lines = "import sys; sys.stderr.write('dispose/gc: a warning\\nerror: r.toml: diverged\\ntry less\\n'); sys.exit(3)"
+    process = subprocess.Popen([sys.executable, "-c", lines], stderr=subprocess.PIPE, text=True)
+    with pytest.raises(DivergedError, match=r"^r0, dispose: r\.toml: diverged\ntry less$"):
+        sweep._wait(process, "r0", "dispose")
     assert capsys.readouterr().err == "r0: dispose/gc: a warning\n"
 
 
@@ -249,170 +282,20 @@ def test_a_parallel_sweep_says_what_its_runs_say_under_their_names(recipe_file: 
     assert all(line.startswith(("seed-0: ", "seed-1: ")) for line in talk)
 
 
-@pytest.mark.parametrize(("wanted", "reached"), [(2.0, True), (60.0, False)])
-def test_the_search_finds_the_matching_lambda(wanted: float, reached: bool):
-    """A drop of 50 λ points meets 2 at λ = 0.04; 60 is out of reach below λ = 1, so the largest tried is returned."""
-    calls: list[float] = []
-
-    def drops(lam: float) -> list[float]:
-        calls.append(lam)
-        return [50 * lam - 1, 50 * lam + 1]
-
-    found = comparison.search(drops, 0.5, Compare(target_drop=wanted, tolerance=0.2, rounds=8))
-    assert found["reached"] is reached
-    assert [one["lambda"] for one in found["tried"]] == calls
-    assert found["tried"][0] == {"lambda": 0.5, "drop": 25.0, "drops": [24.0, 26.0]}
-    assert found["lambda"] == pytest.approx(0.04, abs=0.004) if reached else found["lambda"] == max(calls)
-
-
-def test_the_search_steps_out_until_the_price_is_passed_then_halves():
-    """In log-odds: from 0 by 1 to -1, by 2 to -3, by 4 to -7 (mirrored too); then half-way between -7 and -3: -5.
-
-    Less where the price is near: a drop of 7 for 5 asks for ln(7/5) = 0.336 in the place of 1, and twice that after.
-    """
-
-    def wanted(drop_of: Callable[[float], float]) -> list[float]:
-        found = comparison.search(lambda lam: [drop_of(comparison.logit(lam))], 0.5, Compare(target_drop=5, rounds=5))
-        return [comparison.logit(one["lambda"]) for one in found["tried"]]
-
-    assert wanted(lambda odds: 20.0 if odds > -4 else 1.0) == pytest.approx([0, -1, -3, -7, -5], abs=0.01)
-    assert wanted(lambda odds: 1.0 if odds < 4 else 20.0) == pytest.approx([0, 1, 3, 7, 5], abs=0.1)  # 4 digits of λ
-    outside = wanted(lambda odds: 20.0)  # next would be -15, but the range ends at λ = 0.0005: nothing is done twice
-    assert outside[3:] == pytest.approx([-7, comparison.logit(comparison.LOW)], abs=0.01)
-    assert len(comparison.search(lambda lam: [20.0], 0.5, Compare(target_drop=5, rounds=30))["tried"]) == 5
-    assert wanted(lambda odds: 7.0 if odds > -1 else 1.0)[:4] == pytest.approx([0, -0.336, -1.009, -0.673], abs=0.01)
-    assert wanted(lambda odds: -1.0 if odds < 2 else 5.0) == pytest.approx([0, 1, 3], abs=0.01)  # no drop, no ratio
-    assert comparison.logit(0.5) == 0
-    assert comparison.following([(0.2, 1.0), (0.5, 9.0)], 5.0) == pytest.approx(1 / 3)  # odds 1/4 and 1: 1/2
-
-
-def test_a_lambda_that_diverges_is_too_dear():
-    """1 point up to λ = 0.5, 12.5 from there; above 0.6 everything diverges.
-
-    In log-odds from 0.2 (-1.39) by 1 to 0.4046, by 2 to 0.8339 (1.61), which diverges; half-way 0.6488, which does
-    too; half-way again 0.5284, for 12.5 points. Were they not too dear, the search would go on upwards.
-    """
-
-    def drops(lam: float) -> list[float]:
-        if lam > 0.6:
-            raise DivergedError(f"diverged at {lam:g}")
-        return [1.0 if lam < 0.5 else 12.5]
-
-    found = comparison.search(drops, 0.2, Compare(target_drop=12.5, tolerance=1.0, rounds=6))
-    assert [one["lambda"] for one in found["tried"]] == [0.2, 0.4046, 0.8339, 0.6488, 0.5284]
-    assert found["tried"][2:4] == [{"lambda": lam, "drop": None, "drops": None} for lam in (0.8339, 0.6488)]
-    assert (found["lambda"], found["reached"]) == (0.5284, True)
-    best = comparison.search(drops, 0.5, Compare(target_drop=90, rounds=2))
-    assert (best["lambda"], best["drop"], best["reached"]) == (0.5, 12.5, False)
-    with pytest.raises(DivergedError, match=r"every λ that was tried diverged \(0.9, 0.768\); the last: .* at 0.768"):
-        comparison.search(drops, 0.9, Compare(target_drop=12.5, rounds=2))
-
-
-def test_compare_goes_on_past_a_lambda_that_diverges(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
-    """gc and rand lose 1 point at 0.1, too little; 1 and then 1/2 further in log-odds, 0.232 and 0.1548, diverge."""
-    largest = 0.15
-
-    def perform(experiments: list[Experiment], stages: tuple[str, ...], *_: object) -> None:
-        if "dispose" in stages and any(
-            one.lam > largest for experiment in experiments for one in experiment.recipe.dispose.values()
-        ):
-            raise DivergedError("training diverged at step 3")
-
-    monkeypatch.setattr(comparison, "perform", perform)
-    monkeypatch.setattr(comparison, "write", lambda *_: None)
-    monkeypatch.setattr(comparison, "validation", lambda _, name: 70.0 if name == "TL" else 69.0)
-    monkeypatch.setattr(summary, "summarise", lambda _: {})
-    change = "compare={target_drop=4.0, rounds=3, tolerance=0.1}"
-    document, _ = comparison.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
-    document = json.loads(checkpoint.dump(document))  # which refuses NaN
-    for name in ("gc", "rand"):
-        found = document["variants"][name]
-        assert [(one["lambda"], one["drop"]) for one in found["tried"]] == [(0.1, 1.0), (0.232, None), (0.1548, None)]
-        assert (found["lambda"], found["reached"]) == (0.1, False)
-    assert comparison._needed(document).rows == [[name, "0.1", "1.0", "no", "3, 2 diverged"] for name in ("gc", "rand")]
-    largest = 0.0
-    with pytest.raises(DivergedError, match=r"\(0.1, 0.03927, 0.005501\); the last: dispose.gc-0.005501: .*at step 3"):
-        comparison.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
-
-
-def test_a_drop_is_what_validation_loses_against_tl_of_the_same_seed(
-    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    """TL has 70 and 80, gc 68 and 79 at λ = 0.1: drops 2 and 1, as is told.
-
-    rand has 60 and 70: 10 each, so it is out of reach.
-    """
-    scores = {"TL": (70.0, 80.0), "gc": (68.0, 79.0), "rand": (60.0, 70.0)}
-    monkeypatch.setattr(comparison, "perform", lambda *_: None)
-    monkeypatch.setattr(comparison, "write", lambda *_: None)
-    monkeypatch.setattr(
-        comparison, "validation", lambda experiment, name: scores[name.partition("-")[0]][experiment.recipe.seed - 5]
-    )
-    monkeypatch.setattr(summary, "summarise", lambda runs: [run.name for run in runs])
-    change = "compare={target_drop=1.5, rounds=1, tolerance=0.1, seeds=[5, 6]}"
-    document, _ = comparison.compare(recipe_file, [change], recipe_file.parent, command="x")
-    assert document["table"] == ["matched-5", "matched-6"]
-    gc, rand = document["variants"]["gc"], document["variants"]["rand"]
-    assert gc == {"lambda": 0.1, "drop": 1.5, "reached": True, "tried": [{"lambda": 0.1, "drop": 1.5, "drops": [2, 1]}]}
-    assert (rand["drop"], rand["reached"]) == (10.0, False)
-    assert "gc-0.1: 2.0, 1.0 points below TL, by seed" in capsys.readouterr().err.splitlines()
-
-
-def test_compare_matches_on_held_back_images_and_reports(recipe_file: Path, call):
-    change = "compare={target_drop=1.0, rounds=2, tolerance=0.01, seeds=[0, 1]}"
-    code, shown, said = call("compare", recipe_file, "--set", change, "--json", "--quiet")
-    assert code == 0, said
-    document = json.loads(shown)
-    assert list(document["variants"]) == ["gc", "rand"]
-    assert document["table"]["seeds"] == [0, 1]
-    out = recipe_file.parent / "runs"
-    for name, found in document["variants"].items():
-        assert 1 <= len(found["tried"]) <= 2
-        assert found["tried"][0]["lambda"] == 0.1  # the recipe's own comes first
-        assert document["table"]["recipe"]["dispose"][name]["lambda"] == found["lambda"]
-        assert len(found["tried"][0]["drops"]) == 2
-    assert "Who needed which λ" in (out / "tiny-compare/report/report.html").read_text()
-    weights = [path.stat().st_mtime_ns for path in sorted(out.rglob("model.safetensors"))]
-    again, _ = comparison.compare(recipe_file, [change], out, command="x", quiet=True)
-    assert again == document
-    assert weights == [path.stat().st_mtime_ns for path in sorted(out.rglob("model.safetensors"))]
-    found = (f"dispose.{name}.lambda={one['lambda']}" for name, one in document["variants"].items())
-    words = [word for text in ("seed=1", *found) for word in ("--set", text)]
-    code, _, said = call("run", recipe_file, *words)  # what was found, put into the recipe
-    assert code == 0, said
-    for name in document["variants"]:
-        assert f"dispose/{name}: taken over from runs/tiny-compare/" in said
-
-
-def test_validation_images_are_neither_trained_on_nor_tested_on(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
-    """1,000 training digits less the 20 of the subset; accuracy is asked of exactly these rows of the train split."""
-    experiment = Experiment(load(recipe_file), recipe_file.parent, quiet=True)
-    seen = []
-    monkeypatch.setattr(experiment.trainer, "load_model", lambda name: None)
-    monkeypatch.setattr(experiment.trainer, "split", lambda role, split, rows: seen.append((role, split, rows)))
-    monkeypatch.setattr(type(experiment.engine), "accuracy", lambda *_: 50.0)
-    assert comparison.validation(experiment, "TL") == 50.0
-    ((role, split, rows),) = seen
-    assert (role, split, len(rows)) == ("target", "train", 980)
-    assert len(np.intersect1d(rows, experiment.data.index("target"))) == 0
-
-
 def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
-    nothing = 'dispose={gc={unlearn={kind="none"}}, rand={unlearn={kind="none"}}}'
-    for change, message in (
-        ("data.target.fraction=1.0", "fraction = 1 leaves no target images to validate"),
-        # 199.6 of the 200 images of every class, rounded: all of them
-        ("data.target={path='builtin:greek', fraction=0.998}", "fraction = 0.998 leaves no target images to validate"),
-        (nothing, r"needs a \[dispose.NAME\] table"),
+    for over, message in (
+        ("dispose.gc.lambda=0.1,7", "less than or equal to 1"),
+        ("seed=0,0", "the same values"),
+        ("dispose.*.odds=0,1", "dispose.gc.odds: 0 is no factor"),
+        ("dispose.ngc.odds=2", "did you mean 'gc'"),
+        (".=1", "not valid TOML"),
+        ("dispose=1", "dispose: Input should be a valid dictionary"),
+        ("dispose.odds=1", "dispose.odds"),
+        ("a..odds=1", "not valid TOML"),
     ):
-        with pytest.raises(RecipeError, match=message):
-            comparison.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
-    for over, message in (("dispose.gc.lambda=0.1,7", "less than or equal to 1"), ("seed=0,0", "the same values")):
         with pytest.raises(RecipeError, match=message):
             sweep.run(recipe_file, [over], [], recipe_file.parent, quiet=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="--jobs N"):
         sweep.run(recipe_file, ["seed=0,1"], [], recipe_file.parent, quiet=True)
-    with pytest.raises(RecipeError, match="compare: start it as one process"):
-        comparison.compare(recipe_file, [], recipe_file.parent, command="x", quiet=True)
     assert [path.name for path in recipe_file.parent.iterdir()] == [recipe_file.name]

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dtlctl.errors import RecipeError
-from dtlctl.recipe.loading import load, tomllib
+from dtlctl.recipe.loading import load, names_in, tomllib
 from dtlctl.recipe.plan import jobs
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.experiment import Experiment
@@ -66,6 +66,72 @@ def test_a_word_may_have_any_letter(recipe_file: Path):
 def test_an_override_may_add_a_variant(recipe_file: Path):
     recipe = load(recipe_file, ['dispose.new={steps=5, unlearn={kind="uniform"}}'])
     assert [job.model for job in jobs(recipe) if job.stage == "dispose"] == ["gc", "rand", "new"]
+
+
+THREE = ("dispose={gc={lambda=0.2}, 'r.v2'={lambda=0.75, steps=3, batch_size=8, unlearn={kind='uniform'}}, "
+         "none={steps=9, batch_size=8, unlearn={kind='none'}}}")  # fmt: skip
+
+
+def lambdas(recipe: Recipe) -> dict[str, float]:
+    return {name: one.lam for name, one in recipe.dispose.items()}
+
+
+@pytest.mark.parametrize("star", ["dispose.*.", " dispose . * ."])
+def test_a_star_is_every_variant_with_an_unlearning_loss(recipe_file: Path, star: str):
+    """rand and `r.v2` name their losses and gc has the file's; `none` has nothing that λ could weigh."""
+    recipe = load(recipe_file, [THREE, f"{star}steps=20", f"{star}unlearn.kind=uniform", "dispose.gc.steps=7"])
+    assert {name: one.steps for name, one in recipe.dispose.items()} == {"gc": 7, "rand": 20, "r.v2": 20, "none": 9}
+    kinds = [one.unlearn.kind for one in recipe.dispose.values()]
+    assert kinds == ["uniform", "uniform", "uniform", "none"]
+    assert load(recipe_file, [f"{star}epochs=2"]).dispose["gc"].steps is None
+
+
+def test_tables_that_a_star_sets_are_each_variants_own(recipe_file: Path):
+    """Else the second change would be of both."""
+    changes = ["dispose.*.retain={kind='distill', on='both'}", "dispose.gc.retain.on=target"]
+    recipe = load(recipe_file, changes)
+    assert [one.retain.model_dump()["on"] for one in recipe.dispose.values()] == ["target", "both"]
+
+
+def test_a_factor_multiplies_the_odds_of_lambda(recipe_file: Path):
+    """λ / (1 − λ): 1/4 and 3/1 at λ = 0.2 and 0.75; twice that is 1/2 and 6/1, so λ = 1/3 and 6/7.
+
+    rand has the default of 0.1, 1/9: twice that is 2/9, λ = 2/11. Four times 1/4 is 1, λ = 0.5.
+    """
+    assert lambdas(load(recipe_file, [THREE, "dispose.*.odds=1"])) == lambdas(load(recipe_file, [THREE]))
+    assert lambdas(load(recipe_file, [THREE, "dispose.*.odds=2"])) == pytest.approx(
+        {"gc": 1 / 3, "rand": 2 / 11, "r.v2": 6 / 7, "none": 0.1}, abs=1e-6
+    )
+    for name in ('"r.v2"', "'r.v2'"):
+        assert load(recipe_file, [THREE, f"dispose.{name}.odds=2"]).dispose["r.v2"].lam == pytest.approx(
+            6 / 7, abs=1e-6
+        )
+    assert load(recipe_file, [THREE, "dispose.gc.odds=2", "dispose.*.odds=2"]).dispose["gc"].lam == 0.5
+    assert load(recipe_file, [THREE, "dispose={gc={odds=4}}"]).dispose["gc"].lam == 0.5
+    for odds, message in (("gc.odds=0", "above 0"), ("gc.odds=much", "above 0"), ("gc.odds=true", "above 0"),
+                          (f"gc.odds=1{'0' * 400}", "above 0"), ("gc.odds=nan", "above 0"),
+                          ("ngc.odds=2", "ngc has no unlearning loss; did you mean 'gc'"),
+                          ("none.odds=2", "none has no unlearning loss")):  # fmt: skip
+        with pytest.raises(RecipeError, match=message):
+            load(recipe_file, [THREE, f"dispose.{odds}"])
+
+
+def test_a_star_that_is_nobody_or_holds_a_mistake_is_told(recipe_file: Path):
+    nobody = 'dispose={gc={unlearn={kind="none"}}, rand={unlearn={kind="none"}}}'
+    for changes, message in (
+        ([nobody, "dispose.*.steps=20"], r"tiny.toml: dispose.\*.steps: no \[dispose.NAME\] table has an unlearning"),
+        (["dispose.*.stepz=20"], "dispose.gc.stepz: unknown key; did you mean 'steps'"),
+        (["dispose=3", "dispose.*.steps=20"], "no .* table has an unlearning loss"),
+        (["dispose.gc.lambda=7", "dispose.*.odds=2"], "dispose.gc.lambda: .* less than or equal to 1"),
+        (["dispose.gc.lambda=true", "dispose.gc.odds=2"], "dispose.gc.lambda: .* valid number"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load(recipe_file, changes)
+
+
+def test_names_in_a_key_lose_their_quotes():
+    assert names_in("data.piggyback.'a.b'.fraction") == ["data", "piggyback", "a.b", "fraction"]
+    assert names_in(' dispose . "gc.v2" .odds') == ["dispose", "gc.v2", "odds"]
 
 
 MISTAKES = {
@@ -185,6 +251,12 @@ def test_a_list_that_quotes_cannot_mend_is_not_valid_toml(recipe_file: Path):
     for override in ("piggyback.models=[scratch,TL", "piggyback.models=[scr'atch]", "piggyback.models=[[]"):
         with pytest.raises(RecipeError, match="not valid TOML"):
             load(recipe_file, [override])
+
+
+@pytest.mark.parametrize("override", [".=1", "a b=1", "dispose.*=[gc]"])
+def test_a_key_that_is_none_is_not_mended_by_quotes_around_its_value(recipe_file: Path, override: str):
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load(recipe_file, [override])
 
 
 def test_a_byte_order_mark_is_read_and_other_encodings_are_named(recipe_file: Path):

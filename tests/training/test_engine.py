@@ -53,3 +53,14 @@ def test_answers_that_are_not_finite_are_no_accuracy():
     bad = Batch(torch.tensor([[0.0, torch.nan], [0.0, torch.inf], [1.0, 0.0]]), y, torch.arange(3))
     with pytest.raises(DivergedError, match=r"the source head's answers to 2 of 6 images are not finite\n.*smaller lr"):
         Engine().accuracy(Answers(), "source", [good, bad])
+
+
+def test_which_images_are_right_is_told_in_their_order():
+    """Of the images 0, 1, 1, 0 by their answers, labelled 0, 0, 1, 1: the first and the third."""
+    first, second = torch.eye(2), torch.eye(2).flip(0)
+    batches = [
+        Batch(first, torch.tensor([0, 0]), torch.arange(2)),
+        Batch(second, torch.tensor([1, 1]), torch.arange(2, 4)),
+    ]
+    assert Engine().correct(Answers(), "target", batches).tolist() == [True, False, True, False]
+    assert Engine().accuracy(Answers(), "target", batches) == 50

@@ -1,0 +1,64 @@
+"""What a change of a model costs: accuracy lost on the same images, with the interval that so many images give it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, mean
+
+import numpy as np
+
+Z = NormalDist().inv_cdf(0.975)
+"""Half widths of 95 % intervals are so many standard errors: 1.96."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """Points of accuracy lost from one model to another, with their 95 % interval."""
+
+    points: float
+    """Above 0 where the second model is worse."""
+    low: float
+    high: float
+    images: int
+    disagreement: float
+    """Share of the images that one of the two models alone answers rightly."""
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+def price(before: np.ndarray, after: np.ndarray) -> Price:
+    """The price of going from one model to another: bool [n] each, whether it answers image i rightly.
+
+    The interval is the adjusted Wald interval for paired proportions (Bonett and Price 2012, J. Educ. Behav. Stat.
+    37(4)): one more image is taken to be lost and one to be gained, so that it has a width where no image changed.
+    It is about where other images of this kind would put these two models, not about models of other seeds.
+    """
+    images, lost, gained = len(before), int((before & ~after).sum()), int((after & ~before).sum())
+    p, q = (lost + 1) / (images + 2), (gained + 1) / (images + 2)
+    half = Z * math.sqrt((p + q - (p - q) ** 2) / (images + 2))
+    low, high = 100 * (p - q - half), 100 * (p - q + half)
+    return Price(100 * (lost - gained) / images, low, high, images, (lost + gained) / images)
+
+
+def mean_price(prices: Sequence[Price]) -> Price:
+    """The mean of the prices of several seeds, whose images may be the same, some of the same, or others.
+
+    The ends of its interval are the means of theirs. That is as wide as if all seeds erred together, and so wide enough
+    however much they share: seeds on the same images are never counted as more images. `images` is that of the fewest.
+    """
+    ends = {name: mean(getattr(one, name) for one in prices) for name in ("points", "low", "high", "disagreement")}
+    return Price(**ends, images=min(one.images for one in prices))
+
+
+def resolution(images: int, disagreement: float) -> float:
+    """Half width, in points, of the 95 % interval of a price near 0 on so many images."""
+    return 100 * Z * math.sqrt(disagreement / images)
+
+
+def images_for(points: float, disagreement: float) -> int:
+    """The fewest images whose `resolution` is so many points or better."""
+    return math.ceil(disagreement * (100 * Z / points) ** 2)
