@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from dtlctl.attacks.attackers import Frozen
 from dtlctl.data.cache import cached
 from dtlctl.data.dataset import is_hub
 from dtlctl.data.subset import balanced
+from dtlctl.data.tensors import Batch
 from dtlctl.errors import CheckpointError, DataError
+from dtlctl.model import networks
+from dtlctl.objectives.disposal import Disposal
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.experiment import Experiment
@@ -19,38 +28,37 @@ from dtlctl.stages import data_demands
 from dtlctl.stages.reference import missing
 from dtlctl.storage import checkpoint
 
-# A step of gradient collision in units of a step of plain training on the same images. The floor by operation count
-# is 3; small chunks and second derivatives of small layers cost more.
-COLLISION_COST = 4.0
 NOTES = {"to do": "", "stale": "there, but from other settings or data; ", "unreadable": "there, but unreadable; ",
          "not checked": "there, not checked; "}  # fmt: skip
+MOST = 64
+"""Images of a step that is timed: larger batches take as long an image, and `check` should be quick."""
 
 
 def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
     """{"recipe", "parameters", "data": [...], "jobs": [...], "minutes"}: counts are None where data is not decoded.
 
     Every job has a state: "to do"; "done"; "stale", made from other settings, data or parents; "unreadable"; or "not
-    checked", a sidecar that is there while the data it was made from is not decoded. Times are rough: a few steps of
-    this model on this machine's CPU or GPU, multiplied up, for what is not done. Of an audit they have the training of
-    rmia's references alone. Raises RecipeError and DataError, naming the recipe's file `source`, where the network or
-    decoded data lacks what the recipe asks for.
+    checked", a sidecar that is there while the data it was made from is not decoded. Times are pairs of seconds,
+    from the quickest and the slowest of a few real steps on this machine, for what is not done. Of an audit they have
+    the training of rmia's references alone. Raises RecipeError and DataError, naming the recipe's file `source`, where
+    the network or decoded data lacks what the recipe asks for.
     """
     experiment = Experiment(recipe, out, source=source, quiet=True)
     data = {role: _describe(recipe, role) for role in _roles(recipe)}
     decoded = {role for role, row in data.items() if row["images"] is not None and row["test_images"] is not None}
     data_demands.check(experiment, [job for job in experiment.jobs if decoded.issuperset(job.roles)])
-    parameters, seconds = _measure(recipe)
-    rows = [_job(experiment, job, data, seconds) for job in experiment.jobs]
+    clock = Clock(recipe)
+    rows = [_job(experiment, job, data, clock) for job in experiment.jobs]
     audits = [row for row in rows if row["stage"] == "audit" and row["state"] != "done"]
     if audits:  # trained for the first, and kept for the others
-        audits[0]["seconds"] = _references(experiment, data["source"], seconds)
+        audits[0]["seconds"] = _references(experiment, data["source"], clock)
     known = [row["seconds"] for row in rows if row["seconds"] is not None]
     return {
         "recipe": recipe.name,
-        "parameters": parameters,
+        "parameters": clock.parameters,
         "data": list(data.values()),
         "jobs": rows,
-        "minutes": round(sum(known) / 60, 1) if len(known) == len(rows) else None,
+        "minutes": [round(sum(ends) / 60, 1) for ends in zip(*known, strict=True)] if len(known) == len(rows) else None,
     }
 
 
@@ -60,20 +68,20 @@ def text(document: dict[str, Any]) -> str:
     for row in document["data"]:
         size = "not decoded yet" if row["images"] is None else f"{row['images']} images, {row['classes']} classes"
         lines.append(f"  {row['role']:<24} {row['path']}: {size}")
-        lines += [f"  {'':<24} note: {row['problem']}"] if row["problem"] else []
+        lines += [f"  {'':<24} note: {note}" for note in row["notes"]]
     lines += ["", "stages"]
     for row in document["jobs"]:
         steps = "?" if row["steps"] is None else row["steps"]
-        cost = f", about {row['seconds']:.0f} s" if row["seconds"] else ""
+        cost = f", {_words(row['seconds'], 's')}" if any(row["seconds"] or ()) else ""
         work = f"{steps} steps of {row['batch_size']}{cost}"
         if not row["batch_size"]:
             work = "attack" + (f"; the references of rmia{cost}" if cost else "")
         lines.append(f"  {row['title']:<32} " + ("done" if row["state"] == "done" else NOTES[row["state"]] + work))
     total = document["minutes"]
-    rough = "known once data is decoded" if total is None else f"{total} min on this machine"
+    rough = "known once data is decoded" if total is None else f"{_words(total, 'min')} on this machine"
     if total is not None and any(row["stage"] == "audit" and row["state"] != "done" for row in document["jobs"]):
         rough += ", without the attacks of the audit themselves"
-    return "\n".join([*lines, "", f"rough time: {rough}"])
+    return "\n".join([*lines, "", f"time: {rough}"])
 
 
 def _roles(recipe: Recipe) -> list[str]:
@@ -86,40 +94,98 @@ def _describe(recipe: Recipe, role: str) -> dict[str, Any]:
         train, test = (cached(dataset, split, recipe.model.image_size, role=role) for split in ("train", "test"))
     except DataError as error:
         nothing = dict.fromkeys(("images", "test_images", "classes"))
-        return {"role": role, "path": dataset.path, "problem": str(error), **nothing}
+        return {"role": role, "path": dataset.path, "notes": [str(error)], **nothing}
     chosen = None if train is None else len(balanced(train.labels, len(train.classes), dataset.fraction, 0))
     return {
         "role": role,
         "path": dataset.path,
-        "problem": "revision not pinned" if is_hub(dataset) and dataset.revision is None else None,
+        "notes": [
+            *(["revision not pinned"] if is_hub(dataset) and dataset.revision is None else []),
+            *(note.text for images in (train, test) if images for note in images.notes),
+        ],
         "images": chosen,
         "test_images": None if test is None else len(test.labels),
         "classes": None if train is None else len(train.classes),
     }
 
 
-def _measure(recipe: Recipe, rounds: int = 3) -> tuple[int, float]:
-    """Number of parameters, and seconds that one image costs in a step of training here."""
-    import torch
-    from torch.nn.functional import cross_entropy
+class Seconds(NamedTuple):
+    """From the quickest to the slowest that was measured."""
 
-    from dtlctl.model import networks
+    low: float
+    high: float
 
-    spec, batch = recipe.model, 32
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = networks.build(spec.arch, {"source": 100}, stem=spec.stem, width=spec.width, image_size=spec.image_size).to(
-        device
-    )
-    x = torch.rand(batch, 3, spec.image_size, spec.image_size, device=device)
-    y = torch.zeros(batch, dtype=torch.int64, device=device)
-    times = []
-    for _ in range(rounds):
+    def times(self, factor: float) -> Seconds:
+        return Seconds(self.low * factor, self.high * factor)
+
+
+def _words(pair: list[float], unit: str) -> str:
+    """A pair of numbers as a person would say it."""
+    low, high = (f"{end:.0f}" if end >= 10 or unit == "s" else f"{end:.1f}" for end in pair)
+    return f"about {low} {unit}" if low == high else f"{low} to {high} {unit}"
+
+
+class Clock:
+    """How long an image takes here in a step of training, and in a step of a variant's disposal.
+
+    Each is measured once, when it is asked for: whole steps of this network on noise, on the device and with the
+    threads that a run would have, in batches of at most `MOST` images.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.device = recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.parameters = sum(p.numel() for p in self._network().parameters())
+        self.image = cache(self._image)
+
+    def _image(self, variant: str = "") -> Seconds:
+        """Of an image in training; in a variant's disposal, of an image of the source and all that goes with it."""
+        settings: Any = self.recipe.dispose[variant] if variant else self.recipe.pretrain
+        chunks = settings.unlearn.chunks if variant else 1
+        size = min(settings.batch_size, max(MOST, 2 * chunks)) // chunks * chunks
+        return _timed(self._disposal(variant, size) if variant else self._training(size), self.device).times(1 / size)
+
+    def _network(self) -> networks.Classifier:
+        spec = self.recipe.model
+        heads = {"source": 100, "target": 10}
+        model = networks.build(spec.arch, heads, stem=spec.stem, width=spec.width, image_size=spec.image_size)
+        model.precision, model.channels_last = self.recipe.precision, spec.channels_last
+        return model.to(self.device)
+
+    def _noise(self, size: int) -> Batch:
+        x = torch.rand(size, 3, *2 * [self.recipe.model.image_size], device=self.device)
+        return Batch(x, torch.zeros(size, dtype=torch.int64, device=self.device), torch.arange(size))
+
+    def _training(self, size: int) -> Callable[[], Tensor]:
+        model, batch = self._network(), self._noise(size)
+        return lambda: cross_entropy(model(batch.x, "source"), batch.y)
+
+    def _disposal(self, variant: str, size: int) -> Callable[[], Tensor]:
+        settings, batch = self.recipe.dispose[variant], self._noise(size)
+        student, teacher = self._network(), self._network().eval().requires_grad_(False)
+        disposal = Disposal(
+            settings.lam,
+            settings.unlearn,
+            settings.retain,
+            student,
+            teacher,
+            chunks=settings.unlearn.chunks,
+            batch_norm="train",
+            images=size,
+            label_seed=0,
+        )
+        return lambda: disposal(batch, batch if settings.retain.needs_target else None, True)[0]
+
+
+def _timed(loss: Callable[[], Tensor], device: torch.device) -> Seconds:
+    """The quickest and the slowest of some steps, forward and backward, after one that is not counted."""
+    times: list[float] = []
+    while len(times) < 4 or (sum(times) < 1.0 and len(times) < 20):
         started = time.perf_counter()
-        cross_entropy(model(x, "source"), y).backward()
+        loss().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return sum(p.numel() for p in model.parameters()), min(times) / batch
+    return Seconds(min(times[1:]), max(times[1:]))
 
 
 def _state(experiment: Experiment, job: Job[Any], data: dict[str, Any]) -> str:
@@ -139,36 +205,43 @@ def _state(experiment: Experiment, job: Job[Any], data: dict[str, Any]) -> str:
     return "stale"
 
 
-def _references(experiment: Experiment, source: dict[str, Any], seconds: float) -> float | None:
-    """Seconds that the missing references take; each sees half of the source's images, its test split among them."""
+def _references(experiment: Experiment, source: dict[str, Any], clock: Clock) -> Seconds | None:
+    """What the missing references take; each sees half of the source's images, its test split among them."""
     count, settings = experiment.recipe.audit.references, experiment.recipe.pretrain
     if not count:
-        return 0.0
+        return Seconds(0.0, 0.0)
     if source["images"] is None or source["test_images"] is None:
         return None
     half = (source["images"] + source["test_images"]) // 2
-    return missing(experiment, count) * settings.total_steps(half) * min(settings.batch_size, half) * seconds
+    images = settings.total_steps(half) * min(settings.batch_size, half)
+    return clock.image().times(missing(experiment, count) * images)
 
 
-def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], seconds: float) -> dict[str, Any]:
-    images = data[job.dataset]["images"]
+def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: Clock) -> dict[str, Any]:
+    images, state = data[job.dataset]["images"], _state(experiment, job, data)
     size = getattr(job.settings, "batch_size", None)
     asked = getattr(job.settings, "steps", None)  # else so many epochs of the images
     steps = asked if images is None or size is None else job.settings.total_steps(images)
-    cost = None if images is None or size is None else steps * min(size, images) * seconds
-    if cost is not None and job.stage == "dispose" and job.settings.unlearn.chunks > 1:
-        share = 1 - job.settings.repair
-        cost *= 1 + share * (COLLISION_COST - 1)
-    if cost is not None and job.stage == "piggyback":
-        trained = [(a, len(a.lr) + 1) for a in job.settings.attackers if not isinstance(a, Frozen)]
-        fits = sum(count * a.steps * min(a.batch_size, images) for a, count in trained)
-        cost += job.settings.attack_seeds * fits * seconds
-    state = _state(experiment, job, data)
+    cost: Seconds | None = Seconds(0.0, 0.0)
+    if size is not None and state != "done":
+        cost = None if steps is None or images is None else _cost(job, steps, images, clock)
     return {
         "title": job.title,
         "stage": job.stage,
         "state": state,
         "steps": steps,
         "batch_size": size and (size if images is None else min(size, images)),
-        "seconds": 0.0 if size is None or state == "done" else cost,
+        "seconds": cost,
     }
+
+
+def _cost(job: Job[Any], steps: int, images: int, clock: Clock) -> Seconds:
+    settings = job.settings
+    seen = steps * min(settings.batch_size, images)
+    if job.stage == "dispose":
+        unlearning, repair = clock.image(job.model).times(1 - settings.repair), clock.image().times(settings.repair)
+        return Seconds(*(sum(ends) for ends in zip(unlearning, repair, strict=True))).times(seen)
+    if job.stage == "piggyback":
+        trained = [(a, len(a.lr) + 1) for a in settings.attackers if not isinstance(a, Frozen)]
+        seen += settings.attack_seeds * sum(count * a.steps * min(a.batch_size, images) for a, count in trained)
+    return clock.image().times(seen)

@@ -23,13 +23,19 @@ def states(document: dict) -> dict[str, str]:
     return {row["title"]: row["state"] for row in document["jobs"]}
 
 
+def quickest(document: dict) -> dict[str, float]:
+    return {row["title"]: row["seconds"].low for row in document["jobs"]}
+
+
 @pytest.fixture
 def trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny recipe after its disposals; from here on nobody may start an engine. An image costs one second."""
+    """The tiny recipe after its disposals; from here on nobody may start an engine. An image costs one to two seconds, in gc's disposal four to eight."""
     experiment = Experiment(load(recipe_file), recipe_file.parent, quiet=True)
     run(experiment, ("pretrain", "finetune", "dispose"))
     monkeypatch.setattr(Experiment, "engine", property(lambda _: pytest.fail("an engine was started")))
-    monkeypatch.setattr(preview, "_measure", lambda _: (1, 1.0))
+    seconds = {"gc": preview.Seconds(4.0, 8.0)}
+    fake = SimpleNamespace(parameters=1, image=lambda variant="": seconds.get(variant, preview.Seconds(1.0, 2.0)))
+    monkeypatch.setattr(preview, "Clock", lambda _: fake)
     return recipe_file
 
 
@@ -42,7 +48,7 @@ def test_done_is_what_the_stages_would_skip(trained: Path):
     (trained.parent / "tiny/dispose/gc/model.json").write_text("{}")
     found = planned(trained, "dispose.rand.lambda=0.3")
     assert [states(found)[title] for title in models] == ["done", "done", "done", "unreadable", "stale"]
-    assert "dispose/gc                       there, but unreadable; 6 steps of 8, about 120 s" in preview.text(found)
+    assert "dispose/gc                       there, but unreadable; 6 steps of 8, 120 to 240 s" in preview.text(found)
     found = planned(trained, "pretrain.steps=13")
     assert [states(found)[title] for title in models] == ["stale", "done", "stale", "unreadable", "stale"]
 
@@ -78,7 +84,7 @@ def test_the_cost_counts_references_once_and_nothing_that_is_done(trained: Path)
     """
     rmia = ("pretrain.epochs=2", "audit.references=4", 'audit.attacks=["rmia"]')
     found = planned(trained, *rmia)
-    assert {row["title"]: row["seconds"] for row in found["jobs"]} == {
+    assert quickest(found) == {
         "pretrain": 200,
         "target-only": 0,
         "finetune": 40,
@@ -88,19 +94,45 @@ def test_the_cost_counts_references_once_and_nothing_that_is_done(trained: Path)
         "audit/pre": 3520,
         **dict.fromkeys((f"audit/{model}" for model in ("TL", "gc", "rand")), 0),
     }
-    assert found["minutes"] == round((200 + 40 + 120 + 32 + 90 + 3520) / 60, 1)
+    assert all(row["seconds"].high == 2 * row["seconds"].low for row in found["jobs"])
+    total = (200 + 40 + 120 + 32 + 90 + 3520) / 60
+    assert found["minutes"] == [round(total, 1), round(2 * total, 1)]
     text = preview.text(found)
-    assert "audit/pre                        attack; the references of rmia, about 3520 s\n" in text
-    assert text.endswith("66.7 min on this machine, without the attacks of the audit themselves")
-    assert planned(trained)["minutes"] == 1.5  # the three attacks alone
+    assert "audit/pre                        attack; the references of rmia, 3520 to 7040 s\n" in text
+    assert text.endswith("67 to 133 min on this machine, without the attacks of the audit themselves")
+    assert planned(trained)["minutes"] == [1.5, 3.0]  # the three attacks alone
     alone: Any = SimpleNamespace(agree=lambda code: code, by_main=lambda work: work())
     answers = Experiment(load(trained, list(rmia)), trained.parent).results.reference_answers()
     answers.common(alone, "2", list[float], lambda: [0.5])
-    assert {row["title"]: row["seconds"] for row in planned(trained, *rmia)["jobs"]}["audit/pre"] == 3 * 880
+    assert quickest(planned(trained, *rmia))["audit/pre"] == 3 * 880
 
 
 def test_the_cost_of_attackers_is_that_of_those_who_train_weights(trained: Path):
     """Besides the 30 images of the one setting: `full` 2 rates and once more, each 4 steps of 10: 120. Probes: 0."""
     full = '{kind="full", lr=[0.1, 0.2], steps=4, batch_size=10}'
     found = planned(trained, f'piggyback.attackers=[{full}, {{kind="probe"}}, {{kind="renorm-probe"}}]')
-    assert {row["title"]: row["seconds"] for row in found["jobs"]}["piggyback/TL/again"] == 150
+    assert quickest(found)["piggyback/TL/again"] == 150
+
+
+def test_the_steps_that_are_timed_are_those_of_the_recipe(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """gc's step looks at source images in its two chunks; the one of a training at a batch. 4 looks take 1, 2, 3, 4 s.
+
+    The first is not counted, so an image of 8 takes 2 / 8 to 4 / 8 s.
+    """
+    now = iter([0, 1, 1, 3, 3, 6, 6, 10] * 2)
+    monkeypatch.setattr(preview.time, "perf_counter", lambda: float(next(now)))
+    sizes: list[int] = []
+    noise = preview.Clock._noise
+    monkeypatch.setattr(preview.Clock, "_noise", lambda self, size: sizes.append(size) or noise(self, size))
+    chunks: list[int] = []
+    disposal = preview.Disposal
+
+    def spied(*arguments: Any, **options: Any) -> Any:
+        chunks.append(options["chunks"])
+        return disposal(*arguments, **options)
+
+    monkeypatch.setattr(preview, "Disposal", spied)
+    clock = preview.Clock(load(recipe_file))
+    assert clock.image("gc") == (2 / 8, 4 / 8)
+    assert clock.image() == (2 / 20, 4 / 20)
+    assert (sizes, chunks) == ([8, 20], [2])
