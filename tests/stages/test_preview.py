@@ -29,7 +29,7 @@ def quickest(document: dict) -> dict[str, float]:
 
 @pytest.fixture
 def trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny recipe after its disposals; from here on nobody may start an engine. An image costs one to two seconds, in gc's disposal four to eight."""
+    """The tiny recipe after its disposals; nobody may start an engine. An image costs 1 to 2 s, in gc 4 to 8."""
     experiment = Experiment(load(recipe_file), recipe_file.parent, quiet=True)
     run(experiment, ("pretrain", "finetune", "dispose"))
     monkeypatch.setattr(Experiment, "engine", property(lambda _: pytest.fail("an engine was started")))
