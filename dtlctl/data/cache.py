@@ -225,7 +225,8 @@ def _pixels(picture: bytes | Image.Image, size: int, place: str) -> np.ndarray:
         # Cuts the centre in the wanted proportion, then resizes it; does nothing at the right size.
         fitted = ImageOps.fit(_rgb(picture), (size, size), Image.Resampling.BICUBIC)
     except UnidentifiedImageError as error:  # PIL's own text has the address of the bytes
-        raise DataError(f"{place}: the image cannot be decoded: {files.reason(bytes(picture))}") from error
+        assert isinstance(picture, bytes)
+        raise DataError(f"{place}: the image cannot be decoded: {files.reason(picture)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{place}: the image is too large to be decoded: {error}") from error
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, ...

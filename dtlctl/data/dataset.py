@@ -101,7 +101,7 @@ def where(dataset: Dataset, split: Split, row: int | None = None) -> str:
 
 def check_split(dataset: Dataset, split: Split, role: str, names: Iterable[str]) -> None:
     """Raise DataError unless the split that `split` stands for is among `names`."""
-    wanted, names = getattr(dataset, split), sorted(names)
+    wanted, names = getattr(dataset, split), sorted(map(str, names))
     if wanted in names:
         return
     usual = [name for name in names if name.casefold() in (*USUAL[split], wanted.casefold())]

@@ -80,10 +80,10 @@ def reason(blob: bytes) -> str:
 
 
 class _Place(NamedTuple):
-    """Where a split lies: a folder relative to the root, and a list of its images if there is one."""
+    """Where a split lies: a folder relative to the root, and a list of its images, or "" if there is none."""
 
     folder: str
-    list: str | None
+    list: str
 
 
 def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
@@ -117,7 +117,7 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
         labels = [parts[0] for parts in inner]
         classes = [f for f in (_inside(f, here.folder) for f in tree.folders) if f and "/" not in f and f[0] != "."]
         _check_folders(dataset, split, role, images, inner, classes, unread)
-    number = {None: -1, **{label: index for index, label in enumerate(classes)}}
+    number: dict[str | None, int] = {None: -1, **{label: index for index, label in enumerate(classes)}}
     notes = []
     if guessed:
         text = f"files without an image's suffix are images by content and were read{kinds(guessed)}"
@@ -146,13 +146,13 @@ def _splits(dataset: Dataset, tree: Tree) -> dict[str, _Place]:
     usual = {dataset.train, dataset.test, *USUAL["train"], *USUAL["test"]}
     if not any(name.casefold() in usual or name in usual for name in (*folders, *lists)):
         images = _sort(tree, "")[0]
-        only = next(iter(lists.values())) if len(lists) == 1 else None
+        only = next(iter(lists.values())) if len(lists) == 1 else ""
         if only or any(image.count("/") < 2 for image in images):
             return {"": _Place("", only)}
     splits = {name: _Place("", file) for name, file in lists.items()}
     for name in folders:
         inner = _lists(tree, name)
-        splits[name] = _Place(name, lists.get(name) or (inner[0] if len(inner) == 1 else None))
+        splits[name] = _Place(name, lists.get(name) or (inner[0] if len(inner) == 1 else ""))
     return splits
 
 

@@ -28,18 +28,20 @@ def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Pa
         pictures, numbers, names = builtin.load(builtin_name(dataset), getattr(dataset, split), image_size)
         read = lambda rows: [pictures[n] for n in rows]  # noqa: E731
         return Rows(np.array(numbers, np.int64), tuple(names), read, partial(where, dataset, split))
-    if kind == "local" and (root := _local(dataset, role)).is_dir():
+    source: tables.Source | None
+    if kind == "hub":
+        source = tables.from_hub(dataset, role)
+    elif (root := _local(dataset, role)).is_file():
+        source = tables.from_file(dataset, split, role, root, scratch)
+    else:
         tree = files.walk(root, role)
         source = tables.from_folder(dataset, split, role, tree, scratch)
-    else:
-        tree = None
-        source = tables.from_hub(dataset, role) if kind == "hub" else tables.from_file(dataset, role, root, scratch)
-    if source is not None:
-        own = tables.opened(dataset, split, role, source)
-        train = own.classes if split == "train" else tables.labels(dataset, "train", role, source)[1]
-    else:
+    if source is None:
         own = files.opened(dataset, split, role, tree)
         train = own.classes if split == "train" else files.opened(dataset, "train", role, tree).classes
+    else:
+        own = tables.opened(dataset, split, role, source)
+        train = own.classes if split == "train" else tables.labels(dataset, "train", role, source)[1]
     return align(own, train, where(dataset, split), dataset.train)
 
 

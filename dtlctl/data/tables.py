@@ -37,21 +37,19 @@ def from_hub(dataset: Dataset, role: str) -> Source:
     return Source(_build(dataset, role, hint, path=dataset.path, name=dataset.config, revision=dataset.revision))
 
 
-def from_file(dataset: Dataset, role: str, root: Path, scratch: Path) -> Source:
+def from_file(dataset: Dataset, split: Split, role: str, root: Path, scratch: Path) -> Source:
     """A parquet or arrow file: the split "train". It is converted inside `scratch`: nothing is left elsewhere."""
-    if (builder := _BUILDERS.get(root.suffix.lower())) is None:
+    if root.suffix.lower() not in _BUILDERS:
         hint = kinds([root.name]) if root.suffix else ""
         raise DataError(f"data.{role}.path: {root} is neither a folder nor a .parquet or .arrow file{hint}")
-    files = {"train": [str(root)]}
-    return Source(_build(dataset, role, "", path=builder, data_files=files, cache_dir=str(scratch)), files)
+    return _by_split(dataset, split, role, {"train": [str(root)]}, scratch)
 
 
 def from_folder(dataset: Dataset, split: Split, role: str, tree: Tree, scratch: Path) -> Source | None:
     """What `save_to_disk` wrote, or parquet and arrow files; None of a folder that has neither."""
     root, top = tree.root, [folder for folder in tree.folders if "/" not in folder]
     if saved := [name for name in ("", *top) if {"state.json", "dataset_info.json"} <= {*os.listdir(root / name)}]:
-        tables = {name or "train": _load(dataset, role, lambda name=name: _saved(root / name)) for name in saved}
-        return Source(tables)
+        return Source({name or "train": _load(dataset, role, partial(_saved, root / name)) for name in saved})
     splits = [name for name in (dataset.train, dataset.test) if name in top]
     starts = tuple(f"{name}/" for name in splits) or ("",)
     inside = [file for file in tree.files if file.startswith(starts)]
@@ -64,12 +62,51 @@ def from_folder(dataset: Dataset, split: Split, role: str, tree: Tree, scratch: 
         check_split(dataset, split, role, top)
         # Left to itself, `datasets` also puts train/test-0.parquet into the test split.
         data_files = {"data_files": {name: f"{name}/**" for name in splits}}
-    files: dict[str, list[str]] = {}
-    tables = _build(dataset, role, "", files, path=str(root), cache_dir=str(scratch), **data_files)
-    read = {os.path.relpath(file, root) for names in files.values() for file in names}
+    found = _load(dataset, role, lambda: _builder(dataset, path=str(root), cache_dir=str(scratch), **data_files))
+    source = _by_split(dataset, split, role, found.config.data_files, scratch)
+    read = {os.path.relpath(file, root) for names in source.files.values() for file in names}
     unread = [file for file in inside if file not in read and Path(file).suffix.lower() in {*_BUILDERS, *suffixes()}]
     text = f"{dataset.path}: {len(unread)} files beside the tables were not read{kinds(unread)}"
-    return Source(tables, files, (Note("unread", len(unread), text),) if unread else ())
+    return source._replace(notes=(Note("unread", len(unread), text),) if unread else ())
+
+
+def _by_split(dataset: Dataset, split: Split, role: str, files: Mapping[str, list[str]], scratch: Path) -> Source:
+    """The train split and `split`, each built alone: together, the library takes one's class names for the other's."""
+    tables: dict[str, Any] = {}
+    for which in {"train": None, split: None}:
+        check_split(dataset, which, role, files)
+        name = getattr(dataset, which)
+        if name not in tables:
+            _check_shards(role, files[name])
+            kind = _BUILDERS[Path(files[name][0]).suffix.lower()]
+            tables |= _build(dataset, role, "", path=kind, data_files={name: files[name]}, cache_dir=str(scratch))
+    return Source(tables, files)
+
+
+def _check_shards(role: str, files: Sequence[str]) -> None:
+    """Raise DataError unless all files of a split name their classes alike: the library takes the first one's names."""
+    import pyarrow
+    from datasets import ClassLabel, Features
+    from pyarrow import parquet
+
+    first = None
+    for file in files:
+        try:
+            if file.lower().endswith(".parquet"):
+                schema = parquet.read_schema(file)
+            else:
+                with pyarrow.memory_map(file) as source:
+                    schema = pyarrow.ipc.open_stream(source).schema
+            names = {c: f.names for c, f in Features.from_arrow_schema(schema).items() if isinstance(f, ClassLabel)}
+        except Exception as error:  # pyarrow raises OSError, ValueError and its own
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"data.{role}.path: {file} could not be loaded: {reason}") from error
+        if first is None:
+            first = names
+        elif names != first:
+            raise DataError(
+                f"{file}: other class names, or in another order, than in {files[0]}: {names}, there {first}"
+            )
 
 
 def opened(dataset: Dataset, split: Split, role: str, source: Source) -> Rows:
@@ -125,22 +162,33 @@ def _place(dataset: Dataset, split: Split, files: list[str]) -> Callable[[int], 
     return place
 
 
-def _build(
-    dataset: Dataset, role: str, hint: str, found: dict[str, list[str]] | None = None, **arguments: Any
-) -> Mapping[str, Any]:
-    """The splits; `found` is filled with the local files of each."""
-    import datasets
-
+def _build(dataset: Dataset, role: str, hint: str, **arguments: Any) -> Mapping[str, Any]:
     def build() -> Mapping[str, Any]:
-        builder = datasets.load_dataset_builder(**arguments)
-        files = {name: list(names) for name, names in (builder.config.data_files or {}).items()}
-        _check_builder(dataset, builder, files)
-        if found is not None:
-            found.update(files)
+        builder = _builder(dataset, **arguments)
         builder.download_and_prepare()
         return builder.as_dataset()
 
     return _load(dataset, role, build, hint)
+
+
+def _builder(dataset: Dataset, **arguments: Any) -> Any:
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    builder = datasets.load_dataset_builder(**arguments)
+    # Out of reach of the hub, `datasets` takes any revision that it has on disk (huggingface/datasets#7928).
+    if isinstance(builder, Cache) and dataset.revision not in (None, builder.hash):
+        raise DataError(
+            f"{dataset.path} at revision {dataset.revision!r} is out of reach; the copy on disk is of {builder.hash!r}"
+        )
+    files = builder.config.data_files or {}
+    both = {*files.get(dataset.train, ())} & {*files.get(dataset.test, ())}
+    if dataset.train != dataset.test and both:
+        raise DataError(
+            f"{dataset.path}: {min(both)} would be in both splits, {dataset.train!r} and {dataset.test!r}; "
+            "name folders and files after their split only"
+        )
+    return builder
 
 
 def _load(dataset: Dataset, role: str, load: Callable[[], Any], hint: str = "") -> Any:
@@ -166,22 +214,6 @@ def _saved(folder: Path) -> Any:
     from datasets import load_from_disk
 
     return load_from_disk(str(folder)).with_format(None)
-
-
-def _check_builder(dataset: Dataset, builder: Any, files: Mapping[str, list[str]]) -> None:
-    from datasets.packaged_modules.cache.cache import Cache
-
-    # Out of reach of the hub, `datasets` takes any revision that it has on disk (huggingface/datasets#7928).
-    if isinstance(builder, Cache) and dataset.revision not in (None, builder.hash):
-        raise DataError(
-            f"{dataset.path} at revision {dataset.revision!r} is out of reach; the copy on disk is of {builder.hash!r}"
-        )
-    both = {*files.get(dataset.train, ())} & {*files.get(dataset.test, ())}
-    if dataset.train != dataset.test and both:
-        raise DataError(
-            f"{dataset.path}: {min(both)} would be in both splits, {dataset.train!r} and {dataset.test!r}; "
-            "name folders and files after their split only"
-        )
 
 
 @contextmanager
