@@ -21,6 +21,8 @@ def align(own: Rows, train: tuple[str, ...], place: str, train_name: str) -> Row
     `place` names the split, `train_name` the training split. Raises DataError for a class that training lacks.
     """
     notes = list(own.notes)
+    if wrong := [name for name in own.classes if any("\ud800" <= c <= "\udfff" for c in name)]:
+        raise DataError(f"{place}: the name of class {wrong[0]!a} is not UTF-8; rename it")
     number = {name: index for index, name in enumerate(train)}
     if strange := [name for name in own.classes if name not in number]:
         raise DataError(

@@ -45,6 +45,9 @@ def walk(root: Path, role: str) -> Tree:
     # Links are followed because `train` is often one.
     for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
         below.sort()
+        for link in (os.path.join(folder, name) for name in below if os.path.islink(os.path.join(folder, name))):
+            if (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(link) + os.sep):
+                raise DataError(f"data.{role}.path: {link} links to a folder that it lies in")
         start = os.path.relpath(folder, root).replace(os.sep, "/") + "/" if folder != str(root) else ""
         tree.folders.extend(start + name for name in below)
         tree.files.extend(start + name for name in sorted(names) if name.lower() not in _SYSTEM)
@@ -92,7 +95,7 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
     The split NAME is NAME/CLASS/image; or the images that a list names: NAME.csv (.tsv, .jsonl), or the only list in
     NAME/. A folder without splits is the split "train".
     """
-    name, splits = getattr(dataset, split), _splits(dataset, tree)
+    name, place, splits = getattr(dataset, split), where(dataset, split), _splits(dataset, tree)
     if not splits:
         raise DataError(f"data.{role}.path: {dataset.path} holds no image and no table{kinds(tree.files)}")
     if "" in splits and name != "train":
@@ -110,33 +113,36 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
         named = _named(dataset, role, tree, here)
         lists = [splits[other] for other in (dataset.train, dataset.test) if other in splits]
         known = {file for other in lists if other.list for file in (other.list, *_named(dataset, role, tree, other))}
-        unread = [file for file in (*unread, *images) if file not in {here.list, *named, *known}]
+        known |= {here.list, *named}
+        unread = [file for file in (*unread, *images) if file not in known]
         images, labels, guessed = list(named), list(named.values()), []
         classes = sorted({label for label in labels if label is not None})
     else:
         labels = [parts[0] for parts in inner]
         classes = [f for f in (_inside(f, here.folder) for f in tree.folders) if f and "/" not in f and f[0] != "."]
-        _check_folders(dataset, split, role, images, inner, classes, unread)
+        for key in ("image", "label"):
+            if (column := getattr(dataset, key)) not in (None, key):
+                raise DataError(f"data.{role}.{key}: {dataset.path} has class folders, and no column {column!r}")
+        _check_folders(place, images, 2 if here.folder else 1, {*classes} if split == "train" else set(), unread)
     number: dict[str | None, int] = {None: -1, **{label: index for index, label in enumerate(classes)}}
     notes = []
     if guessed:
-        text = f"files without an image's suffix are images by content and were read{kinds(guessed)}"
-        notes.append(Note("by-content", len(guessed), f"{where(dataset, split)}: {len(guessed)} {text}"))
+        text = f"{place}: read as images by content alone{kinds(guessed)}"
+        notes.append(Note("by-content", len(guessed), text))
     if unread:
-        text = f"{where(dataset, split)}: {len(unread)} files were not read{kinds(unread)}"
-        notes.append(Note("unread", len(unread), text))
+        notes.append(Note("unread", len(unread), f"{place}: not read{kinds(unread)}"))
 
     def read(row: int) -> bytes:
         try:
             return (tree.root / images[row]).read_bytes()
         except OSError as error:
-            raise DataError(f"{place(row)}: {error.strerror}") from error
+            raise DataError(f"{path(row)}: {error.strerror}") from error
 
-    def place(row: int) -> str:
+    def path(row: int) -> str:
         return os.path.join(dataset.path, images[row])
 
     numbers = np.array([number[label] for label in labels], np.int64)
-    return Rows(numbers, tuple(classes), lambda rows: [read(row) for row in rows], place, tuple(notes))
+    return Rows(numbers, tuple(classes), lambda rows: [read(row) for row in rows], path, tuple(notes))
 
 
 def _splits(dataset: Dataset, tree: Tree) -> dict[str, _Place]:
@@ -156,30 +162,18 @@ def _splits(dataset: Dataset, tree: Tree) -> dict[str, _Place]:
     return splits
 
 
-def _check_folders(
-    dataset: Dataset,
-    split: Split,
-    role: str,
-    images: list[str],
-    inner: list[list[str]],
-    classes: list[str],
-    unread: list[str],
-) -> None:
-    """Raise DataError unless every image lies in a class folder and every class folder of training has one."""
-    for key in ("image", "label"):
-        if (column := getattr(dataset, key)) not in (None, key):
-            raise DataError(f"data.{role}.{key}: {dataset.path} has class folders, and no column {column!r}")
-    place = where(dataset, split)
+def _check_folders(place: str, images: list[str], depth: int, classes: set[str], unread: list[str]) -> None:
+    """Raise DataError unless every image lies in a class folder, and every one of `classes` has an image."""
     if not images:
         raise DataError(f"{place}: no image can be read{kinds(unread)}")
-    if wrong := next((file for file, parts in zip(images, inner, strict=True) if len(parts) != 2), None):
+    if wrong := next((file for file in images if file.count("/") != depth), None):
         raise DataError(
             f"{place}: {wrong} has no class: every image must lie at SPLIT/CLASS/image, neither above nor below, or be "
             "named in SPLIT.csv with the columns file_name and label"
         )
-    if split == "train" and (empty := sorted({*classes} - {parts[0] for parts in inner})):
-        lost = [file for file in unread if f"/{empty[0]}/" in f"/{file}"]
-        raise DataError(f"{place}: class folder {empty[0]!r} has no image that can be read{kinds(lost)}; or remove it")
+    if empty := sorted(classes - {file.split("/")[-2] for file in images}):
+        lost = kinds([file for file in unread if f"/{empty[0]}/" in f"/{file}"])
+        raise DataError(f"{place}: class folder {empty[0]!r} has no image that can be read{lost}; or remove it")
 
 
 def _named(dataset: Dataset, role: str, tree: Tree, place: _Place) -> dict[str, str | None]:
@@ -257,11 +251,11 @@ def _opens(path: Path) -> bool:
 
 
 def kinds(files: Sequence[str], most: int = 5) -> str:
-    """ ": 12 .heic (a/1.heic; pip install pillow-heif), 3 .txt (a/x.txt)", or nothing of no files."""
-    kinds: dict[str, list[str]] = {}
+    """ ": 12 .heic (a/1.heic; pip install pillow-heif), 3 .txt (a/x.txt)" for a message; of no files, nothing."""
+    groups: dict[str, list[str]] = {}
     for file in files:
-        kinds.setdefault("hidden" if _hidden(file) else _suffix(file) or "without suffix", []).append(file)
-    some = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
+        groups.setdefault("hidden" if _hidden(file) else _suffix(file) or "without suffix", []).append(file)
+    some = sorted(groups.items(), key=lambda kind: -len(kind[1]))
     said = [f"{len(f)} {k} ({f[0]}{'; ' + _HINTS[k] if k in _HINTS else ''})" for k, f in some[:most]]
     more = [f"{len(some) - most} other kinds"] if len(some) > most else []
     return (": " if said else "") + ", ".join(said + more)

@@ -17,7 +17,7 @@ import numpy as np
 
 from dtlctl.console import stop
 from dtlctl.data.dataset import Dataset, Note, Rows, Split, check_split, where
-from dtlctl.data.files import Tree, kinds, suffixes
+from dtlctl.data.files import LISTS, Tree, kinds, suffixes
 from dtlctl.errors import DataError, DtlError, nearest
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -40,7 +40,7 @@ def from_hub(dataset: Dataset, role: str) -> Source:
 def from_file(dataset: Dataset, split: Split, role: str, root: Path, scratch: Path) -> Source:
     """A parquet or arrow file: the split "train". It is converted inside `scratch`: nothing is left elsewhere."""
     if root.suffix.lower() not in _BUILDERS:
-        hint = kinds([root.name]) if root.suffix else ""
+        hint = "; write the folder that holds it" if root.suffix.lower() in LISTS else kinds([root.name])
         raise DataError(f"data.{role}.path: {root} is neither a folder nor a .parquet or .arrow file{hint}")
     return _by_split(dataset, split, role, {"train": [str(root)]}, scratch)
 
@@ -64,9 +64,10 @@ def from_folder(dataset: Dataset, split: Split, role: str, tree: Tree, scratch: 
         data_files = {"data_files": {name: f"{name}/**" for name in splits}}
     found = _load(dataset, role, lambda: _builder(dataset, path=str(root), cache_dir=str(scratch), **data_files))
     source = _by_split(dataset, split, role, found.config.data_files, scratch)
-    read = {os.path.relpath(file, root) for names in source.files.values() for file in names}
-    unread = [file for file in inside if file not in read and Path(file).suffix.lower() in {*_BUILDERS, *suffixes()}]
-    text = f"{dataset.path}: {len(unread)} files beside the tables were not read{kinds(unread)}"
+    known = {*_BUILDERS, *suffixes()}
+    read = {os.path.realpath(file) for names in source.files.values() for file in names}
+    unread = [f for f in inside if Path(f).suffix.lower() in known and os.path.realpath(root / f) not in read]
+    text = f"{dataset.path}: not read beside the tables{kinds(unread)}"
     return source._replace(notes=(Note("unread", len(unread), text),) if unread else ())
 
 
@@ -143,7 +144,8 @@ def labels(dataset: Dataset, split: Split, role: str, source: Source) -> tuple[n
     index.update(dict.fromkeys(missing, -1))
     for row, value in enumerate(values):
         if value not in index:
-            raise DataError(f"{where(dataset, split, row)}: label {value!r} is none of the {len(classes)} classes")
+            place = _place(dataset, split, source.files.get(getattr(dataset, split), []))(row)
+            raise DataError(f"{place}: label {value!r} is none of the {len(classes)} classes")
     return np.array([index[value] for value in values], np.int64), classes
 
 

@@ -298,3 +298,37 @@ def test_a_table_in_both_splits_is_refused(tmp_path):
     (tmp_path / "d").mkdir()
     saved().to_parquet(str(tmp_path / "d/train-test.parquet"))
     assert "d/train-test.parquet would be in both splits" in refused(Dataset(path=str(tmp_path / "d")))
+
+
+def test_a_linked_folder_of_tables_is_read_without_a_word(tmp_path):
+    (tmp_path / "d").mkdir()
+    saved().to_parquet(str(tmp_path / "d/train.parquet"))
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    assert load(Dataset(path=str(tmp_path / "link"))).notes == ()
+
+
+def test_a_link_in_a_circle_is_named(tmp_path):
+    dataset = folder(tmp_path / "d", *BASE)
+    (tmp_path / "d/train/up").symlink_to("..")
+    assert refused(dataset) == f"data.source.path: {dataset.path}/train/up links to a folder that it lies in"
+
+
+def test_a_link_to_a_folder_whose_name_begins_alike_is_followed(tmp_path):
+    folder(tmp_path / "train", "cat/0.png", "dog/1.png")
+    dataset = folder(tmp_path / "trains", "test/cat/0.png")
+    (tmp_path / "trains/train").symlink_to(tmp_path / "train")
+    assert seen(load(dataset)) == [(0, "cat"), (1, "dog")]
+
+
+def test_a_class_that_is_not_utf_8_is_refused(tmp_path):
+    dataset = folder(tmp_path / "d", *BASE)
+    try:
+        (tmp_path / "d/train/dog").rename(tmp_path / "d/train/d\udce9g")
+    except (OSError, UnicodeError):
+        pytest.skip("this file system has no such names")
+    assert r"the name of class 'd\udce9g' is not UTF-8" in refused(dataset)
+
+
+def test_a_list_as_a_path_is_told_what_to_do(tmp_path):
+    dataset = folder(tmp_path / "d", "0.png", **{"train.csv": b"file_name,label\n0.png,a\n"})
+    assert refused(Dataset(path=f"{dataset.path}/train.csv")).endswith("write the folder that holds it")
