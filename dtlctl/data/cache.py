@@ -22,19 +22,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dtlctl.console.machine import cores
+from dtlctl.data import files
 from dtlctl.data.dataset import Dataset, Note, Split, where
 from dtlctl.data.sources import Rows, identity, rows
 from dtlctl.errors import DataError
 from dtlctl.storage.checkpoint import sync
 
 # Changing how images are decoded, resized or stored must change this number: it is part of the key.
-_FORMAT = 2
+_FORMAT = 3
 _BATCH = 64  # images a task
-# What an image may be. PIL reads more, some of it through other programs (EPS starts Ghostscript).
-_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 Progress = Callable[[int, int], None]
 
@@ -222,9 +221,12 @@ def _pixels(picture: bytes | Image.Image, size: int, place: str) -> np.ndarray:
     """uint8 [3, size, size] of an image file's bytes or of a picture. Raises DataError, naming `place`."""
     try:
         if isinstance(picture, bytes):
-            picture = ImageOps.exif_transpose(Image.open(io.BytesIO(picture), formats=_FORMATS))
+            picture = ImageOps.exif_transpose(Image.open(io.BytesIO(picture), formats=files.formats()))
         # Cuts the centre in the wanted proportion, then resizes it; does nothing at the right size.
         fitted = ImageOps.fit(_rgb(picture), (size, size), Image.Resampling.BICUBIC)
+    except UnidentifiedImageError as error:  # PIL's own text has the address of the bytes
+        assert isinstance(picture, bytes)
+        raise DataError(f"{place}: the image cannot be decoded: {files.reason(picture)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{place}: the image is too large to be decoded: {error}") from error
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, ...

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 from pydantic import Field, ValidationInfo, model_validator
 
 from dtlctl.data import builtin
-from dtlctl.errors import nearest
+from dtlctl.errors import DataError, nearest
 from dtlctl.strict import Strict
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Split = Literal["train", "test"]
 
@@ -26,6 +31,22 @@ class Note(NamedTuple):
     text: str  # one line: what, how many, where, and what to do if it was not meant
 
 
+class Rows(NamedTuple):
+    """One split, opened: `pictures(numbers)` reads those rows as image-file bytes, or as finished RGB pictures."""
+
+    labels: np.ndarray  # int64 [N], an index into `classes`, or -1 for a row without a label
+    classes: tuple[str, ...]
+    pictures: Callable[[Sequence[int]], list[bytes | Image.Image]]
+    place: Callable[[int], str]  # how an error names a row: its file where there is one
+    notes: tuple[Note, ...] = ()
+
+
+# What people call their splits. One of the second group is offered where the test split is missing.
+USUAL: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "val", "valid", "validation", "eval", "dev"),
+}
+
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
@@ -35,8 +56,8 @@ class Dataset(Strict):
 
     `path` is a hub id ("owner/name"), a local folder or file, or "builtin:NAME". It is local if it begins with ".",
     "/" or "~" or exists; a relative one is relative to the working directory, not to the recipe. A folder holds
-    `train/<class>/*.png` and `test/<class>/*.png`, or parquet or arrow files as the hub lays them out. Columns are
-    guessed only where there is exactly one candidate.
+    `train/<class>/*.png` and `test/<class>/*.png`, images beside `train.csv` and `test.csv`, parquet or arrow files
+    as the hub lays them out, or what `save_to_disk` wrote. Columns are guessed only from one candidate.
     """
 
     path: str
@@ -76,6 +97,18 @@ def where(dataset: Dataset, split: Split, row: int | None = None) -> str:
     """How an error names a place in a dataset."""
     place = f"{dataset.path}, split {getattr(dataset, split)!r}"
     return place if row is None else f"{place}, row {row}"
+
+
+def check_split(dataset: Dataset, split: Split, role: str, names: Iterable[str]) -> None:
+    """Raise DataError unless the split that `split` stands for is among `names`."""
+    wanted, names = getattr(dataset, split), sorted(map(str, names))
+    if wanted in names:
+        return
+    usual = [name for name in names if name.casefold() in (*USUAL[split], wanted.casefold())]
+    hint = f'; write {split} = "{usual[0]}" in [data.{role}]' if usual else nearest(wanted, names)
+    raise DataError(
+        f"data.{role}.{split}: {dataset.path} has no split {wanted!r} (splits: {', '.join(names) or 'none'}){hint}"
+    )
 
 
 def kind_of(path: str) -> Literal["builtin", "local", "hub"]:

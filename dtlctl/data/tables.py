@@ -6,111 +6,289 @@ The only file that knows how the library finds its files, what it raises, and wh
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from dtlctl.console import stop
-from dtlctl.data.dataset import Dataset, Split
+from dtlctl.data.dataset import Dataset, Note, Rows, Split, check_split, where
+from dtlctl.data.files import LISTS, Tree, kinds, suffixes
 from dtlctl.errors import DataError, DtlError, nearest
 
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 
-def from_hub(dataset: Dataset, split: Split, role: str) -> Mapping[str, Any]:
-    """A `datasets.Dataset` for each split, `split` among them. Raises DataError."""
+
+class Source(NamedTuple):
+    """What the library made of a dataset."""
+
+    tables: Mapping[str, Any]  # a `datasets.Dataset` a split
+    files: Mapping[str, list[str]] = {}  # the local files of a split, in the order of its rows
+    notes: tuple[Note, ...] = ()
+
+
+def from_hub(dataset: Dataset, role: str) -> Source:
+    """Raises DataError, as all here do."""
     hint = "; check the id, config and revision, the network, and HF_HUB_OFFLINE and HF_HOME"
-    tables = _build(dataset, role, hint, path=dataset.path, name=dataset.config, revision=dataset.revision)
-    check_split(dataset, split, role, tables)
-    return tables
+    return Source(_build(dataset, role, hint, path=dataset.path, name=dataset.config, revision=dataset.revision))
 
 
-def from_files(dataset: Dataset, split: Split, role: str, root: Path, scratch: Path) -> Mapping[str, Any]:
-    """The same of the local file or folder `root`. It is converted inside `scratch`: nothing is left elsewhere."""
-    tables = _build(dataset, role, "", **_data_files(dataset, split, role, root), cache_dir=str(scratch))
-    check_split(dataset, split, role, tables)
-    return tables
+def from_file(dataset: Dataset, split: Split, role: str, root: Path, scratch: Path) -> Source:
+    """A parquet or arrow file: the split "train". It is converted inside `scratch`: nothing is left elsewhere."""
+    if root.suffix.lower() not in _BUILDERS:
+        hint = "; write the folder that holds it" if root.suffix.lower() in LISTS else kinds([root.name])
+        raise DataError(f"data.{role}.path: {root} is neither a folder nor a .parquet or .arrow file{hint}")
+    return _by_split(dataset, split, role, {"train": [str(root)]}, scratch)
 
 
-def check_split(dataset: Dataset, split: Split, role: str, names: Iterable[str]) -> None:
-    """Raise DataError unless the split that `split` stands for is among `names`."""
-    wanted, names = getattr(dataset, split), sorted(names)
-    if wanted not in names:
-        raise DataError(
-            f"data.{role}.{split}: {dataset.path} has no split {wanted!r}{nearest(wanted, names)} "
-            f"(splits: {', '.join(names)})"
-        )
-
-
-def _data_files(dataset: Dataset, split: Split, role: str, root: Path) -> dict[str, Any]:
+def from_folder(dataset: Dataset, split: Split, role: str, tree: Tree, scratch: Path) -> Source | None:
+    """What `save_to_disk` wrote, or parquet and arrow files; None of a folder that has neither."""
+    root, top = tree.root, [folder for folder in tree.folders if "/" not in folder]
+    if saved := [name for name in ("", *top) if {"state.json", "dataset_info.json"} <= {*os.listdir(root / name)}]:
+        return Source({name or "train": _load(dataset, role, partial(_saved, root / name)) for name in saved})
+    splits = [name for name in (dataset.train, dataset.test) if name in top]
+    starts = tuple(f"{name}/" for name in splits) or ("",)
+    inside = [file for file in tree.files if file.startswith(starts)]
+    if not any(Path(file).suffix.lower() in _BUILDERS for file in inside):
+        return None
     if glob := set(str(root)) & set("*?[]"):
         raise DataError(f"data.{role}.path: {root} holds {min(glob)!r}, which reads as a pattern; rename the folder")
-    if root.is_file():
-        builder = {".parquet": "parquet", ".arrow": "arrow"}.get(root.suffix)
-        if builder is None:
-            raise DataError(f"data.{role}.path: {root} is neither a folder nor a .parquet or .arrow file")
-        return {"path": builder, "data_files": {"train": str(root)}}
-    folders = {name for name in (dataset.train, dataset.test) if (root / name).is_dir()}
-    if not folders:
-        return {"path": str(root)}
-    # Left to itself, `datasets` also puts train/test-tube/1.png into the test split, and lets an unlabelled folder
-    # beside the two take the labels away from both.
-    check_split(dataset, split, role, folders | {f.name for f in root.iterdir() if f.is_dir()})
-    return {"path": str(root), "data_files": {name: f"{name}/**" for name in sorted(folders)}}
+    data_files = {}
+    if splits:
+        check_split(dataset, split, role, top)
+        # Left to itself, `datasets` also puts train/test-0.parquet into the test split.
+        data_files = {"data_files": {name: f"{name}/**" for name in splits}}
+    found = _load(dataset, role, lambda: _builder(dataset, path=str(root), cache_dir=str(scratch), **data_files))
+    source = _by_split(dataset, split, role, found.config.data_files, scratch)
+    known = {*_BUILDERS, *suffixes()}
+    read = {os.path.realpath(file) for names in source.files.values() for file in names}
+    unread = [f for f in inside if Path(f).suffix.lower() in known and os.path.realpath(root / f) not in read]
+    text = f"{dataset.path}: not read beside the tables{kinds(unread)}"
+    return source._replace(notes=(Note("unread", len(unread), text),) if unread else ())
+
+
+def _by_split(dataset: Dataset, split: Split, role: str, files: Mapping[str, list[str]], scratch: Path) -> Source:
+    """The train split and `split`, each built alone: together, the library takes one's class names for the other's."""
+    tables: dict[str, Any] = {}
+    for which in {"train": None, split: None}:
+        check_split(dataset, which, role, files)
+        name = getattr(dataset, which)
+        if name not in tables:
+            _check_shards(role, files[name])
+            kind = _BUILDERS[Path(files[name][0]).suffix.lower()]
+            tables |= _build(dataset, role, "", path=kind, data_files={name: files[name]}, cache_dir=str(scratch))
+    return Source(tables, files)
+
+
+def _check_shards(role: str, files: Sequence[str]) -> None:
+    """Raise DataError unless all files of a split name their classes alike: the library takes the first one's names."""
+    import pyarrow
+    from datasets import ClassLabel, Features
+    from pyarrow import parquet
+
+    first = None
+    for file in files:
+        try:
+            if file.lower().endswith(".parquet"):
+                schema = parquet.read_schema(file)
+            else:
+                with pyarrow.memory_map(file) as source:
+                    schema = pyarrow.ipc.open_stream(source).schema
+            names = {c: f.names for c, f in Features.from_arrow_schema(schema).items() if isinstance(f, ClassLabel)}
+        except Exception as error:  # pyarrow raises OSError, ValueError and its own
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"data.{role}.path: {file} could not be loaded: {reason}") from error
+        if first is None:
+            first = names
+        elif names != first:
+            raise DataError(
+                f"{file}: other class names, or in another order, than in {files[0]}: {names}, there {first}"
+            )
+
+
+def opened(dataset: Dataset, split: Split, role: str, source: Source) -> Rows:
+    """A split, its labels numbered by its own classes."""
+    check_split(dataset, split, role, source.tables)
+    name = getattr(dataset, split)
+    numbers, classes = labels(dataset, split, role, source)
+    table, place = source.tables[name], _place(dataset, split, source.files.get(name, []))
+    pictures = _reader(dataset, role, table, _columns(dataset, role, table.features)[0], place)
+    return Rows(numbers, classes, pictures, place, source.notes if split == "train" else ())
+
+
+def labels(dataset: Dataset, split: Split, role: str, source: Source) -> tuple[np.ndarray, tuple[str, ...]]:
+    """int64 [N], and the classes that they number: the ClassLabel's names, else the sorted values."""
+    from datasets import ClassLabel
+
+    check_split(dataset, split, role, source.tables)
+    table = source.tables[getattr(dataset, split)]
+    column = _columns(dataset, role, table.features)[1]
+    feature = table.features[column]
+    values = table.data.column(column).to_pylist()
+    missing = {None, -1, ""}
+    if isinstance(feature, ClassLabel):
+        index: dict[Any, int] = {number: number for number in range(len(feature.names))}
+        classes = tuple(feature.names)
+    elif re.fullmatch(r"u?int\d+|(large_)?string", str(getattr(feature, "dtype", ""))):
+        known = sorted({*values} - missing)
+        index = {value: number for number, value in enumerate(known)}
+        classes = tuple(str(value) for value in known)
+    else:
+        raise DataError(
+            f"data.{role}.label: {column!r} of {dataset.path} is {feature}, not ClassLabel, integer or text"
+        )
+    index.update(dict.fromkeys(missing, -1))
+    for row, value in enumerate(values):
+        if value not in index:
+            place = _place(dataset, split, source.files.get(getattr(dataset, split), []))(row)
+            raise DataError(f"{place}: label {value!r} is none of the {len(classes)} classes")
+    return np.array([index[value] for value in values], np.int64), classes
+
+
+def _place(dataset: Dataset, split: Split, files: list[str]) -> Callable[[int], str]:
+    """How an error names a row: by its file and its number there, where that is known."""
+    if not files or (len(files) > 1 and any(Path(file).suffix.lower() != ".parquet" for file in files)):
+        return partial(where, dataset, split)
+    from pyarrow import parquet
+
+    ends = np.cumsum([parquet.read_metadata(file).num_rows for file in files[:-1]])
+
+    def place(row: int) -> str:
+        number = int(np.searchsorted(ends, row, "right"))
+        return f"{files[number]}, row {row - (int(ends[number - 1]) if number else 0)}"
+
+    return place
 
 
 def _build(dataset: Dataset, role: str, hint: str, **arguments: Any) -> Mapping[str, Any]:
+    def build() -> Mapping[str, Any]:
+        builder = _builder(dataset, **arguments)
+        builder.download_and_prepare()
+        return builder.as_dataset()
+
+    return _load(dataset, role, build, hint)
+
+
+def _builder(dataset: Dataset, **arguments: Any) -> Any:
     import datasets
-
-    try:
-        with _no_bars():
-            builder = datasets.load_dataset_builder(**arguments)
-            _check_builder(dataset, builder)
-            builder.download_and_prepare()
-            tables = builder.as_dataset()
-    except DtlError:
-        raise
-    # datasets, huggingface_hub, httpx, fsspec and pyarrow raise out of a dozen unrelated trees.
-    except Exception as error:
-        stop.obey()
-        reason = " ".join((str(error) or type(error).__name__).split())[:300]
-        raise DataError(f"data.{role}.path: {dataset.path} could not be loaded: {reason}{hint}") from error
-    stop.obey()
-    return tables
-
-
-def _check_builder(dataset: Dataset, builder: Any) -> None:
     from datasets.packaged_modules.cache.cache import Cache
 
+    builder = datasets.load_dataset_builder(**arguments)
     # Out of reach of the hub, `datasets` takes any revision that it has on disk (huggingface/datasets#7928).
     if isinstance(builder, Cache) and dataset.revision not in (None, builder.hash):
         raise DataError(
             f"{dataset.path} at revision {dataset.revision!r} is out of reach; the copy on disk is of {builder.hash!r}"
         )
     files = builder.config.data_files or {}
-    train, test = (
-        {f for f in files.get(name, ()) if not os.path.basename(f).startswith("metadata.")}
-        for name in (dataset.train, dataset.test)
-    )
-    if dataset.train != dataset.test and (both := train & test):
+    both = {*files.get(dataset.train, ())} & {*files.get(dataset.test, ())}
+    if dataset.train != dataset.test and both:
         raise DataError(
             f"{dataset.path}: {min(both)} would be in both splits, {dataset.train!r} and {dataset.test!r}; "
             "name folders and files after their split only"
         )
+    return builder
+
+
+def _load(dataset: Dataset, role: str, load: Callable[[], Any], hint: str = "") -> Any:
+    try:
+        with _silence():
+            tables = load()
+    except DtlError:
+        raise
+    # datasets, huggingface_hub, httpx, fsspec and pyarrow raise out of a dozen unrelated trees.
+    except Exception as error:
+        stop.obey()
+        # The library wraps what went wrong into "An error occurred while generating the dataset".
+        cause: BaseException = error
+        while type(cause).__name__.startswith("DatasetGeneration") and cause.__cause__:
+            cause = cause.__cause__
+        reason = " ".join((str(cause) or type(cause).__name__).split())[:300]
+        raise DataError(f"data.{role}.path: {dataset.path} could not be loaded: {reason}{hint}") from error
+    stop.obey()
+    return tables
+
+
+def _saved(folder: Path) -> Any:
+    from datasets import load_from_disk
+
+    return load_from_disk(str(folder)).with_format(None)
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Progress is the caller's to show."""
+def _silence() -> Iterator[None]:
+    """Progress is the caller's to show, and what goes wrong is said once, by us."""
     import datasets
     from huggingface_hub import utils as hub
 
     shown = not datasets.are_progress_bars_disabled(), not hub.are_progress_bars_disabled()
+    said = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     hub.disable_progress_bars()
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(said)
         if shown[0]:
             datasets.enable_progress_bars()
         if shown[1]:
             hub.enable_progress_bars()
+
+
+def _columns(dataset: Dataset, role: str, features: Mapping[str, Any]) -> tuple[str, str]:
+    """The names of the image and the label column."""
+    from datasets import ClassLabel, Image
+
+    image = _column(dataset, role, features, "image", Image)
+    return image, _column(dataset, role, features, "label", ClassLabel)
+
+
+def _column(
+    dataset: Dataset, role: str, features: Mapping[str, Any], key: Literal["image", "label"], kind: type
+) -> str:
+    name, known = getattr(dataset, key), ", ".join(features)
+    if name in features:
+        return name
+    if name is not None:
+        raise DataError(
+            f"data.{role}.{key}: {dataset.path} has no column {name!r}{nearest(name, features)} (columns: {known})"
+        )
+    found = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if len(found) != 1:
+        raise DataError(
+            f"{dataset.path}: {len(found) or 'no'} columns of type {kind.__name__}, so the {key} column cannot be "
+            f"guessed; set data.{role}.{key} (columns: {known})"
+        )
+    return found[0]
+
+
+def _reader(
+    dataset: Dataset, role: str, table: Any, column: str, place: Callable[[int], str]
+) -> Callable[[Sequence[int]], list]:
+    import datasets
+
+    try:
+        # Decoding is left to us, so that an error can name the row.
+        table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except DtlError:
+        raise
+    except Exception as error:  # pyarrow's casts raise TypeError, ValueError and its own
+        raise DataError(
+            f"data.{role}.image: column {column!r} of {dataset.path} is {table.features[column]}, not images"
+        ) from error
+
+    def read(row: int, value: dict[str, Any] | None) -> bytes:
+        if value and value["bytes"] is not None:
+            return value["bytes"]
+        if not value or value["path"] is None:
+            raise DataError(f"{place(row)}: there is no image")
+        try:
+            return Path(value["path"]).read_bytes()
+        except OSError as error:
+            raise DataError(f"{place(row)}: {value['path']}: {error.strerror}") from error
+
+    return lambda numbers: [read(n, value) for n, value in zip(numbers, table[list(numbers)][column], strict=True)]

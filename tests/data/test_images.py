@@ -73,7 +73,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
 
 def test_wide_values_out_of_range_are_refused(tmp_path):
     picture = Image.fromarray(np.full((4, 4), 65536, np.int32))
-    with pytest.raises(DataError, match=r"train.*row 0: .* mode I with values outside"):
+    with pytest.raises(DataError, match=r"d/train/a/0.tif: .* mode I with values outside"):
         first_pixels(image_folder(tmp_path / "d", picture, "0.tif"))
 
 
@@ -110,19 +110,19 @@ def test_a_bomb_is_refused_and_nothing_global_is_changed(tmp_path, side):
     dataset = image_folder(tmp_path / "d")
     (tmp_path / "d/train/b/1.png").write_bytes(bomb(side))
     before = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
-    with pytest.raises(DataError, match=r"train.*row 1: the image is too large"):
+    with pytest.raises(DataError, match=r"d/train/b/1.png: the image is too large"):
         cache.load(dataset, "train", 4)
     assert (Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == before
 
 
 @pytest.mark.parametrize("broken", [b"", b"not an image", None])
-def test_a_broken_image_is_named_by_row_and_leaves_nothing(tmp_path, cache_folder, broken):
+def test_a_broken_image_is_named_and_leaves_nothing(tmp_path, cache_folder, broken):
     dataset = image_folder(tmp_path / "d")
     path = tmp_path / "d/train/b/1.png"
     path.write_bytes(path.read_bytes()[:45] if broken is None else broken)
-    with pytest.raises(DataError, match=r"/d, split 'train', row 1: the image cannot be decoded: ") as error:
+    with pytest.raises(DataError, match=r"/d/train/b/1.png: the image cannot be decoded: ") as error:
         cache.load(dataset, "train", 4)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "BytesIO" not in str(error.value)
     assert list(cache_folder.iterdir()) == []
 
 
@@ -132,5 +132,5 @@ def test_postscript_is_not_even_identified(tmp_path):
     (tmp_path / "d/train/b/1.png").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
     )
-    with pytest.raises(DataError, match="row 1: the image cannot be decoded: cannot identify image file"):
+    with pytest.raises(DataError, match=r"b/1.png: the image cannot be decoded: it is no image of a known format"):
         cache.load(dataset, "train", 4)

@@ -93,7 +93,7 @@ def test_builtin_is_drawn_the_same_twice():
     first = load(Dataset(path="builtin:digits"))
     shutil.rmtree(cache.folder())
     again = load(Dataset(path="builtin:digits"))
-    assert again.fingerprint == first.fingerprint and first.data.classes == tuple("0123456789")
+    assert again.fingerprint == first.fingerprint and first.classes == tuple("0123456789")
 
 
 # Images in folders --------------------------------------------------------------------------------------------------
@@ -130,14 +130,10 @@ def test_a_linked_split_is_followed_and_watched(tmp_path):
     assert len(load(dataset).labels) == 3
 
 
-def test_images_of_uneven_depth_have_no_labels(tmp_path):
-    dataset = image_folder(tmp_path / "d", "train/cat/0.png", "train/dog/more/0.png", "test/cat/0.png")
-    assert "has images but no labels: of a folder, every image must lie at split/class/image" in message(dataset)
-
-
-def test_an_image_in_both_splits_is_refused(tmp_path):
-    dataset = image_folder(tmp_path / "d", "training/cat/0.png", "training/test-tube/0.png", "testing/cat/0.png")
-    assert "training/test-tube/0.png would be in both splits, 'train' and 'test'" in message(dataset)
+@pytest.mark.parametrize("wrong", ["train/dog/more/0.png", "train/0.png"])
+def test_an_image_above_or_below_its_class_is_refused(tmp_path, wrong):
+    dataset = image_folder(tmp_path / "d", "train/cat/0.png", "train/dog/1.png", wrong, "test/cat/0.png")
+    assert f"split 'train': {wrong} has no class: every image must lie at SPLIT/CLASS/image" in message(dataset)
 
 
 # What cannot be loaded ----------------------------------------------------------------------------------------------
@@ -162,7 +158,10 @@ def test_a_folder_without_a_dataset(tmp_path, content):
 def test_other_unusable_paths(tmp_path):
     (tmp_path / "d.zip").touch()
     assert "neither a folder nor a .parquet or .arrow file" in message(Dataset(path=str(tmp_path / "d.zip")))
-    assert "holds '[', which reads as a pattern" in message(image_folder(tmp_path / "d[1", "train/a/0.png"))
+    assert "(d.zip; unpack it)" in message(Dataset(path=str(tmp_path / "d.zip")))
+    (tmp_path / "d[1").mkdir()
+    (tmp_path / "d[1/train.parquet").touch()
+    assert "holds '[', which reads as a pattern" in message(Dataset(path=str(tmp_path / "d[1")))
     dataset = image_folder(tmp_path / "d", "train/a/0.png")
     (tmp_path / "d/link").symlink_to("nowhere")
     assert message(dataset) == f"data.source.path: {tmp_path}/d/link: No such file or directory"

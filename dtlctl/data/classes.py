@@ -1,0 +1,74 @@
+"""Class names of two splits, brought together by name: a number means a class only beside its own split's names."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from dtlctl.data.dataset import Note, Rows
+from dtlctl.errors import DataError, nearest
+
+# Cyrillic and Greek small letters that print as these Latin ones.
+_TWINS = str.maketrans("\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455\u03bf\u03b1", "aeopcyxijsoa")
+
+
+def align(own: Rows, train: tuple[str, ...], place: str, train_name: str) -> Rows:
+    """A split's rows with labels that index `train`, the classes of the training split, and notes on what that took.
+
+    `place` names the split, `train_name` the training split. Raises DataError for a class that training lacks.
+    """
+    notes = list(own.notes)
+    if wrong := [name for name in own.classes if any("\ud800" <= c <= "\udfff" for c in name)]:
+        raise DataError(f"{place}: the name of class {wrong[0]!a} is not UTF-8; rename it")
+    number = {name: index for index, name in enumerate(train)}
+    if strange := [name for name in own.classes if name not in number]:
+        raise DataError(
+            f"{place}: class {_some(strange)} is none of the {len(train)} classes of split {train_name!r}"
+            + (_alike_hint(strange[0], train) or nearest(strange[0], train) or f" ({_some(train)})")
+        )
+    new = [number[name] for name in own.classes]
+    if new != sorted(new):
+        ours, theirs = _some(own.classes), _some([name for name in train if name in own.classes])
+        text = f"{place}: classes stand in another order than in split {train_name!r}, and are matched by name"
+        notes.append(Note("reordered", len(new), f"{text}: {ours}; there {theirs}"))
+    labels = np.array([*new, -1], np.int64)[own.labels]
+    counts = np.bincount(labels[labels >= 0], minlength=len(train))
+    if counts.any() and (empty := [name for name, images in zip(train, counts, strict=True) if not images]):
+        notes.append(Note("empty-classes", len(empty), f"{place}: no image of class {_some(empty)}"))
+    if dropped := int((labels < 0).sum()):
+        text = f"{place}: {dropped} of {len(labels)} rows have no label (-1 or nothing) and were dropped"
+        notes.append(Note("unlabelled", dropped, text))
+    if own.classes is train and (alike := _alike(train)):  # once: not for the test split again
+        text = f"{place}: class names that look alike are different classes: {_some(alike)}"
+        notes.append(Note("alike", len(alike), text))
+    return own._replace(labels=labels, classes=train, notes=tuple(notes))
+
+
+def show(name: str) -> str:
+    """A class name in quotes, with code points where other characters could print the same."""
+    return repr(name) if name.isascii() else f"{name!r} ({ascii(name)[1:-1]})"
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(map(show, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _skeleton(name: str) -> str:
+    """The same for names that differ in Unicode form, case, blanks, invisible characters or twin letters only."""
+    folded = unicodedata.normalize("NFKC", name).casefold().translate(_TWINS)
+    return " ".join("".join(c for c in folded if unicodedata.category(c) != "Cf").split())
+
+
+def _alike(names: Sequence[str]) -> list[str]:
+    groups = defaultdict(list)
+    for name in names:
+        groups[_skeleton(name)].append(name)
+    return [name for group in groups.values() if len(group) > 1 for name in group]
+
+
+def _alike_hint(name: str, known: Sequence[str]) -> str:
+    twin = next((other for other in known if _skeleton(other) == _skeleton(name)), None)
+    return "" if twin is None else f"; it looks like {show(twin)} but is spelt otherwise: rename one of the two"
