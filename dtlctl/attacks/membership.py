@@ -60,6 +60,22 @@ def single(known: Known, seen: dict[str, np.ndarray], seed: int) -> Guess:
     return Guess(known.seen[name], known.member, seen[name])
 
 
+def matched(members: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Places of members and of others in pairs of one class: int64 [P] and [P], in random order.
+
+    members, others: labels [M] and [N]. Of a class there are as many pairs as the group has that has fewer. Without
+    this an attack is credited with how often a class occurs in either group, which no model needs to be asked for.
+    """
+    pairs = []
+    for label in np.intersect1d(members, others):
+        both = [rng.permutation(np.flatnonzero(labels == label)) for labels in (members, others)]
+        count = min(map(len, both))
+        pairs.append(np.stack([places[:count] for places in both]))
+    chosen = np.concatenate(pairs, 1) if pairs else np.zeros((2, 0), np.int64)
+    chosen = chosen[:, rng.permutation(chosen.shape[1])]
+    return chosen[0], chosen[1]
+
+
 def trial(members: dict[str, np.ndarray], others: dict[str, np.ndarray], attacker: Attacker, repeats: int, seed: int):
     """Repeat: split both groups at random, let the attacker learn from his part, judge him on the rest.
 

@@ -23,8 +23,9 @@ from dtlctl.model.networks import Classifier
 class View:
     """A model in eval mode and some images, with the forward pass that many attacks share."""
 
-    def __init__(self, model: Classifier, batches: Iterable[Batch]):
-        self.model, self.batches = model, list(batches)
+    def __init__(self, model: Classifier, batches: Iterable[Batch], known: dict[str, Tensor] | None = None):
+        """known: what else the attacker knows of each image, [n, ...] by name."""
+        self.model, self.batches, self.known = model, list(batches), known or {}
         self.memo: dict[str, Any] = {}
         """What several attacks would otherwise compute anew."""
 
@@ -72,18 +73,20 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(1)
 
 
-def blind(view: View) -> dict[str, Tensor]:
-    """Nine plain statistics of the pixels, without the model: channel means, deviations, sharpness, colourfulness.
+def blind(view: View, classes: int) -> dict[str, Tensor]:
+    """Nine plain statistics of the pixels, and the label of one of so many classes as zeros and a one.
 
-    No attack, but its control (arXiv:2406.16201): whoever can tell members from non-members in this way compares two
-    differently prepared sets of images, and every attack would be credited with that difference.
+    The statistics are channel means, deviations, sharpness, colourfulness. No attack, but its control
+    (arXiv:2406.16201): it never asks the model. Whoever can tell members from non-members in this way compares sets of
+    images that were differently prepared or hold other classes, and every attack would be credited with that.
     """
     rows = []
     for batch in view.batches:
         x = batch.x
         edges = [(x.diff(dim=d).abs()).mean((1, 2, 3))[:, None] for d in (2, 3)]
         colour = (x.amax(1) - x.amin(1)).mean((1, 2))[:, None]
-        rows.append(torch.cat([x.mean((2, 3)), x.std((2, 3)), *edges, colour], 1))
+        label = F.one_hot(batch.y, classes).to(x.dtype)
+        rows.append(torch.cat([x.mean((2, 3)), x.std((2, 3)), *edges, colour, label], 1))
     return {"blind": torch.cat(rows)}
 
 

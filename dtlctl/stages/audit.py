@@ -15,6 +15,7 @@ from dtlctl.attacks import membership, probe, signals
 from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import View
 from dtlctl.console.progress import say
+from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import DataError
 from dtlctl.model.networks import Classifier
@@ -30,6 +31,8 @@ LEAST = 20
 """Members, and non-members, that can be split three ways."""
 HEAD_SHARE = 0.2
 """Of the images of either group, those that the attacker fits a head on in reprobe mode. They are never attacked."""
+WORTH_SAYING = 0.5
+"""Below this share of the smaller group, it is said how many images are attacked."""
 BLIND_LIMIT = 0.65
 """An attacker who never asks the model must not be surer than this (lower end of his AUC's interval)."""
 
@@ -54,8 +57,8 @@ def audit(experiment: Experiment, job: Job[Audit]) -> None:
         job.settings,
         Parts(experiment.results.scratch(job), experiment.results.key(job)),
     )
-    groups = _groups(experiment, job)
-    metrics: dict[str, Any] = {"members": len(groups.members), "others": len(groups.others)}
+    groups, matched = _groups(experiment, job)
+    metrics: dict[str, Any] = {"members": len(groups.members), "others": len(groups.others), "matched": matched}
     model = experiment.trainer.load_model(job.model).eval().requires_grad_(False)
     metrics["source_head"] = _head_state(experiment, job)
     metrics["blind"] = _blind(experiment, job, groups, model)
@@ -75,20 +78,31 @@ def audit(experiment: Experiment, job: Job[Audit]) -> None:
     experiment.results.publish(job, metrics, History(seconds=seconds))
 
 
-def _groups(experiment: Experiment, job: Job[Audit]) -> Groups:
-    """Equally many images of both groups, drawn at random; in reprobe mode a fifth is for the attacker's own head."""
-    train, test = experiment.data.index("source"), np.arange(len(experiment.data.images("source", "test").labels))
-    count = min(len(train), len(test))
-    if count < LEAST:
-        raise DataError(
-            f"{job.title}: {len(train)} members and {len(test)} non-members are too few; {LEAST} of each are needed"
-        )
+def _groups(experiment: Experiment, job: Job[Audit]) -> tuple[Groups, dict[str, int]]:
+    """As many members as others of every class, drawn at random; in reprobe mode a fifth is for the attacker's head.
+
+    And what the matching left out: {"pairs", "members_left_out", "others_left_out"}.
+    """
+    train, labels = experiment.data.index("source"), experiment.data.images("source", "train").labels
+    answers = experiment.data.images("source", "test").labels
     rng = np.random.default_rng(experiment.recipe.stream("audit"))
-    head = round(HEAD_SHARE * count) if "reprobe" in job.settings.modes else 0
-    members, others = (rng.permutation(rows)[:count] for rows in (train, test))
-    attacked = min(count - head, job.settings.images)
-    parts = members[head:][:attacked], others[head:][:attacked], members[:head], others[:head]
-    return Groups(*map(np.sort, parts))
+    places, others = membership.matched(labels[train], answers, rng)
+    members, pairs = train[places], len(places)
+    if pairs < LEAST:
+        raise DataError(
+            f"{job.title}: {len(train)} members and {len(answers)} non-members make {pairs} pairs of one class, too "
+            f"few; {LEAST} are needed: more source images, or a test split with the same classes"
+        )
+    left_out = {"members_left_out": len(train) - pairs, "others_left_out": len(answers) - pairs}
+    if pairs < WORTH_SAYING * min(len(train), len(answers)):
+        experiment.processes.say(
+            f"{job.title}: {pairs} members and as many non-members are attacked, matched by class, of {len(train)} and "
+            f"{len(answers)}: the splits hold their classes in other shares"
+        )
+    head = round(HEAD_SHARE * pairs) if "reprobe" in job.settings.modes else 0
+    attacked = slice(head, head + min(pairs - head, job.settings.images))
+    parts = members[attacked], others[attacked], members[:head], others[:head]
+    return Groups(*map(np.sort, parts)), {"pairs": pairs, **left_out}
 
 
 def _head_state(experiment: Experiment, job: Job[Audit]) -> str:
@@ -102,7 +116,8 @@ def _head_state(experiment: Experiment, job: Job[Audit]) -> str:
 
 
 def _blind(experiment: Experiment, job: Job[Audit], groups: Groups, model: Classifier) -> dict[str, Any]:
-    control = Attack(lambda view, _: signals.blind(view), signals.logistic)
+    classes = len(experiment.data.classes("source"))
+    control = Attack(lambda view, _: signals.blind(view, classes), signals.logistic)
     seen = [
         _see(experiment, control, view, job.settings)
         for view in _views(experiment, model, groups.members, groups.others)
@@ -111,7 +126,7 @@ def _blind(experiment: Experiment, job: Job[Audit], groups: Groups, model: Class
     if verdict["auc_low"] > BLIND_LIMIT:
         raise DataError(
             f"{job.title}: data.source: train and test images differ without any model (AUC {verdict['auc']:.2f} on "
-            "plain pixel statistics)\nprepare both splits in the same way, or every attack is credited with it"
+            "pixel statistics and classes)\nprepare both splits in the same way, or every attack is credited with it"
         )
     return verdict
 
@@ -136,7 +151,7 @@ def _one_attack(
     experiment: Experiment, job: Job[Audit], name: str, views: tuple[View, View], groups: Groups
 ) -> tuple[dict[str, Any], dict[str, float]]:
     started = _clocks()
-    attack = ATTACKS.get(name) or _rmia(experiment, job, groups)
+    attack = ATTACKS.get(name) or _rmia(experiment, job)
     seen = [_see(experiment, attack, view, job.settings) for view in views]
     observed = _clocks() - started
     found = _judge(experiment, job, attack, name, seen)
@@ -176,19 +191,24 @@ def _see(experiment: Experiment, attack: Attack, view: View, settings: Audit) ->
 
 
 def _views(experiment: Experiment, model: Classifier, members: np.ndarray, others: np.ndarray) -> tuple[View, View]:
-    return View(model, experiment.trainer.split("source", "train", members)), View(
-        model, experiment.trainer.split("source", "test", others)
-    )
+    def view(split: Split, rows: np.ndarray) -> View:
+        own = experiment.engine.share.of(torch.from_numpy(rows))
+        known = {"rows": own, "is_test": torch.full_like(own, split == "test")}
+        return View(model, experiment.trainer.split("source", split, rows), known)
+
+    return view("train", members), view("test", others)
 
 
-def _rmia(experiment: Experiment, job: Job[Audit], groups: Groups) -> Attack:
+def _rmia(experiment: Experiment, job: Job[Audit]) -> Attack:
+    """The attack, with what the references said of each image, found by the image's split and row."""
     known = reference.confidences(experiment, job.settings.references)
-    out = [
-        experiment.engine.share.of(torch.tensor([table[int(row)] for row in rows]))
-        for table, rows in zip(known, (groups.members, groups.others), strict=True)
-    ]
-    waiting = iter(out)  # members are looked at first
-    return Attack(lambda view, _: reference.rmia(view, next(waiting)), membership.single)
+
+    def observe(view: View, _: int) -> dict[str, Tensor]:
+        is_test, rows = view.known["is_test"], view.known["rows"]
+        out = [known[test][row] for test, row in zip(is_test.tolist(), rows.tolist(), strict=True)]
+        return reference.rmia(view, torch.tensor(out))
+
+    return Attack(observe, membership.single)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
@@ -17,10 +18,13 @@ from dtlctl.attacks.membership import (
     best_threshold,
     grid,
     judge,
+    matched,
     single,
     tpr_at,
     trial,
 )
+from dtlctl.attacks.signals import View, blind, logistic
+from dtlctl.data.tensors import Batch
 
 few = st.lists(st.integers(-3, 3).map(float), min_size=4, max_size=12).map(np.array)
 
@@ -167,3 +171,42 @@ def test_the_document_depends_on_the_seed_alone_and_is_json():
     assert 0 < first["tpr_at_0.01"]["low"] < first["tpr_at_0.01"]["tpr"] < first["tpr_at_0.01"]["high"] < 1
     assert first["tpr_at_0.001"] is None  # 180 others are judged
     assert len(first["roc"]["fpr"]) == len(first["roc"]["tpr"])
+
+
+def test_matched_groups_have_as_many_of_every_class():
+    """3 of a, 1 of b and 2 of c against 1, 4 and 0 make one pair of a and one of b."""
+    members, others = np.array([0, 0, 0, 1, 2, 2]), np.array([1, 1, 0, 1, 1])
+    seen = set()
+    for seed in range(30):
+        ours, theirs = matched(members, others, np.random.default_rng(seed))
+        assert sorted(members[ours]) == [0, 1] and (members[ours] == others[theirs]).all()
+        seen.add((*sorted(ours), *sorted(theirs)))
+    assert len(seen) > 5  # drawn, not the first of each
+    assert [len(places) for places in matched(np.array([0]), np.array([1]), np.random.default_rng(0))] == [0, 0]
+
+
+def test_a_score_that_is_the_class_alone_is_no_membership_once_classes_match():
+    """Class 0 scores 1, class 1 scores 0. 90 members and 30 others of class 0, 30 and 90 of class 1.
+
+    AUC = 3/4 · 3/4 + (3/4 · 1/4 + 1/4 · 3/4) / 2 = 0.75; matched by class it is 1/2.
+    """
+    members, others = np.repeat([0, 1], [90, 30]), np.repeat([0, 1], [30, 90])
+    score = np.array([1.0, 0.0])
+    rng = np.random.default_rng(0)
+    assert judge(score[members], score[others], np.inf, rng).auc == pytest.approx(0.75)
+    ours, theirs = matched(members, others, rng)
+    assert judge(score[members[ours]], score[others[theirs]], np.inf, rng).auc == pytest.approx(0.5)
+
+
+def test_the_control_sees_the_classes():
+    """The same noise with other shares of two classes: who looks at pixels alone is blind, the control is not."""
+    rng = np.random.default_rng(0)
+
+    def seen(labels: np.ndarray) -> dict[str, np.ndarray]:
+        x = torch.from_numpy(rng.random((len(labels), 3, 4, 4), np.float32))
+        batch = Batch(x, torch.from_numpy(labels), torch.arange(len(labels)))
+        return {"blind": blind(View(None, [batch]), 2)["blind"].double().numpy()}  # type: ignore[arg-type]
+
+    for shares, least, most in (((270, 30), 0.85, 1), ((150, 150), 0, 0.6)):
+        members, others = seen(np.repeat([0, 1], shares)), seen(np.repeat([0, 1], shares[::-1]))
+        assert least <= trial(members, others, logistic, 3, seed=0)["auc"] <= most

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dtlctl.errors import DataError
 from dtlctl.recipe.loading import load
 from dtlctl.report import audit, files, summary, tables
 from dtlctl.run.experiment import Experiment
+from dtlctl.stages import audit as auditing
+from dtlctl.stages import reference
 from dtlctl.stages.runner import run
 
 EVERYTHING = (
@@ -74,9 +77,46 @@ def test_every_precision_can_be_audited(recipe_file: Path, precision: str):
 
 def test_too_few_images_are_counted(recipe_file: Path):
     experiment = pretrained(recipe_file, "data.source.fraction=0.01", "pretrain.batch_size=4")
-    message = "audit/pre: 10 members and 797 non-members are too few; 20 of each are needed"
+    message = "10 members and 797 non-members make 10 pairs of one class, too few; 20 are needed"
     with pytest.raises(DataError, match=message):
         run(experiment, ("audit",), only=("pre",))
+
+
+def test_members_and_others_have_the_same_classes(recipe_file: Path, monkeypatch):
+    """A long tail to train on, even classes in the test: digit d has 8 (d + 1) images in the subset of 440."""
+    experiment = pretrained(recipe_file, 'audit={attacks=["loss"], repeats=2, images=1000, relearn_steps=0}')
+    (job,) = [job for job in experiment.jobs if job.title == "audit/pre"]
+    labels = experiment.data.images("source", "train").labels
+    answers = experiment.data.images("source", "test").labels
+    tail = np.concatenate([np.flatnonzero(labels == digit)[: 8 * (digit + 1)] for digit in range(10)])
+    monkeypatch.setattr(experiment.data, "index", lambda role: np.sort(tail))
+    groups, matched = auditing._groups(experiment, job)
+    for members, others in ((groups.members, groups.others), (groups.head_members, groups.head_others)):
+        assert (np.bincount(labels[members], minlength=10) == np.bincount(answers[others], minlength=10)).all()
+    pairs = sum(min(8 * (digit + 1), int((answers == digit).sum())) for digit in range(10))
+    assert matched == {"pairs": pairs, "members_left_out": 440 - pairs, "others_left_out": 797 - pairs}
+    assert len(groups.members) + len(groups.head_members) == pairs > 400
+    assert not set(groups.members) & set(groups.head_members) and set(groups.members) <= set(tail)
+
+
+def test_rmia_finds_the_references_by_split_and_row(recipe_file: Path):
+    """Whichever group is looked at first."""
+    experiment = pretrained(recipe_file, EVERYTHING)
+    (job,) = [job for job in experiment.jobs if job.title == "audit/pre"]
+    groups, _ = auditing._groups(experiment, job)
+    model = experiment.trainer.load_model("pre").eval()
+    attack = auditing._rmia(experiment, job)
+    first, second = (
+        [attack.observe(view, 0)["rmia"] for view in order(auditing._views(experiment, model, *groups[:2]))]
+        for order in (tuple, lambda views: tuple(reversed(views)))
+    )
+    assert all((one == other).all() for one, other in zip(first, reversed(second), strict=True))
+    known = reference.confidences(experiment, 2)
+    images = experiment.data.images("source", "test")
+    row = int(groups.others[5])
+    x = torch.from_numpy(np.array(images.pixels[row : row + 1])) / 255
+    own = float(model(x, "source").softmax(1)[0, images.labels[row]])
+    assert float(first[1][5]) == pytest.approx(own / ((1.3 * known[1][row] + 0.7) / 2), rel=1e-4)
 
 
 def test_splits_that_were_prepared_differently_are_refused(recipe_file: Path, monkeypatch):
