@@ -6,6 +6,7 @@ one is a class here and its name in `Attacker`. How an attacker is tuned on data
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -37,8 +38,8 @@ class _Trained(Algorithm):
     def grid(self) -> list[Setting]:
         return [Setting(self.kind, self.optimizer, rate) for rate in self.lr]
 
-    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
-        """Change `model` in place before training. fresh: a new model of its kind; images: [N, 3, S, S] in [0, 1]."""
+    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
+        """Change `model` in place before training. fresh: a new model of its kind; images: parts [n, 3, S, S]."""
 
 
 class Full(_Trained):
@@ -52,7 +53,7 @@ class LastBlock(_Trained):
 
     kind: Literal["last-block"] = "last-block"
 
-    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
         renew(model.backbone, fresh.backbone, 1)
 
 
@@ -61,7 +62,7 @@ class Renorm(_Trained):
 
     kind: Literal["renorm"] = "renorm"
 
-    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
         renormalise(model, fresh, images)
 
 
@@ -78,7 +79,7 @@ class Frozen(Algorithm):
     def grid(self) -> list[Setting]:
         return [Setting(self.kind, "logistic", C) for C in self.C]
 
-    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
         """Change `model` in place before it computes features; the arguments are those of `_Trained.prepare`."""
 
 
@@ -93,16 +94,17 @@ class RenormProbe(Frozen):
 
     kind: Literal["renorm-probe"] = "renorm-probe"
 
-    def prepare(self, model: Classifier, fresh: Classifier, images: Tensor) -> None:
+    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
         renormalise(model, fresh, images)
 
 
 @torch.no_grad()
-def renormalise(model: Classifier, fresh: Classifier, images: Tensor) -> None:
+def renormalise(model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
     """Give every convolution of `model` the norm that a new one has, and batch normalisation the images' statistics.
 
     With batch normalisation behind it a rescaled convolution computes the same, and the effective learning rate, which
-    goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350). `fresh` and `images` are those of `prepare`.
+    goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350). `fresh` and `images` are those of `prepare`; parts
+    of the images weigh the same.
     Raises RecipeError for a model without batch normalisation.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -120,7 +122,7 @@ def renormalise(model: Classifier, fresh: Classifier, images: Tensor) -> None:
         norm.momentum = None  # the plain mean over batches
     training = model.training
     model.train()
-    for part in images.tensor_split(max(1, len(images) // 256)):
+    for part in images:
         model.embed(part)
     model.train(training)
     for norm, momentum in zip(norms, momenta, strict=True):

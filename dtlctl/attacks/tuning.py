@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from dtlctl.data.tensors import Batch, Batches
 from dtlctl.errors import DataError
@@ -115,12 +115,12 @@ def train(
     steps: int,
     warmup: float,
     until: int | None = None,
-    held_out: tuple[Tensor, Tensor] | None = None,
+    held_out: Callable[[], Iterable[Batch]] | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[Look]:
     """Train all of `model` in place by cross-entropy, on this process alone, along a schedule of `steps` steps.
 
-    until: stop after so many of them. held_out: images [N, 3, S, S] and labels [N]; with them the model is looked at
+    until: stop after so many of them. held_out: makes the batches of held-out images; with them the model is looked at
     `LOOKS` times, ends with the weights of its best look, and all looks are returned. A look that is not finite ends
     the training; without held-out images `accuracy` tells.
     """
@@ -138,7 +138,7 @@ def train(
         optimizer.step()
         schedule.step()
         if held_out is not None and ((step + 1) % every == 0 or step + 1 == steps):
-            look = look_at(model, head, held_out, step + 1)
+            look = look_at(model, head, held_out(), step + 1)
             if not math.isfinite(look.loss):
                 break
             looks.append(look)
@@ -150,22 +150,22 @@ def train(
 
 
 @torch.no_grad()
-def look_at(model: Any, head: str, held_out: tuple[Tensor, Tensor], step: int) -> Look:
-    x, y = held_out
+def look_at(model: Any, head: str, batches: Iterable[Batch], step: int) -> Look:
+    """Accuracy and loss on this process alone, not finite where an answer is not. The model is left in eval mode."""
     model.eval()
-    logits = torch.cat([model(part, head) for part in x.split(512)])
-    return Look(step, 100 * float((logits.argmax(1) == y).double().mean()), float(F.cross_entropy(logits, y)))
+    hits, loss, images = 0, 0.0, 0
+    for batch in batches:
+        logits = model(batch.x, head)
+        hits += int((logits.argmax(1) == batch.y).sum())
+        loss += float(F.cross_entropy(logits, batch.y, reduction="sum")) + 0 * float(logits.sum())
+        images += len(batch.y)
+    return Look(step, 100 * hits / images, loss / images)
 
 
-@torch.no_grad()
 def accuracy(model: Any, head: str, batches: Iterable[Batch]) -> float | None:
-    """Accuracy in % on this process alone; None where an answer is not finite. The model is left in eval mode."""
-    model.eval()
-    pairs = [(model(batch.x, head), batch.y) for batch in batches]
-    logits, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
-    if not logits.isfinite().all():
-        return None  # argmax would make class 0 of it
-    return 100 * float((logits.argmax(1) == labels).double().mean())
+    """Accuracy in % on this process alone; None where an answer is not finite: argmax would make class 0 of it."""
+    look = look_at(model, head, batches, 0)
+    return look.accuracy if math.isfinite(look.loss) else None
 
 
 class Linear:

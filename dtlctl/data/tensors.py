@@ -85,11 +85,17 @@ class Batches:
 
 
 def evaluation_batches(
-    pixels: np.ndarray, labels: np.ndarray, *, device: torch.device, share: Share = Share(), batch_size: int = 512
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray | None = None,
+    *,
+    device: torch.device,
+    share: Share = Share(),
+    batch_size: int = 512,
 ) -> Iterator[Batch]:
-    """This process's share of a whole split, in order, as it is."""
-    rows = share.of(torch.arange(len(labels)))
-    for part in rows.split(batch_size):
+    """This process's share of a split, or of some rows of it, in order, as it is; no more than a batch is copied."""
+    chosen = torch.arange(len(labels)) if rows is None else torch.from_numpy(rows)
+    for part in share.of(chosen).split(batch_size):
         x, y = (sent(torch.from_numpy(np.array(values[part.numpy()])), device) for values in (pixels, labels))
         yield Batch(_scaled(x), y, part)
 

@@ -71,8 +71,9 @@ class Trainer:
     def split(self, role: str, split: Split, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """This process's share of a split, or of some rows of it, not augmented; to be read to its end."""
         images, engine = self.data.images(role, split), self.processes.engine
-        pixels, labels = (images.pixels, images.labels) if rows is None else (images.pixels[rows], images.labels[rows])
-        return engine.heeding(evaluation_batches(pixels, labels, device=engine.device, share=engine.share))
+        return engine.heeding(
+            evaluation_batches(images.pixels, images.labels, rows, device=engine.device, share=engine.share)
+        )
 
     def accuracy(self, model: networks.Classifier, head: str, role: str) -> float:
         """Accuracy in % of one head on the role's test split."""

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
@@ -68,14 +67,15 @@ class Ground:
     def attempt(self, attacker: Attacker, setting: Setting) -> Trial:
         """Train on the training part and look at the held-out part."""
         if isinstance(attacker, Frozen):
-            (x, y), (held, answers) = self._known(attacker, "train", self.train), self._known(attacker, *self.held)
-            if not (np.isfinite(x).all() and np.isfinite(held).all()):
+            (x, y), (other, answers) = self._known(attacker, "train", self.train), self._known(attacker, *self.held)
+            if not (np.isfinite(x).all() and np.isfinite(other).all()):
                 return Trial(setting, self.seed, [])
-            return Trial(setting, self.seed, [tuning.Linear(x, y, setting.rate).look(held, answers)])
-        model = self._prepared(attacker, self.train)
+            return Trial(setting, self.seed, [tuning.Linear(x, y, setting.rate).look(other, answers)])
+        model, (split, held) = self._prepared(attacker, self.train), self.held
         looks = tuning.train(
             model, HEAD, self._batches(self.train, attacker.batch_size), setting, steps=attacker.steps,
-            warmup=attacker.warmup, held_out=self._pixels(*self.held), stopped=self.stop.is_set,
+            warmup=attacker.warmup, stopped=self.stop.is_set,
+            held_out=lambda: self._whole(split, self._rows(split, held)),
         )  # fmt: skip
         return Trial(setting, self.seed, looks)
 
@@ -112,7 +112,8 @@ class Ground:
 
     def _prepared(self, attacker: Attacker, rows: np.ndarray) -> Classifier:
         model = copy.deepcopy(self.model)
-        attacker.prepare(model, self.fresh, self._pixels("train", rows)[0])
+        size = -(-len(rows) // max(1, len(rows) // 256))  # parts of about equal size
+        attacker.prepare(model, self.fresh, (batch.x for batch in self._whole("train", self.own[rows], size)))
         return model
 
     def _batches(self, rows: np.ndarray, size: int) -> Batches:
@@ -123,15 +124,10 @@ class Ground:
             train.pixels, train.labels, self.own[rows], batch_size=size, augment=augment, seed=seed, device=device
         )
 
-    def _pixels(self, split: Split, places: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Images [N, 3, S, S] in [0, 1], not augmented, and their labels [N]."""
-        parts = list(self._whole(split, self._rows(split, places)))
-        return torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
-
-    def _whole(self, split: Split, rows: np.ndarray) -> Iterator[Batch]:
+    def _whole(self, split: Split, rows: np.ndarray, size: int = 512) -> Iterator[Batch]:
         """All of these rows, on this process: trials are shared out, batches are not."""
-        images = self.experiment.data.images(self.job.dataset, split)
-        return evaluation_batches(images.pixels[rows], images.labels[rows], device=self.experiment.engine.device)
+        images, device = self.experiment.data.images(self.job.dataset, split), self.experiment.engine.device
+        return evaluation_batches(images.pixels, images.labels, rows, device=device, batch_size=size)
 
     @torch.no_grad()
     def _features(self, attacker: Attacker) -> Features:

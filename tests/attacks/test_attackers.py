@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,9 @@ def test_the_choice_is_the_best_on_held_out_images():
 def test_full_changes_nothing_and_last_block_only_the_last_stage():
     old, new = pair()
     before = copy.deepcopy(old.state_dict())
-    Full().prepare(old, new, torch.rand(5, 3, 16, 16))
+    Full().prepare(old, new, [torch.rand(5, 3, 16, 16)])
     assert all(torch.equal(before[k], v) for k, v in old.state_dict().items())
-    LastBlock().prepare(old, new, torch.rand(5, 3, 16, 16))
+    LastBlock().prepare(old, new, [torch.rand(5, 3, 16, 16)])
     fresh = new.state_dict()
     changed = {k for k, v in old.state_dict().items() if not torch.equal(before[k], v)}
     assert changed
@@ -104,7 +105,7 @@ def test_the_last_stage_of_torchvision_models_is_found(arch: str):
 def test_last_block_refuses_a_network_whose_stages_are_not_known():
     unknown = networks.Classifier(torch.nn.Sequential(torch.nn.Flatten()), 3, {"a": 2})
     with pytest.raises(ValueError, match="1 of the last stages of Sequential, but 0 are known"):
-        LastBlock().prepare(unknown, unknown, torch.rand(5, 3, 1, 1))
+        LastBlock().prepare(unknown, unknown, [torch.rand(5, 3, 1, 1)])
 
 
 def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():
@@ -112,7 +113,7 @@ def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():
     old, new = pair()
     x = torch.rand(40, 3, 16, 16)
     before = copy.deepcopy(old).train().embed(x)
-    Renorm().prepare(old, new, x)
+    Renorm().prepare(old, new, [x])
     for ours, theirs in zip(old.backbone.modules(), new.backbone.modules(), strict=True):
         if isinstance(ours, torch.nn.Conv2d):
             assert ours.weight.norm().item() == pytest.approx(theirs.weight.norm().item(), rel=1e-5)
@@ -125,7 +126,7 @@ def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():
     assert torch.allclose(old.train().embed(x), before, rtol=0.02, atol=0.02)
     with pytest.raises(RecipeError, match="needs a model with batch normalisation"):
         plain = networks.build("vgg11", {}, stem="imagenet")
-        Renorm().prepare(plain, plain, x)
+        Renorm().prepare(plain, plain, [x])
 
 
 def test_features_that_are_not_finite_make_a_failed_trial_and_wrong_answers(recipe_file: Path):
@@ -168,12 +169,12 @@ def test_a_renorm_probe_sees_through_running_statistics(recipe_file: Path):
 
 def test_training_keeps_the_best_look_and_survives_divergence():
     """Held-out labels that contradict the training make later looks worse. At rate 1e30 no look is finite; no error."""
-    from dtlctl.data.tensors import Batches
+    from dtlctl.data.tensors import Batches, evaluation_batches
 
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 255, (16, 3, 16, 16), dtype=np.uint8), np.arange(16) % 4
     batches = Batches(pixels, labels, np.arange(16), batch_size=8, augment="none", seed=0, device=torch.device("cpu"))
-    held = torch.from_numpy(pixels).float() / 255, torch.from_numpy((labels + 1) % 4)
+    held = partial(evaluation_batches, pixels, (labels + 1) % 4, device=torch.device("cpu"))
     for rate, length in ((0.05, 10), (1e30, 0)):
         model = pair()[1]
         looks = tuning.train(
@@ -183,7 +184,7 @@ def test_training_keeps_the_best_look_and_survives_divergence():
         if looks:
             best = max(looks, key=lambda look: look.merit)
             assert best.step < 20
-            assert tuning.look_at(model, "piggyback", held, best.step) == pytest.approx(best)
+            assert tuning.look_at(model, "piggyback", held(), best.step) == pytest.approx(best)
 
 
 def test_a_linear_probe_separates_what_is_separable():
@@ -242,7 +243,7 @@ def test_who_is_trained_on_is_not_looked_at_and_nobody_sees_the_test_split(
     pixels = torch.from_numpy(experiment.data.images("source", "train").pixels).float() / 255
     held = sorted(set(experiment.data.index("piggyback.again").tolist()) - set(tried.rows.tolist()))
     assert (len(tried.rows), len(held), len(again.rows)) == (20, 10, 30)
-    assert torch.allclose(looking["held_out"][0], pixels[held])
+    assert torch.allclose(torch.cat([batch.x for batch in looking["held_out"]()]), pixels[held])
     assert trial.best
     assert (looking["steps"], last["steps"], last["until"]) == (20, 20, trial.best.step)
 
@@ -297,7 +298,7 @@ def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monke
     ground.strike(full, ground.attempt(full, full.grid()[0]))
     pixels = torch.from_numpy(experiment.data.images("source", "test").pixels).float() / 255
     assert [len(rows) for rows, _ in seen] == [30, 30]
-    assert torch.allclose(seen[0][1]["held_out"][0], pixels[held])
+    assert torch.allclose(torch.cat([batch.x for batch in seen[0][1]["held_out"]()]), pixels[held])
     assert torch.allclose(torch.cat([batch.x for batch in judged]), pixels[ground.judges])
 
 

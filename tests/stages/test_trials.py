@@ -5,16 +5,20 @@ from __future__ import annotations
 import threading
 import time
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from dtlctl.stages.trials import draws, share_out
+from dtlctl.recipe.loading import load
+from dtlctl.run.experiment import Experiment
+from dtlctl.stages.trials import Ground, draws, share_out
 
 
 def ground(model: nn.Module) -> Any:
@@ -70,3 +74,33 @@ def test_trials_that_run_at_once_have_one_blas_thread_each(two_threads: None):
 def test_dropout_and_stochastic_depth_draw_where_they_have_a_probability():
     assert draws(nn.Sequential(nn.Dropout2d(0.1))) and draws(nn.Sequential(StochasticDepth(0.1, "row")))
     assert not draws(nn.Sequential(nn.Dropout(0.0), StochasticDepth(0.0, "row"), nn.BatchNorm2d(2)))
+
+
+class Watched(np.ndarray):
+    """Pixels that nobody may take many of at once."""
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        assert not isinstance(key, np.ndarray) or len(key) <= 512, f"{len(key)} images at once"
+        return found
+
+
+def test_no_more_than_a_batch_of_a_split_is_copied(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """797 images to test on, 750 of 1,000 to train on: the attackers, and `split`, take at most 512 at a time."""
+    change = 'piggyback.attackers=[{kind="full", lr=[0.1], steps=2}, {kind="renorm-probe", C=[1.0]}]'
+    fraction = "data.piggyback.again.fraction=1.0"
+    experiment = Experiment(load(recipe_file, [change, fraction]), recipe_file.parent, quiet=True)
+    images = experiment.data.images
+
+    def watched(role: str, split: Any) -> Any:
+        found = images(role, split)
+        return found._replace(pixels=np.asarray(found.pixels).view(Watched))
+
+    monkeypatch.setattr(experiment.data, "images", watched)
+    (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
+    repetition = Ground(experiment, job, 0)
+    for attacker in job.settings.attackers:
+        trial = repetition.attempt(attacker, attacker.grid()[0])
+        assert repetition.strike(attacker, trial).acc_pl is not None
+    rows = np.arange(797)
+    assert sum(len(batch.y) for batch in experiment.trainer.split("source", "test", rows)) == 797
