@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtlctl.attacks.signals import View
+from dtlctl.attacks.signals import Observation
 from dtlctl.model.networks import Classifier
 
 
-def distance(view: View, steps: int) -> dict[str, Tensor]:
+def distance(view: Observation, steps: int) -> dict[str, Tensor]:
     """The norm of the smallest change to each image [n] that changes its class; 0 for a misclassified image.
 
     The smaller of what FMN for L∞ (Pintor et al., arXiv:2102.12827) and DDN for L2 (Rony et al., arXiv:1811.09600) find

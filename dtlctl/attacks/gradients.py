@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, linalg
 from torch.func import functional_call, grad, vmap
 
-from dtlctl.attacks.signals import View
+from dtlctl.attacks.signals import Observation
 from dtlctl.model.networks import Classifier
 
 STATISTICS = ("l1", "l2", "linf", "mean", "skewness", "excess kurtosis", "min")
@@ -24,17 +24,17 @@ BLOCK = 2048
 """Numbers of each gradient that are looked at together: few enough to stay in a processor's cache."""
 
 
-def weights(view: View) -> dict[str, Tensor]:
+def weights(view: Observation) -> dict[str, Tensor]:
     """Grad w: the statistics [n, 7] of the gradient by all parameters that the source head depends on."""
     return {"grad-w": _statistics(view)[0]}
 
 
-def pixels(view: View) -> dict[str, Tensor]:
+def pixels(view: Observation) -> dict[str, Tensor]:
     """Grad x: the statistics [n, 7] of the gradient by the image's pixels in [0, 1]."""
     return {"grad-x": _statistics(view)[1]}
 
 
-def _statistics(view: View) -> tuple[Tensor, Tensor]:
+def _statistics(view: Observation) -> tuple[Tensor, Tensor]:
     """Both, from one pass over the images: kept on the view, since both attacks ask for it."""
     if "gradients" not in view.memo:
         parts = [per_image(view.model, batch.x, batch.y) for batch in view.batches]

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dtlctl.attacks import adversarial, gradients, signals, whitebox
 from dtlctl.attacks.membership import Attacker, single
-from dtlctl.attacks.signals import View
+from dtlctl.attacks.signals import Observation
 
 
 class Attack(NamedTuple):
-    observe: Callable[[View, int], dict[str, Tensor]]
+    observe: Callable[[Observation, int], dict[str, Tensor]]
     """(view, steps of an iterated search) -> what is seen of the n images in view: tensors [n, ...] by name."""
     attacker: Attacker
     """`single` reports each name as a result of its own; a learner takes all names together."""

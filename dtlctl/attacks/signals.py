@@ -20,7 +20,7 @@ from dtlctl.data.tensors import Batch
 from dtlctl.model.networks import Classifier
 
 
-class View:
+class Observation:
     """A model in eval mode and some images, with the forward pass that many attacks share."""
 
     def __init__(self, model: Classifier, batches: Iterable[Batch], known: dict[str, Tensor] | None = None):
@@ -41,22 +41,22 @@ class View:
         return torch.cat([batch.y for batch in self.batches])
 
 
-def loss(view: View) -> dict[str, Tensor]:
+def loss(view: Observation) -> dict[str, Tensor]:
     """Minus the cross-entropy of the true label (Yeom et al., arXiv:1709.01604)."""
     return {"loss": -F.cross_entropy(view.logits, view.labels, reduction="none")}
 
 
-def entropy(view: View) -> dict[str, Tensor]:
+def entropy(view: Observation) -> dict[str, Tensor]:
     """Minus the entropy of the predicted distribution, in nats (Salem et al., arXiv:1806.01246); needs no label."""
     return {"entropy": -_entropy(view.logits)}
 
 
-def max_softmax(view: View) -> dict[str, Tensor]:
+def max_softmax(view: Observation) -> dict[str, Tensor]:
     """The largest predicted probability (Salem et al., arXiv:1806.01246); needs no label."""
     return {"max-softmax": view.logits.softmax(1).amax(1)}
 
 
-def modified_entropy(view: View) -> dict[str, Tensor]:
+def modified_entropy(view: Observation) -> dict[str, Tensor]:
     """Minus Mentr = -(1 - p_y) log p_y - Σ_{i≠y} p_i log(1 - p_i) (Song and Mittal, arXiv:2003.10595, Eq. 8).
 
     Unlike the entropy it tells a confident right answer (0) from a confident wrong one (large).
@@ -73,7 +73,7 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(1)
 
 
-def blind(view: View, classes: int) -> dict[str, Tensor]:
+def blind(view: Observation, classes: int) -> dict[str, Tensor]:
     """Nine plain statistics of the pixels, and the label of one of so many classes as zeros and a one.
 
     The statistics are channel means, deviations, sharpness, colourfulness. No attack, but its control

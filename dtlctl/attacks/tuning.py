@@ -31,7 +31,7 @@ class Setting(NamedTuple):
     """learning rate; for a probe C, the inverse strength of its L2 term"""
 
 
-class Look(NamedTuple):
+class Evaluation(NamedTuple):
     """What the held-out images say after some steps."""
 
     step: int
@@ -51,11 +51,11 @@ class Trial(NamedTuple):
 
     setting: Setting
     seed: int
-    looks: list[Look]
+    looks: list[Evaluation]
     """Empty where the training diverged before the first look, or a probe's features are not finite."""
 
     @property
-    def best(self) -> Look | None:
+    def best(self) -> Evaluation | None:
         return max(self.looks, key=lambda look: look.merit, default=None)
 
     def document(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def train(
     until: int | None = None,
     held_out: Callable[[], Iterable[Batch]] | None = None,
     stopped: Callable[[], bool] = lambda: False,
-) -> list[Look]:
+) -> list[Evaluation]:
     """Train all of `model` in place by cross-entropy, on this process alone, along a schedule of `steps` steps.
 
     until: stop after so many of them. held_out: makes the batches of held-out images; with them the model is looked at
@@ -150,7 +150,7 @@ def train(
 
 
 @torch.no_grad()
-def look_at(model: Any, head: str, batches: Iterable[Batch], step: int) -> Look:
+def look_at(model: Any, head: str, batches: Iterable[Batch], step: int) -> Evaluation:
     """Accuracy and loss on this process alone, not finite where an answer is not. The model is left in eval mode."""
     model.eval()
     hits, loss, images = 0, 0.0, 0
@@ -159,7 +159,7 @@ def look_at(model: Any, head: str, batches: Iterable[Batch], step: int) -> Look:
         hits += int((logits.argmax(1) == batch.y).sum())
         loss += float(F.cross_entropy(logits, batch.y, reduction="sum")) + 0 * float(logits.sum())
         images += len(batch.y)
-    return Look(step, 100 * hits / images, loss / images)
+    return Evaluation(step, 100 * hits / images, loss / images)
 
 
 def accuracy(model: Any, head: str, batches: Iterable[Batch]) -> float | None:
@@ -181,13 +181,13 @@ class Linear:
         self.mean, self.scale = features.mean(0), features.std(0) + 1e-6
         self.fitted = LogisticRegression(C=C, max_iter=300).fit(self._scaled(features), labels)
 
-    def look(self, features: np.ndarray, labels: np.ndarray) -> Look:
+    def look(self, features: np.ndarray, labels: np.ndarray) -> Evaluation:
         """Accuracy and loss on other images of the same classes; features that are not finite are a wrong answer."""
         finite = np.isfinite(features).all(1)
         p = self.fitted.predict_proba(self._scaled(np.where(finite[:, None], features, self.mean)))
         right = (self.fitted.classes_[p.argmax(1)] == labels) & finite
         own = p[np.arange(len(labels)), np.searchsorted(self.fitted.classes_, labels)] * finite
-        return Look(0, 100 * float(right.mean()), float(-np.log(own.clip(1e-12)).mean()))
+        return Evaluation(0, 100 * float(right.mean()), float(-np.log(own.clip(1e-12)).mean()))
 
     def _scaled(self, features: np.ndarray) -> np.ndarray:
         return (features - self.mean) / self.scale

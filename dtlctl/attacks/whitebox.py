@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer
 
 from dtlctl.attacks.membership import Guess, Known
-from dtlctl.attacks.signals import View
+from dtlctl.attacks.signals import Observation
 from dtlctl.model import networks
 
 MOST_STAGES = 6
@@ -25,7 +25,7 @@ PATIENCE = 10
 
 
 @torch.no_grad()
-def observe(view: View) -> dict[str, Tensor]:
+def observe(view: Observation) -> dict[str, Tensor]:
     """Spatial means of the backbone's stages, the embedding, logits [n, K], loss [n, 1] and label [n, 1].
 
     The gradient of the last layer's weight, [n, K, features], is (softmax - one-hot) ⊗ embedding; it is formed from

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dtlctl.attacks import membership, probe, signals
 from dtlctl.attacks.registry import ATTACKS, Attack
-from dtlctl.attacks.signals import View
+from dtlctl.attacks.signals import Observation
 from dtlctl.console.progress import say
 from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batch
@@ -52,11 +52,7 @@ def audit(experiment: Experiment, job: Job[Audit]) -> None:
     Raises DataError for too few images and for groups that can be told apart without the model, DivergedError for a
     model that answers nan.
     """
-    started, settings, kept = (
-        _clocks(),
-        job.settings,
-        Parts(experiment.results.scratch(job), experiment.results.key(job)),
-    )
+    started, settings, finished = _clocks(), job.settings, experiment.results.parts(job)
     groups, matched = _groups(experiment, job)
     metrics: dict[str, Any] = {"members": len(groups.members), "others": len(groups.others), "matched": matched}
     model = experiment.trainer.load_model(job.model).eval().requires_grad_(False)
@@ -66,13 +62,13 @@ def audit(experiment: Experiment, job: Job[Audit]) -> None:
     metrics["entropy_readout"] = readout.uncertainty(experiment, model)
     relearn = partial(readout.relearning, experiment, job.model, settings)
     steps = settings.relearn_steps
-    metrics["relearning"] = kept.common(experiment.engine, "relearning", dict[str, Any], relearn) if steps else None
+    metrics["relearning"] = finished.common(experiment.engine, "relearning", dict[str, Any], relearn) if steps else None
     if "as-is" in settings.modes:
-        found, costs["as-is"] = _attack(experiment, job, model, groups, "as-is", kept)
+        found, costs["as-is"] = _attack(experiment, job, model, groups, "as-is", finished)
         metrics.update(found)
     if "reprobe" in settings.modes:
         _refit(experiment, model, groups)
-        metrics["reprobe"], costs["reprobe"] = _attack(experiment, job, model, groups, "reprobe", kept)
+        metrics["reprobe"], costs["reprobe"] = _attack(experiment, job, model, groups, "reprobe", finished)
     seconds, cpu = (_clocks() - started).tolist()
     metrics["cost"] = {**costs, "cpu_seconds": round(cpu, 1)}
     experiment.results.publish(job, metrics, History(seconds=seconds))
@@ -132,7 +128,7 @@ def _blind(experiment: Experiment, job: Job[Audit], groups: Groups, model: Class
 
 
 def _attack(
-    experiment: Experiment, job: Job[Audit], model: Classifier, groups: Groups, mode: str, kept: Parts
+    experiment: Experiment, job: Job[Audit], model: Classifier, groups: Groups, mode: str, finished: Parts
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Every attack of the recipe on one source head, each kept as soon as it is done: results by name, and the cost."""
     views = _views(experiment, model, groups.members, groups.others)
@@ -140,7 +136,7 @@ def _attack(
     costs: dict[str, Any] = {}
     for name in job.settings.attacks:
         one = partial(_one_attack, experiment, job, name, views, groups)
-        results, costs[name] = kept.common(
+        results, costs[name] = finished.common(
             experiment.engine, f"{mode}-{name}", tuple[dict[str, Any], dict[str, float]], one
         )
         found |= results
@@ -148,7 +144,7 @@ def _attack(
 
 
 def _one_attack(
-    experiment: Experiment, job: Job[Audit], name: str, views: tuple[View, View], groups: Groups
+    experiment: Experiment, job: Job[Audit], name: str, views: tuple[Observation, Observation], groups: Groups
 ) -> tuple[dict[str, Any], dict[str, float]]:
     started = _clocks()
     attack = ATTACKS.get(name) or _rmia(experiment, job)
@@ -184,17 +180,19 @@ def _judge(
     }
 
 
-def _see(experiment: Experiment, attack: Attack, view: View, settings: Audit) -> dict[str, np.ndarray]:
+def _see(experiment: Experiment, attack: Attack, view: Observation, settings: Audit) -> dict[str, np.ndarray]:
     """What the attack sees of every image of all processes' shares, in order."""
     seen = attack.observe(view, settings.adv_steps)
     return {name: experiment.engine.gather(values.double()).cpu().numpy() for name, values in seen.items()}
 
 
-def _views(experiment: Experiment, model: Classifier, members: np.ndarray, others: np.ndarray) -> tuple[View, View]:
-    def view(split: Split, rows: np.ndarray) -> View:
+def _views(
+    experiment: Experiment, model: Classifier, members: np.ndarray, others: np.ndarray
+) -> tuple[Observation, Observation]:
+    def view(split: Split, rows: np.ndarray) -> Observation:
         own = experiment.engine.share.of(torch.from_numpy(rows))
         known = {"rows": own, "is_test": torch.full_like(own, split == "test")}
-        return View(model, experiment.trainer.split("source", split, rows), known)
+        return Observation(model, experiment.trainer.split("source", split, rows), known)
 
     return view("train", members), view("test", others)
 
@@ -203,7 +201,7 @@ def _rmia(experiment: Experiment, job: Job[Audit]) -> Attack:
     """The attack, with what the references said of each image, found by the image's split and row."""
     known = reference.confidences(experiment, job.settings.references)
 
-    def observe(view: View, _: int) -> dict[str, Tensor]:
+    def observe(view: Observation, _: int) -> dict[str, Tensor]:
         is_test, rows = view.known["is_test"], view.known["rows"]
         out = [known[test][row] for test, row in zip(is_test.tolist(), rows.tolist(), strict=True)]
         return reference.rmia(view, torch.tensor(out))

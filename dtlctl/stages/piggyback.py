@@ -13,7 +13,7 @@ from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Piggyback
 from dtlctl.run.experiment import Experiment
-from dtlctl.stages.trials import HEAD, Ground, Strike, share_out, start
+from dtlctl.stages.trials import HEAD, Final, Repetition, share_out, start
 from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import History
 
@@ -26,19 +26,19 @@ def piggyback(experiment: Experiment, job: Job[Piggyback]) -> None:
     model = start(experiment, job, f"piggyback/{job.dataset}/head")
     batches = experiment.trainer.batches(job.dataset, job.settings.batch_size, f"piggyback/{job.dataset}/batches")
     objective = cross_entropy(model, HEAD, batches)
-    kept = Parts(experiment.results.scratch(job), experiment.results.key(job))
-    history, metrics = kept.common(
+    parts = experiment.results.parts(job)
+    history, metrics = parts.common(
         experiment.engine,
         "single",
         tuple[History, dict[str, Any]],
         lambda: experiment.trainer.train(job, model, objective, batches, {"acc_pl": (HEAD, job.dataset)}),
     )
     if job.settings.attackers:
-        metrics |= _tuned(experiment, job, kept, metrics["acc_pl"])
+        metrics |= _tuned(experiment, job, parts, metrics["acc_pl"])
     experiment.results.publish(job, metrics, history)
 
 
-def _tuned(experiment: Experiment, job: Job[Piggyback], kept: Parts, single: float) -> dict[str, Any]:
+def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: float) -> dict[str, Any]:
     """Metrics of the tuned attackers; `single`: Acc_pl of the table's one setting.
 
     Each attacker tries his grid on the training part of his images and keeps what is best on the held-out part, the
@@ -48,35 +48,35 @@ def _tuned(experiment: Experiment, job: Job[Piggyback], kept: Parts, single: flo
     """
     started = time.perf_counter()
     trials: list[Trial] = []
-    strikes: list[list[Strike]] = []
+    finals: list[list[Final]] = []
     total = job.settings.attack_seeds * sum(len(attacker.grid()) for attacker in job.settings.attackers)
     with experiment.processes.progress(f"{job.title}: attackers", total) as bar:
         for seed in range(job.settings.attack_seeds):
-            ground = Ground(experiment, job, seed)
+            repetition = Repetition(experiment, job, seed)
             grid = [(attacker, setting) for attacker in job.settings.attackers for setting in attacker.grid()]
-            tasks = [partial(ground.attempt, *point) for point in grid]
-            trying = kept.each(f"trial-{seed}", Trial, tasks, ground.stop.is_set)
-            tried = share_out(ground, trying, lambda count: bar.at(len(trials) + count, total))
+            tasks = [partial(repetition.attempt, *point) for point in grid]
+            trying = parts.each(f"trial-{seed}", Trial, tasks, repetition.stop.is_set)
+            tried = share_out(repetition, trying, lambda count: bar.at(len(trials) + count, total))
             best = [tuning.choose([t for t in tried if t.setting.kind == kind]) for kind in _kinds(job.settings)]
             makers = [(grid[tried.index(trial)][0], trial) for trial in best if trial]
-            strokes = [partial(ground.strike, *pair) for pair in makers]
-            again = share_out(ground, kept.each(f"strike-{seed}", Strike, strokes, ground.stop.is_set))
+            finishing = [partial(repetition.finish, *pair) for pair in makers]
+            again = share_out(repetition, parts.each(f"final-{seed}", Final, finishing, repetition.stop.is_set))
             trials.extend(tried)
-            strikes.append(again)
-    seconds, fits = time.perf_counter() - started, len(experiment.engine.gather_objects(kept.made))
+            finals.append(again)
+    seconds, fits = time.perf_counter() - started, len(experiment.engine.gather_objects(parts.made))
     cost = {"trials_per_minute": round(60 * fits / seconds, 1), "attack_seconds": round(seconds, 1)}
-    stood = [[(s, s.acc_pl) for s in again if s.acc_pl is not None] for again in strikes]
-    worst = [tuning.choose([strike.trial for strike, _ in found]) for found in stood]
+    stood = [[(s, s.acc_pl) for s in again if s.acc_pl is not None] for again in finals]
+    worst = [tuning.choose([final.trial for final, _ in found]) for found in stood]
     chosen = [next(p for p in found if p[0].trial is trial) for found, trial in zip(stood, worst, strict=True) if trial]
     accuracies = [[accuracy for _, accuracy in found] for found in stood if found]
     return {
         "acc_pl_worst": mean(accuracy for _, accuracy in chosen) if chosen else single,
         "acc_pl_median": median([a for row in accuracies for a in row] or [single]),
         "acc_pl_max": mean(max([single, *row]) for row in accuracies) if accuracies else single,
-        "chosen": [strike.document() for strike, _ in chosen],
-        "attackers": [strike.document() for again in strikes for strike in again],
+        "chosen": [final.document() for final, _ in chosen],
+        "attackers": [final.document() for again in finals for final in again],
         "trials": [trial.document() for trial in trials],
-        **(cost if fits == len(trials) + sum(map(len, strikes)) else {}),  # of a part it would say nothing
+        **(cost if fits == len(trials) + sum(map(len, finals)) else {}),  # of a part it would say nothing
     }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dtlctl.attacks.signals import View, entropy
+from dtlctl.attacks.signals import Observation, entropy
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.schema import Audit, Training
 from dtlctl.training.finite import check_finite
@@ -33,7 +33,9 @@ def uncertainty(experiment: Experiment, model: Classifier) -> dict[str, float]:
     Raises DivergedError for answers that are not finite.
     """
     with torch.no_grad():
-        parts = [-entropy(View(model, [batch]))["entropy"] for batch in experiment.trainer.split("source", "test")]
+        parts = [
+            -entropy(Observation(model, [batch]))["entropy"] for batch in experiment.trainer.split("source", "test")
+        ]
     found = experiment.engine.gather(torch.cat(parts)).double()
     check_finite(found)
     mean = float(found.mean())

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dtlctl.attacks.signals import View
+from dtlctl.attacks.signals import Observation
 from dtlctl.data.tensors import Batches, evaluation_batches
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.training.finite import check_finite
@@ -35,7 +35,7 @@ def ratio(own: Tensor, out: Tensor) -> Tensor:
     return own / (((1 + OFFLINE) * out + 1 - OFFLINE) / 2)
 
 
-def rmia(view: View, out: Tensor) -> dict[str, Tensor]:
+def rmia(view: Observation, out: Tensor) -> dict[str, Tensor]:
     """The ratio of every image in view; `out` [n]: the mean confidence of the references that never saw the image."""
     own = view.logits.softmax(1).gather(1, view.labels[:, None])[:, 0]
     return {"rmia": ratio(own, out.to(own))}

@@ -39,7 +39,7 @@ def start(experiment: Experiment, job: Job[Piggyback], head: str, *, alone: bool
     return model
 
 
-class Strike(NamedTuple):
+class Final(NamedTuple):
     """An attacker's chosen trial, made again with all images that he has."""
 
     trial: Trial
@@ -51,7 +51,7 @@ class Strike(NamedTuple):
                 "seed": self.trial.seed, "acc_pl": self.acc_pl}  # fmt: skip
 
 
-class Ground:
+class Repetition:
     """One repetition of the attack on one model: which images train, choose and judge, the new head, the features."""
 
     def __init__(self, experiment: Experiment, job: Job[Piggyback], seed: int):
@@ -79,19 +79,19 @@ class Ground:
         )  # fmt: skip
         return Trial(setting, self.seed, looks)
 
-    def strike(self, attacker: Attacker, trial: Trial) -> Strike:
+    def finish(self, attacker: Attacker, trial: Trial) -> Final:
         """The trial's setting and length once more, on all of the attacker's images."""
         everything = np.arange(len(self.own))
         if isinstance(attacker, Frozen):
             (x, y), test = self._known(attacker, "train", everything), self._known(attacker, "test", self.judges)
-            return Strike(trial, tuning.Linear(x, y, trial.setting.rate).look(*test).accuracy)
+            return Final(trial, tuning.Linear(x, y, trial.setting.rate).look(*test).accuracy)
         model = self._prepared(attacker, everything)
         tuning.train(
             model, HEAD, self._batches(everything, attacker.batch_size), trial.setting,
             steps=attacker.steps, warmup=attacker.warmup, until=trial.best and trial.best.step,
             stopped=self.stop.is_set,
         )  # fmt: skip
-        return Strike(trial, tuning.accuracy(model, HEAD, self._whole("test", self.judges)))
+        return Final(trial, tuning.accuracy(model, HEAD, self._whole("test", self.judges)))
 
     def _split(self, seed: int) -> tuple[np.ndarray, tuple[Split, np.ndarray], np.ndarray]:
         """Places of the images that train, among the attacker's own; that choose, with their split; and that judge."""
@@ -144,7 +144,7 @@ class Ground:
 
 
 def share_out(
-    ground: Ground, tasks: list[Callable[[], Result]], done: Callable[[int], None] = lambda count: None
+    repetition: Repetition, tasks: list[Callable[[], Result]], done: Callable[[int], None] = lambda count: None
 ) -> list[Result]:
     """Every task's result, in order. Tasks are shared out over processes and, on the CPU, over this one's threads.
 
@@ -155,13 +155,13 @@ def share_out(
     """
     from threadpoolctl import threadpool_limits
 
-    engine, cores = ground.experiment.engine, torch.get_num_threads()
-    drawing = draws(ground.model)
+    engine, cores = repetition.experiment.engine, torch.get_num_threads()
+    drawing = draws(repetition.model)
     at_once = 1 if drawing or engine.device.type != "cpu" else cores
 
     def work(number: int) -> Result:
         if drawing:
-            torch.manual_seed(ground.experiment.recipe.stream(f"{ground.tag}/{number}"))
+            torch.manual_seed(repetition.experiment.recipe.stream(f"{repetition.tag}/{number}"))
         return tasks[number]()
 
     blas = threadpool_limits(1 if at_once > 1 else None, "blas")  # two probes of two threads each are slower
@@ -173,7 +173,7 @@ def share_out(
             results.append(result)
             done(min(len(results) * engine.processes, len(tasks)))
     except BaseException:
-        ground.stop.set()
+        repetition.stop.set()
         raise
     finally:
         pool.shutdown(cancel_futures=True)

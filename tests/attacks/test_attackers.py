@@ -16,7 +16,7 @@ import torch
 
 from dtlctl.attacks import tuning
 from dtlctl.attacks.attackers import Full, LastBlock, Probe, Renorm, RenormProbe
-from dtlctl.attacks.tuning import Look, Setting, Trial
+from dtlctl.attacks.tuning import Evaluation, Setting, Trial
 from dtlctl.errors import DataError, RecipeError
 from dtlctl.model import networks
 from dtlctl.recipe.loading import load
@@ -24,7 +24,7 @@ from dtlctl.recipe.plan import jobs
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import piggyback
 from dtlctl.stages.runner import run
-from dtlctl.stages.trials import Ground, Strike
+from dtlctl.stages.trials import Final, Repetition
 from dtlctl.storage.parts import Parts
 
 ATTACKERS = (
@@ -67,7 +67,7 @@ def test_the_schedule_rises_then_falls_to_zero():
 
 
 def trial(accuracy: float, loss: float, step: int = 1) -> Trial:
-    return Trial(Setting("full", "sgd", 0.1), 0, [Look(step, accuracy, loss)])
+    return Trial(Setting("full", "sgd", 0.1), 0, [Evaluation(step, accuracy, loss)])
 
 
 def test_the_choice_is_the_best_on_held_out_images():
@@ -77,7 +77,7 @@ def test_the_choice_is_the_best_on_held_out_images():
     assert tuning.choose([diverged, worse, better]) is better
     assert tuning.choose([better, tied, worse]) is tied
     assert tuning.choose([diverged]) is None
-    looks = [Look(10, 50.0, 1.0), Look(20, 70.0, 2.0), Look(30, 70.0, 2.0)]
+    looks = [Evaluation(10, 50.0, 1.0), Evaluation(20, 70.0, 2.0), Evaluation(30, 70.0, 2.0)]
     assert Trial(Setting("full", "sgd", 0.1), 0, looks).best == looks[1]
 
 
@@ -133,16 +133,16 @@ def test_features_that_are_not_finite_make_a_failed_trial_and_wrong_answers(reci
     """scikit-learn refuses them. What the attacker cannot fit is a trial without a look; what judges him, a miss."""
     experiment = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="probe"}]']), recipe_file.parent, quiet=True)
     (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
-    ground, (probe,) = Ground(experiment, job, 0), job.settings.attackers
+    repetition, (probe,) = Repetition(experiment, job, 0), job.settings.attackers
     setting = probe.grid()[0]
-    trial = ground.attempt(probe, setting)
-    before, (features, _) = ground.strike(probe, trial).acc_pl, ground.features["probe"]["test"]
+    trial = repetition.attempt(probe, setting)
+    before, (features, _) = repetition.finish(probe, trial).acc_pl, repetition.features["probe"]["test"]
     features[: len(features) // 2] = np.nan
-    assert 0 < ground.strike(probe, trial).acc_pl < before
+    assert 0 < repetition.finish(probe, trial).acc_pl < before
     features[:] = np.inf
-    assert ground.strike(probe, trial).acc_pl == 0
-    ground.features["probe"]["train"][0][ground.held[1][0]] = np.inf
-    failed = ground.attempt(probe, setting)
+    assert repetition.finish(probe, trial).acc_pl == 0
+    repetition.features["probe"]["train"][0][repetition.held[1][0]] = np.inf
+    failed = repetition.attempt(probe, setting)
     assert failed.looks == [] and tuning.choose([failed, trial]) is trial
 
 
@@ -151,8 +151,8 @@ def test_a_renorm_probe_sees_through_running_statistics(recipe_file: Path):
     change = 'piggyback.attackers=[{kind="probe"}, {kind="renorm-probe"}]'
     experiment = Experiment(load(recipe_file, [change]), recipe_file.parent, quiet=True)
     (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
-    ground = Ground(experiment, job, 0)
-    for module in ground.model.modules():
+    repetition = Repetition(experiment, job, 0)
+    for module in repetition.model.modules():
         if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.fill_(1e4)
 
@@ -160,10 +160,10 @@ def test_a_renorm_probe_sees_through_running_statistics(recipe_file: Path):
         x, _ = features["train"]
         return x
 
-    plain, renormalised = (own(ground._features(attacker)) for attacker in (Probe(), RenormProbe()))
-    assert own(ground.features["probe"]).std(0).max() > 0.01
+    plain, renormalised = (own(repetition._features(attacker)) for attacker in (Probe(), RenormProbe()))
+    assert own(repetition.features["probe"]).std(0).max() > 0.01
     assert plain.std(0).max() < 1e-6
-    assert np.allclose(renormalised, own(ground.features["renorm-probe"]), atol=1e-5)
+    assert np.allclose(renormalised, own(repetition.features["renorm-probe"]), atol=1e-5)
     assert renormalised.std(0).max() > 0.01
 
 
@@ -197,7 +197,7 @@ def test_a_linear_probe_separates_what_is_separable():
 
 
 def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file: Path):
-    """2 + 1 settings of full, 2 of probe, 1 each of the 3 others, by 2 seeds: 16 trials, and 5 strikes a seed."""
+    """2 + 1 settings of full, 2 of probe, 1 each of the 3 others, by 2 seeds: 16 trials, and 5 finals a seed."""
     documents = []
     for name, threads in (("one", 1), ("two", 2)):
         experiment = Experiment(
@@ -215,12 +215,12 @@ def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file:
     assert metrics == other
     assert len(metrics["trials"]) == 16
     kinds = ["full", "probe", "last-block", "renorm", "renorm-probe"]
-    assert [strike["kind"] for strike in metrics["attackers"]] == kinds * 2
+    assert [final["kind"] for final in metrics["attackers"]] == kinds * 2
     for seed in (0, 1):
-        strikes = [s for s in metrics["attackers"] if s["seed"] == seed]
+        finals = [s for s in metrics["attackers"] if s["seed"] == seed]
         mine = [t for t in metrics["trials"] if t["seed"] == seed]
-        for strike in strikes:
-            assert strike["val"] == max(t["val"] for t in mine if t["kind"] == strike["kind"])
+        for final in finals:
+            assert final["val"] == max(t["val"] for t in mine if t["kind"] == final["kind"])
         assert metrics["chosen"][seed]["val"] == max(t["val"] for t in mine)
     assert metrics["acc_pl_worst"] == pytest.approx(sum(c["acc_pl"] for c in metrics["chosen"]) / 2)
     assert metrics["acc_pl_max"] >= max(metrics["acc_pl_worst"], metrics["acc_pl"])
@@ -233,12 +233,12 @@ def test_who_is_trained_on_is_not_looked_at_and_nobody_sees_the_test_split(
     change = 'piggyback.attackers=[{kind="full", lr=[0.1], steps=20}]'
     experiment = Experiment(load(recipe_file, [change]), recipe_file.parent, quiet=True)
     (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
-    ground, seen = Ground(experiment, job, 0), []
+    repetition, seen = Repetition(experiment, job, 0), []
     train = tuning.train
     monkeypatch.setattr(tuning, "train", lambda *a, **k: seen.append((a[2], k)) or train(*a, **k))
     (attacker,) = job.settings.attackers
-    trial = ground.attempt(attacker, attacker.grid()[0])
-    ground.strike(attacker, trial)
+    trial = repetition.attempt(attacker, attacker.grid()[0])
+    repetition.finish(attacker, trial)
     (tried, looking), (again, last) = seen
     pixels = torch.from_numpy(experiment.data.images("source", "train").pixels).float() / 255
     held = sorted(set(experiment.data.index("piggyback.again").tolist()) - set(tried.rows.tolist()))
@@ -253,10 +253,10 @@ def test_a_probe_is_fitted_to_the_training_part_and_judged_by_the_held_out(recip
     experiment = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="probe", C=[100.0]}]']), recipe_file.parent,
                      quiet=True)  # fmt: skip
     (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
-    ground, (attacker,) = Ground(experiment, job, 0), job.settings.attackers
-    trial = ground.attempt(attacker, attacker.grid()[0])
-    (x, y), test = ground.features["probe"]["train"], ground.features["probe"]["test"]
-    train, (split, held) = ground.train, ground.held
+    repetition, (attacker,) = Repetition(experiment, job, 0), job.settings.attackers
+    trial = repetition.attempt(attacker, attacker.grid()[0])
+    (x, y), test = repetition.features["probe"]["train"], repetition.features["probe"]["test"]
+    train, (split, held) = repetition.train, repetition.held
     assert (split, len(train), len(held), len(test[1])) == (
         "train",
         20,
@@ -267,7 +267,7 @@ def test_a_probe_is_fitted_to_the_training_part_and_judged_by_the_held_out(recip
     assert fitted.look(x[train], y[train]).accuracy == 100
     assert trial.best == fitted.look(x[held], y[held])
     assert trial.best.accuracy < 100
-    assert ground.strike(attacker, trial).acc_pl == tuning.Linear(x, y, 100.0).look(*test).accuracy
+    assert repetition.finish(attacker, trial).acc_pl == tuning.Linear(x, y, 100.0).look(*test).accuracy
 
 
 def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
@@ -276,30 +276,33 @@ def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monke
     experiment = Experiment(load(recipe_file, ['piggyback.choose_on="test"', f"piggyback.attackers={table}"]),
                      recipe_file.parent, quiet=True)  # fmt: skip
     (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
-    ground, (probe, full), labels = (
-        Ground(experiment, job, 0),
+    repetition, (probe, full), labels = (
+        Repetition(experiment, job, 0),
         job.settings.attackers,
         experiment.data.images("source", "test").labels,
     )
-    split, held = ground.held
-    assert split == "test" and list(ground.train) == list(range(30))
-    assert sorted([*held, *ground.judges]) == list(range(len(labels)))
+    split, held = repetition.held
+    assert split == "test" and list(repetition.train) == list(range(30))
+    assert sorted([*held, *repetition.judges]) == list(range(len(labels)))
     assert set(np.bincount(labels[held])) == {min(np.bincount(labels)) // 2}
-    (x, y), (tests, answers) = ground.features["probe"]["train"], ground.features["probe"]["test"]
+    (x, y), (tests, answers) = repetition.features["probe"]["train"], repetition.features["probe"]["test"]
     fitted = tuning.Linear(x, y, 100.0)
-    trial = ground.attempt(probe, probe.grid()[0])
+    trial = repetition.attempt(probe, probe.grid()[0])
     assert trial.best == fitted.look(tests[held], answers[held])
-    assert ground.strike(probe, trial).acc_pl == fitted.look(tests[ground.judges], answers[ground.judges]).accuracy
+    assert (
+        repetition.finish(probe, trial).acc_pl
+        == fitted.look(tests[repetition.judges], answers[repetition.judges]).accuracy
+    )
 
     seen, judged = [], []
     train, accuracy = tuning.train, tuning.accuracy
     monkeypatch.setattr(tuning, "train", lambda *a, **k: seen.append((a[2].rows, k)) or train(*a, **k))
     monkeypatch.setattr(tuning, "accuracy", lambda m, h, b: judged.extend(b := list(b)) or accuracy(m, h, b))
-    ground.strike(full, ground.attempt(full, full.grid()[0]))
+    repetition.finish(full, repetition.attempt(full, full.grid()[0]))
     pixels = torch.from_numpy(experiment.data.images("source", "test").pixels).float() / 255
     assert [len(rows) for rows, _ in seen] == [30, 30]
     assert torch.allclose(torch.cat([batch.x for batch in seen[0][1]["held_out"]()]), pixels[held])
-    assert torch.allclose(torch.cat([batch.x for batch in judged]), pixels[ground.judges])
+    assert torch.allclose(torch.cat([batch.x for batch in judged]), pixels[repetition.judges])
 
 
 def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
@@ -319,16 +322,16 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
             self.experiment = experiment
 
         def attempt(self, attacker: Any, setting: Setting) -> Trial:
-            return Trial(setting, 0, [Look(1, held_out[setting.kind], 1.0)])
+            return Trial(setting, 0, [Evaluation(1, held_out[setting.kind], 1.0)])
 
-        def strike(self, attacker: Any, trial: Trial) -> Strike:
+        def finish(self, attacker: Any, trial: Trial) -> Final:
             assert attacker.kind == trial.setting.kind
-            return Strike(trial, tested[attacker.kind])
+            return Final(trial, tested[attacker.kind])
 
-    monkeypatch.setattr(piggyback, "Ground", Fake)
+    monkeypatch.setattr(piggyback, "Repetition", Fake)
     metrics = piggyback._tuned(experiment, job, Parts(experiment.results.scratch(job), "key"), 55.0)
     assert [metrics[f"acc_pl_{name}"] for name in ("worst", "median", "max")] == [10.0, 15.0, 55.0]
-    assert [strike["kind"] for strike in metrics["chosen"]] == ["probe"]
+    assert [final["kind"] for final in metrics["chosen"]] == ["probe"]
 
 
 def test_an_attacker_whose_last_training_diverges_is_left_out(recipe_file: Path):
@@ -336,17 +339,17 @@ def test_an_attacker_whose_last_training_diverges_is_left_out(recipe_file: Path)
     attackers = 'piggyback.attackers=[{kind="full", lr=[1.0], steps=2}, {kind="probe", C=[1.0]}]'
     experiment = Experiment(load(recipe_file, [attackers]), recipe_file.parent, quiet=True)
     (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
-    ground, (full, _) = Ground(experiment, job, 0), job.settings.attackers
-    wild = Trial(Setting("full", "sgd", 1e30), 0, [Look(2, 100.0, 0.0)])
-    strike = ground.strike(full, wild)
-    assert strike.acc_pl is None and strike.document()["acc_pl"] is None
+    repetition, (full, _) = Repetition(experiment, job, 0), job.settings.attackers
+    wild = Trial(Setting("full", "sgd", 1e30), 0, [Evaluation(2, 100.0, 0.0)])
+    final = repetition.finish(full, wild)
+    assert final.acc_pl is None and final.document()["acc_pl"] is None
 
-    class Fake(Ground):
+    class Fake(Repetition):
         def attempt(self, attacker: Any, setting: Setting) -> Trial:
-            return wild if attacker.kind == "full" else Trial(setting, 0, [Look(0, 50.0, 0.0)])
+            return wild if attacker.kind == "full" else Trial(setting, 0, [Evaluation(0, 50.0, 0.0)])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(piggyback, "Ground", Fake)
+        patch.setattr(piggyback, "Repetition", Fake)
         metrics = piggyback._tuned(experiment, job, Parts(experiment.results.scratch(job), "key"), 5.0)
     assert [one["kind"] for one in metrics["chosen"]] == ["probe"]
     assert [one["acc_pl"] for one in metrics["attackers"]] == [None, metrics["acc_pl_worst"]]

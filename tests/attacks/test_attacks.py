@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dtlctl.attacks import gradients, membership, probe, whitebox
 from dtlctl.attacks.registry import ATTACKS, Attack
-from dtlctl.attacks.signals import View
+from dtlctl.attacks.signals import Observation
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks
 from dtlctl.model.networks import Classifier
@@ -74,7 +74,7 @@ def part(batch: Batch, rows: slice) -> Batch:
 
 def results(attack: Attack, name: str, model: Classifier, groups, sign: int = 1) -> dict[str, dict]:
     """The attack's numbers; `sign` = -1 turns an attack that trains nothing upside down."""
-    seen = [attack.observe(View(model, [batch]), STEPS) for batch in groups]
+    seen = [attack.observe(Observation(model, [batch]), STEPS) for batch in groups]
     members, others = ({k: sign * v.double().numpy() for k, v in s.items()} for s in seen)
     repeats = 2 if attack.slow else 10
     if attack.attacker is not membership.single:
@@ -100,7 +100,7 @@ def rmia(images) -> Attack:
         for place, batch in enumerate(images):
             out[place] += model(batch.x, "source").softmax(1).gather(1, batch.y[:, None])[:, 0] / 8
 
-    def observe(view: View, _: Audit) -> dict[str, Tensor]:
+    def observe(view: Observation, _: Audit) -> dict[str, Tensor]:
         whose = next(i for i, batch in enumerate(images) if batch.x is view.batches[0].x)
         return reference.rmia(view, out[whose])
 
@@ -222,7 +222,7 @@ def test_per_image_gradients_are_not_rounded_to_bfloat16(images, overfitted):
 
 def test_every_branch_of_the_white_box_attacker_learns_and_nothing_moves_when_it_answers(images, overfitted):
     """The defects of the public code: branches in plain lists are never trained; dropout stays on in evaluation."""
-    seen = {n: v.double().numpy() for n, v in whitebox.observe(View(overfitted, [images[0]])).items()}
+    seen = {n: v.double().numpy() for n, v in whitebox.observe(Observation(overfitted, [images[0]])).items()}
     assert sum(name.startswith("stage") for name in seen) == 4  # stem and three stages
     net = whitebox.Network({n: v.shape[1] for n, v in seen.items()})
     inputs = whitebox._tensors(seen, {n: (v.mean(0), v.std(0) + 1e-6) for n, v in seen.items() if n != "label"})
@@ -258,7 +258,7 @@ def test_stages_that_keep_channels_last_are_averaged_over_places_too():
     """Swin's are [B, H, W, C], with 96 channels in the first and 768 in the last."""
     model = networks.build("swin_t", {"source": 2}, stem="imagenet", image_size=64).eval()
     seen = whitebox.observe(
-        View(model, [Batch(torch.rand(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64), torch.arange(2))])
+        Observation(model, [Batch(torch.rand(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64), torch.arange(2))])
     )
     assert [tuple(seen[f"stage {place}"].shape) for place in (0, 5)] == [(2, 96), (2, 768)]
 
@@ -272,7 +272,7 @@ def test_the_last_layers_gradient_is_the_outer_product(images, overfitted):
     (expected,) = torch.autograd.grad(
         F.cross_entropy(model(batch.x, "source"), batch.y), [model.heads["source"].weight]
     )
-    seen = whitebox.observe(View(model, [batch]))
+    seen = whitebox.observe(Observation(model, [batch]))
     error = seen["logits"].softmax(1) - F.one_hot(batch.y, CLASSES)
     torch.testing.assert_close(error.T @ seen["embedding"], expected)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtlctl.attacks import adversarial, gradients, signals
-from dtlctl.attacks.signals import View
+from dtlctl.attacks.signals import Observation
 from dtlctl.model import networks
 from dtlctl.stages import reference
 
@@ -22,7 +22,7 @@ def test_cheap_signals_by_hand():
     """p = (1/2, 1/4, 1/4) and label 0: loss log 2, entropy 1.5 log 2,
     Mentr = ½ log 2 + 2 · ¼ log(4/3) = 0.4904; for p = (0, 1, 0) nearly and label 0 Mentr is large.
     """
-    view = View.__new__(View)
+    view = Observation.__new__(Observation)
     view.logits, view.labels = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([0])
     log2 = float(np.log(2))
     assert signals.loss(view)["loss"].item() == pytest.approx(-log2)

@@ -18,10 +18,10 @@ from torchvision.ops import StochasticDepth
 
 from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
-from dtlctl.stages.trials import Ground, draws, share_out
+from dtlctl.stages.trials import Repetition, draws, share_out
 
 
-def ground(model: nn.Module) -> Any:
+def repetition(model: nn.Module) -> Any:
     share = SimpleNamespace(rank=0)
     engine = SimpleNamespace(device=torch.device("cpu"), share=share, processes=1, gather_objects=lambda found: found)
     recipe = SimpleNamespace(stream=lambda tag: zlib.crc32(tag.encode()))
@@ -48,7 +48,7 @@ def test_trials_of_a_network_that_draws_are_decided_by_the_seed_alone(two_thread
             time.sleep(0.002)  # another thread would draw now
         return found
 
-    found = share_out(ground(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))), [trial] * 4)
+    found = share_out(repetition(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))), [trial] * 4)
     for number, drawn in enumerate(found):
         torch.manual_seed(zlib.crc32(f"attack/{number}".encode()))
         assert drawn == [float(torch.rand(())) for _ in range(3)]
@@ -56,7 +56,7 @@ def test_trials_of_a_network_that_draws_are_decided_by_the_seed_alone(two_thread
 
 def test_trials_of_a_network_that_draws_nothing_run_at_once(two_threads: None):
     meeting = threading.Barrier(2)
-    assert share_out(ground(nn.Linear(2, 2)), [lambda: meeting.wait(20) * 0 + 1] * 2) == [1, 1]
+    assert share_out(repetition(nn.Linear(2, 2)), [lambda: meeting.wait(20) * 0 + 1] * 2) == [1, 1]
 
 
 def test_trials_that_run_at_once_have_one_blas_thread_each(two_threads: None):
@@ -66,8 +66,8 @@ def test_trials_that_run_at_once_have_one_blas_thread_each(two_threads: None):
         return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
 
     with threadpool_limits(2, "blas"):
-        assert share_out(ground(nn.Linear(2, 2)), [blas] * 2) == [{1}] * 2
-        assert share_out(ground(nn.Sequential(nn.Dropout(0.5))), [blas]) == [{2}]
+        assert share_out(repetition(nn.Linear(2, 2)), [blas] * 2) == [{1}] * 2
+        assert share_out(repetition(nn.Sequential(nn.Dropout(0.5))), [blas]) == [{2}]
         assert blas() == {2}
 
 
@@ -98,9 +98,9 @@ def test_no_more_than_a_batch_of_a_split_is_copied(recipe_file: Path, monkeypatc
 
     monkeypatch.setattr(experiment.data, "images", watched)
     (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
-    repetition = Ground(experiment, job, 0)
+    repetition = Repetition(experiment, job, 0)
     for attacker in job.settings.attackers:
         trial = repetition.attempt(attacker, attacker.grid()[0])
-        assert repetition.strike(attacker, trial).acc_pl is not None
+        assert repetition.finish(attacker, trial).acc_pl is not None
     rows = np.arange(797)
     assert sum(len(batch.y) for batch in experiment.trainer.split("source", "test", rows)) == 797

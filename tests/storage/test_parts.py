@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtlctl.attacks.tuning import Look, Setting, Trial
+from dtlctl.attacks.tuning import Evaluation, Setting, Trial
 from dtlctl.errors import CheckpointError, DivergedError, Stopped
 from dtlctl.many import sweep
 from dtlctl.recipe.loading import load
@@ -20,7 +20,7 @@ from dtlctl.run.trainer import Trainer
 from dtlctl.stages import audit as auditing
 from dtlctl.stages import reference
 from dtlctl.stages.runner import run
-from dtlctl.stages.trials import Ground, Strike
+from dtlctl.stages.trials import Final, Repetition
 from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import Engine
 
@@ -51,7 +51,7 @@ def metrics(experiment: Experiment, path: str) -> dict[str, Any]:
 def test_tuned_attackers_go_on_where_they_were_stopped(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Stopped before the first strike of four: the one setting and 4 trials are there, and nothing is lost by it."""
+    """Stopped before the first final of four: the one setting and 4 trials are there, and nothing is lost by it."""
     whole, parts = (
         new_experiment(recipe_file, *ATTACKERS, "name=whole"),
         new_experiment(recipe_file, *ATTACKERS, "name=parts"),
@@ -59,19 +59,19 @@ def test_tuned_attackers_go_on_where_they_were_stopped(
     parts.processes.quiet = False
     run(whole, ("piggyback",), only=("scratch",))
     with monkeypatch.context() as patch:
-        patch.setattr(Ground, "strike", stop)
+        patch.setattr(Repetition, "finish", stop)
         with pytest.raises(Stopped):
             run(parts, ("piggyback",), only=("scratch",))
     kept = {path.name for path in (parts.folder / "piggyback/scratch/again.resume").iterdir()}
     assert {"single.json", *(f"trial-0-{n}.json" for n in range(4))} <= kept
-    assert not any(name.startswith(("strike", "trial-1")) for name in kept)
+    assert not any(name.startswith(("final", "trial-1")) for name in kept)
 
     said = "piggyback/scratch/again: goes on with 5 finished parts\n"
     assert "goes on" not in capsys.readouterr().err
-    attempt, seeds = Ground.attempt, []
+    attempt, seeds = Repetition.attempt, []
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "train", never)
-        patch.setattr(Ground, "attempt", lambda self, *point: (seeds.append(self.seed), attempt(self, *point))[1])
+        patch.setattr(Repetition, "attempt", lambda self, *point: (seeds.append(self.seed), attempt(self, *point))[1])
         run(parts, ("piggyback",), only=("scratch",))
     assert seeds == [1] * 4
     assert said in capsys.readouterr().err
@@ -82,7 +82,7 @@ def test_tuned_attackers_go_on_where_they_were_stopped(
 
 
 def test_a_result_that_was_cut_short_is_not_kept(tmp_path: Path):
-    trial = Trial(Setting("full", "sgd", 0.1), 0, [Look(4, 50.0, 0.1 + 0.2)])
+    trial = Trial(Setting("full", "sgd", 0.1), 0, [Evaluation(4, 50.0, 0.1 + 0.2)])
     for cut_short in (True, False):
         (task,) = Parts(tmp_path, "key").each("trial", Trial, [lambda: trial], lambda cut=cut_short: cut)
         assert task() == trial
@@ -90,13 +90,13 @@ def test_a_result_that_was_cut_short_is_not_kept(tmp_path: Path):
 
 
 def test_what_is_kept_comes_back_to_the_bit_and_for_its_key_alone(tmp_path: Path):
-    strike = Strike(Trial(Setting("probe", "logistic", 1e-3), 1, [Look(0, 100 / 3, 0.1 + 0.2)]), 1e-17)
+    final = Final(Trial(Setting("probe", "logistic", 1e-3), 1, [Evaluation(0, 100 / 3, 0.1 + 0.2)]), 1e-17)
     made = []
     for key, count in (("key", 1), ("key", 1), ("other", 2)):
         kept = Parts(tmp_path, key)
-        (task,) = kept.each("strike", Strike, [lambda: (made.append(1), strike)[1]], lambda: False)
+        (task,) = kept.each("final", Final, [lambda: (made.append(1), final)[1]], lambda: False)
         found = task()
-        assert found == strike and type(found.trial.looks[0]) is Look and type(found.trial.seed) is int
+        assert found == final and type(found.trial.looks[0]) is Evaluation and type(found.trial.seed) is int
         assert len(made) == count
 
 
