@@ -36,7 +36,6 @@ class Bench:
         channels_last: bool = False,
     ):
         self.device, self.precision = device, precision
-        networks.set_matmul_precision(precision)
         torch.manual_seed(0)
         self.x, self.y = torch.rand(batch_size, 3, size, size), torch.randint(100, (batch_size,))
         self.model = networks.build(arch, {"source": 100, "target": 10}, stem=stem, image_size=size)

@@ -92,8 +92,7 @@ class Experiment:
     def engine(self) -> Engine:
         from dtlctl.training.engine import Engine
 
-        engine = Engine()
-        networks.set_matmul_precision(self.recipe.precision)
+        engine = Engine(self.recipe.precision)
         if not self.quiet:
             count = f"{engine.processes} process" + ("es" if engine.processes > 1 else "")
             say(f"dtlctl {__version__}: {self.folder} on {count}, {engine.device.type}")
@@ -279,7 +278,7 @@ class Experiment:
             self.tidy(job)
 
         with stop.deferred():
-            engine.agree(0)  # nobody is still at work on it
+            engine.agree(0, patient=True)  # nobody is still at work on it
             engine.by_main(write)
 
     def scratch(self, job: Job[Any]) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dtlctl.console.progress import say
 from dtlctl.errors import DtlError
+from dtlctl.model.networks import precision
 from dtlctl.recipe.plan import Job, Stage
 from dtlctl.run import reuse
 from dtlctl.run.experiment import Experiment
@@ -35,7 +36,8 @@ def run(
             lab.tidy(job)
             continue
         try:
-            _stage(job.stage)(lab, job)
+            with precision(lab.recipe.precision):
+                _stage(job.stage)(lab, job)
         except (RuntimeError, MemoryError) as error:
             from dtlctl.training.failures import is_shortage, shortage
 

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from dtlctl.console import stop
 from dtlctl.console.progress import Progress
 from dtlctl.data.tensors import Batch, Share
-from dtlctl.errors import DivergedError, DtlError, Elsewhere, Stopped
+from dtlctl.errors import DivergedError, DtlError, Elsewhere, RecipeError, Stopped
+from dtlctl.model import networks
 from dtlctl.model.batchnorm import GlobalBatchNorm
+from dtlctl.model.networks import Precision
 from dtlctl.recipe.schema import Training
-from dtlctl.training import schedules
+from dtlctl.training import schedules, surroundings
 from dtlctl.training.finite import check_answers, check_reports, check_weights
 from dtlctl.training.resume import Memory, State
 
@@ -34,8 +37,10 @@ Objective = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 """number of the step -> (scalar to back-propagate, detached scalars to report); means over this process's share."""
 _ZERO = torch.zeros((), dtype=torch.float64)
 """What sums start from: adding to it turns any number into float64."""
-_PATIENCE = timedelta(days=7)
-"""Processes wait while the main one decodes, however long; a dead one is found by its closed connection."""
+PATIENCE = timedelta(days=7)
+"""Where processes have different work to do, as when the main one decodes; a dead one is found by its connection."""
+TIMEOUT = timedelta(minutes=30)
+"""Where all do the same step: a process that is this late hangs."""
 
 
 @dataclass
@@ -51,17 +56,24 @@ class History:
 class Engine:
     """Device, processes, and the loop that trains everything."""
 
-    def __init__(self) -> None:
-        # Without a GPU, Accelerate must be told so, or it looks for a backend that cannot start.
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
-        )
+    def __init__(self, precision: Precision = "float32") -> None:
+        """precision: the recipe's. Raises RecipeError where the environment asks for something else."""
+        surroundings.check(precision)
+        try:
+            # Without a GPU, Accelerate must be told so, or it looks for a backend that cannot start.
+            self.accelerator = Accelerator(
+                cpu=not torch.cuda.is_available(),
+                mixed_precision="no",
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+            )
+        except (ValueError, ImportError, NotImplementedError) as error:
+            raise RecipeError(f"accelerate: {str(error).strip().splitlines()[0]}") from None
         self.device: torch.device = self.accelerator.device
         self.processes: int = self.accelerator.num_processes
         self.share = Share(self.accelerator.process_index, self.processes)
         # Agreements go over CPU memory: asking an accelerator's queue would wait for all that is in it.
-        apart = self.device.type == "cuda" and self.processes > 1
-        self._control: Any = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE) if apart else None
+        group = torch.distributed.new_group
+        self._control: Any = group(backend="gloo", timeout=PATIENCE) if self.processes > 1 else None
 
     def place(self, model: Model, *, global_batch_norm: bool) -> Model:
         """The model on this device; with several processes, batch statistics over all of them or each one's own."""
@@ -76,9 +88,9 @@ class Engine:
         return self.accelerator.is_main_process
 
     def agree(self, code: int, *, patient: bool = False) -> int:
-        """The largest code of any process. `patient`: others may be minutes away, and a signal need not wait for them.
+        """The largest code of any process, by one message of eight bytes; with one process nothing is sent.
 
-        One message of eight bytes; with one process nothing.
+        patient: others may be at other work, for days, and a signal need not wait for them.
         """
         if self.processes == 1:
             return code
@@ -87,7 +99,7 @@ class Engine:
         assert work is not None
         while patient and not work.is_completed():
             time.sleep(0.005)  # between these, Python looks at signals; in `wait` it would not
-        work.wait()
+        work.wait(TIMEOUT)
         return int(flag)
 
     def by_main(self, work: Callable[[], Item]) -> Item | None:
@@ -143,12 +155,18 @@ class Engine:
 
     def _collect(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.processes)]
-        torch.distributed.all_gather(parts, tensor, group=None if tensor.is_cuda else self._control)
+        same = tensor.device.type == self.device.type  # an accelerator's backend may not know CPU memory
+        torch.distributed.all_gather(parts, tensor, group=None if same else self._control)
         return parts
 
     def gather_objects(self, values: list[Any]) -> list[Any]:
-        """All processes' lists, one after the other; plain numbers and tuples only."""
-        return values if self.processes == 1 else gather_object(values)
+        """All processes' lists, one after the other, however long the others take; plain numbers and tuples only."""
+        if self.processes == 1:
+            return values
+        self.agree(0, patient=True)
+        parts: list[Any] = [None] * self.processes
+        torch.distributed.all_gather_object(parts, values, group=self._control)
+        return [value for part in parts for value in part]
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over processes, in place."""
@@ -197,7 +215,7 @@ class Engine:
                 check_reports(state, state.step)
                 memory.save(self, state, model, optimizer)
 
-        with stop.deferred():
+        with stop.deferred(), _precision(model):
             try:
                 self._report(state, due, evaluate, progress)  # where a signal cut it short
                 while state.step < steps:
@@ -278,7 +296,8 @@ class Engine:
         training = model.training
         model.eval()
         for batch in batches:
-            logits = model(batch.x, head)
+            with _precision(model):
+                logits = model(batch.x, head)
             hits, bad = (logits.argmax(1) == batch.y).sum(), (~logits.isfinite()).any(1).sum()
             counts += torch.stack([hits, torch.full_like(hits, len(logits)), bad])
         model.train(training)
@@ -296,3 +315,8 @@ class Engine:
         if clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         return norm
+
+
+def _precision(model: nn.Module) -> AbstractContextManager[None]:
+    """The precision that the model is of; float32 for one that does not say."""
+    return networks.precision(getattr(model, "precision", "float32"))
