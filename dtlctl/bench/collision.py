@@ -48,7 +48,11 @@ def run(
         raise RecipeError(f"bench: {error}") from None
     cells = [("ce", 1), *((way, c) for c in counts for way in chosen if bench.can(way, c))]
     math = sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
-    with math, networks.precision(precision), Progress("bench", (repeats + 1) * len(cells), enabled=not quiet) as progress:
+    with (
+        math,
+        networks.precision(precision),
+        Progress("bench", (repeats + 1) * len(cells), enabled=not quiet) as progress,
+    ):
         return measure(bench, cells, repeats, progress)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks
-from dtlctl.objectives import batched, collision, views
+from dtlctl.objectives import batched, collision, forward
 
 WAYS = ("ce-chunked", "gc-batched", "gc-keep", "gc-recompute", "gc-pairwise", "gc-forward-over-reverse")
 """Beside "ce", one step of cross-entropy on the whole batch."""
@@ -101,8 +101,8 @@ class Bench:
         batch = Batch(self.x, self.y, torch.arange(len(self.y)))
 
         def step() -> None:
-            seen, tape = views.together(self.model, batch, chunks)
-            losses = [F.cross_entropy(view.source, view.y) for view in seen]
+            seen, tape = forward.together(self.model, batch, chunks)
+            losses = [F.cross_entropy(chunk.source, chunk.y) for chunk in seen]
             batched.collide_batched(losses, self.parameters, tape).surrogate.backward()
 
         return step

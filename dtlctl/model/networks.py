@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from dtlctl.errors import nearest
 from dtlctl.model import small_maps
 from dtlctl.model.cifar import DEPTHS, CifarResNet
-from dtlctl.model.stages import renew as renew
-from dtlctl.model.stages import shares as shares
-from dtlctl.model.stages import stages as stages
-from dtlctl.model.stages import watched as watched
+from dtlctl.model.stages import renew, shares, stages, watched
+
+__all__ = ["DEPTHS", "CifarResNet", "Classifier", "Precision", "architectures", "build", "check", "outline",
+           "precision", "renew", "shares", "stages", "watched"]  # fmt: skip
 
 # Names that need no look into torchvision, so that checking a recipe stays quick.
 _KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *DEPTHS}
@@ -48,16 +48,19 @@ def precision(name: Precision) -> Iterator[None]:
 def _tf32() -> tuple[bool, bool]:
     """Whether matrix products, and convolutions, may use TF32."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(cudnn, "conv"):  # since torch 2.9; reading an old name raises where somebody wrote to a new one
-        return matmul.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"
-    return matmul.allow_tf32, cudnn.allow_tf32
+    if not hasattr(cudnn, "conv"):
+        return matmul.allow_tf32, cudnn.allow_tf32
+    # Since torch 2.9 reading an old name raises where somebody wrote to a new one.
+    switches: tuple[Any, Any] = (matmul, cudnn.conv)
+    return switches[0].fp32_precision == "tf32", switches[1].fp32_precision == "tf32"
 
 
 def _allow_tf32(products: bool, convolutions: bool) -> None:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     matmul.allow_tf32, cudnn.allow_tf32 = products, convolutions
     if hasattr(cudnn, "conv"):  # the old name's False means "as torch.backends.fp32_precision says"
-        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if convolutions else "ieee"
+        for operation in (cudnn.conv, cudnn.rnn):
+            operation.fp32_precision = "tf32" if convolutions else "ieee"
 
 
 class Classifier(nn.Module):

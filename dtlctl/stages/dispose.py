@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtlctl.console.progress import say
 from dtlctl.data.tensors import Batch, Batches
+from dtlctl.errors import RecipeError
 from dtlctl.model.networks import Classifier, renew
-from dtlctl.objectives import views
-from dtlctl.objectives.step import Step, View
+from dtlctl.objectives import forward
+from dtlctl.objectives.step import ChunkOutputs, Step
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Dispose
 from dtlctl.run.experiment import Experiment
@@ -31,11 +33,12 @@ def dispose(lab: Experiment, job: Job[Dispose]) -> None:
     source = _batches(lab, "source", job)
     target = _batches(lab, "target", job) if settings.retain.needs_target else None
     repair_from = round(settings.total_steps(source.images) * (1 - settings.repair))
+    exactness = _exactness(lab, job, student, source, chunks)
     objective = _objective(lab, settings, (student, teacher), (source, target), chunks, repair_from)
     measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
     before = _source_loss_of(lab, teacher, source, chunks, settings.batch_norm)
     history, metrics = lab.train(job, student, objective, source, measures, also=(repair_from,))
-    metrics |= diagnose(history.rows, before)
+    metrics |= diagnose(history.rows, before) | exactness
     after = metrics.get("source_loss_unlearned", before)
     if settings.unlearn.kind == "gradient-collision" and after < before and lab.engine.is_main:
         say(
@@ -76,7 +79,7 @@ def _source_loss_of(
 ) -> float:
     """Cross-entropy on the first batches, in a disposal's mode and in its chunks, as its first steps see it."""
     probe = copy.deepcopy(model)  # its running statistics may move
-    _set_mode(probe, views.momenta(probe), batch_norm)
+    _set_mode(probe, batch_norm)
     found = [
         F.cross_entropy(probe(x, "source"), y)
         for batch in (batches[number] for number in range(count))
@@ -96,7 +99,7 @@ def _objective(
     """Eq. 1 with the settings' two losses, the unlearning loss for `repair_from` steps; `chunks` of this process."""
     (student, teacher), (source, target) = models, data
     unlearn, retain, parameters = settings.unlearn, settings.retain, list(student.parameters())
-    norms, memory = views.momenta(student), _memory(settings, student, source[0], chunks)
+    mode, maps = _graph_mode(settings, student, source[0], chunks), unlearn.kind == "null-space"
     images = len(lab.images("source", "train").labels)
 
     @torch.no_grad()
@@ -104,24 +107,24 @@ def _objective(
         return teacher(x, "target")
 
     def objective(number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        _set_mode(student, norms, settings.batch_norm)
-        seen = views.look(student, source[number], chunks, norms, memory)
+        _set_mode(student, settings.batch_norm)
+        seen, tape, again = forward.outputs(student, source[number], chunks, mode, maps=maps)
         step = Step(
-            chunks=seen.chunks,
-            target=views.apart(student, target[number], chunks, norms) if target else [],
+            chunks=seen,
+            target=forward.apart(student, target[number], chunks) if target else [],
             teacher=answers,
             parameters=parameters,
             images=images,
             seed=lab.seed("dispose/labels"),
             processes=lab.engine.processes,
             all_reduce=lab.engine.all_reduce,
-            tape=seen.tape,
-            again=seen.again,
+            tape=tape,
+            again=again,
         )
         keep = retain.loss(step)
         parts = {
             "retain": keep.detach(),
-            "source_loss": _source_loss(seen.chunks),
+            "source_loss": _source_loss(seen),
             "weight_norm": torch.nn.utils.get_total_norm([p.detach() for p in parameters]),
         }
         if number >= repair_from:
@@ -134,14 +137,40 @@ def _objective(
 
 
 @torch.no_grad()
-def _source_loss(chunks: Sequence[View]) -> Tensor:
+def _source_loss(chunks: Sequence[ChunkOutputs]) -> Tensor:
     return torch.stack([F.cross_entropy(chunk.source, chunk.y) for chunk in chunks]).mean()
 
 
-def _memory(settings: Dispose, student: Classifier, batch: Batch, chunks: int) -> views.Memory:
+def _exactness(
+    lab: Experiment, job: Job[Dispose], student: Classifier, source: Batches, chunks: int
+) -> dict[str, float]:
+    """How near the first batch's collision is to float64, where the recipe sets a bound; else nothing.
+
+    Raises RecipeError where it does not hold.
+    """
+    settings, bound = job.settings, job.settings.unlearn.cosine
+    if bound is None:
+        return {}
+    _set_mode(student, settings.batch_norm)
+    engine, mode = lab.engine, _graph_mode(settings, student, source[0], chunks)
+    make = partial(
+        Step, target=(), teacher=torch.zeros_like, images=source.images, seed=0,
+        processes=engine.processes, all_reduce=engine.all_reduce,
+    )  # fmt: skip
+    found = forward.cosine_to_float64(student, source[0], chunks, mode, settings.unlearn.loss, make)
+    if not found >= bound:
+        raise RecipeError(
+            f"{job.title}: the collision's gradient in {lab.recipe.precision} has a cosine of {found:.4f} to that in "
+            f"float64 on the first batch, below unlearn.cosine = {bound:g}\n"
+            'set precision = "float32", or a lower bound if the result may differ that much'
+        )
+    return {"collision_cosine": found}
+
+
+def _graph_mode(settings: Dispose, student: Classifier, batch: Batch, chunks: int) -> forward.GraphMode:
     """How the chunks' graphs are held; without collisions there is one chunk, and nothing to choose."""
     wanted = settings.unlearn.memory
-    return views.choose(student, batch.x, chunks) if wanted == "auto" else wanted
+    return forward.choose(student, batch.x, chunks) if wanted == "auto" else wanted
 
 
 def _batches(lab: Experiment, role: str, job: Job[Dispose]) -> Batches:
@@ -149,8 +178,9 @@ def _batches(lab: Experiment, role: str, job: Job[Dispose]) -> Batches:
     return lab.batches(role, data_demands.equal_parts(lab, job, role, lab.engine.processes), f"dispose/{role}")
 
 
-def _set_mode(student: Classifier, norms: views.Momenta, batch_norm: str) -> None:
+def _set_mode(student: Classifier, batch_norm: str) -> None:
     student.train()
     if batch_norm == "frozen":
-        for norm, _ in norms:
-            norm.eval()
+        for module in student.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()

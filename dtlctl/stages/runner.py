@@ -68,7 +68,7 @@ def _summary(path: Path) -> str:
     """One line of what a finished job measured."""
     sidecar = checkpoint.read_sidecar(path) or {}
     numbers = {k: v for k, v in sidecar.get("metrics", {}).items() if isinstance(v, float)}
-    text = ", ".join(f"{name} {value:.1f}" for name, value in numbers.items())
+    text = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     return f"{text or 'done'} ({sidecar.get('wall_seconds', 0):.0f} s)"
 
 

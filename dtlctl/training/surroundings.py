@@ -1,4 +1,4 @@
-"""Settings that reach a run through its environment, as `accelerate launch` and `accelerate config` leave them there."""
+"""Settings that reach a run through its environment, where `accelerate launch` and `accelerate config` leave them."""
 
 from __future__ import annotations
 

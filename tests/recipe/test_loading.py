@@ -203,4 +203,6 @@ def test_what_does_not_change_a_result_does_not_make_it_stale(recipe_file: Path)
     assert "precision" not in plain
     assert "fresh_stages" not in plain["settings"]  # nor fresh stages, where there are none
     assert described("dispose.gc.fresh_stages=2")["settings"] == {**plain["settings"], "fresh_stages": 2}
-    assert described("precision=bfloat16") == {**plain, "precision": "bfloat16"}
+    bound = described("dispose.gc.unlearn.cosine=0.9")
+    assert bound != plain  # its sidecar has the cosine
+    assert described("precision=bfloat16", "dispose.gc.unlearn.cosine=0.9") == {**bound, "precision": "bfloat16"}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
+from dtlctl.errors import RecipeError
 from dtlctl.model import networks
 from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
@@ -97,3 +100,36 @@ def test_two_experiments_that_take_turns_each_compute_in_their_own_precision(rec
 
 def test_opening_an_experiment_sets_nothing(opened):
     assert opened('precision="tf32"').engine and switches() == (True, False)
+
+
+BOUND = 'dispose.one.unlearn={kind="gradient-collision", cosine=%s}'
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "tf32", "float32"])
+def test_a_collision_is_measured_against_the_recipe_s_bound(opened, precision):
+    """Measured on the first batch; written down; in full precision it is 1 to seven digits."""
+    experiment = opened(f'precision="{precision}"', "dispose.gc.unlearn.cosine=0.3", BOUND % 0.3)
+    run(experiment, ["pretrain", "finetune", "dispose"], only=["pre", "TL", "one"])
+    cosine = experiment.require("one")["metrics"]["collision_cosine"]
+    assert (0.3 <= cosine < 0.99999) if precision == "bfloat16" else cosine > 0.999999
+
+
+def test_a_collision_below_its_bound_stops_before_it_trains(opened):
+    experiment = opened('precision="bfloat16"', "dispose.gc.unlearn.cosine=0.3", BOUND % 1)
+    with pytest.raises(RecipeError) as caught:
+        run(experiment, ["pretrain", "finetune", "dispose"], only=["pre", "TL", "one"])
+    assert re.match(
+        r"dispose/one: the collision's gradient in bfloat16 has a cosine of 0\.\d{4} to that in float64 on the first "
+        r'batch, below unlearn.cosine = 1\nset precision = "float32", or a lower bound',
+        str(caught.value),
+    )
+    assert not (experiment.folder / "dispose/one/model.json").exists()
+
+
+def test_without_a_bound_nothing_is_measured_and_bfloat16_is_refused(opened, recipe_file):
+    experiment = opened()
+    run(experiment, ["pretrain", "finetune", "dispose"], only=["pre", "TL", "one"])
+    assert "collision_cosine" not in experiment.require("one")["metrics"]
+    with pytest.raises(RecipeError, match=r"dispose.gc.unlearn: a collision in bfloat16 .* as cosine = 0.99"):
+        load(recipe_file, ['precision="bfloat16"'])
+    load(recipe_file, ['precision="bfloat16"', 'dispose.gc.unlearn={kind="uniform"}'])

@@ -56,7 +56,7 @@ def test_two_processes_equal_one(recipe_file: Path, dtlctl, call, precision: str
 def test_two_processes_take_a_step_in_bfloat16_as_one_does(recipe_file: Path, dtlctl, call):
     """A single step, since rounding to 8 bits grows. Batch statistics are sums in float32 on both sides, though of
     activations in bfloat16: only the order of additions differs."""
-    changes = ("--set", 'precision="bfloat16"', "--set", "pretrain.steps=1")
+    changes = ("--set", 'precision="bfloat16"', "--set", "pretrain.steps=1", "--set", "dispose.gc.unlearn.cosine=0.1")
     code, _, err = call("pretrain", recipe_file, *changes, "--set", "name=one")
     assert code == 0, err
     done = dtlctl("pretrain", recipe_file, *changes, "--set", "name=two", processes=2)
