@@ -47,12 +47,11 @@ def precision(name: Precision) -> Iterator[None]:
 
 def _tf32() -> tuple[bool, bool]:
     """Whether matrix products, and convolutions, may use TF32."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if not hasattr(cudnn, "conv"):
-        return matmul.allow_tf32, cudnn.allow_tf32
-    # Since torch 2.9 reading an old name raises where somebody wrote to a new one.
-    switches: tuple[Any, Any] = (matmul, cudnn.conv)
-    return switches[0].fp32_precision == "tf32", switches[1].fp32_precision == "tf32"
+    matmul: Any = torch.backends.cuda.matmul
+    conv: Any = getattr(torch.backends.cudnn, "conv", None)
+    if conv is None:  # before torch 2.9; since then an old name raises where somebody wrote to a new one
+        return matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    return matmul.fp32_precision == "tf32", conv.fp32_precision == "tf32"
 
 
 def _allow_tf32(products: bool, convolutions: bool) -> None:

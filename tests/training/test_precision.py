@@ -132,4 +132,4 @@ def test_without_a_bound_nothing_is_measured_and_bfloat16_is_refused(opened, rec
     assert "collision_cosine" not in experiment.require("one")["metrics"]
     with pytest.raises(RecipeError, match=r"dispose.gc.unlearn: a collision in bfloat16 .* as cosine = 0.99"):
         load(recipe_file, ['precision="bfloat16"'])
-    load(recipe_file, ['precision="bfloat16"', 'dispose.gc.unlearn={kind="uniform"}'])
+    load(recipe_file, ['precision="bfloat16"', *(f'dispose.{v}.unlearn={{kind="uniform"}}' for v in ("gc", "one"))])
