@@ -55,8 +55,8 @@ def _tf32() -> tuple[bool, bool]:
 
 
 def _allow_tf32(products: bool, convolutions: bool) -> None:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    matmul.allow_tf32, cudnn.allow_tf32 = products, convolutions
+    cudnn: Any = torch.backends.cudnn
+    torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32 = products, convolutions
     if hasattr(cudnn, "conv"):  # the old name's False means "as torch.backends.fp32_precision says"
         for operation in (cudnn.conv, cudnn.rnn):
             operation.fp32_precision = "tf32" if convolutions else "ieee"
