@@ -139,7 +139,7 @@ def _mean(output: Tensor, channels_last: bool) -> Tensor:
 
 def _stages(backbone: nn.Module) -> list[nn.Module]:
     """Where the attacker looks: the blocks of the stages that are known, else sequential children; at most six."""
-    known = [block for stage in networks.stages(backbone) for block in stage]
+    known = [block for stage in networks.stages(backbone) for block in stage.modules]
     found = known or [child for child in backbone.children() if isinstance(child, nn.Sequential)]
     if isinstance(backbone, networks.CifarResNet):
         found.insert(0, backbone.stem)

@@ -2,19 +2,91 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import partial
+from itertools import combinations
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtlctl.bench import meter
-from dtlctl.bench.steps import WAYS, Bench
 from dtlctl.console.progress import Progress
+from dtlctl.data.tensors import Batch
 from dtlctl.errors import RecipeError
 from dtlctl.model import networks
+from dtlctl.objectives import batched, collision, forward
+
+WAYS = ("ce-chunked", "gc-batched", "gc-keep", "gc-recompute", "gc-pairwise")
+"""Beside "ce", one step of cross-entropy on the whole batch."""
+PAIRWISE_MOST = 4
+"""Chunks up to which the double loop over pairs is run: its cost grows with their square."""
+
+
+class Bench:
+    """A network and one batch of noise, and a step in any of the ways."""
+
+    def __init__(
+        self,
+        arch: str,
+        stem: str,
+        size: int,
+        batch_size: int,
+        precision: networks.Precision,
+        device: torch.device,
+        channels_last: bool = False,
+    ):
+        self.device, self.precision = device, precision
+        torch.manual_seed(0)
+        self.x, self.y = torch.rand(batch_size, 3, size, size), torch.randint(100, (batch_size,))
+        self.model = networks.build(arch, {"source": 100, "target": 10}, stem=stem, image_size=size)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.model.to(device).to(memory_format=layout).precision = precision
+        self.x, self.y = self.x.to(device, memory_format=layout), self.y.to(device)
+        self.parameters = list(self.model.parameters())
+
+    def can(self, way: str, chunks: int) -> bool:
+        """Whether the way exists for this network, and ends in reasonable time."""
+        return chunks <= PAIRWISE_MOST if way == "gc-pairwise" else way != "gc-batched" or batched.batchable(self.model)
+
+    def step(self, way: str, chunks: int) -> None:
+        """Leave the gradient of one way in `.grad`."""
+        pairs = list(zip(self.x.chunk(chunks), self.y.chunk(chunks), strict=True))
+        if way.startswith("ce"):
+            for pair in pairs:
+                self._loss(pair).backward()
+        elif way == "gc-batched":
+            seen, tape = forward.together(self.model, Batch(self.x, self.y, torch.arange(len(self.y))), chunks)
+            losses = [F.cross_entropy(chunk.source, chunk.y) for chunk in seen]
+            batched.collide_batched(losses, self.parameters, tape).surrogate.backward()
+        elif way == "gc-pairwise":
+            grads = [collision.gradient(self._loss(pair), self.parameters) for pair in pairs]
+            torch.stack([collision.dot(g, h) for g, h in combinations(grads, 2)]).mean().backward()
+        else:
+            again = way == "gc-recompute"
+            collision.collide(self._loss, self.parameters, pairs, recompute=again).surrogate.backward()
+
+    def reference(self, chunks: int) -> tuple[Tensor, ...]:
+        """The gradient in float64."""
+        exact = copy.deepcopy(self.model).double()
+        exact.precision, parameters = "float64", list(exact.parameters())
+        pairs = list(zip(self.x.double().chunk(chunks), self.y.chunk(chunks), strict=True))
+        found = collision.collide(lambda pair: F.cross_entropy(exact(pair[0], "source"), pair[1]), parameters, pairs)
+        return torch.autograd.grad(found.surrogate, parameters, materialize_grads=True)
+
+    def error(self, reference: Sequence[Tensor]) -> tuple[float, float]:
+        """|g - r| / |r| of the gradient that is there, and its cosine to the reference, over all parameters at once."""
+        both = zip(self.parameters, reference, strict=True)
+        ours = torch.cat([(torch.zeros_like(r) if p.grad is None else p.grad).double().flatten() for p, r in both])
+        theirs = torch.cat([r.flatten() for r in reference])
+        return float((ours - theirs).norm() / theirs.norm()), float(F.cosine_similarity(ours, theirs, dim=0))
+
+    def _loss(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(self.model(pair[0], "source"), pair[1])
 
 
 def run(
@@ -48,41 +120,44 @@ def run(
         raise RecipeError(f"bench: {error}") from None
     cells = [("ce", 1), *((way, c) for c in counts for way in chosen if bench.can(way, c))]
     math = sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
-    with math, Progress("bench", (repeats + 1) * len(cells), enabled=not quiet) as progress:
-        return measure(bench, cells, repeats, progress)
+    progress = Progress("bench", (repeats + 1) * len(cells), enabled=not quiet)
+    with math, networks.precision(precision), progress:
+        rows = measure(bench, cells, repeats, progress)
+    settings = {
+        "precision": precision,
+        "channels_last": channels_last,
+        "batch_size": batch_size,
+        "image_size": image_size,
+        "parameters": sum(p.numel() for p in bench.parameters),
+    }
+    return {"machine": {**meter.machine(device), **settings}, "repeats": repeats, "rows": rows}
 
 
-def measure(bench: Bench, cells: Sequence[tuple[str, int]], repeats: int, progress: Progress) -> dict[str, Any]:
+def measure(bench: Bench, cells: Sequence[tuple[str, int]], repeats: int, progress: Progress) -> list[dict[str, Any]]:
     """Every (way, chunks) in turn, after a warm-up: seconds, their ratio to cross-entropy, peak memory, and error.
 
     Seconds are medians. The error is |g - r| / |r|, to the gradient r in float64, beside the cosine of the two.
     Peak memory is what a step adds, in bytes, above what is held before it; None where the system does not tell.
     """
-    steps = {cell: bench.step(*cell) for cell in cells}
     seconds: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
-    peaks: dict[tuple[str, int], int | None] = {}
-    errors: dict[tuple[str, int], tuple[float, float]] = {}
-    references: tuple[int, list[Tensor]] = (0, [])
+    peaks, errors = {}, {}
+    references: tuple[int, Sequence[Tensor]] = (0, [])
     for turn in range(repeats + 1):
-        for cell in cells:
-            way, c = cell
+        for way, c in cells:
             bench.model.zero_grad()
             if turn:
-                seconds[cell].append(meter.timed(steps[cell], bench.device))
+                started = meter.clock(bench.device)
+                bench.step(way, c)
+                seconds[way, c].append(meter.clock(bench.device) - started)
             else:  # the first turn warms up, and measures what need not be repeated
-                peaks[cell] = meter.peak(steps[cell], bench.device)
+                peaks[way, c] = meter.peak(partial(bench.step, way, c), bench.device)
                 if way.startswith("gc"):
-                    held = [p.grad for p in bench.parameters]
-                    if references[0] != c:
-                        bench.model.zero_grad()
-                        references = c, bench.reference(c)
-                    for parameter, grad in zip(bench.parameters, held, strict=True):
-                        parameter.grad = grad
-                    errors[cell] = bench.error(references[1])
+                    references = references if references[0] == c else (c, bench.reference(c))
+                    errors[way, c] = bench.error(references[1])
             progress.advance(1)
-            progress.show({f"{way} c={c}": seconds[cell][-1] if turn else 0.0})
+            progress.show({f"{way} c={c}": seconds[way, c][-1] if turn else 0.0})
     base = median(seconds["ce", 1])
-    rows = [
+    return [
         {
             "way": way,
             "chunks": c,
@@ -93,7 +168,6 @@ def measure(bench: Bench, cells: Sequence[tuple[str, int]], repeats: int, progre
         }
         for way, c in cells
     ]
-    return {"machine": {**meter.machine(bench.device), **_settings(bench)}, "repeats": repeats, "rows": rows}
 
 
 def text(document: dict[str, Any]) -> str:
@@ -104,17 +178,6 @@ def text(document: dict[str, Any]) -> str:
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
         error = "-" if row["error"] is None else f"{row['error']:.0e}"
         cosine = "-" if row["cosine"] is None else f"{row['cosine']:.5f}"
-        lines.append(
-            f"{row['way']:24}{row['chunks']:3}{row['seconds']:10.3f}{row['ratio']:8.2f}{peak:>10}{error:>9}{cosine:>9}"
-        )
+        numbers = f"{row['chunks']:3}{row['seconds']:10.3f}{row['ratio']:8.2f}"
+        lines.append(f"{row['way']:24}{numbers}{peak:>10}{error:>9}{cosine:>9}")
     return "\n".join(lines)
-
-
-def _settings(bench: Bench) -> dict[str, Any]:
-    return {
-        "precision": bench.precision,
-        "channels_last": bench.x.is_contiguous(memory_format=torch.channels_last),
-        "batch_size": len(bench.y),
-        "image_size": bench.x.shape[-1],
-        "parameters": sum(p.numel() for p in bench.parameters),
-    }

@@ -1,28 +1,27 @@
-"""Seconds and bytes of a step, and the machine that they were measured on."""
+"""The clock, the bytes of a step, and the machine that both were measured on."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import platform
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dtlctl.bench.plain import clock
-from dtlctl.bench.steps import Step
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
-def timed(step: Step, device: torch.device) -> float:
-    """Seconds of a step, to the end of what the device was given."""
-    started = clock(device)
-    step()
-    return clock(device) - started
-
-
-def peak(step: Step, device: torch.device) -> int | None:
+def peak(step: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes that a step needs at most, beyond what is held already."""
     gc.collect()
     with suppress(AttributeError, OSError):  # glibc keeps what was freed, and a step would seem to need nothing

@@ -5,7 +5,6 @@ It uses nothing of ours but the CIFAR ResNets and resnet10, which torchvision la
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, repeat
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dtlctl.bench.meter import clock
 from dtlctl.data.dataset import Dataset
 from dtlctl.data.sources import rows
 from dtlctl.model import networks
@@ -109,10 +109,3 @@ def turns(
         return clock(device) - started
 
     return turn
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -71,8 +71,7 @@ def run(
         images = cache.load(dataset, "train", image_size, role="source", progress=progress.at)
     if len(images.labels) < batch_size:
         raise RecipeError(f"bench: --batch-size {batch_size}: {data} has only {len(images.labels)} training images")
-    networks.set_matmul_precision(precision)
-    engine, classes, count = Engine(), len(images.classes), cores()
+    engine, classes, count = Engine(precision), len(images.classes), cores()
     plan = Training(steps=steps, batch_size=batch_size, lr=0.01, schedule="constant")
 
     def network(channels_last: bool) -> networks.Classifier:
@@ -87,7 +86,7 @@ def run(
         loader = plain.batches(table, image_size, batch_size, workers, engine.device)
         model = plain.network(arch, stem, image_size, classes).to(engine.device)
         turns["plain", workers] = plain.turns(model, loader, plan, precision, engine.device)
-    with Progress("bench", (repeats + 1) * len(turns), enabled=not quiet) as progress:
+    with networks.precision(precision), Progress("bench", (repeats + 1) * len(turns), enabled=not quiet) as progress:
         seconds = measure(turns, steps, repeats, progress)
     settings = {"precision": precision, "batch_size": batch_size, "image_size": image_size, "arch": arch, "stem": stem}
     machine = {**meter.machine(engine.device), "cores": count, "channels_last": channels_last, **settings}

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dtlctl.errors import nearest
 from dtlctl.model import small_maps
+from dtlctl.model.cifar import DEPTHS, CifarResNet
+from dtlctl.model.stages import renew, shares, stages, watched
 
-# CIFAR ResNets of He et al. 2016 (arXiv:1512.03385, section 4.2) have 6n+2 layers: three stages of n basic blocks.
-_CIFAR_RESNETS = {f"resnet{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # 8, 20, 32, 44, 56, 110
+__all__ = ["DEPTHS", "CifarResNet", "Classifier", "Precision", "architectures", "build", "check", "outline",
+           "precision", "renew", "shares", "stages", "watched"]  # fmt: skip
+
 # Names that need no look into torchvision, so that checking a recipe stays quick.
-_KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *_CIFAR_RESNETS}
+_KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *DEPTHS}
 # Families that pad every convolution: an image of one pixel would do.
 _ANY_SIZE = ("resnet", "resnext", "wide_resnet", "regnet")
 
@@ -27,9 +30,36 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Precision = Literal["float64", "float32", "tf32", "bfloat16"]
 
 
-def set_matmul_precision(precision: Precision) -> None:
-    """Allow TF32 in products and convolutions on a GPU, or forbid it: left alone, cuDNN uses it unasked."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+@contextmanager
+def precision(name: Precision) -> Iterator[None]:
+    """Within, products and convolutions on a GPU use TF32 if that is the precision, and else do not.
+
+    torch's switch is one for the whole process, and on for convolutions unless told otherwise; forward and backward
+    passes obey it alike. It is left as it was found.
+    """
+    before = _tf32()
+    _allow_tf32(name == "tf32", name == "tf32")
+    try:
+        yield
+    finally:
+        _allow_tf32(*before)
+
+
+def _tf32() -> tuple[bool, bool]:
+    """Whether matrix products, and convolutions, may use TF32."""
+    matmul: Any = torch.backends.cuda.matmul
+    conv: Any = getattr(torch.backends.cudnn, "conv", None)
+    if conv is None:  # before torch 2.9; since then an old name raises where somebody wrote to a new one
+        return matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    return matmul.fp32_precision == "tf32", conv.fp32_precision == "tf32"
+
+
+def _allow_tf32(products: bool, convolutions: bool) -> None:
+    cudnn: Any = torch.backends.cudnn
+    torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32 = products, convolutions
+    if hasattr(cudnn, "conv"):  # the old name's False means "as torch.backends.fp32_precision says"
+        for operation in (cudnn.conv, cudnn.rnn):
+            operation.fp32_precision = "tf32" if convolutions else "ieee"
 
 
 class Classifier(nn.Module):
@@ -104,80 +134,15 @@ def outline(arch: str, stem: str, width: int | None, image_size: int) -> Classif
 
 
 def _assemble(arch: str, heads: dict[str, int], stem: str, width: int | None, image_size: int) -> Classifier:
-    if arch in _CIFAR_RESNETS:
+    if arch in DEPTHS:
         width = width or 16
-        return Classifier(CifarResNet(_CIFAR_RESNETS[arch], width), 4 * width, heads)
+        return Classifier(CifarResNet(DEPTHS[arch], width), 4 * width, heads)
     backbone = _torchvision(arch, image_size)
     features, readout = _behead(backbone)
     if stem == "small":
         _shrink_stem(backbone, arch)
     small_maps.fold(backbone)
     return Classifier(backbone, features, heads, readout)
-
-
-class CifarResNet(nn.Module):
-    """3x3 stem, three stages of n basic blocks with w, 2w, 4w channels, global mean: [B, 3, H, W] -> [B, 4w]."""
-
-    def __init__(self, n: int, width: int):
-        from torchvision.models.resnet import BasicBlock
-
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True))
-        blocks, channels = [], width
-        for stage in range(3):
-            for block in range(n):
-                out, stride = width << stage, 2 if stage and not block else 1
-                down = None
-                if stride != 1 or channels != out:
-                    down = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-                blocks.append(BasicBlock(channels, out, stride, down))
-                channels = out
-        self.stages = nn.Sequential(*blocks)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stages(self.stem(x)).mean((2, 3))
-
-
-def stages(backbone: nn.Module) -> list[list[nn.Module]]:
-    """The blocks of a backbone's stages, first stage first; without the stem. Empty where they are not known."""
-    if isinstance(backbone, CifarResNet):
-        blocks, n = list(backbone.stages), len(backbone.stages) // 3
-        return [blocks[start : start + n] for start in (0, n, 2 * n)]
-    if hasattr(backbone, "layer4"):
-        return [[backbone.get_submodule(f"layer{number}")] for number in (1, 2, 3, 4)]
-    for path in ("encoder.layers", "features"):
-        with suppress(AttributeError):
-            children = backbone.get_submodule(path).children()
-            return [[child] for child in children if any(True for _ in child.parameters())]
-    return []
-
-
-def renew(backbone: nn.Module, fresh: nn.Module, last: int) -> None:
-    """Give the last stages of a backbone the weights and statistics of a freshly initialised one of its kind.
-
-    last: how many, 1 or more. Raises ValueError where fewer are known.
-    """
-    old, new = stages(backbone), stages(fresh)
-    if last > len(old):
-        raise ValueError(f"{last} of the last stages of {type(backbone).__name__}, but {len(old)} are known")
-    for ours, theirs in zip(old[-last:], new[-last:], strict=True):
-        for block, replacement in zip(ours, theirs, strict=True):
-            block.load_state_dict(replacement.state_dict())
-
-
-@contextmanager
-def watched(backbone: nn.Module) -> Iterator[list[Tensor]]:
-    """Within, every forward pass appends the output of each stage, first stage first, to the list."""
-    seen: list[Tensor] = []
-    hooks = [stage[-1].register_forward_hook(lambda _m, _i, output: seen.append(output)) for stage in stages(backbone)]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None:
@@ -187,13 +152,13 @@ def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None
             f"unknown architecture {arch!r}{nearest(arch, names)}"
             " (any torchvision classifier, resnet10, or a CIFAR ResNet: resnet8, resnet20, resnet32, ...)"
         )
-    if width is not None and arch not in _CIFAR_RESNETS:
+    if width is not None and arch not in DEPTHS:
         raise ValueError(f"width belongs to the CIFAR ResNets (resnet8, resnet20, ...), not to {arch}")
     if stem == "small" and not arch.startswith(("resnet", "resnext", "wide_resnet")):
         raise ValueError(f'stem = "small" is for ResNets; {arch} needs stem = "imagenet"')
     if arch.startswith("vit_") and image_size % (patch := int(arch.rpartition("_")[2])):
         raise ValueError(f"image_size = {image_size} is not a multiple of {arch}'s patches of {patch} pixels")
-    if stem == "imagenet" and arch in _CIFAR_RESNETS:
+    if stem == "imagenet" and arch in DEPTHS:
         raise ValueError(f'{arch} is a CIFAR ResNet and has only stem = "small"')
     if not arch.startswith(_ANY_SIZE):
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,9 @@ from torch import Tensor, nn
 
 from dtlctl.data.tensors import Batch
 from dtlctl.model.networks import Classifier
-from dtlctl.objectives import views
+from dtlctl.objectives import forward
 from dtlctl.objectives.retain import Retain
-from dtlctl.objectives.step import Step, View
+from dtlctl.objectives.step import ChunkOutputs, Step
 from dtlctl.objectives.unlearn import Unlearn
 
 
@@ -42,8 +44,7 @@ class Disposal:
         self.lam, self.unlearn, self.retain, self.student, self.teacher = lam, unlearn, retain, student, teacher
         self.chunks, self.batch_norm, self.images, self.label_seed = chunks, batch_norm, images, label_seed
         self.processes, self.all_reduce = processes, all_reduce
-        self.norms = views.momenta(student)
-        self.memory: views.Memory | None = None if unlearn.memory == "auto" else unlearn.memory
+        self.mode: forward.GraphMode | None = None if unlearn.memory == "auto" else unlearn.memory
 
     def __call__(self, source: Batch, target: Batch | None, unlearning: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """A scalar whose gradient, averaged over processes, is that of Eq. 1, and numbers to report, detached.
@@ -74,21 +75,32 @@ class Disposal:
         pairs = zip(batch.x.chunk(self.chunks), batch.y.chunk(self.chunks), strict=True)
         return torch.stack([F.cross_entropy(model(x, "source"), y) for x, y in pairs]).mean()
 
+    def cosine_to_float64(self, source: Batch) -> float:
+        """Cosine of the unlearning loss's gradient on a batch, as computed here, to the same in float64."""
+        train_mode(self.student, self.batch_norm)
+        step, mode = partial(self._step, target=()), self._mode(source)
+        return forward.cosine_to_float64(self.student, source, self.chunks, mode, self.unlearn.loss, step)
+
     def _look(self, source: Batch, target: Batch | None) -> Step:
         train_mode(self.student, self.batch_norm)
-        self.memory = self.memory or views.choose(self.student, source.x, self.chunks)
-        seen = views.look(self.student, source, self.chunks, self.norms, self.memory)
+        maps = self.unlearn.kind == "null-space"
+        seen, tape, again = forward.outputs(self.student, source, self.chunks, self._mode(source), maps=maps)
+        kept = forward.apart(self.student, target, self.chunks) if target else ()
+        return self._step(chunks=seen, target=kept, tape=tape, again=again, parameters=list(self.student.parameters()))
+
+    def _mode(self, source: Batch) -> forward.GraphMode:
+        """How the chunks' graphs are held; without collisions there is one chunk, and nothing to choose."""
+        self.mode = self.mode or forward.choose(self.student, source.x, self.chunks)
+        return self.mode
+
+    def _step(self, **seen: Any) -> Step:
         return Step(
-            chunks=seen.chunks,
-            target=views.apart(self.student, target, self.chunks, self.norms) if target else [],
             teacher=self._answers,
-            parameters=list(self.student.parameters()),
             images=self.images,
             seed=self.label_seed,
             processes=self.processes,
             all_reduce=self.all_reduce,
-            tape=seen.tape,
-            again=seen.again,
+            **seen,
         )
 
     @torch.no_grad()
@@ -97,7 +109,7 @@ class Disposal:
 
 
 @torch.no_grad()
-def source_loss(chunks: Sequence[View]) -> Tensor:
+def source_loss(chunks: Sequence[ChunkOutputs]) -> Tensor:
     """The source's cross-entropy, in nats, mean over equal chunks."""
     return torch.stack([F.cross_entropy(chunk.source, chunk.y) for chunk in chunks]).mean()
 
@@ -106,5 +118,6 @@ def train_mode(model: nn.Module, batch_norm: str) -> None:
     """Train mode, with batch normalisation as the disposal wants it."""
     model.train()
     if batch_norm == "frozen":
-        for norm, _ in views.momenta(model):
-            norm.eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()

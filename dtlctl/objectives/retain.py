@@ -40,8 +40,8 @@ class Distill(_Retain):
         return self.on != "source"
 
     def loss(self, step: Step) -> Tensor:
-        views = {"source": step.chunks, "target": step.target, "both": [*step.chunks, *step.target]}[self.on]
-        return torch.stack([self._divergence(step.teacher(v.x), v.target) for v in views]).mean()
+        outputs = {"source": step.chunks, "target": step.target, "both": [*step.chunks, *step.target]}[self.on]
+        return torch.stack([self._divergence(step.teacher(v.x), v.target) for v in outputs]).mean()
 
     def _divergence(self, teacher: Tensor, student: Tensor) -> Tensor:
         t = self.temperature
@@ -84,7 +84,7 @@ class AveragedGem(_Retain):
 
 
 def _target_cross_entropy(step: Step) -> Tensor:
-    return torch.stack([F.cross_entropy(view.target, view.y) for view in step.target]).mean()
+    return torch.stack([F.cross_entropy(seen.target, seen.y) for seen in step.target]).mean()
 
 
 Retain = Annotated[Distill | TargetCrossEntropy | AveragedGem, Field(discriminator="kind")]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from dtlctl.objectives.batched import Tape
+from dtlctl.objectives.batched import Tape, collide_batched
+from dtlctl.objectives.collision import Collision, collide
 
 
 @dataclass(frozen=True)
-class View:
+class ChunkOutputs:
     """Images and what the student makes of them.
 
     x: float [B, 3, H, W] in [0, 1]; y: int64 [B]; rows: int64 [B] on the CPU, the images' places in their dataset;
@@ -34,9 +36,9 @@ class Step:
     Every objective returns a scalar whose gradient, averaged over processes, is the objective's gradient.
     """
 
-    chunks: Sequence[View]
+    chunks: Sequence[ChunkOutputs]
     """The source batch in equal chunks."""
-    target: Sequence[View]
+    target: Sequence[ChunkOutputs]
     """A batch of the target in as many chunks, for the retaining losses whose `needs_target` is true; else empty."""
     teacher: Callable[[Tensor], Tensor]
     """x [B, 3, H, W] -> logits [B, target classes] of the frozen TL model, without a graph."""
@@ -49,6 +51,16 @@ class Step:
     all_reduce: Callable[[Sequence[Tensor]], list[Tensor]]
     """Sums tensors over processes."""
     tape: Tape | None = None
-    """Where `chunks` came out of one pass: its record, for `collide_batched`."""
-    again: Callable[[int], View] | None = None
-    """Where graphs are not to be held: makes one chunk's view anew."""
+    """Where `chunks` came out of one pass: its record."""
+    again: Callable[[int], ChunkOutputs] | None = None
+    """Where graphs are not to be held: computes one chunk anew."""
+
+    def collide(self, loss: Callable[[ChunkOutputs], Tensor], *, self_pairs: bool = False) -> Collision:
+        """The collision (Eq. 8) of the gradients of a loss of each chunk, over all processes' chunks."""
+        options: Any = {"self_pairs": self_pairs, "processes": self.processes, "all_reduce": self.all_reduce}
+        if self.tape is not None:
+            return collide_batched([loss(chunk) for chunk in self.chunks], self.parameters, self.tape, **options)
+        if (again := self.again) is not None:
+            numbers = range(len(self.chunks))
+            return collide(lambda m: loss(again(m)), self.parameters, numbers, recompute=True, **options)
+        return collide(loss, self.parameters, self.chunks, **options)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,7 @@ from torch import Tensor
 
 from dtlctl.data.tensors import sent
 from dtlctl.errors import RecipeError
-from dtlctl.objectives.batched import collide_batched
-from dtlctl.objectives.collision import collide
-from dtlctl.objectives.step import Step, View
+from dtlctl.objectives.step import ChunkOutputs, Step
 from dtlctl.strict import Algorithm
 
 
@@ -27,6 +25,7 @@ class OnePart(Algorithm):
 
     chunks: ClassVar[int] = 1
     memory: ClassVar[Literal["keep"]] = "keep"
+    cosine: ClassVar[None] = None
     trains_source_head: ClassVar[bool] = True
 
 
@@ -39,24 +38,13 @@ class GradientCollision(Algorithm):
     memory: Literal["auto", "batched", "keep", "recompute"] = Field(
         "auto", description="all chunks in one pass, one by one with their graphs kept, or one graph at a time"
     )
+    cosine: float | None = Field(
+        None, gt=0, le=1, description="least cosine to float64 of the first batch's gradient, or the disposal stops"
+    )
     trains_source_head: ClassVar[bool] = True
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {
-            "self_pairs": self.self_pairs,
-            "processes": step.processes,
-            "all_reduce": step.all_reduce,
-        }
-        if step.tape is not None:
-            losses = [_source_loss(chunk) for chunk in step.chunks]
-            value, surrogate = collide_batched(losses, step.parameters, step.tape, **options)
-        elif (again := step.again) is not None:
-            numbers = range(len(step.chunks))
-            value, surrogate = collide(
-                lambda m: _source_loss(again(m)), step.parameters, numbers, recompute=True, **options
-            )
-        else:
-            value, surrogate = collide(_source_loss, step.parameters, step.chunks, **options)
+        value, surrogate = step.collide(_source_loss, self_pairs=self.self_pairs)
         return surrogate, value
 
 
@@ -114,20 +102,20 @@ class NullSpace(OnePart):
         return 3 * classes
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
-        (view,) = step.chunks
-        classes, images = view.target.shape[1], len(view.x) * step.processes
+        (seen,) = step.chunks
+        classes, images = seen.target.shape[1], len(seen.x) * step.processes
         if images < (least := self.least_images(classes)):
             raise RecipeError(f"null-space: batch_size is {images}; {classes} target classes need {least} or more")
-        if len(view.maps) < self.stages:
-            raise RecipeError(f"null-space: stages = {self.stages}, but only {len(view.maps)} of this model are known")
-        answers = view.target.detach()
+        if len(seen.maps) < self.stages:
+            raise RecipeError(f"null-space: stages = {self.stages}, but only {len(seen.maps)} of this model are known")
+        answers = seen.target.detach()
         answers = answers - answers.mean(1, keepdim=True)  # softmax does not see the mean of the logits
         (total,) = step.all_reduce([answers.sum(0)])
         answers = answers - total / images
         (square,) = step.all_reduce([answers.T @ answers])
         # Once for all stages: on an accelerator the eigenvalues behind it are waited for.
         inverse = torch.linalg.pinv(square, rtol=1e-5, hermitian=True)
-        parts = [_unexplained(map_.flatten(1), answers, inverse, step) for map_ in view.maps[-self.stages :]]
+        parts = [_unexplained(map_.flatten(1), answers, inverse, step) for map_ in seen.maps[-self.stages :]]
         scalars, values = zip(*parts, strict=True)
         return _mean(list(scalars)), _mean(list(values))
 
@@ -165,7 +153,7 @@ def random_labels(images: int, classes: int, seed: int) -> Tensor:
     return torch.randint(classes, (images,), generator=torch.Generator().manual_seed(seed))
 
 
-def _source_loss(chunk: View) -> Tensor:
+def _source_loss(chunk: ChunkOutputs) -> Tensor:
     return F.cross_entropy(chunk.source, chunk.y)
 
 

@@ -223,6 +223,12 @@ class Recipe(Strict):
         for variant in self.dispose:
             if variant.lower() in {r.lower() for r in REFERENCES}:
                 raise ValueError(f"dispose.{variant}: the name belongs to a reference model; choose another")
+        for variant, settings in self.dispose.items():
+            if self.precision == "bfloat16" and settings.unlearn.chunks > 1 and settings.unlearn.cosine is None:
+                raise ValueError(
+                    f"dispose.{variant}.unlearn: a collision in bfloat16 can point elsewhere (cosine 0.86 to float64 "
+                    'was measured); write precision = "float32", or a bound that the run must hold, as cosine = 0.99'
+                )
         for number, attacker in enumerate(self.piggyback.attackers):
             for dataset in attacker.datasets or []:
                 if dataset not in self.data.piggyback:

@@ -32,8 +32,7 @@ class Processes:
     def engine(self) -> Engine:
         from dtlctl.training.engine import Engine
 
-        engine = Engine()
-        networks.set_matmul_precision(self.precision)
+        engine = Engine(self.precision)
         if not self.quiet:
             count = f"{engine.processes} process" + ("es" if engine.processes > 1 else "")
             say(f"dtlctl {__version__}: {self.title} on {count}, {engine.device.type}")

@@ -137,7 +137,7 @@ class Results:
             self.tidy(job)
 
         with stop.deferred():
-            engine.agree(0)  # nobody is still at work on it
+            engine.agree(0, patient=True)  # nobody is still at work on it
             engine.by_main(write)
 
     def _inputs(self, job: Job[Any]) -> dict[str, Any]:

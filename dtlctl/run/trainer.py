@@ -71,7 +71,7 @@ class Trainer:
     def split(self, role: str, split: Split, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """This process's share of a split, or of some rows of it, not augmented; to be read to its end."""
         images, engine = self.data.images(role, split), self.processes.engine
-        return engine.heeding(
+        return engine.stoppable(
             evaluation_batches(images.pixels, images.labels, rows, device=engine.device, share=engine.share)
         )
 

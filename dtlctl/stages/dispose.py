@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dtlctl.console.progress import say
 from dtlctl.data.tensors import Batches
+from dtlctl.errors import RecipeError
 from dtlctl.model.networks import Classifier, renew
 from dtlctl.objectives.disposal import Disposal
 from dtlctl.recipe.plan import Job
@@ -47,10 +48,11 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
     def objective(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         return disposal(source[step], target[step] if target else None, step < repair_from)
 
+    exactness = _exactness(experiment, job, disposal, source)
     before = _source_loss_of_tl(experiment, disposal, source)
     measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
     history, metrics = experiment.trainer.train(job, student, objective, source, measures, also=(repair_from,))
-    metrics |= diagnose(history.rows, before)
+    metrics |= diagnose(history.rows, before) | exactness
     after = metrics.get("source_loss_unlearned", before)
     if settings.unlearn.kind == "gradient-collision" and after < before:
         say(  # however quiet: nothing may have been disposed of
@@ -88,6 +90,23 @@ def _source_loss_of_tl(experiment: Experiment, disposal: Disposal, batches: Batc
     probe = copy.deepcopy(disposal.teacher)  # its running statistics move
     mean = torch.stack([disposal.source_loss_of(probe, batches[number]) for number in range(PROBED)]).mean()
     return float(experiment.engine.all_reduce([mean])[0]) / experiment.engine.processes
+
+
+def _exactness(experiment: Experiment, job: Job[Dispose], disposal: Disposal, source: Batches) -> dict[str, float]:
+    """How near the first batch's collision is to float64, where the recipe sets a bound; else nothing.
+
+    Raises RecipeError where it does not hold.
+    """
+    if (bound := job.settings.unlearn.cosine) is None:
+        return {}
+    found = disposal.cosine_to_float64(source[0])
+    if not found >= bound:
+        raise RecipeError(
+            f"{job.title}: the collision's gradient in {experiment.recipe.precision} has a cosine of {found:.4f} to "
+            f"that in float64 on the first batch, below unlearn.cosine = {bound:g}\n"
+            'set precision = "float32", or a lower bound if the result may differ that much'
+        )
+    return {"collision_cosine": found}
 
 
 def diagnose(rows: list[dict[str, float]], before: float) -> dict[str, float]:

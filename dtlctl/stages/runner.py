@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dtlctl.errors import DtlError
+from dtlctl.model.networks import precision
 from dtlctl.recipe.plan import Job, Stage
 from dtlctl.run.earlier import Earlier, relatives
 from dtlctl.run.experiment import Experiment
@@ -35,7 +36,8 @@ def run(
         if experiment.results.scratch(job).exists() and (parts := experiment.results.parts(job).count()):
             experiment.processes.say(f"{job.title}: goes on with {parts} finished part{'s' * (parts > 1)}")
         try:
-            _stage(job.stage)(experiment, job)
+            with precision(experiment.recipe.precision):
+                _stage(job.stage)(experiment, job)
         except (RuntimeError, MemoryError) as error:
             from dtlctl.training.failures import is_shortage, shortage
 
@@ -60,7 +62,7 @@ def _summary(path: Path) -> str:
     """One line of what a finished job measured."""
     sidecar = checkpoint.read_sidecar(path) or {}
     numbers = {k: v for k, v in sidecar.get("metrics", {}).items() if isinstance(v, float)}
-    text = ", ".join(f"{name} {value:.1f}" for name, value in numbers.items())
+    text = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     return f"{text or 'done'} ({sidecar.get('wall_seconds', 0):.0f} s)"
 
 

@@ -8,35 +8,35 @@ second-order objectives rest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from dtlctl.console import stop
 from dtlctl.console.progress import Progress, say
-from dtlctl.data.tensors import Batch, Share
-from dtlctl.errors import DivergedError, DtlError, Elsewhere, Stopped
+from dtlctl.data.tensors import Batch
+from dtlctl.errors import DivergedError, RecipeError, Stopped
+from dtlctl.model import networks
 from dtlctl.model.batchnorm import GlobalBatchNorm
+from dtlctl.model.networks import Precision
 from dtlctl.recipe.schema import Training
-from dtlctl.training import schedules
+from dtlctl.training import schedules, surroundings
+from dtlctl.training.collectives import TIMEOUT, Collectives
 from dtlctl.training.finite import check_answers, check_reports, check_weights
 from dtlctl.training.resume import Memory, State
 
-Item = TypeVar("Item")
 Model = TypeVar("Model", bound=nn.Module)
 Objective = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 """number of the step -> (scalar to back-propagate, detached scalars to report); means over this process's share."""
 _ZERO = torch.zeros((), dtype=torch.float64)
 """What sums start from: adding to it turns any number into float64."""
-_PATIENCE = timedelta(days=7)
-"""Processes wait while the main one decodes, however long; a dead one is found by its closed connection."""
 
 
 @dataclass
@@ -49,20 +49,22 @@ class History:
     images_per_second: float = 0.0
 
 
-class Engine:
+class Engine(Collectives):
     """Device, processes, and the loop that trains everything."""
 
-    def __init__(self) -> None:
-        # Without a GPU, Accelerate must be told so, or it looks for a backend that cannot start.
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
-        )
-        self.device: torch.device = self.accelerator.device
-        self.processes: int = self.accelerator.num_processes
-        self.share = Share(self.accelerator.process_index, self.processes)
-        # Agreements go over CPU memory: asking an accelerator's queue would wait for all that is in it.
-        apart = self.device.type == "cuda" and self.processes > 1
-        self._control: Any = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE) if apart else None
+    def __init__(self, precision: Precision = "float32") -> None:
+        """precision: the recipe's. Raises RecipeError where the environment asks for something else."""
+        surroundings.check(precision)
+        try:
+            # Without a GPU, Accelerate must be told so, or it looks for a backend that cannot start.
+            self.accelerator = Accelerator(
+                cpu=not torch.cuda.is_available(),
+                mixed_precision="no",
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+            )
+        except (ValueError, ImportError, NotImplementedError) as error:
+            raise RecipeError(f"accelerate: {str(error).strip().splitlines()[0]}") from None
+        super().__init__(self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes)
 
     def place(self, model: Model, *, global_batch_norm: bool) -> Model:
         """The model on this device; with several processes, batch statistics over all of them or each one's own."""
@@ -71,91 +73,6 @@ class Engine:
                 if type(module) is nn.BatchNorm2d:
                     module.__class__ = GlobalBatchNorm  # same state, same names: only `forward` differs
         return model.to(self.device)
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    def agree(self, code: int, *, patient: bool = False) -> int:
-        """The largest code of any process. `patient`: others may be minutes away, and a signal need not wait for them.
-
-        One message of eight bytes; with one process nothing.
-        """
-        if self.processes == 1:
-            return code
-        flag, most = torch.tensor([int(code)]), torch.distributed.ReduceOp.MAX
-        work = torch.distributed.all_reduce(flag, most, group=self._control, async_op=True)
-        assert work is not None
-        while patient and not work.is_completed():
-            time.sleep(0.005)  # between these, Python looks at signals; in `wait` it would not
-        work.wait()
-        return int(flag)
-
-    def by_main(self, work: Callable[[], Item]) -> Item | None:
-        """Let the main process do it while the others wait; what ends it ends them all, with the same exit code."""
-        result, failure = None, None
-        if self.is_main:
-            try:
-                result = work()
-            except DtlError as error:
-                failure = error
-        code = self.agree(failure.exit_code if failure else 0, patient=True)
-        if failure:
-            raise failure
-        if code:
-            raise Elsewhere(code)
-        return result
-
-    def heeding(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, one by one, unless a signal asked any process to stop: then Stopped, in all of them at once.
-
-        Processes may have different numbers of items. All must go through theirs to the end.
-        """
-        with stop.deferred():
-            source, end = iter(items), object()
-            while True:
-                item = next(source, end)
-                code = self.agree(max(stop.pending(), item is not end))
-                if code > 1:
-                    raise Stopped(code)
-                if not code:
-                    return
-                if item is not end:
-                    yield item  # type: ignore[misc]
-
-    def all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors, summed over processes, by one message."""
-        tensors = list(tensors)
-        if self.processes == 1:
-            return tensors
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        torch.distributed.all_reduce(flat)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
-
-    def gather(self, values: Tensor) -> Tensor:
-        """All processes' values [n, ...], one after the other; their lengths may differ."""
-        if self.processes == 1:
-            return values
-        lengths = self._collect(torch.tensor([len(values)], device=values.device))
-        padded = values.new_zeros(int(torch.stack(lengths).max()), *values.shape[1:])
-        padded[: len(values)] = values
-        return torch.cat([part[: int(n)] for part, n in zip(self._collect(padded), lengths, strict=True)])
-
-    def _collect(self, tensor: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(tensor) for _ in range(self.processes)]
-        torch.distributed.all_gather(parts, tensor, group=None if tensor.is_cuda else self._control)
-        return parts
-
-    def gather_objects(self, values: list[Any]) -> list[Any]:
-        """All processes' lists, one after the other; plain numbers and tuples only."""
-        return values if self.processes == 1 else gather_object(values)
-
-    def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its mean over processes, in place."""
-        if self.processes > 1:
-            for own, total in zip(tensors, self.all_reduce(tensors), strict=True):
-                own.copy_(total / self.processes)
 
     def train(
         self,
@@ -199,7 +116,7 @@ class Engine:
                 check_reports(state, state.step)
                 memory.save(self, state, model, optimizer)
 
-        with stop.deferred():
+        with stop.deferred(), _precision(model):
             try:
                 self._report(state, due, evaluate, progress)  # where a signal cut it short
                 while state.step < steps:
@@ -281,7 +198,8 @@ class Engine:
         own, training = [], model.training
         model.eval()
         for batch in batches:
-            logits = model(batch.x, head)
+            with _precision(model):
+                logits = model(batch.x, head)
             own.append((logits.argmax(1) == batch.y).to(torch.int8).masked_fill(~logits.isfinite().all(1), -1))
         model.train(training)
         answers = self.gather(torch.cat(own)).cpu().numpy()
@@ -298,3 +216,8 @@ class Engine:
         if clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         return norm
+
+
+def _precision(model: nn.Module) -> AbstractContextManager[None]:
+    """The precision that the model is of; float32 for one that does not say."""
+    return networks.precision(getattr(model, "precision", "float32"))

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 def is_loss(error: RuntimeError) -> bool:
-    """Whether the error is that of a message whose other end is gone."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    """Whether the error is that of a message whose other end is gone, or hangs."""
+    return isinstance(error, torch.distributed.DistError) or any(w in str(error) for w in ("gloo", "timed out"))
 
 
 def is_shortage(error: BaseException) -> bool:

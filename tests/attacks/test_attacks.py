@@ -247,7 +247,7 @@ def test_the_white_box_attacker_looks_at_stages(arch, path, expected):
     """At most six, evenly: of ResNet-20's stem and nine blocks places 0, 1, 3, 5, 7, 9; of twelve layers 0, 2, 4, 6,
     8, 11; of VGG's eight convolutions (modules 0, 3, 6, 8, 11, 13, 16, 18) the places 0, 1, 2, 4, 5, 7.
     """
-    stem = "small" if arch in networks._CIFAR_RESNETS else "imagenet"
+    stem = "small" if arch in networks.DEPTHS else "imagenet"
     backbone = networks.outline(arch, stem, None, 64).backbone
     first = ["stem"] if hasattr(backbone, "stem") else []
     names = {module: name for name, module in backbone.named_modules()}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dtlctl.bench import meter
-from dtlctl.bench.steps import WAYS, Bench
+from dtlctl.bench.collision import WAYS, Bench
 
 SMALL = (
     "--arch",

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dtlctl.data.tensors import Batch, Share
 from dtlctl.model import networks
-from dtlctl.objectives import views
+from dtlctl.objectives import forward
 from dtlctl.objectives.step import Step
 from dtlctl.objectives.unlearn import GradientCollision
 
@@ -32,16 +32,16 @@ def all_reduce(tensors):
 def train(memory, share, out):
     torch.manual_seed(0)
     student = networks.build("resnet8", {"source": 3, "target": 2}, width=4, image_size=8)
-    parameters, norms = list(student.parameters()), views.momenta(student)
+    parameters = list(student.parameters())
     out.update(weights(student, f"before/{memory}"))
     local = CHUNKS // share.processes
     for number in range(STEPS[memory]):
         generator = torch.Generator().manual_seed(number)
         x, y = torch.rand(32, 3, 8, 8, generator=generator), torch.randint(3, (32,), generator=generator)
         batch = Batch(share.of(x), share.of(y), share.of(torch.arange(32)))
-        seen = views.look(student, batch, local, norms, memory)
+        seen, tape, again = forward.outputs(student, batch, local, memory)
         step = Step(
-            chunks=seen.chunks,
+            chunks=seen,
             target=[],
             teacher=lambda x: x,
             parameters=parameters,
@@ -49,8 +49,8 @@ def train(memory, share, out):
             seed=0,
             processes=share.processes,
             all_reduce=all_reduce,
-            tape=seen.tape,
-            again=seen.again,
+            tape=tape,
+            again=again,
         )
         surrogate, value = GradientCollision(chunks=CHUNKS).loss(step)
         grads = torch.autograd.grad(surrogate, parameters, materialize_grads=True)

@@ -12,10 +12,10 @@ from dtlctl.data.tensors import Batch, Batches
 from dtlctl.errors import RecipeError
 from dtlctl.model import networks
 from dtlctl.model.networks import Classifier
-from dtlctl.objectives import views
+from dtlctl.objectives import forward
 from dtlctl.objectives.disposal import Disposal
 from dtlctl.objectives.retain import AveragedGem, Distill, TargetCrossEntropy
-from dtlctl.objectives.step import Step, View
+from dtlctl.objectives.step import ChunkOutputs, Step
 from dtlctl.objectives.unlearn import (
     GradientCollision,
     NegativeCrossEntropy,
@@ -34,7 +34,7 @@ FAR = [9.0, -9.0]  # what the head that must not matter says
 def view(*, source=(FAR,), target=(FAR,), teacher=(FAR,), y=(0,), rows=(0,)):
     """Images whose pixels are the teacher's answer."""
     x, source, target = (torch.tensor(logits, dtype=torch.float64) for logits in (teacher, source, target))
-    return View(x, torch.tensor(y), torch.tensor(rows), source, target)
+    return ChunkOutputs(x, torch.tensor(y), torch.tensor(rows), source, target)
 
 
 def step(chunks=(), target=(), parameters=(), processes=1, all_reduce=list):
@@ -95,7 +95,7 @@ B = torch.tensor([1, 1, -1, -1, 1, 1, -1, -1], dtype=torch.float64)
 def narrowed(*maps, target=None, **options):
     answers = torch.stack([A, -A], 1) if target is None else target
     images = torch.arange(len(answers))
-    return NullSpace(**options).loss(step([View(images, images, images, answers, answers, maps)]))
+    return NullSpace(**options).loss(step([ChunkOutputs(images, images, images, answers, answers, maps)]))
 
 
 def test_null_space_by_hand():
@@ -140,8 +140,8 @@ def test_null_space_gradient_is_that_of_least_squares_differentiated_through(pro
     def share(all_reduce, number):
         part = slice(number * 24 // processes, (number + 1) * 24 // processes)
         mine, answers = maps[part].clone().requires_grad_(), logits[part]
-        views = [View(answers, answers, answers, answers, answers, [mine])]
-        scalar, value = NullSpace(stages=1).loss(step(views, processes=processes, all_reduce=all_reduce))
+        chunks = [ChunkOutputs(answers, answers, answers, answers, answers, [mine])]
+        scalar, value = NullSpace(stages=1).loss(step(chunks, processes=processes, all_reduce=all_reduce))
         return torch.autograd.grad(scalar, mine)[0] / processes, value
 
     gradients, values = zip(*in_processes(processes, share), strict=True)
@@ -162,18 +162,19 @@ def test_null_space_says_what_it_lacks():
 
 
 @pytest.mark.parametrize("arch", ["resnet20", "resnet18", "vgg11", "vit_b_32"])
-def test_the_views_hold_the_output_of_every_stage(arch):
+def test_chunks_hold_the_output_of_every_stage_where_asked(arch):
     model = networks.build(arch, {"source": 2, "target": 3}, stem="small" if "resnet" in arch else "imagenet").eval()
     batch = Batch(torch.rand(2, 3, 32, 32), torch.zeros(2).long(), torch.arange(2))
-    (seen,) = views.apart(model, batch, 1, [])
-    assert len(seen.maps) == {"resnet20": 3, "resnet18": 4, "vgg11": 8, "vit_b_32": 12}[arch]
+    (seen,) = forward.apart(model, batch, 1, maps=True)
+    assert forward.apart(model, batch, 1)[0].maps == []
+    assert len(seen.maps) == {"resnet20": 3, "resnet18": 4, "vgg11": 9, "vit_b_32": 12}[arch]
     if "resnet" in arch:
         assert torch.allclose(model.heads["target"](seen.maps[-1].mean((2, 3))), seen.target, atol=1e-5)
 
 
 def test_nothing_is_zero_and_has_no_gradient():
     weights = torch.tensor([[1.0, 2.0]], requires_grad=True)
-    scalar, value = Nothing().loss(step([View(weights, weights, weights, weights * 3, weights)]))
+    scalar, value = Nothing().loss(step([ChunkOutputs(weights, weights, weights, weights * 3, weights)]))
     scalar.backward()
     assert value.item() == 0 and weights.grad.tolist() == [[0, 0]]
 
@@ -190,7 +191,7 @@ def test_gradient_collision_is_of_the_source_head(theta, self_pairs, value, grad
     """
     theta = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
     logits = torch.stack([theta * 0, theta])[None]
-    chunks = [View(logits, torch.tensor([y]), torch.tensor([0]), logits, logits * 5) for y in (1, 0)]
+    chunks = [ChunkOutputs(logits, torch.tensor([y]), torch.tensor([0]), logits, logits * 5) for y in (1, 0)]
     scalar, reported = GradientCollision(self_pairs=self_pairs).loss(step(chunks, parameters=[theta]))
     scalar.backward()
     assert reported.item() == pytest.approx(value)
@@ -307,7 +308,7 @@ def test_a_disposal_mixes_as_equation_1_and_then_repairs():
 def test_chunks_are_the_batch_in_order_each_with_its_own_batch_statistics():
     model = student().train()
     x, y, rows = torch.rand(6, 3, 2, 2), torch.arange(6) % 3, torch.arange(6)
-    for number, chunk in enumerate(views.apart(model, Batch(x, y, rows), 3, [])):
+    for number, chunk in enumerate(forward.apart(model, Batch(x, y, rows), 3)):
         here = slice(2 * number, 2 * number + 2)
         torch.testing.assert_close((chunk.x, chunk.y, chunk.rows), (x[here], y[here], rows[here]))
         torch.testing.assert_close(chunk.source, model(x[here], "source"))
@@ -319,7 +320,7 @@ def test_chunks_of_a_net_with_attention_collide():
     layer = nn.TransformerEncoderLayer(4, nhead=2, dim_feedforward=4, dropout=0.0, batch_first=True)
     model = Classifier(nn.Sequential(nn.Flatten(2), layer, nn.Flatten()), 12, {"source": 3, "target": 2})
     batch = Batch(torch.rand(4, 3, 2, 2), torch.arange(4) % 3, torch.arange(4))
-    chunks, parameters = views.apart(model, batch, 2, []), list(model.parameters())
+    chunks, parameters = forward.apart(model, batch, 2), list(model.parameters())
     scalar, _ = GradientCollision().loss(step(chunks, parameters=parameters))
     scalar.backward()
     assert layer.self_attn.in_proj_weight.grad.norm() > 0
@@ -333,7 +334,7 @@ def test_chunks_in_sequence_move_running_statistics_as_their_average(chunks):
     nn.init.constant_(norm.running_mean, 5)
     x = torch.randn(3 * chunks, 3, 2, 2, dtype=torch.float64)
     model = Classifier(nn.Sequential(norm, nn.Flatten()), 12, {"source": 3, "target": 2}).double()
-    views.apart(model, Batch(x, *2 * [torch.zeros(3 * chunks)]), chunks, views.momenta(model))
+    forward.apart(model, Batch(x, *2 * [torch.zeros(3 * chunks)]), chunks)
     seen = ((x - model.mean) / model.std).view(chunks, 3, 3, 2, 2)
     torch.testing.assert_close(norm.running_mean, 0.7 * 5 + 0.3 * seen.mean((1, 3, 4)).mean(0))
     torch.testing.assert_close(norm.running_var, 0.7 * 1 + 0.3 * seen.var((1, 3, 4)).mean(0))

@@ -346,4 +346,6 @@ def test_what_does_not_change_a_result_does_not_make_it_stale(recipe_file: Path)
     assert described("model.width=16", "model.channels_last=true") == described("model.width=16") != plain
     assert plain["precision"] == "float32"
     assert described("dispose.gc.fresh_stages=2")["settings"] == {**plain["settings"], "fresh_stages": 2}
-    assert described("precision=bfloat16") == {**plain, "precision": "bfloat16"}
+    bound = described("dispose.gc.unlearn.cosine=0.9")
+    assert bound != plain  # its sidecar has the cosine
+    assert described("precision=bfloat16", "dispose.gc.unlearn.cosine=0.9") == {**bound, "precision": "bfloat16"}

@@ -68,7 +68,7 @@ def test_every_precision_can_be_audited(recipe_file: Path, precision: str):
         'audit={attacks=["loss", "adv-dist", "grad-w", "grad-x", "wb"], modes=["as-is", "reprobe"], repeats=2, '
         "wb_repeats=1, adv_steps=2, images=40}"
     )
-    experiment = pretrained(recipe_file, change, f'precision="{precision}"')
+    experiment = pretrained(recipe_file, change, f'precision="{precision}"', "dispose.gc.unlearn.cosine=0.1")
     run(experiment, ("audit",), only=("pre",))
     found = metrics(experiment, "pre")
     names = {*experiment.recipe.audit.attacks, "adv-dist-l2"}

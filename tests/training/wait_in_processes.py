@@ -1,14 +1,33 @@
-"""The main process of two works for longer than torch would have the other wait: its limit is set to two seconds."""
+"""Two processes, with limits of two seconds: what waits for the main process alone may take longer."""
 
+import sys
 import time
 from datetime import timedelta
 
-from torch.distributed import distributed_c10d
+import torch
 
+from dtlctl.training import engine as engine_module
 from dtlctl.training.engine import Engine
 
 if __name__ == "__main__":
-    distributed_c10d._get_default_timeout = lambda _: timedelta(seconds=2)
+    engine_module.TIMEOUT = timedelta(seconds=2)
     engine = Engine()
-    engine.by_main(lambda: time.sleep(4))
-    print(f"process {engine.share.rank} of {engine.processes} goes on", flush=True)
+    first, who = engine.is_main, f"process {engine.share.rank} of {engine.processes}"
+    if sys.argv[1] == "decoding":
+        engine.by_main(lambda: time.sleep(4))
+    elif sys.argv[1] == "trials":
+        time.sleep(4 if first else 0)
+        assert engine.gather_objects([engine.share.rank]) == [0, 1]
+    try:
+        if sys.argv[1] == "step":
+            time.sleep(0 if first else 6)
+            engine.all_reduce([torch.ones(1)])
+        elif sys.argv[1] == "agreement":
+            time.sleep(0 if first else 6)
+            engine.agree(0)
+    except RuntimeError as error:
+        from dtlctl.training.failures import is_loss
+
+        print(f"{who} waited in vain: {is_loss(error)}", flush=True)
+    else:
+        print(f"{who} goes on", flush=True)

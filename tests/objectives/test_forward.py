@@ -1,20 +1,24 @@
-"""How the student looks at chunks, how the way is chosen, and eight chunks on real processes."""
+"""Forward passes over chunks, how the way is chosen, rounding measured, and eight chunks on real processes."""
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks
-from dtlctl.objectives import views
-from tests.objectives.test_collision import assert_equal
+from dtlctl.objectives import forward
+from dtlctl.objectives.step import Step
+from dtlctl.objectives.unlearn import GradientCollision
+from tests.objectives.test_collision import assert_equal, pairwise
 
 
 def student(arch="resnet8"):
@@ -28,19 +32,18 @@ def batch(images=8):
     return Batch(x, torch.arange(images) % 3, torch.arange(images))
 
 
-def test_views_together_apart_and_again_are_the_same():
+def test_chunks_together_apart_and_again_are_the_same():
     """Logits, images and labels of every chunk, and where the running statistics end; `again` moves none."""
     one, other = student(), student()
-    norms = views.momenta(other)
-    ours, _ = views.together(one, batch(), 4)
-    theirs = views.apart(other, batch(), 4, norms)
-    assert {norm.momentum for norm, _ in norms} == {0.1}
+    ours, _ = forward.together(one, batch(), 4)
+    theirs = forward.apart(other, batch(), 4)
+    assert {norm.momentum for norm in other.modules() if isinstance(norm, nn.BatchNorm2d)} == {0.1}
     after = {k: v.clone() for k, v in other.state_dict().items()}
     for name, tensor in one.state_dict().items():
         if "running" in name:
             assert_equal(tensor, after[name])
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        c = views.again(other, batch(), 4, norms)(number)
+        c = forward.recomputing(other, batch(), 4)(number)
         for field in ("x", "y", "rows", "source", "target"):
             assert_equal(getattr(a, field), getattr(b, field))
             assert_equal(getattr(c, field), getattr(b, field))
@@ -55,7 +58,7 @@ def test_a_chunk_seen_again_meets_the_same_dropout():
     backbone = nn.Sequential(nn.Flatten(), nn.Dropout(0.5))
     model = networks.Classifier(backbone, 192, {"source": 3, "target": 2}).double().train()
     same = Batch(torch.ones(8, 3, 8, 8, dtype=torch.float64), torch.zeros(8), torch.arange(8))
-    one, other = views.again(model, same, 4, []), views.again(model, same, 4, [])
+    one, other = forward.recomputing(model, same, 4), forward.recomputing(model, same, 4)
     before = torch.get_rng_state()
     assert_equal(one(1).source, one(1).source)
     assert torch.equal(torch.get_rng_state(), before)
@@ -73,14 +76,54 @@ def test_a_chunk_seen_again_meets_the_same_dropout():
     ],
 )
 def test_the_way_is_chosen_by_size(gigabytes, arch, expected, monkeypatch):
-    monkeypatch.setattr(views, "_memory_bytes", lambda device: int(gigabytes * 1e9))
+    monkeypatch.setattr(forward, "_memory_bytes", lambda device: int(gigabytes * 1e9))
     if arch == "resnet8":
         model, x = student(), batch().x
     else:
         model, x = networks.build(arch, {"source": 3}, stem="imagenet", image_size=16), torch.rand(4, 3, 16, 16)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert views.choose(model, x, 2) == expected
+    assert forward.choose(model, x, 2) == expected
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "running" in k)
+
+
+def collision_step(**made):
+    return Step(target=(), teacher=torch.zeros_like, images=8, seed=0, processes=1, all_reduce=list, **made)
+
+
+@pytest.mark.parametrize("mode", ["batched", "keep", "recompute"])
+def test_the_cosine_to_float64_is_that_of_gradients_made_by_hand(mode):
+    """The oracle rounds the weights' forward pass as autocast does, and takes the double loop over pairs."""
+    model = student().float().train()
+    images = Batch(batch().x.float(), batch().y, batch().rows)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        model.precision = precision
+        found[precision] = forward.cosine_to_float64(
+            model, images, 4, mode, GradientCollision(chunks=4).loss, collision_step
+        )
+    gradients = []
+    for precision in ("bfloat16", "float64"):
+        oracle = copy.deepcopy(model) if precision == "bfloat16" else copy.deepcopy(model).double()
+        oracle.precision = precision
+        x = images.x.to(next(oracle.parameters()).dtype)
+        parts = zip(x.chunk(4), images.y.chunk(4), strict=True)
+        losses = [F.cross_entropy(oracle(a, "source"), b) for a, b in parts]
+        _, gradient = pairwise(losses, list(oracle.parameters()))
+        gradients.append(torch.cat([g.double().flatten() for g in gradient]))
+    assert found["float32"] > 1 - 1e-6
+    assert found["bfloat16"] == pytest.approx(float(F.cosine_similarity(*gradients, dim=0)), abs=0.02)
+    assert found["bfloat16"] < 0.999
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_dropout_is_no_rounding():
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.Tanh(), nn.Dropout(0.5))
+    model = networks.Classifier(backbone, 64, {"source": 3, "target": 2}).train()
+    images = Batch(batch().x.float(), batch().y, batch().rows)
+    cosine = forward.cosine_to_float64(model, images, 2, "keep", GradientCollision().loss, collision_step)
+    assert cosine > 1 - 1e-6 and model.training and backbone[-1].training
 
 
 # Real processes -------------------------------------------------------------------------------------------------

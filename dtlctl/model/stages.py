@@ -1,0 +1,105 @@
+"""A backbone's stages: which weights belong to each, and what each puts out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from dtlctl.model.cifar import CifarResNet
+
+# Where torchvision's classifiers keep their blocks, by path: the children of these are taken one by one.
+_CONTAINERS = {"features", "layers", "blocks", "trunk_output", "encoder", "encoder.layers", "classifier"}
+# Paths of which a backbone has one, if its modules are registered in forward order and can be told apart like this.
+_LANDMARKS = ("features", "layers", "blocks", "trunk_output", "encoder.layers", "layer4", "stage4")
+LEAST_LAST = 0.01
+"""Share of the weights that a last stage has at least: a smaller end of the network belongs to the block before it."""
+
+
+class Stage(NamedTuple):
+    """A part of a backbone, in forward order after the stem."""
+
+    name: str
+    """The path of its first module."""
+    modules: list[nn.Module]
+    """All that has weights in it."""
+    output: nn.Module
+    """The module whose output is that of the stage; before pooling, where there are maps."""
+    share: float
+    """Of the backbone's weights, in [0, 1]."""
+
+
+def stages(backbone: nn.Module) -> list[Stage]:
+    """The stages of a torchvision classifier's or CIFAR ResNet's backbone, first stage first; empty for others.
+
+    A stage is a block with a weight matrix or convolution, with the normalisations behind it. The first such block is
+    the stem and in no stage, and so are parameters without a module (the tokens and positions of a transformer).
+    """
+    total = _weights([backbone]) or 1
+    if isinstance(backbone, CifarResNet):
+        n = len(backbone.stages) // 3
+        thirds = [list(backbone.stages[start : start + n]) for start in (0, n, 2 * n)]
+        return [Stage(f"stage{k}", third, third[-1], _weights(third) / total) for k, third in enumerate(thirds, 1)]
+    found: list[Stage] = []
+    known = not {path for path, _ in backbone.named_modules()}.isdisjoint(_LANDMARKS)
+    for path, block in _blocks(backbone) if known else ():
+        share = _weights([block]) / total
+        if any(p.dim() > 1 for p in block.parameters()):
+            found.append(Stage(path, [block], block, share))
+        elif share and found:
+            pooled = path.startswith("classifier")
+            found[-1] = _joined(found[-1], Stage(path, [block], found[-1].output if pooled else block, share))
+    while len(found) > 2 and found[-1].share < LEAST_LAST:
+        last = found.pop()
+        found[-1] = _joined(found[-1], last._replace(output=found[-1].output))
+    return found[1:]
+
+
+def shares(backbone: nn.Module) -> dict[str, float]:
+    """The share of the backbone's weights in its stem and each stage, by name; empty where stages are not known."""
+    found = {stage.name: stage.share for stage in stages(backbone)}
+    return {"stem": 1 - sum(found.values()), **found} if found else {}
+
+
+def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        inner = f"{path}.{name}".lstrip(".")
+        if inner in _CONTAINERS:
+            yield from _blocks(child, inner)
+        else:
+            yield inner, child
+
+
+def _weights(modules: list[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def _joined(first: Stage, second: Stage) -> Stage:
+    return Stage(first.name, first.modules + second.modules, second.output, first.share + second.share)
+
+
+def renew(backbone: nn.Module, fresh: nn.Module, last: int) -> None:
+    """Give the last stages of a backbone the weights and statistics of a freshly initialised one of its kind.
+
+    last: how many, 1 or more. Raises ValueError where fewer are known.
+    """
+    old, new = stages(backbone), stages(fresh)
+    if last > len(old):
+        raise ValueError(f"{last} of the last stages of {type(backbone).__name__}, but {len(old)} are known")
+    for ours, theirs in zip(old[-last:], new[-last:], strict=True):
+        for block, replacement in zip(ours.modules, theirs.modules, strict=True):
+            block.load_state_dict(replacement.state_dict())
+
+
+@contextmanager
+def watched(backbone: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, every forward pass appends the output of each stage, first stage first, to the list."""
+    seen: list[Tensor] = []
+    hooks = [s.output.register_forward_hook(lambda _m, _i, output: seen.append(output)) for s in stages(backbone)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

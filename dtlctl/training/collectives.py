@@ -1,0 +1,119 @@
+"""What the processes of a run do together: agree, wait for the main one, stop at once, sum and gather."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dtlctl.console import stop
+from dtlctl.data.tensors import Share
+from dtlctl.errors import DtlError, Elsewhere, Stopped
+
+Item = TypeVar("Item")
+PATIENCE = timedelta(days=7)
+"""Where processes have different work to do, as when the main one decodes; a dead one is found by its connection."""
+TIMEOUT = timedelta(minutes=30)
+"""Where all do the same step: a process that is this late hangs."""
+
+
+class Collectives:
+    """Messages between the processes of a run; with one process nothing is sent."""
+
+    def __init__(self, device: torch.device, rank: int, processes: int):
+        self.device, self.processes, self.share = device, processes, Share(rank, processes)
+        self.is_main = rank == 0
+        # Agreements go over CPU memory: asking an accelerator's queue would wait for all that is in it.
+        group = torch.distributed.new_group
+        self._control: Any = group(backend="gloo", timeout=PATIENCE) if processes > 1 else None
+
+    def agree(self, code: int, *, patient: bool = False) -> int:
+        """The largest code of any process, by one message of eight bytes; with one process nothing is sent.
+
+        patient: others may be at other work, for days, and a signal need not wait for them.
+        """
+        if self.processes == 1:
+            return code
+        flag, most = torch.tensor([int(code)]), torch.distributed.ReduceOp.MAX
+        work = torch.distributed.all_reduce(flag, most, group=self._control, async_op=True)
+        assert work is not None
+        while patient and not work.is_completed():
+            time.sleep(0.005)  # between these, Python looks at signals; in `wait` it would not
+        work.wait(TIMEOUT)
+        return int(flag)
+
+    def by_main(self, work: Callable[[], Item]) -> Item | None:
+        """Let the main process do it while the others wait; what ends it ends them all, with the same exit code."""
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except DtlError as error:
+                failure = error
+        code = self.agree(failure.exit_code if failure else 0, patient=True)
+        if failure:
+            raise failure
+        if code:
+            raise Elsewhere(code)
+        return result
+
+    def stoppable(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, one by one, unless a signal asked any process to stop: then Stopped, in all of them at once.
+
+        Processes may have different numbers of items. All must go through theirs to the end.
+        """
+        with stop.deferred():
+            source, end = iter(items), object()
+            while True:
+                item = next(source, end)
+                code = self.agree(max(stop.pending(), item is not end))
+                if code > 1:
+                    raise Stopped(code)
+                if not code:
+                    return
+                if item is not end:
+                    yield item  # type: ignore[misc]
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors, summed over processes, by one message."""
+        tensors = list(tensors)
+        if self.processes == 1:
+            return tensors
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """All processes' values [n, ...], one after the other; their lengths may differ."""
+        if self.processes == 1:
+            return values
+        lengths = self._collect(torch.tensor([len(values)], device=values.device))
+        padded = values.new_zeros(int(torch.stack(lengths).max()), *values.shape[1:])
+        padded[: len(values)] = values
+        return torch.cat([part[: int(n)] for part, n in zip(self._collect(padded), lengths, strict=True)])
+
+    def _collect(self, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.processes)]
+        same = tensor.device.type == self.device.type  # an accelerator's backend may not know CPU memory
+        torch.distributed.all_gather(parts, tensor, group=None if same else self._control)
+        return parts
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        """All processes' lists, one after the other, however long the others take; plain numbers and tuples only."""
+        if self.processes == 1:
+            return values
+        self.agree(0, patient=True)
+        parts: list[Any] = [None] * self.processes
+        torch.distributed.all_gather_object(parts, values, group=self._control)
+        return [value for part in parts for value in part]
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over processes, in place."""
+        if self.processes > 1:
+            for own, total in zip(tensors, self.all_reduce(tensors), strict=True):
+                own.copy_(total / self.processes)
