@@ -90,13 +90,11 @@ class Engine(Collectives):
     ) -> History:
         """Minimise `objective` over `steps` steps of SGD with momentum, as `plan` says.
 
-        At each of `reports` even intervals, after each of the numbers of steps in `also` and at the end, the means of
-        what the objective reported and what `evaluate(steps done)` returns go into the history. A mean is over all
-        steps since the row before: where an objective comes to report other things, `also` must say so. With a
-        `memory`, training goes on from the state that is kept there, and keeps its own there when it is due and when a
-        signal stops it; `state` is kept up to date. Raises Stopped, and DivergedError for a gradient or, at the end,
-        weights that are not finite. Such a gradient never reaches the weights; the run stops at once, or, on an
-        accelerator, where looking costs time, at the next report or save.
+        At each of `reports` even intervals, after each number of steps in `also` and at the end, the means of what the
+        objective reported since the row before, and what `evaluate(steps done)` returns, go into the history. With a
+        `memory`, training goes on from the state that is kept there, and saves its own when it is due and when a signal
+        stops it. Raises Stopped, and DivergedError for a gradient, or weights at the end, that are not finite. Such a
+        gradient never reaches the weights; the run stops at once, or on an accelerator at the next report or save.
         """
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(weights, plan.lr, plan.momentum, weight_decay=plan.weight_decay, fused=True)

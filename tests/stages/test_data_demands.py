@@ -49,15 +49,11 @@ def test_more_stages_than_the_network_has_end_every_command_before_data_is_read(
             'piggyback.attackers.0: kind "renorm" needs batch normalisation, which vit_b_32 does not have',
         ),
         ("vgg11", 2, 'piggyback.attackers.0: kind "renorm" needs batch normalisation, which vgg11 does not have'),
-        (
-            "regnet_y_400mf",
-            1,
-            "dispose.null.unlearn.stages: the stages of regnet_y_400mf are not known; choose another",
-        ),
+        ("regnet_y_400mf", 5, "dispose.null.unlearn.stages: 5, but regnet_y_400mf has 4 stages; write 4 or less"),
     ],
 )
 def test_what_a_network_has_is_known_without_training(recipe_file: Path, arch: str, stages: int, wrong: str):
-    """ResNet-18 has four stages, a vision transformer 12 layers and no batch normalisation, VGG no stages of a name."""
+    """ResNet-18 has four stages, a vision transformer 12 layers and no batch normalisation; a RegNet has four."""
     recipe_file.write_text(recipe_file.read_text().replace('arch = "resnet8"\nwidth = 4', f'arch = "{arch}"'))
     changes = ("model={stem='imagenet', image_size=64}", NULL % (64, stages))
     recipe = load(recipe_file, [*changes, "piggyback.attackers=[{kind='renorm'}, {kind='last-block'}]"])
@@ -67,7 +63,6 @@ def test_what_a_network_has_is_known_without_training(recipe_file: Path, arch: s
     with pytest.raises(RecipeError) as caught:
         network_demands.check(recipe, "FILE")
     assert str(caught.value).startswith(f"FILE: {wrong}")
-    assert str(caught.value).endswith("\nalso wrong: piggyback.attackers.1") == arch.startswith("regnet")
 
 
 def test_a_batch_too_small_for_the_null_space_is_told_before_anything_trains(call, recipe_file: Path, tmp_path: Path):
@@ -75,7 +70,9 @@ def test_a_batch_too_small_for_the_null_space_is_told_before_anything_trains(cal
     reason = "dispose.null.batch_size: 29 images a step are too few for null-space; 10 target classes need 30 or more"
     expected = (2, "", f"error: {recipe_file}: {reason}\n")
     for command in (("run",), ("compare",), ("sweep", "--over", "seed=0,1")):
-        assert call(*command, recipe_file, "--quiet", "--set", NULL % (29, 2)) == expected, command
+        assert (
+            call(*command, recipe_file, "--quiet", "--set", NULL % (29, 2), "--set", "compare.tolerance=9") == expected
+        ), command
     assert not list((tmp_path / "runs").rglob("model.json"))
     decode(recipe_file)
     assert call("check", recipe_file, "--set", NULL % (29, 2)) == expected

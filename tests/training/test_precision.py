@@ -86,14 +86,15 @@ def test_two_experiments_that_take_turns_each_compute_in_their_own_precision(rec
         name: Experiment(load(recipe_file, [f'precision="{name}"', f'name="{name}"', *changes]), tmp_path, quiet=True)
         for name in ("float32", "tf32")
     }
-    watch = Watch(monkeypatch)
+    watch, made = Watch(monkeypatch), {"pretrain": ["pre"], "finetune": ["TL"], "audit": ["pre", "TL", "gc"]}
+    made |= {"dispose": ["gc"], "piggyback": ["gc"]}
     for stage in ("pretrain", "finetune", "dispose", "piggyback", "audit"):
         for name, experiment in experiments.items():
-            assert run(experiment, [stage], only=["pre", "TL", "gc"] if stage != "piggyback" else ["gc"])
+            assert run(experiment, [stage], only=made[stage])
             assert watch.taken() == {(name == "tf32",) * 2}, (stage, name)
-    models = {name: experiment.load_model("TL") for name, experiment in experiments.items()}
+    models = {name: experiment.trainer.load_model("TL") for name, experiment in experiments.items()}
     for name, experiment in experiments.items():
-        experiment.accuracy(models[name], "source", "source")
+        experiment.trainer.accuracy(models[name], "source", "source")
         assert watch.taken() == {(name == "tf32",) * 2}
     assert min(watch.passes.values()) > 100
 
@@ -110,7 +111,7 @@ def test_a_collision_is_measured_against_the_recipe_s_bound(opened, precision):
     """Measured on the first batch; written down; in full precision it is 1 to seven digits."""
     experiment = opened(f'precision="{precision}"', "dispose.gc.unlearn.cosine=0.3", BOUND % 0.3)
     run(experiment, ["pretrain", "finetune", "dispose"], only=["pre", "TL", "one"])
-    cosine = experiment.require("one")["metrics"]["collision_cosine"]
+    cosine = experiment.results.require("one")["metrics"]["collision_cosine"]
     assert (0.3 <= cosine < 0.99999) if precision == "bfloat16" else cosine > 0.999999
 
 
@@ -129,7 +130,7 @@ def test_a_collision_below_its_bound_stops_before_it_trains(opened):
 def test_without_a_bound_nothing_is_measured_and_bfloat16_is_refused(opened, recipe_file):
     experiment = opened()
     run(experiment, ["pretrain", "finetune", "dispose"], only=["pre", "TL", "one"])
-    assert "collision_cosine" not in experiment.require("one")["metrics"]
+    assert "collision_cosine" not in experiment.results.require("one")["metrics"]
     with pytest.raises(RecipeError, match=r"dispose.gc.unlearn: a collision in bfloat16 .* as cosine = 0.99"):
         load(recipe_file, ['precision="bfloat16"'])
     load(recipe_file, ['precision="bfloat16"', *(f'dispose.{v}.unlearn={{kind="uniform"}}' for v in ("gc", "one"))])

@@ -6,11 +6,12 @@ from datetime import timedelta
 
 import torch
 
+from dtlctl.training import collectives
 from dtlctl.training import engine as engine_module
 from dtlctl.training.engine import Engine
 
 if __name__ == "__main__":
-    engine_module.TIMEOUT = timedelta(seconds=2)
+    engine_module.TIMEOUT = collectives.TIMEOUT = timedelta(seconds=2)
     engine = Engine()
     first, who = engine.is_main, f"process {engine.share.rank} of {engine.processes}"
     if sys.argv[1] == "decoding":
