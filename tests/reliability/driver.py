@@ -103,7 +103,7 @@ class _HalfFile:
 def sabotage(text: str) -> Fault:
     """Put the fault into this process."""
     from dtlctl.data import cache
-    from dtlctl.run import experiment
+    from dtlctl.run import trainer
     from dtlctl.storage import checkpoint
     from dtlctl.training import engine, resume
 
@@ -114,7 +114,7 @@ def sabotage(text: str) -> Fault:
     resume.Memory._write = fault.within("save", resume.Memory._write)
     for name in ("publish", "publish_json"):
         setattr(checkpoint, name, fault.within("publish", getattr(checkpoint, name)))
-    heed, decode, batches = engine.Engine._heed, cache._decode, experiment.evaluation_batches
+    heed, decode, batches = engine.Engine._heed, cache._decode, trainer.evaluation_batches
     restore = resume.Memory.restore
 
     def step(*arguments: Any) -> None:
@@ -136,7 +136,7 @@ def sabotage(text: str) -> Fault:
 
     engine.Engine._heed, resume.Memory.restore = step, restoring
     cache._decode = decoding
-    experiment.evaluation_batches = evaluation
+    trainer.evaluation_batches = evaluation
     return fault
 
 
