@@ -1,13 +1,13 @@
 """Images, decoded and resized once, kept as one memory-mapped array.
 
-An entry is a folder of `pixels.npy`, `labels.npy` and `meta.json` whose name is a hash of everything that its content
-depends on. It is written beside its place and renamed into it, so that any number of processes may ask for it at once.
+An entry is a folder of `pixels.npy`, `labels.npy`, `hashes.npy` and `meta.json` whose name is a hash of everything that
+its content depends on. It is written beside its place and renamed into it, so that any number of processes may ask for
+it at once.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import platform
@@ -15,18 +15,18 @@ import shutil
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from dtlctl.console.machine import cores
-from dtlctl.data import files
 from dtlctl.data.dataset import Dataset, Note, Split, where
+from dtlctl.data.pixels import Depth, Rule, decide, decode
 from dtlctl.data.sources import Rows, identity, rows
 from dtlctl.errors import DataError
 from dtlctl.storage.checkpoint import sync
@@ -34,8 +34,11 @@ from dtlctl.storage.checkpoint import sync
 # Changing how images are decoded, resized or stored must change this number: it is part of the key.
 _FORMAT = 3
 _BATCH = 64  # images a task
+_HASH = np.dtype("V16")
 
 Progress = Callable[[int, int], None]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Images(NamedTuple):
@@ -44,9 +47,11 @@ class Images(NamedTuple):
     pixels: np.ndarray  # uint8 [N, 3, S, S], RGB, memory-mapped, read-only
     labels: np.ndarray  # int64 [N], indices into `classes`
     classes: tuple[str, ...]
-    fingerprint: str  # SHA-256, in hex, of pixels, labels and class names: the content, not the file
+    fingerprint: str  # SHA-256, in hex, of hashes, labels and class names: the content, not the file
     dropped: int  # rows without a label, which are not among the N
-    notes: tuple[Note, ...] = ()
+    notes: tuple[Note, ...]
+    hashes: np.ndarray  # 16 bytes [N], memory-mapped: equal for images of equal pixels
+    rule: Rule  # by which values of more than 8 bits became bytes
 
 
 def load(
@@ -54,10 +59,10 @@ def load(
 ) -> Images:
     """A split as RGB images of `image_size` x `image_size` pixels, decoded unless that has been done before.
 
-    A picture that is not square is cut to its centre; transparency becomes white; 16-bit values are scaled to 8 bits;
-    EXIF orientation is applied. `role` is the name of the dataset's table under `[data]`, for messages.
-    `progress(done, total)` is called with numbers of images. Raises DataError: a source that cannot be read as the
-    recipe says, an image that cannot be decoded, a class without a training image, a cache that cannot be written.
+    See `pixels.decode` for what becomes of an image. A test split is read by the rule that its train split gave, which
+    is decoded first. `role` is the name of the dataset's table under `[data]`, for messages. `progress(done, total)` is
+    called with numbers of images. Raises DataError: a source that cannot be read as the recipe says, an image that
+    cannot be decoded, a class without a training image, a cache that cannot be written.
     """
     place = _place(dataset, split, image_size, role)
     images = _read(place, image_size)
@@ -68,7 +73,8 @@ def load(
             (work / "scratch").mkdir(parents=True)
             source = rows(dataset, split, image_size, role, work / "scratch")
             _check_classes(source, dataset, split)
-            _decode(source, image_size, work, where(dataset, split), progress)
+            train = load(dataset, "train", image_size, role=role, progress=progress).rule if split == "test" else None
+            _decode(source, image_size, work, where(dataset, split), train, progress)
             shutil.rmtree(work / "scratch")
             images = _publish(work, place, image_size)
         except OSError as error:
@@ -94,6 +100,11 @@ def folder() -> Path:
 
 
 def _place(dataset: Dataset, split: Split, image_size: int, role: str) -> Path:
+    if split == "test" and dataset.test == dataset.train:
+        raise DataError(
+            f"data.{role}.test: it is {dataset.test!r} as is `train`, so models would be tested on the images that "
+            "they are trained on; name another split"
+        )
     key = {
         "format": _FORMAT,
         "source": identity(dataset, role),
@@ -120,13 +131,14 @@ def _read(place: Path, image_size: int) -> Images | None:
         classes = tuple(meta["classes"])
         pixels = np.load(place / "pixels.npy", mmap_mode="r")
         labels = np.load(place / "labels.npy")
-        images = Images(
-            pixels, labels, classes, meta["fingerprint"], meta["dropped"], tuple(Note(*n) for n in meta["notes"])
-        )
+        hashes = np.load(place / "hashes.npy", mmap_mode="r")
+        notes, rule = tuple(Note(*note) for note in meta["notes"]), Rule(*meta["rule"])
+        images = Images(pixels, labels, classes, meta["fingerprint"], meta["dropped"], notes, hashes, rule)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
     shape = (len(labels), 3, image_size, image_size)
-    return images if (pixels.shape, pixels.dtype, labels.dtype) == (shape, np.uint8, np.int64) else None
+    fits = (pixels.shape, pixels.dtype, labels.dtype) == (shape, np.uint8, np.int64)
+    return images if fits and (hashes.shape, hashes.dtype) == ((len(labels),), _HASH) else None
 
 
 def _publish(work: Path, place: Path, image_size: int) -> Images:
@@ -152,40 +164,70 @@ def _publish(work: Path, place: Path, image_size: int) -> Images:
             return images
 
 
-def _decode(source: Rows, size: int, work: Path, name: str, progress: Progress | None) -> None:
-    """Write a whole entry into the folder `work`. name: of the split."""
+def _decode(
+    source: Rows, size: int, work: Path, name: str, train: Rule | None, progress: Progress | None = None
+) -> None:
+    """Write a whole entry into the folder `work`. name: of the split; train: the rule of a test split's train split.
+
+    Images of wide modes are looked at first, and decoded again once the rule for all of them is known.
+    """
     kept = np.flatnonzero(source.labels >= 0)
-    labels = source.labels[kept]
-    shape = (len(kept), 3, size, size)
-    digest = hashlib.sha256(json.dumps([source.classes, shape]).encode())
-    digest.update(labels.astype("<i8").tobytes())
-
-    def batch(start: int) -> np.ndarray:
-        numbers = kept[start : start + _BATCH].tolist()
-        pictures = source.pictures(numbers)
-        return np.stack([_pixels(p, size, source.place(n)) for n, p in zip(numbers, pictures, strict=True)])
-
+    labels, hashes = source.labels[kept], np.zeros(len(kept), _HASH)
+    shape, depths = (len(kept), 3, size, size), {}
     # Plain writes, not stores into a map: on a full disk a store is a SIGBUS.
-    with open(work / "pixels.npy", "wb") as file, closing(_parallel(batch, range(0, len(kept), _BATCH))) as batches:
+    with open(work / "pixels.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        done = 0
-        for pixels in batches:
-            file.write(pixels.data)
-            digest.update(pixels.data)
-            done += len(pixels)
-            if progress:
-                progress(done, len(kept))
+        start = file.tell()
+
+        def write(chunks: Sequence[Sequence[int]], total: int, full: int | None = None) -> None:
+            done = 0
+            with closing(_parallel(lambda chunk: _batch(source, kept[chunk], size, full), chunks)) as batches:
+                for chunk, (pixels, digests, found) in zip(chunks, batches, strict=True):
+                    file.seek(start + chunk[0] * pixels[0].nbytes)
+                    file.write(pixels.data)
+                    hashes[chunk[0] : chunk[0] + len(chunk)] = digests
+                    depths.update({chunk[place]: depth for place, depth in found.items()})
+                    done += len(chunk)
+                    if progress:
+                        progress(done, total)
+
+        everything = range(len(kept))
+        write([everything[place : place + _BATCH] for place in everything[::_BATCH]], len(kept))
+        rule, notes = decide(depths.values(), len(kept), name, train)
+        if wide := [[place] for place, depth in depths.items() if depth.kind != "colour"]:
+            write(wide, len(wide), rule.full)
     np.save(work / "labels.npy", labels)
+    np.save(work / "hashes.npy", hashes)
+    digest = hashlib.sha256(json.dumps([source.classes, shape]).encode())
+    for part in (labels.astype("<i8"), hashes):
+        digest.update(part.tobytes())
     meta = {
         "classes": source.classes,
         "fingerprint": digest.hexdigest(),
         "dropped": len(source.labels) - len(kept),
-        "notes": source.notes,
+        "notes": [*source.notes, *notes],
+        "rule": rule,
         "source": name,
     }
     (work / "meta.json").write_text(json.dumps(meta, indent=1))
     for path in [*work.glob("*.*"), work]:
         sync(path)
+
+
+def _batch(
+    source: Rows, rows: np.ndarray, size: int, full: int | None
+) -> tuple[np.ndarray, np.ndarray, dict[int, Depth]]:
+    """uint8 [n, 3, size, size], their hashes, and the depths there are, by place; black for what `full` must scale."""
+    numbers = rows.tolist()
+    pixels, depths = np.zeros((len(numbers), 3, size, size), np.uint8), {}
+    for place, (number, picture) in enumerate(zip(numbers, source.pictures(numbers), strict=True)):
+        image, depth = decode(picture, size, source.place(number), full)
+        if image is not None:
+            pixels[place] = image
+        if depth is not None:
+            depths[place] = depth
+    digests = b"".join(hashlib.blake2b(image.data, digest_size=_HASH.itemsize).digest() for image in pixels)
+    return pixels, np.frombuffer(digests, _HASH), depths
 
 
 def _check_classes(source: Rows, dataset: Dataset, split: Split) -> None:
@@ -202,7 +244,7 @@ def _check_classes(source: Rows, dataset: Dataset, split: Split) -> None:
         raise DataError(f"{where(dataset, split)}: class {classes[missing[0]]!r}{more} has no image")
 
 
-def _parallel(task: Callable[[int], np.ndarray], items: Sequence[int]) -> Generator[np.ndarray, None, None]:
+def _parallel(task: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
     """Results in order, never many ahead of the reader. PIL frees the interpreter while it decodes and resizes."""
     threads = cores()
     waiting: deque = deque()
@@ -215,38 +257,3 @@ def _parallel(task: Callable[[int], np.ndarray], items: Sequence[int]) -> Genera
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _pixels(picture: bytes | Image.Image, size: int, place: str) -> np.ndarray:
-    """uint8 [3, size, size] of an image file's bytes or of a picture. Raises DataError, naming `place`."""
-    try:
-        if isinstance(picture, bytes):
-            picture = ImageOps.exif_transpose(Image.open(io.BytesIO(picture), formats=files.formats()))
-        # Cuts the centre in the wanted proportion, then resizes it; does nothing at the right size.
-        fitted = ImageOps.fit(_rgb(picture), (size, size), Image.Resampling.BICUBIC)
-    except UnidentifiedImageError as error:  # PIL's own text has the address of the bytes
-        assert isinstance(picture, bytes)
-        raise DataError(f"{place}: the image cannot be decoded: {files.reason(picture)}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{place}: the image is too large to be decoded: {error}") from error
-    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise DataError(f"{place}: the image cannot be decoded: {error}") from error
-    return np.ascontiguousarray(np.asarray(fitted).transpose(2, 0, 1))
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB; transparency over white; wide modes (I;16, I, F) are taken to hold 16 bits."""
-    if picture.mode.startswith(("I", "F")):
-        picture = _narrow(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _narrow(picture: Image.Image) -> Image.Image:
-    """16 bits to 8: 65535 becomes 255."""
-    values = np.asarray(picture, np.float64)
-    if not (values.min() >= 0 and values.max() <= 65535):
-        raise ValueError(f"mode {picture.mode} with values outside [0, 65535]")
-    return Image.fromarray((values / 257).round().astype(np.uint8))

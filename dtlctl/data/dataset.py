@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Split = Literal["train", "test"]
+Balance = Literal["classes", "keep"]
+"""What a subset has of each class: the same number, as in the paper, or its share."""
 
 
 class Note(NamedTuple):
@@ -68,6 +70,7 @@ class Dataset(Strict):
     train: str = Field("train", min_length=1)  # split names
     test: str = Field("test", min_length=1)
     fraction: float = Field(1.0, gt=0, le=1)  # γ
+    balance: Balance = "classes"  # of a fraction below 1
     augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
 
     @model_validator(mode="after")

@@ -45,6 +45,15 @@ def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Pa
     return align(own, train, where(dataset, split), dataset.train)
 
 
+def by_names(dataset: Dataset, split: Split, role: str) -> Rows | None:
+    """As `rows` of a local folder of images, which are known by the names of its files alone; None of anything else."""
+    if kind_of(dataset.path) != "local" or not (root := _local(dataset, role)).is_dir():
+        return None
+    if any(file.lower().endswith(tables.SUFFIXES) for file in files.walk(root, role).files):
+        return None
+    return rows(dataset, split, 0, role, root)
+
+
 def identity(dataset: Dataset, role: str) -> dict[str, Any]:
     """What tells this dataset's content from another's without reading it: JSON values. Raises DataError.
 

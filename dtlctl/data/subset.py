@@ -1,24 +1,27 @@
-"""Class-balanced subsets of a train split: the γ of the paper."""
+"""Subsets of a train split: the γ of the paper."""
 
 from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 
+from dtlctl.data.dataset import Balance, Note
+
 # Keeps these random numbers apart from others drawn with the same seed.
 _STREAM = zlib.crc32(b"subset")
+WORTH_SAYING = 0.9
+"""A subset with less than this share of the images that its fraction asks for is told."""
 
 
-def balanced(labels: np.ndarray, classes: int, fraction: float, seed: int) -> np.ndarray:
-    """Sorted int64 indices of a subset of `labels` (integers [N] in [0, classes)).
+def draw(labels: np.ndarray, classes: int, fraction: float, seed: int, balance: Balance = "classes") -> np.ndarray:
+    """Sorted int64 indices of a subset of `labels` (integers [N] in [0, classes)): of each class as `sizes` says.
 
-    `fraction` = 1 is every row. A smaller one takes the same number from every class: fraction * N / classes, halves
-    rounded up, at least one and at most what the smallest class has. A class's draw depends on (seed, class) alone,
-    and a smaller fraction's rows are among a larger one's. Raises ValueError for a fraction outside (0, 1] and for a
-    label outside [0, classes) or without a row.
+    A class's draw depends on (seed, class) alone, and a smaller fraction's rows are among a larger one's. Raises
+    ValueError for a fraction outside (0, 1] and for a label outside [0, classes) or without a row.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction {fraction} is not in (0, 1]")
@@ -29,19 +32,44 @@ def balanced(labels: np.ndarray, classes: int, fraction: float, seed: int) -> np
         raise ValueError(f"class {counts.argmin()} has no rows")
     if fraction == 1:
         return np.arange(len(labels), dtype=np.int64)
-    each = per_class(fraction, len(labels), classes, int(counts.min()))
     drawn = [
-        np.random.default_rng([_STREAM, seed, label]).permutation(np.flatnonzero(labels == label))[:each]
-        for label in range(classes)
+        np.random.default_rng([_STREAM, seed, label]).permutation(np.flatnonzero(labels == label))[:size]
+        for label, size in enumerate(sizes(counts.tolist(), fraction, balance))
     ]
     return np.sort(np.concatenate(drawn)).astype(np.int64)
 
 
-def per_class(fraction: float, images: int, classes: int, smallest: int) -> int:
-    """How many images of every class a fraction below 1 of a train split is; smallest: images of its smallest class."""
+def sizes(counts: Sequence[int], fraction: float, balance: Balance) -> list[int]:
+    """How many images of each class a fraction of a train split is; counts: how many there are.
+
+    1 is all of them. Less is, with `classes`, the same number of every class: fraction * N / classes, at most what the
+    smallest class has; with `keep`, that fraction of each class. Halves are rounded up, and one is the least.
+    """
+    if fraction == 1:
+        return list(counts)
     # As a recipe writes it, 0.145 * 1000 / 10 is 14.5; in floating point it is a little less.
-    share = Fraction(str(float(fraction))) * images / classes
-    return min(max(1, int(share + Fraction(1, 2))), smallest)
+    share = Fraction(str(float(fraction)))
+    if balance == "keep":
+        return [max(1, _rounded(share * count)) for count in counts]
+    return [min(max(1, _rounded(share * sum(counts) / len(counts))), *counts)] * len(counts)
+
+
+def _rounded(number: Fraction) -> int:
+    return int(number + Fraction(1, 2))
+
+
+def imbalance(counts: Sequence[int], classes: Sequence[str], fraction: float, balance: Balance) -> Note | None:
+    """What is to be said where a balanced subset leaves out much of what its fraction asks for."""
+    asked, drawn = fraction * sum(counts), sum(sizes(counts, fraction, balance))
+    if drawn >= WORTH_SAYING * asked or balance == "keep":
+        return None
+    smallest = int(np.argmin(counts))
+    text = (
+        f"fraction = {fraction:g} draws {drawn:,} of {sum(counts):,} training images, not {asked:,.0f}: as many of "
+        f"every class, and {classes[smallest]!r} has {counts[smallest]:,}; to keep each class's share write "
+        'balance = "keep", or leave that class out'
+    )
+    return Note("imbalance", drawn, text)
 
 
 def digest(index: np.ndarray) -> str:

@@ -21,6 +21,8 @@ from dtlctl.data.files import LISTS, Tree, kinds, suffixes
 from dtlctl.errors import DataError, DtlError, nearest
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+SUFFIXES = tuple(_BUILDERS)
+"""Of files that hold rows of images."""
 
 
 class Source(NamedTuple):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from dtlctl.data import cache as decoded
+from dtlctl.data import overlap, subset
 from dtlctl.data.cache import Images
 from dtlctl.data.dataset import Note, Split
-from dtlctl.data.subset import balanced, digest
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.processes import Processes
 
@@ -32,16 +33,32 @@ class Datasets:
         return {
             "train": train.fingerprint,
             "test": test.fingerprint,
-            "index": digest(self.index(role)),
+            "index": subset.digest(self.index(role)),
             "images": len(self.index(role)),
             "test_images": len(test.labels),
             "dropped": train.dropped + test.dropped,
             "augment": self.recipe.data.of(role).augment,
         }
 
-    def notes(self, role: str) -> list[Note]:
-        """What was dropped, guessed, merged or rescaled while both splits were read."""
-        return [*self.images(role, "train").notes, *self.images(role, "test").notes]
+    def notes(self, roles: Iterable[str]) -> dict[str, list[Note]]:
+        """By role, what was dropped, guessed, merged or rescaled, left out of the subset, or occurs twice.
+
+        Raises DataError where most of a test split is in its train split.
+        """
+        splits = {role: (self.images(role, "train"), self.images(role, "test")) for role in dict.fromkeys(roles)}
+        elsewhere = overlap.across(splits)
+        return {
+            role: [
+                *train.notes, *test.notes, *self._imbalance(role, train), *overlap.within(role, train, test),
+                *elsewhere[role],
+            ]
+            for role, (train, test) in splits.items()
+        }  # fmt: skip
+
+    def _imbalance(self, role: str, train: Images) -> list[Note]:
+        table, counts = self.recipe.data.of(role), np.bincount(train.labels, minlength=len(train.classes)).tolist()
+        found = subset.imbalance(counts, train.classes, table.fraction, table.balance)
+        return [found] if found else []
 
     def _images(self, role: str, split: Split) -> Images:
         dataset, size = self.recipe.data.of(role), self.recipe.model.image_size
@@ -50,12 +67,10 @@ class Datasets:
             with self.processes.progress(f"decode {role} {split}", 1) as bar:
                 self.processes.by_main(lambda: decoded.load(dataset, split, size, role=role, progress=bar.at))
             images = decoded.load(dataset, split, size, role=role)
-        for note in images.notes:
-            self.processes.say(f"data.{role}: {note.text}")
         return images
 
     def _index(self, role: str) -> np.ndarray:
         """Sorted rows of the train split that the recipe's fraction draws."""
         train = self.images(role, "train")
-        fraction = self.recipe.data.of(role).fraction
-        return balanced(train.labels, len(train.classes), fraction, self.recipe.stream(f"subset/{role}"))
+        table, seed = self.recipe.data.of(role), self.recipe.stream(f"subset/{role}")
+        return subset.draw(train.labels, len(train.classes), table.fraction, seed, table.balance)

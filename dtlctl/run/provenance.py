@@ -19,16 +19,15 @@ import torch
 from dtlctl import __version__
 from dtlctl.data.cache import Images
 from dtlctl.data.dataset import Dataset
-from dtlctl.data.subset import per_class
+from dtlctl.data.subset import sizes
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Recipe
 
 
 def origin(dataset: Dataset, train: Images) -> dict[str, Any]:
     """One dataset for a sidecar: its table in the recipe and the sizes of its train split, of which `train` is all."""
-    smallest = int(np.bincount(train.labels, minlength=len(train.classes)).min())
-    sizes = {"train_images": len(train.labels), "classes": len(train.classes), "smallest_class": smallest}
-    return {"table": dataset.model_dump(mode="json"), **sizes}
+    counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
+    return {"table": dataset.model_dump(mode="json"), "class_images": counts}
 
 
 def differs(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> bool:
@@ -39,15 +38,11 @@ def differs(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> bool:
     """
     for role in job.roles:
         was, now = sidecar["datasets"][role], recipe.data.of(role)
-        if was["table"]["augment"] != now.augment or drawn(was, was["table"]["fraction"]) != drawn(was, now.fraction):
+        then, counts = was["table"], was["class_images"]
+        before = sizes(counts, then["fraction"], then["balance"])
+        if then["augment"] != now.augment or before != sizes(counts, now.fraction, now.balance):
             return True
     return False
-
-
-def drawn(was: dict[str, Any], fraction: float) -> int:
-    """How many images that fraction of an `origin` draws: as many are the same ones."""
-    images, classes = was["train_images"], was["classes"]
-    return images if fraction == 1 else classes * per_class(fraction, images, classes, was["smallest_class"])
 
 
 def renamed(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> dict[str, str]:
@@ -55,7 +50,8 @@ def renamed(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> dict[str,
     found = {}
     for role in job.roles:
         was, now = sidecar["datasets"][role]["table"], recipe.data.of(role).model_dump(mode="json")
-        changed = [key for key in sorted(now) if now[key] != was.get(key) and key not in ("fraction", "augment")]
+        names = sorted(now.keys() - {"fraction", "balance", "augment"})
+        changed = [key for key in names if now[key] != was.get(key)]
         before, after = (
             ", ".join(f"{key} = {json.dumps(table.get(key), ensure_ascii=False)}" for key in changed)
             for table in (was, now)

@@ -125,7 +125,7 @@ class Results:
             "datasets": {
                 role: origin(self.recipe.data.of(role), self.data.images(role, "train")) for role in job.roles
             },
-            "notes": {role: [note._asdict() for note in self.data.notes(role)] for role in job.roles},
+            "notes": {role: [n._asdict() for n in notes] for role, notes in self.data.notes(job.roles).items()},
             **circumstances(engine.device, engine.processes),
         }
 

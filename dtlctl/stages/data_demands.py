@@ -21,9 +21,9 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
     where a disposal that is not there yet cannot be shared by the processes of this start.
     """
     jobs = list(jobs)
-    for role in dict.fromkeys(role for job in jobs for role in job.roles):
-        experiment.data.images(role, "train")
-        experiment.data.images(role, "test")
+    for role, notes in experiment.data.notes(role for job in jobs for role in job.roles).items():
+        for note in notes:
+            experiment.processes.say(f"data.{role}: {note.text}")
     for job in jobs:
         if job.stage == "dispose":
             # What is there need not be shared by the processes of this start.

@@ -9,14 +9,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dtlctl.attacks.attackers import Frozen
-from dtlctl.data.cache import cached
-from dtlctl.data.dataset import is_hub
-from dtlctl.data.subset import balanced
+from dtlctl.data import overlap, subset
+from dtlctl.data.cache import Images, cached
+from dtlctl.data.dataset import Rows, Split, is_hub
+from dtlctl.data.sources import by_names
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import CheckpointError, DataError
 from dtlctl.model import networks
@@ -30,6 +32,7 @@ from dtlctl.storage import checkpoint
 
 NOTES = {"to do": "", "stale": "there, but from other settings or data; ", "unreadable": "there, but unreadable; ",
          "not checked": "there, not checked; "}  # fmt: skip
+SPLITS: tuple[Split, ...] = ("train", "test")
 MOST = 64
 """Images of a step that is timed: larger batches take as long an image, and `check` should be quick."""
 
@@ -45,7 +48,8 @@ def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
     """
     experiment = Experiment(recipe, out, source=source, quiet=True)
     data = {role: _describe(recipe, role) for role in _roles(recipe)}
-    decoded = {role for role, row in data.items() if row["images"] is not None and row["test_images"] is not None}
+    _overlaps(recipe, data)
+    decoded = {role for role, row in data.items() if row["decoded"]}
     data_demands.check(experiment, [job for job in experiment.jobs if decoded.issuperset(job.roles)])
     clock = Clock(recipe)
     rows = [_job(experiment, job, data, clock) for job in experiment.jobs]
@@ -66,7 +70,8 @@ def text(document: dict[str, Any]) -> str:
     """The plan for a person."""
     lines = [f"recipe {document['recipe']}: valid; {document['parameters']:,} parameters", "", "data"]
     for row in document["data"]:
-        size = "not decoded yet" if row["images"] is None else f"{row['images']} images, {row['classes']} classes"
+        size = "" if row["images"] is None else f"{row['images']} images, {row['classes']} classes"
+        size += "" if row["decoded"] else f"{', ' if size else ''}not decoded yet"
         lines.append(f"  {row['role']:<24} {row['path']}: {size}")
         lines += [f"  {'':<24} note: {note}" for note in row["notes"]]
     lines += ["", "stages"]
@@ -89,24 +94,46 @@ def _roles(recipe: Recipe) -> list[str]:
 
 
 def _describe(recipe: Recipe, role: str) -> dict[str, Any]:
+    """What is known of a role's data: decoded, or by the names of files; nothing is decoded for it."""
     dataset = recipe.data.of(role)
+    told: dict[str, Any] = {"role": role, "path": dataset.path, "decoded": False, "notes": []}
+    told |= dict.fromkeys(("images", "test_images", "classes"))
+    if is_hub(dataset) and dataset.revision is None:
+        told["notes"].append("revision not pinned")
+    found: dict[Split, Images | Rows] = {}
     try:
-        train, test = (cached(dataset, split, recipe.model.image_size, role=role) for split in ("train", "test"))
+        for split in SPLITS:
+            images = cached(dataset, split, recipe.model.image_size, role=role)
+            if opened := images or by_names(dataset, split, role):
+                found[split] = opened
     except DataError as error:
-        nothing = dict.fromkeys(("images", "test_images", "classes"))
-        return {"role": role, "path": dataset.path, "notes": [str(error)], **nothing}
-    chosen = None if train is None else len(balanced(train.labels, len(train.classes), dataset.fraction, 0))
-    return {
-        "role": role,
-        "path": dataset.path,
-        "notes": [
-            *(["revision not pinned"] if is_hub(dataset) and dataset.revision is None else []),
-            *(note.text for images in (train, test) if images for note in images.notes),
-        ],
-        "images": chosen,
-        "test_images": None if test is None else len(test.labels),
-        "classes": None if train is None else len(train.classes),
-    }
+        told["notes"].append(str(error))
+    if train := found.get("train"):
+        counts = np.bincount(train.labels[train.labels >= 0], minlength=len(train.classes)).tolist()
+        told["images"] = sum(subset.sizes(counts, dataset.fraction, dataset.balance))
+        told["classes"] = len(train.classes)
+        limited = subset.imbalance(counts, train.classes, dataset.fraction, dataset.balance)
+        told["notes"] += [limited.text] if limited else []
+    if test := found.get("test"):
+        told["test_images"] = int((test.labels >= 0).sum())
+    told["decoded"] = len(found) == 2 and all(isinstance(one, Images) for one in found.values())
+    told["notes"] += [note.text for one in found.values() for note in one.notes]
+    return told
+
+
+def _overlaps(recipe: Recipe, data: dict[str, dict[str, Any]]) -> None:
+    """Add what is to be said of images that occur twice, in the data that is decoded."""
+    size = recipe.model.image_size
+    pairs = {}
+    for role, row in data.items():
+        if row["decoded"]:
+            train, test = (cached(recipe.data.of(role), split, size, role=role) for split in SPLITS)
+            assert train and test
+            pairs[role] = train, test
+    for role, notes in overlap.across(pairs).items():
+        with suppress(DataError):  # `data_demands.check` raises it
+            notes[:0] = overlap.within(role, *pairs[role])
+        data[role]["notes"] += [note.text for note in notes]
 
 
 class Seconds(NamedTuple):
@@ -198,7 +225,7 @@ def _state(experiment: Experiment, job: Job[Any], data: dict[str, Any]) -> str:
     except CheckpointError:
         return "unreadable"
     roles = {*job.roles, *(("source", "target") if job.parent else ())}
-    if any(data[role][count] is None for role in roles for count in ("images", "test_images")):
+    if not all(data[role]["decoded"] for role in roles):
         return "not checked"
     with suppress(CheckpointError):  # of a parent: missing, stale or unreadable
         return "done" if experiment.results.done(job) else "stale"

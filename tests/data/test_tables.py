@@ -94,7 +94,7 @@ def test_a_single_file_is_a_train_split(tmp_path, kind):
     dataset = Dataset(path=str(tmp_path / f"some.{kind}"))
     assert load(dataset).labels.tolist() == [0, 1]
     assert message(dataset, "test").startswith("data.source.test: ")
-    assert load(Dataset(path=dataset.path, test="train"), "test").labels.tolist() == [0, 1]
+    assert "name another split" in message(Dataset(path=dataset.path, test="train"), "test")
 
 
 def test_nothing_is_shown_and_nothing_is_left_elsewhere(tmp_path, capfd):
@@ -105,7 +105,7 @@ def test_nothing_is_shown_and_nothing_is_left_elsewhere(tmp_path, capfd):
     assert not datasets.are_progress_bars_disabled()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "d"]
     (entry,) = (tmp_path / "cache").iterdir()
-    assert sorted(p.name for p in entry.iterdir()) == ["labels.npy", "meta.json", "pixels.npy"]
+    assert sorted(p.name for p in entry.iterdir()) == ["hashes.npy", "labels.npy", "meta.json", "pixels.npy"]
 
 
 # What cannot be loaded ---------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_a_class_without_a_training_image(tmp_path):
     kind = ClassLabel(names=["cat", "dog", "emu", "fox"])
     dataset = parquet(tmp_path / "d", table([0, 2, 0], kind), table([0], kind))
     assert message(dataset) == f"{dataset.path}, split 'train': class 'dog' and 1 more has no image"
-    assert load(dataset, "test").labels.tolist() == [0]
+    assert message(dataset, "test") == message(dataset)
     dataset = parquet(tmp_path / "one", table([7, 7, -1], Value("int8")), table([7], Value("int8")), label="label")
     assert message(dataset).endswith("split 'train': only one class, ('7',)")
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from dtlctl.data.subset import balanced
 from dtlctl.errors import CheckpointError
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.plan import STAGES
 from dtlctl.report import summary, tables
 from dtlctl.run.experiment import Experiment
-from dtlctl.run.provenance import drawn
 from dtlctl.stages.runner import run
 
 
@@ -33,15 +30,6 @@ def finished(recipe_file: Path) -> Path:
 
 def rows(folder: Path) -> dict[str, dict]:
     return {row["model"]: row for row in summary.summarise([folder])["rows"]}
-
-
-@pytest.mark.parametrize("sizes_of", [[5, 5], [3, 8, 4], [50, 49, 51], [1, 1, 40]])
-def test_a_fraction_draws_as_many_images_as_is_said(sizes_of: list[int]):
-    """By the sizes of a train split alone, what `balanced` finds from its labels."""
-    labels = np.repeat(np.arange(len(sizes_of)), sizes_of)
-    for fraction in [0.001, 0.03, 0.1, 0.145, 0.25, 0.5, 0.9, 0.99, 1.0]:
-        sizes = {"train_images": len(labels), "classes": len(sizes_of), "smallest_class": min(sizes_of)}
-        assert drawn(sizes, fraction) == len(balanced(labels, len(sizes_of), fraction, 0))
 
 
 def test_results_of_another_fraction_or_augmentation_are_left_out(recipe_file: Path, finished: Path):
