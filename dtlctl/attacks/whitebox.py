@@ -139,7 +139,8 @@ def _mean(output: Tensor, channels_last: bool) -> Tensor:
 
 def _stages(backbone: nn.Module) -> list[nn.Module]:
     """Where the attacker looks: the blocks of the stages that are known, else sequential children; at most six."""
-    known = [block for stage in networks.stages(backbone) for block in stage.modules]
+    blocks = [block for stage in networks.stages(backbone) for block in stage.modules]
+    known = [block for block in blocks if any(p.dim() > 1 for p in block.parameters())]
     found = known or [child for child in backbone.children() if isinstance(child, nn.Sequential)]
     if isinstance(backbone, networks.CifarResNet):
         found.insert(0, backbone.stem)

@@ -27,8 +27,8 @@ _COLOUR = re.compile(r";16[BLN]|'ppm\w*'.*'RGB', 65535\b")
 class Depth(NamedTuple):
     """What one image of more than 8 bits holds.
 
-    kind: "integer", which floats above 1 without fractions are too; "float"; "stated", integers whose full scale the
-    file states, scaled to 65535; or "colour", 16 bits of which PIL keeps the upper 8.
+    kind: "integer", which floats without fractions are too; "float"; "either", floats that are all 0 or 1; "stated",
+    integers whose full scale the file states, scaled to 65535; or "colour", 16 bits of which PIL keeps the upper 8.
     """
 
     kind: str
@@ -87,6 +87,8 @@ def decide(depths: Iterable[Depth], images: int, name: str, train: Rule | None =
     counts: dict[str, int] = {}
     for kind, high in depths:
         highs[kind], counts[kind] = max(high, highs.get(kind, 0)), counts.get(kind, 0) + 1
+    if (black_or_white := highs.pop("either", None)) is not None and not highs.keys() - {"colour"}:
+        highs["float"] = black_or_white
     rule, notes = Rule(None, "colour" in counts, images > sum(counts.values())), []
     if rule.colour:
         notes.append(_said_of_colour(highs.pop("colour"), counts.pop("colour"), name, train))
@@ -159,8 +161,9 @@ def _wide(picture: Image.Image, decoder: str) -> tuple[np.ndarray, Depth]:
         values, high = values * (65535 / 4095), high * (65535 / 4095)
     if _STATED.search(decoder):
         return values, Depth("stated", high)
-    whole = picture.mode != "F" or (high > 1 and bool((values == np.rint(values)).all()))
-    return values, Depth("integer" if whole else "float", high)
+    if picture.mode != "F" or bool((values == np.rint(values)).all()):
+        return values, Depth("either" if picture.mode == "F" and high <= 1 else "integer", high)
+    return values, Depth("float", high)
 
 
 def _narrow(values: np.ndarray, full: int, opened: Image.Image) -> Image.Image:

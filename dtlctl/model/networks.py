@@ -141,7 +141,8 @@ def _assemble(arch: str, heads: dict[str, int], stem: str, width: int | None, im
     features, readout = _behead(backbone)
     if stem == "small":
         _shrink_stem(backbone, arch)
-    small_maps.fold(backbone)
+    if image_size <= (16 if stem == "small" else 64):  # a network halves the sides 3 times, or 5: to 2 or less
+        small_maps.fold(backbone)
     return Classifier(backbone, features, heads, readout)
 
 

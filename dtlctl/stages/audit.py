@@ -15,6 +15,7 @@ from dtlctl.attacks import membership, probe, signals
 from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import Observation
 from dtlctl.console.progress import say
+from dtlctl.data import overlap
 from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import DataError
@@ -33,6 +34,8 @@ HEAD_SHARE = 0.2
 """Of the images of either group, those that the attacker fits a head on in reprobe mode. They are never attacked."""
 WORTH_SAYING = 0.5
 """Below this share of the smaller group, it is said how many images are attacked."""
+COPIES = 0.01
+"""Share of the test images that may be training images too; they are left out. With more there is no audit."""
 BLIND_LIMIT = 0.65
 """An attacker who never asks the model must not be surer than this (lower end of his AUC's interval)."""
 
@@ -77,19 +80,27 @@ def audit(experiment: Experiment, job: Job[Audit]) -> None:
 def _groups(experiment: Experiment, job: Job[Audit]) -> tuple[Groups, dict[str, int]]:
     """As many members as others of every class, drawn at random; in reprobe mode a fifth is for the attacker's head.
 
-    And what the matching left out: {"pairs", "members_left_out", "others_left_out"}.
+    And what was left out: {"pairs", "members_left_out", "others_left_out", "copies"}, the last being test images that
+    are training images. Raises DataError for too few pairs and too many copies.
     """
     train, labels = experiment.data.index("source"), experiment.data.images("source", "train").labels
-    answers = experiment.data.images("source", "test").labels
+    test = experiment.data.images("source", "test")
+    rows = np.flatnonzero(~overlap.among(test.hashes, experiment.data.images("source", "train").hashes))
+    if (copies := len(test.labels) - len(rows)) > COPIES * len(test.labels):
+        raise DataError(
+            f"{job.title}: data.source: {copies:,} of {len(test.labels):,} non-members are members: test images that "
+            "are in the train split too\ntake them out of one of the two, or every attack looks weaker than it is"
+        )
+    answers = test.labels[rows]
     rng = np.random.default_rng(experiment.recipe.stream("audit"))
     places, others = membership.matched(labels[train], answers, rng)
-    members, pairs = train[places], len(places)
+    members, others, pairs = train[places], rows[others], len(places)
     if pairs < LEAST:
         raise DataError(
             f"{job.title}: {len(train)} members and {len(answers)} non-members make {pairs} pairs of one class, too "
             f"few; {LEAST} are needed: more source images, or a test split with the same classes"
         )
-    left_out = {"members_left_out": len(train) - pairs, "others_left_out": len(answers) - pairs}
+    left_out = {"members_left_out": len(train) - pairs, "others_left_out": len(answers) - pairs, "copies": copies}
     if pairs < WORTH_SAYING * min(len(train), len(answers)):
         experiment.processes.say(
             f"{job.title}: {pairs} members and as many non-members are attacked, matched by class, of {len(train)} and "

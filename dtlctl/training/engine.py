@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from dtlctl.console import stop
 from dtlctl.console.progress import Progress, say
@@ -27,7 +28,7 @@ from dtlctl.model import networks
 from dtlctl.model.batchnorm import GlobalBatchNorm
 from dtlctl.model.networks import Precision
 from dtlctl.recipe.schema import Training
-from dtlctl.training import schedules, surroundings
+from dtlctl.training import surroundings
 from dtlctl.training.collectives import TIMEOUT, Collectives
 from dtlctl.training.finite import check_answers, check_reports, check_weights
 from dtlctl.training.resume import Memory, State
@@ -98,7 +99,7 @@ class Engine(Collectives):
         """
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(weights, plan.lr, plan.momentum, weight_decay=plan.weight_decay, fused=True)
-        schedule = schedules.scheduler(optimizer, plan, steps)
+        schedule = _schedule(optimizer, plan, steps)
         state = state or State()
         self._draw_apart()
         saved = memory.restore(self, state, model, optimizer, schedule) if memory else None
@@ -219,3 +220,12 @@ class Engine(Collectives):
 def _precision(model: nn.Module) -> AbstractContextManager[None]:
     """The precision that the model is of; float32 for one that does not say."""
     return networks.precision(getattr(model, "precision", "float32"))
+
+
+def _schedule(optimizer: torch.optim.Optimizer, plan: Training, steps: int) -> LRScheduler:
+    """The learning rate over `steps` steps of the optimizer, as the plan says; one-cycle needs two or more."""
+    if plan.schedule == "one-cycle" and steps > 1:
+        return OneCycleLR(optimizer, plan.lr, steps, cycle_momentum=False)
+    if plan.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, steps)
+    return ConstantLR(optimizer, factor=1.0)

@@ -239,17 +239,17 @@ def test_every_branch_of_the_white_box_attacker_learns_and_nothing_moves_when_it
         ("resnet8", "stages.", [0, 1, 2]),
         ("resnet20", "stages.", [0, 2, 4, 6, 8]),
         ("vit_b_32", "encoder.layers.encoder_layer_", [0, 2, 4, 6, 8, 11]),
-        ("vgg11", "features.", [0, 3, 6, 11, 13, 18]),
-        ("regnet_y_400mf", "trunk_output", [""]),
+        ("vgg11", "", ["features.3", "features.6", "features.11", "features.13", "features.18", "classifier.3"]),
+        ("regnet_y_400mf", "trunk_output.block", [1, 2, 3, 4]),
     ],
 )
 def test_the_white_box_attacker_looks_at_stages(arch, path, expected):
     """At most six, evenly: of ResNet-20's stem and nine blocks places 0, 1, 3, 5, 7, 9; of twelve layers 0, 2, 4, 6,
-    8, 11; of VGG's eight convolutions (modules 0, 3, 6, 8, 11, 13, 16, 18) the places 0, 1, 2, 4, 5, 7.
+    8, 11; of VGG's nine stages (features 3, 6, 8, 11, 13, 16, 18, classifier 0, 3) the places 0, 1, 3, 4, 6, 8.
     """
     stem = "small" if arch in networks.DEPTHS else "imagenet"
     backbone = networks.outline(arch, stem, None, 64).backbone
-    first = ["stem"] if hasattr(backbone, "stem") else []
+    first = ["stem"] if isinstance(backbone, networks.CifarResNet) else []
     names = {module: name for name, module in backbone.named_modules()}
     assert [names[stage] for stage in whitebox._stages(backbone)] == [*first, *(f"{path}{n}" for n in expected)]
 

@@ -258,3 +258,28 @@ def test_a_model_has_the_same_output_in_both_layouts_and_hands_its_layout_on():
     assert layouts == [False, True]
     hook.remove()
     assert torch.allclose(torch.func.vmap(lambda one: model(one[None], "source")[0])(x), plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "size", "small"),
+    [
+        ("resnet18", "imagenet", 64, True),
+        ("resnet18", "imagenet", 65, False),
+        ("resnet18", "small", 16, True),
+        ("resnet18", "small", 17, False),
+        ("vgg11", "imagenet", 32, True),
+        ("densenet121", "imagenet", 224, False),
+    ],
+)
+def test_convolutions_are_for_small_maps_only_where_maps_are_small(arch, stem, size, small):
+    """The smallest map that a 3x3 convolution sees has two pixels a side, or more."""
+    model = networks.outline(arch, stem, None, size)
+    kinds = {type(m) for m in model.modules() if isinstance(m, nn.Conv2d)}
+    assert kinds == {small_maps.SmallMapConv2d if small else nn.Conv2d}
+    seen = []
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    hooks = [m.register_forward_hook(lambda m, x, _: seen.append(x[0].shape[-1])) for m in convolutions]
+    model.embed(torch.empty(2, 3, size, size, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    assert (min(seen) <= 2) == small

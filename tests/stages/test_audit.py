@@ -94,9 +94,32 @@ def test_members_and_others_have_the_same_classes(recipe_file: Path, monkeypatch
     for members, others in ((groups.members, groups.others), (groups.head_members, groups.head_others)):
         assert (np.bincount(labels[members], minlength=10) == np.bincount(answers[others], minlength=10)).all()
     pairs = sum(min(8 * (digit + 1), int((answers == digit).sum())) for digit in range(10))
-    assert matched == {"pairs": pairs, "members_left_out": 440 - pairs, "others_left_out": 797 - pairs}
+    assert matched == {"pairs": pairs, "members_left_out": 440 - pairs, "others_left_out": 797 - pairs, "copies": 0}
     assert len(groups.members) + len(groups.head_members) == pairs > 400
     assert not set(groups.members) & set(groups.head_members) and set(groups.members) <= set(tail)
+
+
+@pytest.mark.parametrize(("copies", "refused"), [(5, False), (8, True)])
+def test_non_members_that_are_members_are_left_out_or_refused(recipe_file: Path, monkeypatch, copies, refused):
+    """Of 797 test images 1 % are 7.97: five copies of training images are left out, eight end the audit."""
+    experiment = pretrained(recipe_file)
+    (job,) = [job for job in experiment.jobs if job.title == "audit/pre"]
+    images = experiment.data.images
+
+    def copied(role: str, split: str):
+        found = images(role, split)
+        hashes = np.array(found.hashes)
+        if split == "test":
+            hashes[:copies] = images(role, "train").hashes[:copies]
+        return found._replace(hashes=hashes)
+
+    monkeypatch.setattr(experiment.data, "images", copied)
+    if refused:
+        with pytest.raises(DataError, match=r"audit/pre: data\.source: 8 of 797 non-members are members"):
+            auditing._groups(experiment, job)
+        return
+    groups, matched = auditing._groups(experiment, job)
+    assert matched["copies"] == 5 and not {*range(5)} & {*groups.others, *groups.head_others}
 
 
 def test_rmia_finds_the_references_by_split_and_row(recipe_file: Path):

@@ -8,6 +8,7 @@ import pytest
 
 from dtlctl.data import cache
 from dtlctl.errors import RecipeError
+from dtlctl.model import networks
 from dtlctl.recipe import network_demands
 from dtlctl.recipe.loading import load
 from dtlctl.stages import data_demands
@@ -63,6 +64,15 @@ def test_what_a_network_has_is_known_without_training(recipe_file: Path, arch: s
     with pytest.raises(RecipeError) as caught:
         network_demands.check(recipe, "FILE")
     assert str(caught.value).startswith(f"FILE: {wrong}")
+
+
+def test_a_network_whose_stages_are_not_known_is_refused_by_name(recipe_file: Path, monkeypatch):
+    monkeypatch.setattr(networks, "stages", lambda backbone: [])
+    recipe = load(recipe_file, [NULL % (64, 1), "piggyback.attackers=[{kind='last-block'}]"])
+    reason = "dispose.null.unlearn.stages: the stages of resnet8 are not known; choose another network or variant"
+    with pytest.raises(RecipeError) as caught:
+        network_demands.check(recipe, "FILE")
+    assert str(caught.value) == f"FILE: {reason}\nalso wrong: piggyback.attackers.0"
 
 
 def test_a_batch_too_small_for_the_null_space_is_told_before_anything_trains(call, recipe_file: Path, tmp_path: Path):

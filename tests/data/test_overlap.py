@@ -1,0 +1,54 @@
+"""Images that stand in two places."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dtlctl.data import overlap
+from dtlctl.data.cache import Images
+from dtlctl.errors import DataError
+
+
+def images(*names: bytes, fingerprint: str = "") -> Images:
+    hashes = np.array([name.ljust(16, b"\0") for name in names], "V16")
+    nothing = np.zeros(0)
+    return Images(nothing, nothing, ("a", "b"), fingerprint, 0, (), hashes, None)  # type: ignore[arg-type]
+
+
+def test_copies_of_pixels_are_found_whatever_their_bytes():
+    """Hashes that end in zeros, or differ in the last byte alone, are told apart."""
+    one, two = np.array([b"a" * 15 + b"\0", b"b" * 16], "V16"), np.array([b"a" * 15 + b"\1", b"b" * 16], "V16")
+    assert overlap.among(one, two).tolist() == [False, True]
+
+
+def test_a_split_that_is_mostly_in_the_other_is_refused():
+    """2 of 3 test images; 1 of 2 is half, and told."""
+    train = images(b"1", b"2", b"3")
+    with pytest.raises(DataError, match=r"data\.source: 2 of 3 test images are in the train split too"):
+        overlap.within("source", train, images(b"1", b"2", b"9"))
+    notes = {note.kind: note.number for note in overlap.within("source", train, images(b"1", b"9"))}
+    assert notes == {"test-in-train": 1}
+
+
+def test_images_that_are_there_twice_are_counted():
+    notes = overlap.within("source", images(b"1", b"1", b"1", b"2"), images(b"8", b"8", b"9"))
+    assert [(note.kind, note.number) for note in notes] == [("twice-in-train", 2), ("twice-in-test", 1)]
+
+
+def test_test_images_of_one_role_are_looked_for_among_the_training_images_of_others():
+    """The attacker's copy of the source is passed over; his own images that the source was trained on are told."""
+    source = images(b"1", b"2", b"3", fingerprint="s"), images(b"4", b"5")
+    data = {
+        "source": source,
+        "target": (images(b"4", b"7", fingerprint="t"), images(b"1", b"2", b"8")),
+        "piggyback.copy": source,
+        "piggyback.own": (images(b"6", fingerprint="p"), images(b"3")),
+    }
+    found = {role: {note.kind: note.number for note in notes} for role, notes in overlap.across(data).items()}
+    assert found == {
+        "source": {"test-in-target": 1},
+        "target": {"test-in-source": 2, "test-in-piggyback.copy": 2},
+        "piggyback.copy": {"test-in-target": 1},
+        "piggyback.own": {"test-in-source": 1, "test-in-piggyback.copy": 1},
+    }
