@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,11 +40,14 @@ class Batches:
 
     Every epoch is a fresh permutation; a rest smaller than a batch is left to the next epoch's luck. A dataset
     smaller than one batch is one batch. Crops and flips are drawn for the global batch, then shared out.
+
+    pixels: uint8 arrays [N, 3, S, S], taken one after the other; labels: integers, one an image of all of them; index:
+    the rows, of all of them, that are trained on. Nothing else of the arrays is read or moved.
     """
 
     def __init__(
         self,
-        pixels: np.ndarray,
+        pixels: np.ndarray | Sequence[np.ndarray],
         labels: np.ndarray,
         index: np.ndarray,
         *,
@@ -58,21 +61,24 @@ class Batches:
         self.images = len(index)
         self.augment, self.seed, self.device, self.share = augment, seed, device, share
         self.rows = torch.from_numpy(np.ascontiguousarray(index))
-        self.pixels, self.labels = _resident(pixels, device), torch.from_numpy(np.array(labels)).to(device)
+        self.labels = torch.from_numpy(np.asarray(labels)[index]).to(device)
+        self.pixels = [_shared(array) for array in ([pixels] if isinstance(pixels, np.ndarray) else pixels)]
+        self._resident = _resident(self.pixels, self.rows, device)
         self._epoch, self._order, self._order_there = -1, self.rows, self.rows
 
     def __getitem__(self, step: int) -> Batch:
         epoch, place = divmod(step, self.images // self.batch_size)
         if epoch != self._epoch:
             order = torch.randperm(self.images, generator=_generator(self.seed, 0, epoch))
-            self._epoch, self._order = epoch, self.rows[order]
-            self._order_there = sent(self._order, self.device)  # once an epoch, not a part of it every step
+            self._epoch, self._order = epoch, order
+            self._order_there = sent(order, self.device)  # once an epoch, not a part of it every step
         part = slice(place * self.batch_size, (place + 1) * self.batch_size)
-        rows, there = self.share.of(self._order[part]), self.share.of(self._order_there[part])
-        resident = self.pixels.device == self._order_there.device
-        # On the CPU, `index_select` copies whole images and is several times as fast as an index in brackets.
-        x = self.pixels.index_select(0, there if resident else rows)
-        x = x if resident else sent(x, self.device)
+        places, there = self.share.of(self._order[part]), self.share.of(self._order_there[part])
+        rows = self.rows[places]
+        if self._resident is None:
+            x = sent(_taken(self.pixels, rows), self.device)
+        else:
+            x = self._resident.index_select(0, there)
         if self.augment != "none":
             x = crop_and_flip(x, *self._draw(step, x.shape[-1] // 8))
         return Batch(_scaled(x), self.labels[there], rows)
@@ -134,15 +140,36 @@ def _scaled(x: Tensor) -> Tensor:
     return x.float().div_(255)
 
 
-def _resident(pixels: np.ndarray, device: torch.device) -> Tensor:
-    """The whole array on the accelerator where it takes at most a quarter of its free memory, else on the CPU."""
+def _shared(pixels: np.ndarray) -> Tensor:
+    """The array as a tensor on the CPU that shares its memory."""
     with warnings.catch_warnings():
         # torch warns that a read-only memory map must not be written to; rows are only ever gathered from it.
         warnings.simplefilter("ignore", UserWarning)
-        whole = torch.from_numpy(pixels)
-    if device.type == "cuda" and whole.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
-        return whole.to(device)
-    return whole
+        return torch.from_numpy(pixels)
+
+
+def _taken(arrays: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """These rows of arrays that follow each other."""
+    if len(arrays) == 1:  # `index_select` copies whole images and is several times as fast as an index in brackets
+        return arrays[0].index_select(0, rows)
+    found, start = arrays[0].new_empty(len(rows), *arrays[0].shape[1:]), 0
+    for array in arrays:
+        here = (rows >= start) & (rows < start + len(array))
+        found[here] = array.index_select(0, rows[here] - start)
+        start += len(array)
+    return found
+
+
+def _resident(arrays: Sequence[Tensor], rows: Tensor, device: torch.device) -> Tensor | None:
+    """The rows on the accelerator, where they take at most a quarter of its free memory; else None."""
+    size = len(rows) * arrays[0][:1].nbytes
+    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] // 4:
+        return None
+    there = torch.empty(len(rows), *arrays[0].shape[1:], dtype=arrays[0].dtype, device=device)
+    for start in range(0, len(rows), 4096):
+        part = rows[start : start + 4096]
+        there[start : start + len(part)] = _taken(arrays, part).to(device)
+    return there
 
 
 def _generator(*numbers: int) -> torch.Generator:

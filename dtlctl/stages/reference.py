@@ -6,6 +6,7 @@ trains reference models himself, each on a random half of all images, members an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -15,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dtlctl.attacks.signals import Observation
+from dtlctl.data.cache import Images
 from dtlctl.data.tensors import Batches, evaluation_batches
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.training.finite import check_finite
@@ -42,10 +44,18 @@ def rmia(view: Observation, out: Tensor) -> dict[str, Tensor]:
 
 
 class Everything(NamedTuple):
-    """The source's train subset, then its test split."""
+    """The source's train split and its test split, one after the other, and the rows of these that are in use."""
 
-    pixels: np.ndarray
-    labels: np.ndarray
+    splits: tuple[Images, Images]
+    rows: np.ndarray
+    """int64 [N]: the train subset's, then the test split's, which follow those of the whole train split."""
+
+    def halves(self, places: np.ndarray) -> Iterator[tuple[Images, np.ndarray]]:
+        """The sorted places, of N, as rows of either split."""
+        train, test = self.splits
+        rows, size = self.rows[places], len(train.labels)
+        yield train, rows[rows < size]
+        yield test, rows[rows >= size] - size
 
 
 @lru_cache(maxsize=1)
@@ -56,12 +66,10 @@ def confidences(experiment: Experiment, count: int) -> tuple[dict[int, float], d
     image is unknown to half of them; only those are averaged. What each said is kept in the run's folder, for other
     models and later audits.
     """
-    train, test = experiment.data.images("source", "train"), experiment.data.images("source", "test")
+    splits = experiment.data.images("source", "train"), experiment.data.images("source", "test")
     rows = experiment.data.index("source")
-    everything = Everything(
-        np.concatenate([train.pixels[rows], test.pixels]), np.concatenate([train.labels[rows], test.labels])
-    )
-    done, sums = experiment.results.reference_answers(), np.zeros(len(everything.labels))
+    everything = Everything(splits, np.concatenate([rows, len(splits[0].labels) + np.arange(len(splits[1].labels))]))
+    done, sums = experiment.results.reference_answers(), np.zeros(len(everything.rows))
     for number in range(count):
         inside, outside = _halves(experiment, number, len(sums))
         train_one = partial(_reference, experiment, number, count, everything, inside, outside)
@@ -92,9 +100,9 @@ def _reference(
     settings, tag = experiment.recipe.pretrain, f"audit/reference/{number}"
     model = experiment.trainer.new_model({"source": len(experiment.data.classes("source"))}, tag)
     batches = Batches(
-        everything.pixels,
-        everything.labels,
-        inside,
+        [split.pixels for split in everything.splits],
+        np.concatenate([split.labels for split in everything.splits]),
+        everything.rows[inside],
         batch_size=settings.batch_size,
         augment=experiment.recipe.data.source.augment,
         seed=experiment.recipe.stream(tag),
@@ -105,16 +113,16 @@ def _reference(
     with experiment.processes.progress(f"audit/reference {number + 1} of {count}", steps) as bar:
         objective = cross_entropy(model, "source", batches)
         experiment.engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
-    found = _confidence(experiment, model.eval(), everything.pixels[outside], everything.labels[outside])
+    model.eval()
+    found = torch.cat([_confidence(experiment, model, *half) for half in everything.halves(outside)])
     check_finite(found)
     return found.tolist()
 
 
 @torch.no_grad()
-def _confidence(experiment: Experiment, model: torch.nn.Module, pixels: np.ndarray, labels: np.ndarray) -> Tensor:
-    """float64 [n], on the CPU."""
-    parts = [
-        model(batch.x, "source").softmax(1).gather(1, batch.y[:, None])[:, 0]
-        for batch in evaluation_batches(pixels, labels, device=experiment.engine.device, share=experiment.engine.share)
-    ]
-    return experiment.engine.gather(torch.cat(parts)).double().cpu()
+def _confidence(experiment: Experiment, model: torch.nn.Module, images: Images, rows: np.ndarray) -> Tensor:
+    """Of these rows of a split: float64 [n], on the CPU."""
+    engine = experiment.engine
+    batches = evaluation_batches(images.pixels, images.labels, rows, device=engine.device, share=engine.share)
+    parts = [model(batch.x, "source").softmax(1).gather(1, batch.y[:, None])[:, 0] for batch in batches]
+    return engine.gather(torch.cat([torch.zeros(0, device=engine.device), *parts])).double().cpu()

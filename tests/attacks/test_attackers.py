@@ -98,7 +98,7 @@ def test_full_changes_nothing_and_last_block_only_the_last_stage():
 def test_the_last_stage_of_torchvision_models_is_found(arch: str):
     with torch.device("meta"):
         model = networks.build(arch, {"a": 2}, stem="imagenet", image_size=64)
-    stage = [p for block in networks.stages(model.backbone)[-1] for p in block.parameters()]
+    stage = [p for block in networks.stages(model.backbone)[-1].modules for p in block.parameters()]
     assert 0 < sum(p.numel() for p in stage) < sum(p.numel() for p in model.backbone.parameters())
 
 

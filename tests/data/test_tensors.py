@@ -81,7 +81,7 @@ def test_a_step_gives_an_accelerator_little_to_do(monkeypatch, augment, copies, 
     """Where the images lie there already, as here: each of these costs a launch, each copy a wait for memory too."""
     copied, sent = [], tensors.sent
     monkeypatch.setattr(tensors, "sent", lambda tensor, device: copied.append(tensor) or sent(tensor, device))
-    monkeypatch.setattr(tensors, "_resident", lambda pixels, device: torch.from_numpy(pixels).to(device))
+    monkeypatch.setattr(tensors, "_resident", lambda arrays, rows, device: arrays[0][rows].to(device))
     batches = make(augment=augment, device=torch.device("meta"))
     batches[0]  # an epoch's order is sent with its first batch
     copied.clear()
@@ -218,3 +218,16 @@ def test_crop_and_flip_agrees_with_one_image_at_a_time(moves, dtype):
     moved = crop_and_flip(torch.from_numpy(images), shifts, flips).numpy()
     assert moved.dtype == dtype
     np.testing.assert_array_equal(moved, [slow_crop_and_flip(i, *m) for i, m in zip(images, each, strict=True)])
+
+
+def test_arrays_that_follow_each_other_are_one_and_only_chosen_rows_are_read():
+    """Rows 0 to 5 of one array, 6 to 9 of the next: the same batches as of both in one array."""
+    rng = np.random.default_rng(0)
+    whole, labels = rng.integers(0, 256, (10, 3, 4, 4), np.uint8), np.arange(10)
+    index = np.array([1, 4, 5, 6, 9])
+    options = {"batch_size": 2, "augment": "crop-flip", "seed": 3, "device": torch.device("cpu")}
+    one = Batches(whole, labels, index, **options)
+    two = Batches([whole[:6], whole[6:]], labels, index, **options)
+    for step in range(6):
+        assert all(torch.equal(a, b) for a, b in zip(vars(one[step]).values(), vars(two[step]).values(), strict=True))
+        assert set(one[step].rows.tolist()) <= set(index) and torch.equal(one[step].y, one[step].rows)
