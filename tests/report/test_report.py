@@ -28,7 +28,7 @@ def digest(name: str) -> str:
     return sha256(name.encode()).hexdigest()
 
 
-SIZES = {"train_images": 1000, "classes": 10, "smallest_class": 100}
+SIZES = {"class_images": [100] * 10}
 AUDIT = {
     "source_head": "trained",
     "blind": {"auc": 0.5},

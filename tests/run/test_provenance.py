@@ -79,7 +79,7 @@ def test_a_dataset_that_has_another_name_now_is_named_below_the_tables(recipe_fi
         3,
         {},
         {"piggyback.again": {"table": 3}},
-        {"piggyback.again": {"train_images": 1}},
+        {"piggyback.again": {"class_images": 1}},
         {"piggyback.again": {"table": {}}},
     ],
 )
