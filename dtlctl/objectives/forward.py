@@ -139,9 +139,12 @@ def _saved_bytes(student: Classifier, x: Tensor) -> int:
         return tensor
 
     saving = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    counted = [buffer.clone() for buffer in student.buffers()]  # batch norms count their forward passes
     with saving, sdpa_kernel(SDPBackend.MATH), _momenta(student, 0.0):
         features = student.embed(x)  # held meanwhile: freed memory would be used, and counted, again
     del features
+    for buffer, before in zip(student.buffers(), counted, strict=True):
+        buffer.copy_(before)
     return sum(sizes.values())
 
 

@@ -238,10 +238,10 @@ def test_only_a_hub_id_touches_the_network(call, recipe_file: Path, tmp_path: Pa
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     from PIL import Image
 
-    for path in ("train/a", "train/b", "test/a", "test/b"):
+    for shade, path in enumerate(("train/a", "train/b", "test/a", "test/b")):
         (tmp_path / "images" / path).mkdir(parents=True)
         for number in range(10):
-            Image.new("RGB", (8, 8), (number, 2, 3)).save(tmp_path / "images" / path / f"{number}.png")
+            Image.new("RGB", (8, 8), (number, shade, 3)).save(tmp_path / "images" / path / f"{number}.png")
     local = ("--set", "data.source.path=./images", "--set", "data.source.fraction=1.0", "--set", "name=local")
     assert call("pretrain", recipe_file, "--quiet", *local)[0] == 0
     assert not tried
