@@ -83,7 +83,7 @@ class Disposal:
 
     def _look(self, source: Batch, target: Batch | None) -> Step:
         train_mode(self.student, self.batch_norm)
-        maps = self.unlearn.kind == "null-space"
+        maps = self.unlearn.needs_maps
         seen, tape, again = forward.outputs(self.student, source, self.chunks, self._mode(source), maps=maps)
         kept = forward.apart(self.student, target, self.chunks) if target else ()
         return self._step(chunks=seen, target=kept, tape=tape, again=again, parameters=list(self.student.parameters()))

@@ -26,6 +26,8 @@ class OnePart(Algorithm):
     chunks: ClassVar[int] = 1
     memory: ClassVar[Literal["keep"]] = "keep"
     cosine: ClassVar[None] = None
+    needs_maps: ClassVar[bool] = False
+    """Whether `ChunkOutputs.maps` are wanted."""
     trains_source_head: ClassVar[bool] = True
 
 
@@ -42,6 +44,7 @@ class GradientCollision(Algorithm):
         None, gt=0, le=1, description="least cosine to float64 of the first batch's gradient, or the disposal stops"
     )
     trains_source_head: ClassVar[bool] = True
+    needs_maps: ClassVar[bool] = False
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         value, surrogate = step.collide(_source_loss, self_pairs=self.self_pairs)
@@ -94,6 +97,7 @@ class NullSpace(OnePart):
 
     kind: Literal["null-space"] = "null-space"
     stages: int = Field(2, ge=1, description="how many of the last stages are narrowed")
+    needs_maps: ClassVar[bool] = True
     trains_source_head: ClassVar[bool] = False
 
     @staticmethod

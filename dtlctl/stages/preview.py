@@ -38,7 +38,7 @@ MOST = 64
 
 
 def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
-    """{"recipe", "parameters", "data": [...], "jobs": [...], "minutes"}: counts are None where data is not decoded.
+    """{"recipe", "parameters", "stages", "data", "jobs", "minutes"}: counts are None where data is not decoded.
 
     Every job has a state: "to do"; "done"; "stale", made from other settings, data or parents; "unreadable"; or "not
     checked", a sidecar that is there while the data it was made from is not decoded. Times are pairs of seconds,
@@ -60,6 +60,7 @@ def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
     return {
         "recipe": recipe.name,
         "parameters": clock.parameters,
+        "stages": networks.shares(networks.outline(*_shape(recipe)).backbone),
         "data": list(data.values()),
         "jobs": rows,
         "minutes": [round(sum(ends) / 60, 1) for ends in zip(*known, strict=True)] if len(known) == len(rows) else None,
@@ -68,7 +69,11 @@ def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
 
 def text(document: dict[str, Any]) -> str:
     """The plan for a person."""
-    lines = [f"recipe {document['recipe']}: valid; {document['parameters']:,} parameters", "", "data"]
+    lines = [f"recipe {document['recipe']}: valid; {document['parameters']:,} parameters"]
+    if last := [*document["stages"].items()][-4:]:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in last)
+        lines.append(f"{len(document['stages']) - 1} stages; the last ones and their share of the weights: {shares}")
+    lines += ["", "data"]
     for row in document["data"]:
         size = "" if row["images"] is None else f"{row['images']} images, {row['classes']} classes"
         size += "" if row["decoded"] else f"{', ' if size else ''}not decoded yet"
@@ -87,6 +92,11 @@ def text(document: dict[str, Any]) -> str:
     if total is not None and any(row["stage"] == "audit" and row["state"] != "done" for row in document["jobs"]):
         rough += ", without the attacks of the audit themselves"
     return "\n".join([*lines, "", f"time: {rough}"])
+
+
+def _shape(recipe: Recipe) -> tuple[str, str, int | None, int]:
+    spec = recipe.model
+    return spec.arch, spec.stem, spec.width, spec.image_size
 
 
 def _roles(recipe: Recipe) -> list[str]:
