@@ -42,13 +42,16 @@ def within(role: str, train: Images, test: Images) -> list[Note]:
 def across(data: Mapping[str, tuple[Images, Images]]) -> dict[str, list[Note]]:
     """By role, how many of its test images are training images of another role's data. data: (train, test) by role.
 
-    Roles that share one dataset, as `like = "source"` makes them, are passed over: within one, splits were compared.
+    Of roles that share one dataset, as `like = "source"` makes them, the first stands for all: within one, splits were
+    compared.
     """
     found: dict[str, list[Note]] = {role: [] for role in data}
     for role, (own, test) in data.items():
+        compared = {own.fingerprint}
         for other, (train, _) in data.items():
-            if other == role or train.fingerprint == own.fingerprint:
+            if train.fingerprint in compared:
                 continue
+            compared.add(train.fingerprint)
             if both := int(among(test.hashes, train.hashes).sum()):
                 text = f"{both:,} of {len(test.hashes):,} test images are training images of data.{other}"
                 found[role].append(Note(f"test-in-{other}", both, text))

@@ -157,6 +157,8 @@ def _wide(picture: Image.Image, decoder: str) -> tuple[np.ndarray, Depth]:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 65535):  # nor NaN
         raise ValueError(f"values from {low:g} to {high:g} are on no known scale from 0 to 1, 255, ..., 65535")
+    if 1 < high < 1 + 1e-6:  # a share of 1, rounded
+        high = 1.0
     if "I;12" in decoder:
         values, high = values * (65535 / 4095), high * (65535 / 4095)
     if _STATED.search(decoder):

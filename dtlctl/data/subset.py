@@ -59,15 +59,16 @@ def _rounded(number: Fraction) -> int:
 
 
 def imbalance(counts: Sequence[int], classes: Sequence[str], fraction: float, balance: Balance) -> Note | None:
-    """What is to be said where a balanced subset leaves out much of what its fraction asks for."""
+    """What is to be said where the smallest class makes a balanced subset much smaller than its fraction asks for."""
     asked, drawn = fraction * sum(counts), sum(sizes(counts, fraction, balance))
-    if drawn >= WORTH_SAYING * asked or balance == "keep":
+    limited = drawn == len(counts) * min(counts)  # else it is rounding that makes it smaller
+    if drawn >= WORTH_SAYING * asked or not limited or balance == "keep":
         return None
     smallest = int(np.argmin(counts))
     text = (
         f"fraction = {fraction:g} draws {drawn:,} of {sum(counts):,} training images, not {asked:,.0f}: as many of "
         f"every class, and {classes[smallest]!r} has {counts[smallest]:,}; to keep each class's share write "
-        'balance = "keep", or leave that class out'
+        f'balance = "keep", or leave that class out (fraction = 1 takes all {sum(counts):,} as they are)'
     )
     return Note("imbalance", drawn, text)
 

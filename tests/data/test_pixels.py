@@ -31,7 +31,7 @@ def folder(root: Path, form: str, train: list, test: list | None = None) -> Data
 def seen(dataset: Dataset, split: str = "train") -> tuple[list[int], list[str]]:
     """The value of each image in the order of the files' names, and the kinds of notes."""
     images = cache.load(dataset, split, 4, role="source")  # type: ignore[arg-type]
-    order = np.argsort([0, 2, 1, 3][: len(images.labels)])
+    order = [0, 2, 1, 3] if len(images.labels) == 4 else [0, 1]
     return np.asarray(images.pixels)[order, 0, 0, 0].tolist(), [note.kind for note in images.notes]
 
 
@@ -41,6 +41,11 @@ WIDE = {
     "16 bits": ("png", [np.uint16(65535), np.uint16(0), np.uint16(32896), np.uint16(257)], [255, 0, 128, 1]),
     "8 bits in 16": ("png", [np.uint16(255), np.uint16(0), np.uint16(128), np.uint16(64)], [255, 0, 128, 64]),
     "shares of 1": ("tif", [np.float32(1), np.float32(0), np.float32(0.5), np.float32(0.25)], [255, 0, 128, 64]),
+    "shares of 1, rounded": (
+        "tif",
+        [np.float32(1.0000001), np.float32(0), np.float32(0.5), np.float32(0.25)],
+        [255, 0, 128, 64],
+    ),
     "8 bits in 32": ("tif", [np.int32(255), np.int32(0), np.int32(128), np.int32(64)], [255, 0, 128, 64]),
     "floats of 8 bits": ("tif", [np.float32(255), np.float32(0), np.float32(128), np.float32(64)], [255, 0, 128, 64]),
 }
@@ -79,6 +84,55 @@ def test_the_test_split_is_read_as_the_train_split_was(tmp_path: Path):
 def test_what_cannot_be_known_is_refused(tmp_path: Path, form: str, values: list, reason: str):
     with pytest.raises(DataError, match=reason):
         cache.load(folder(tmp_path / "d", form, values), "train", 4)
+
+
+GREY = np.full((4, 4), 4095, ">u2").tobytes()
+
+
+def files(root: Path, form: str, first: bytes, second: bytes) -> Dataset:
+    for label, content in (("a", first), ("b", second)):
+        for split in ("train", "test"):
+            (root / split / label).mkdir(parents=True, exist_ok=True)
+            (root / split / label / f"0.{form}").write_bytes(content)
+    return Dataset(path=str(root))
+
+
+@pytest.mark.parametrize(("stated", "expected"), [(4095, [255, 128]), (65534, [16, 8]), (65535, [255, 128])])
+def test_a_grey_ppm_file_states_its_full_scale(tmp_path: Path, stated: int, expected: list[int]):
+    """4095 and 2048 of 4095, of 65534, and of 65535: that is every writer's default, so the values say more."""
+    half = np.full((4, 4), 2048, ">u2").tobytes()
+    found, _ = seen(files(tmp_path, "pgm", *(b"P5 4 4 %d\n" % stated + pixels for pixels in (GREY, half))))
+    assert np.allclose(found, expected, atol=1)
+
+
+@pytest.mark.parametrize(("high", "expected"), [(65535, 255), (4095, None)])
+def test_16_bit_colours_are_read_at_their_upper_bits_or_refused(tmp_path: Path, high: int, expected: int | None):
+    """PIL gives the upper 8 bits alone: 12-bit values would be 0-15."""
+    content = b"P6 4 4 65535\n" + np.full((4, 4, 3), high, ">u2").tobytes()
+    dataset = files(tmp_path, "ppm", content, content)
+    if expected is None:
+        with pytest.raises(DataError, match="none of the 2 16-bit colour images has a value above"):
+            seen(dataset)
+    else:
+        assert seen(dataset) == ([expected] * 2, ["16-bit-colour"])
+
+
+@pytest.mark.parametrize("narrow", ["train", "test"])
+def test_a_split_of_8_bits_does_not_stand_beside_one_of_guessed_bits(tmp_path: Path, narrow: str):
+    splits = {"train": [np.uint16(4095), np.uint16(0)], "test": [np.uint16(4095), np.uint16(0)]}
+    splits[narrow] = [np.uint8(9), np.uint8(7)]
+    with pytest.raises(DataError, match=r"some images have 8 bits, .* in this split or in the train split"):
+        seen(folder(tmp_path, "png", *splits.values()), "test")
+
+
+def test_zero_may_be_white(tmp_path: Path):
+    """TIFF's tag 262 is 0 then, which PIL heeds at 8 bits alone."""
+    for split in ("train", "test"):
+        for label, value in (("a", 0), ("b", 65535)):
+            path = tmp_path / split / label / "0.tif"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((4, 4), value, np.uint16)).save(path, tiffinfo={262: 0})
+    assert seen(Dataset(path=str(tmp_path)))[0] == [255, 0]
 
 
 def test_images_of_8_bits_are_decoded_once_and_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

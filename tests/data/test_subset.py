@@ -99,8 +99,15 @@ def test_keep_draws_each_class_by_its_share_and_small_fractions_from_large_ones(
 def test_a_class_that_limits_the_others_is_named(counts: list[int], fraction: float, drawn: int):
     note = imbalance(counts, ("cat", "dog", "emu"), fraction, "classes")
     assert note is not None and note.number == drawn
-    words = (f"draws {drawn} of {sum(counts):,}", f"'emu' has {counts[2]}", 'balance = "keep"')
+    all_of_them = f"fraction = 1 takes all {sum(counts):,}"
+    words = (f"draws {drawn} of {sum(counts):,}", f"'emu' has {counts[2]}", 'balance = "keep"', all_of_them)
     assert all(word in note.text for word in words)
     assert imbalance(counts, ("cat", "dog", "emu"), fraction, "keep") is None
     assert imbalance(counts, ("cat", "dog", "emu"), 1, "classes") is None
     assert imbalance([100, 95, 99], ("cat", "dog", "emu"), fraction, "classes") is None
+
+
+@pytest.mark.parametrize(("counts", "fraction"), [([100] * 10, 0.0149), ([100, 100, 2], 0.02)])
+def test_a_subset_that_is_small_by_rounding_blames_no_class(counts: list[int], fraction: float):
+    """1.49 of 100 images a class are 1; so are 0.02 * 202 / 3 = 1.35, of a class of two."""
+    assert imbalance(counts, [str(n) for n in range(len(counts))], fraction, "classes") is None
