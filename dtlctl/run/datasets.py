@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -23,6 +22,7 @@ class Datasets:
         self.recipe, self.processes = recipe, processes
         self.images = cache(self._images)
         self.index = cache(self._index)
+        self.notes = cache(self._notes)
 
     def classes(self, role: str) -> tuple[str, ...]:
         return self.images(role, "train").classes
@@ -40,12 +40,12 @@ class Datasets:
             "augment": self.recipe.data.of(role).augment,
         }
 
-    def notes(self, roles: Iterable[str]) -> dict[str, list[Note]]:
-        """By role, what was dropped, guessed, merged or rescaled, left out of the subset, or occurs twice.
+    def _notes(self, roles: tuple[str, ...]) -> dict[str, list[Note]]:
+        """By role, each given once, what was dropped, guessed, merged or rescaled, left out of the subset, or occurs twice.
 
         Raises DataError where most of a test split is in its train split.
         """
-        splits = {role: (self.images(role, "train"), self.images(role, "test")) for role in dict.fromkeys(roles)}
+        splits = {role: (self.images(role, "train"), self.images(role, "test")) for role in roles}
         elsewhere = overlap.across(splits)
         return {
             role: [

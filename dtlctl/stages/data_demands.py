@@ -21,9 +21,11 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
     where a disposal that is not there yet cannot be shared by the processes of this start.
     """
     jobs = list(jobs)
-    for role, notes in experiment.data.notes(role for job in jobs for role in job.roles).items():
-        for note in notes:
-            experiment.processes.say(f"data.{role}: {note.text}")
+    said: set[str] = set()  # roles that share a dataset share its notes
+    for role, notes in experiment.data.notes(tuple(dict.fromkeys(role for job in jobs for role in job.roles))).items():
+        for text in [note.text for note in notes if note.text not in said]:
+            experiment.processes.say(f"data.{role}: {text}")
+            said.add(text)
     for job in jobs:
         if job.stage == "dispose":
             # What is there need not be shared by the processes of this start.

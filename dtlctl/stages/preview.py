@@ -74,11 +74,14 @@ def text(document: dict[str, Any]) -> str:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in last)
         lines.append(f"{len(document['stages']) - 1} stages; the last ones and their share of the weights: {shares}")
     lines += ["", "data"]
+    said: set[str] = set()
     for row in document["data"]:
         size = "" if row["images"] is None else f"{row['images']} images, {row['classes']} classes"
         size += "" if row["decoded"] else f"{', ' if size else ''}not decoded yet"
         lines.append(f"  {row['role']:<24} {row['path']}: {size}")
-        lines += [f"  {'':<24} note: {note}" for note in row["notes"]]
+        fresh = [note for note in row["notes"] if note not in said]  # roles that share a dataset share its notes
+        lines += [f"  {'':<24} note: {note}" for note in fresh]
+        said.update(fresh)
     lines += ["", "stages"]
     for row in document["jobs"]:
         steps = "?" if row["steps"] is None else row["steps"]
