@@ -41,7 +41,7 @@ class Datasets:
         }
 
     def _notes(self, roles: tuple[str, ...]) -> dict[str, list[Note]]:
-        """By role, each given once, what was dropped, guessed, merged or rescaled, left out of the subset, or occurs twice.
+        """By role, each given once, what was dropped, guessed, merged, rescaled, left out of a subset, or occurs twice.
 
         Raises DataError where most of a test split is in its train split.
         """
