@@ -58,7 +58,7 @@ class Stopped(DtlError):
         self.exit_code = 128 + signum
 
 
-class Elsewhere(DtlError):
+class PeerFailed(DtlError):
     """Another process of this run met an error; it says which, this one ends with the same code."""
 
     def __init__(self, exit_code: int):
@@ -66,7 +66,7 @@ class Elsewhere(DtlError):
         self.exit_code = exit_code
 
 
-class Lost(DtlError):
+class PeerLost(DtlError):
     """Another process of this run is gone without a word to this one."""
 
     def __init__(self) -> None:

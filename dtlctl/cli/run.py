@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dtlctl.cli.options import RUNS, Force, Json, Only, Out, Overrides, Quiet, RecipeFile, is_main, say, words
 from dtlctl.console import stop
-from dtlctl.errors import Lost, Stopped
+from dtlctl.errors import PeerLost, Stopped
 
 if TYPE_CHECKING:
     from dtlctl.recipe.plan import Stage
@@ -111,4 +111,4 @@ def _performed(
 
         if not is_loss(error):
             raise
-        raise Stopped(stop.pending()) if stop.pending() else Lost() from error
+        raise Stopped(stop.pending()) if stop.pending() else PeerLost() from error

@@ -17,7 +17,7 @@ from dtlctl.run.datasets import Datasets
 from dtlctl.run.processes import Processes
 from dtlctl.run.results import Results
 from dtlctl.storage import checkpoint
-from dtlctl.training.resume import Memory, State
+from dtlctl.training.resume import State, StateFile
 
 if TYPE_CHECKING:
     from dtlctl.training.engine import History, Objective
@@ -107,7 +107,7 @@ class Trainer:
 
         file = self.results.scratch(job) / f"{part or 'state'}.safetensors"
         key = checkpoint.key({self.results.key(job): part})
-        memory = Memory(file, key, self.recipe.checkpoint_minutes)
+        memory = StateFile(file, key, self.recipe.checkpoint_minutes)
         with self.processes.progress(job.title, steps) as bar:
             size = batches.batch_size
             history = self.processes.engine.train(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtlctl.console import stop
 from dtlctl.data.tensors import Share
-from dtlctl.errors import DtlError, Elsewhere, Stopped
+from dtlctl.errors import DtlError, PeerFailed, Stopped
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(days=7)
@@ -58,7 +58,7 @@ class Collectives:
         if failure:
             raise failure
         if code:
-            raise Elsewhere(code)
+            raise PeerFailed(code)
         return result
 
     def stoppable(self, items: Iterable[Item]) -> Iterator[Item]:

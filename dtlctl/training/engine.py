@@ -31,7 +31,7 @@ from dtlctl.recipe.schema import Training
 from dtlctl.training import surroundings
 from dtlctl.training.collectives import TIMEOUT, Collectives
 from dtlctl.training.finite import check_answers, check_reports, check_weights
-from dtlctl.training.resume import Memory, State
+from dtlctl.training.resume import State, StateFile
 
 Model = TypeVar("Model", bound=nn.Module)
 Objective = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
@@ -86,7 +86,7 @@ class Engine(Collectives):
         evaluate: Callable[[int], dict[str, float]],
         reports: int = 8,
         also: Collection[int] = (),
-        memory: Memory | None = None,
+        memory: StateFile | None = None,
         state: State | None = None,
     ) -> History:
         """Minimise `objective` over `steps` steps of SGD with momentum, as `plan` says.
@@ -177,7 +177,7 @@ class Engine(Collectives):
         state.sums = {}
         progress.show(state.rows[-1])
 
-    def _heed(self, memory: Memory | None, save: Callable[[], None]) -> None:
+    def _heed(self, memory: StateFile | None, save: Callable[[], None]) -> None:
         """Save when it is time, stop when a signal asks for it: all processes at the same step."""
         code = self.agree(max(stop.pending(), memory is not None and self.is_main and memory.due()))
         if code > 1:

@@ -58,7 +58,7 @@ class Document(Strict):
     """When, in local time."""
 
 
-class Memory:
+class StateFile:
     """The state of one training, in one file, valid for one key (what the training depends on).
 
     On another number of processes a training goes on exactly but for the random numbers inside the model (dropout):

@@ -111,11 +111,11 @@ def sabotage(text: str) -> Fault:
     for name in ("replace", "fsync", "unlink"):
         setattr(os, name, fault.boundary(getattr(os, name)))
     vars(checkpoint)["open"] = fault.open
-    resume.Memory._write = fault.within("save", resume.Memory._write)
+    resume.StateFile._write = fault.within("save", resume.StateFile._write)
     for name in ("publish", "publish_json"):
         setattr(checkpoint, name, fault.within("publish", getattr(checkpoint, name)))
     heed, decode, batches = engine.Engine._heed, cache._decode, trainer.evaluation_batches
-    restore = resume.Memory.restore
+    restore = resume.StateFile.restore
 
     def step(*arguments: Any) -> None:
         fault.here("step")
@@ -134,7 +134,7 @@ def sabotage(text: str) -> Fault:
             fault.here("eval")
             yield batch
 
-    engine.Engine._heed, resume.Memory.restore = step, restoring
+    engine.Engine._heed, resume.StateFile.restore = step, restoring
     cache._decode = decoding
     trainer.evaluation_batches = evaluation
     return fault

@@ -3,7 +3,7 @@
     python -m tests.reliability.overhead --json docs/results/reliability/overhead.json
 
 A ResNet-18 for 32-pixel images with its momentum (90 MB of state) is trained on random images, once without saving
-and once with a save at every `every` steps; the cost of a save is the difference, and the time of `Memory.save`
+and once with a save at every `every` steps; the cost of a save is the difference, and the time of `StateFile.save`
 itself is measured beside it.
 """
 
@@ -25,7 +25,7 @@ from dtlctl.console.progress import Progress
 from dtlctl.model import networks
 from dtlctl.recipe.schema import Recipe, Training
 from dtlctl.training.engine import Engine
-from dtlctl.training.resume import Memory
+from dtlctl.training.resume import StateFile
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     model = networks.build("resnet18", {"source": 100})
     x, y = torch.rand(8, 3, 32, 32), torch.arange(8)
 
-    class Timed(Memory):
+    class Timed(StateFile):
         def save(self, *arguments: object) -> None:
             started = time.perf_counter()
             super().save(*arguments)  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def main() -> None:
         loss = F.cross_entropy(model(x, "source"), y)
         return loss, {"loss": loss.detach()}
 
-    def run(memory: Memory | None) -> float:
+    def run(memory: StateFile | None) -> float:
         plan = Training(steps=options.saves, batch_size=8)
         progress = Progress("overhead", options.saves, enabled=False)
         return engine.train(model, objective, plan, options.saves, 8, progress, lambda _: {}, memory=memory).seconds

@@ -29,7 +29,7 @@ from dtlctl.recipe.loading import load
 from dtlctl.recipe.schema import Recipe, Training
 from dtlctl.storage import checkpoint, lock
 from dtlctl.training.engine import Engine
-from dtlctl.training.resume import Memory
+from dtlctl.training.resume import StateFile
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, listening, 
             return loss, {"loss": loss.detach(), **({"early": torch.tensor(1.0)} if step < 5 else {})}
 
         plan = Training(steps=10, batch_size=8, schedule=schedule)
-        memory = Memory(tmp_path / "state.safetensors", "key")
+        memory = StateFile(tmp_path / "state.safetensors", "key")
         bar = Progress("work", 10)
         history = engine.train(model, objective, plan, 10, 8, bar, lambda _: {}, reports=3, also=(5,), memory=memory)
         memory.forget()
