@@ -1,0 +1,35 @@
+"""What a checkpoint is after a publication that was cut short."""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from dtlctl.model import networks
+from dtlctl.storage import checkpoint
+
+
+@pytest.mark.parametrize(("stop", "found"), [(1, "old"), (2, "old"), (3, "new"), (4, "new")])
+def test_a_crash_before_any_rename_leaves_a_whole_checkpoint(tmp_path: Path, monkeypatch, stop: int, found: str):
+    """Publishing renames four times: weights and sidecar into `.next`, then both into place, weights first."""
+    old, new = (networks.build("resnet8", {"source": 2}, width=4) for _ in range(2))
+    checkpoint.publish(tmp_path, old, {"format": 1, "key": "old"})
+    rename, numbers = os.replace, count(1)
+
+    def crashing(source: Path, goal: Path) -> None:
+        if next(numbers) == stop:
+            raise KeyboardInterrupt  # like a kill, it is no OSError that the code could answer
+        rename(source, goal)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crashing)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.publish(tmp_path, new, {"format": 1, "key": "new"})
+    checkpoint.settle(tmp_path)
+    document = checkpoint.read_sidecar(tmp_path / "model.json")
+    assert document is not None and document["key"] == found
+    checkpoint.load_weights(tmp_path, document, old)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
