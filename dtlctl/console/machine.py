@@ -14,6 +14,12 @@ def cores() -> int:
     return cpu_count()
 
 
+def busy() -> str | None:
+    """What to say of a machine that has more to do than cores to do it with: times measured there are too long."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return f"the machine is busy (load {load:.1f} on {cores()} cores): less when it is idle" if load > cores() else None
+
+
 def memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes of memory that this process may use: its share, on this node, of the machine's or of its container's limit.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dtlctl.attacks.attackers import Frozen
+from dtlctl.console.machine import busy
 from dtlctl.data import overlap, subset
 from dtlctl.data.cache import Images, cached
 from dtlctl.data.dataset import Rows, Split, is_hub
@@ -94,6 +95,8 @@ def text(document: dict[str, Any]) -> str:
     rough = "known once data is decoded" if total is None else f"{_words(total, 'min')} on this machine"
     if total is not None and any(row["stage"] == "audit" and row["state"] != "done" for row in document["jobs"]):
         rough += ", without the attacks of the audit themselves"
+    if total and any(total) and (note := busy()):
+        rough += f"; {note}"
     return "\n".join([*lines, "", f"time: {rough}"])
 
 

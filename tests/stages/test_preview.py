@@ -36,6 +36,7 @@ def trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     seconds = {"gc": preview.Seconds(4.0, 8.0)}
     fake = SimpleNamespace(parameters=1, image=lambda variant="": seconds.get(variant, preview.Seconds(1.0, 2.0)))
     monkeypatch.setattr(preview, "Clock", lambda _: fake)
+    monkeypatch.setattr(preview, "busy", lambda: None)
     return recipe_file
 
 
