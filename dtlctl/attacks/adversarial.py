@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from dtlctl.attacks.signals import Observation
-from dtlctl.model.networks import Classifier
 
 
 def distance(view: Observation, steps: int) -> dict[str, Tensor]:
@@ -23,24 +22,27 @@ def distance(view: Observation, steps: int) -> dict[str, Tensor]:
     in `steps` steps each, then by bisection towards the image. An image that no change within [0, 1] was found for gets
     the largest norm that there is room for.
     """
-    parts = [minimal(view.model, batch.x, batch.y, steps) for batch in view.batches]
+    parts = [minimal(view.module, x, y, steps) for x, y in view.batches]
     linf, l2 = (torch.cat(part) for part in zip(*parts, strict=True))
     return {"adv-dist": linf, "adv-dist-l2": l2}
 
 
-def minimal(model: Classifier, x: Tensor, y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The L∞ and L2 norms [B], of images x [B, 3, S, S] in [0, 1] with true labels y [B]; in the weights' type."""
+def minimal(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """The L∞ and L2 norms [B], of images x [B, 3, S, S] in [0, 1] with true labels y [B]; in the weights' type.
+
+    The model is in eval mode and differentiable.
+    """
     foolbox = _foolbox()
-    x = x.to(next(model.parameters()).dtype)
+    x = x.to(next((p.dtype for p in model.parameters()), x.dtype))
     wanted = [p for p in model.parameters() if p.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)  # foolbox back-propagates into everything that asks for it
     try:
         with torch.no_grad():
-            right = (model(x, "source").argmax(1) == y).nonzero()[:, 0]
+            right = (model(x).argmax(1) == y).nonzero()[:, 0]
         norms = [x.new_zeros(len(x)) for _ in range(2)]
         if len(right):
-            bounded = foolbox.PyTorchModel(_Source(model).eval(), bounds=(0, 1), device=x.device)
+            bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
             # foolbox 3.3's own L2FMNAttack never projects: it divides a norm by itself. DDN changes its radius by a
             # fixed factor a step: the fewer steps, the larger, so that it gets from 1 to 1/300 in any case.
             attacks = (
@@ -60,33 +62,22 @@ def minimal(model: Classifier, x: Tensor, y: Tensor, steps: int) -> tuple[Tensor
 
 
 @torch.no_grad()
-def _nearest(model: Classifier, x: Tensor, moved: Tensor, y: Tensor, halvings: int = 8) -> Tensor:
+def _nearest(model: nn.Module, x: Tensor, moved: Tensor, y: Tensor, halvings: int = 8) -> Tensor:
     """The point of the segment from x to moved, both [B, 3, S, S], from which on the class is another: bisection."""
     low, high = torch.zeros(len(x), 1, 1, 1, device=x.device), torch.ones(len(x), 1, 1, 1, device=x.device)
     for _ in range(halvings):
         middle = (low + high) / 2
-        changed = (model(x + middle * (moved - x), "source").argmax(1) != y)[:, None, None, None]
+        changed = (model(x + middle * (moved - x)).argmax(1) != y)[:, None, None, None]
         low, high = torch.where(changed, low, middle), torch.where(changed, middle, high)
     return x + high * (moved - x)
 
 
 @torch.no_grad()
-def _norms(model: Classifier, x: Tensor, moved: Tensor, y: Tensor, p: float) -> Tensor:
+def _norms(model: nn.Module, x: Tensor, moved: Tensor, y: Tensor, p: float) -> Tensor:
     # An image that still has its class was not moved at all: foolbox returns it as it came.
-    found = model(moved, "source").argmax(1) != y
+    found = model(moved).argmax(1) != y
     norm = torch.linalg.vector_norm((moved - x).flatten(1), p, dim=1)
     return torch.where(found, norm, torch.linalg.vector_norm(torch.maximum(x, 1 - x).flatten(1), p, dim=1))
-
-
-class _Source(nn.Module):
-    """The classifier with its source head, as a module of one argument."""
-
-    def __init__(self, model: Classifier):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x, "source")
 
 
 def _foolbox() -> Any:

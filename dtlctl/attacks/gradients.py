@@ -1,4 +1,4 @@
-"""Per-image gradients of the source cross-entropy, seen through seven statistics (Del Grosso et al., arXiv:2203.09481).
+"""Per-image gradients of the cross-entropy, seen through seven statistics (Del Grosso et al., arXiv:2203.09481).
 
 The attacker knows the weights, the image and its true label. On the statistics of the images whose membership he
 knows he fits a logistic regression.
@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, linalg
+from torch import Tensor, linalg, nn
 from torch.func import functional_call, grad, vmap
 
 from dtlctl.attacks.signals import Observation
@@ -25,7 +25,7 @@ BLOCK = 2048
 
 
 def weights(view: Observation) -> dict[str, Tensor]:
-    """Grad w: the statistics [n, 7] of the gradient by all parameters that the source head depends on."""
+    """Grad w: the statistics [n, 7] of the gradient by all parameters."""
     return {"grad-w": _statistics(view)[0]}
 
 
@@ -37,22 +37,22 @@ def pixels(view: Observation) -> dict[str, Tensor]:
 def _statistics(view: Observation) -> tuple[Tensor, Tensor]:
     """Both, from one pass over the images: kept on the view, since both attacks ask for it."""
     if "gradients" not in view.memo:
-        parts = [per_image(view.model, batch.x, batch.y) for batch in view.batches]
+        parts = [per_image(view.module, x, y) for x, y in view.batches]
         view.memo["gradients"] = tuple(torch.cat(part) for part in zip(*parts, strict=True))
     return view.memo["gradients"]
 
 
-def per_image(model: Classifier, x: Tensor, y: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+def per_image(model: nn.Module, x: Tensor, y: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Statistics [B, 7] of each image's gradient by the weights, and by its pixels. x: [B, 3, S, S]; y: [B].
 
     The model must be in eval mode, and is not computed with in less precision than float32. The gradients of `chunk`
     images exist at a time, by default as many as fit into 512 MiB and at most 64; of the others only the statistics
     are left.
     """
-    assert not model.training
-    model = copy.copy(model)  # of the same tensors
-    model.precision = "float32"  # under `vmap`, batch norm takes no bfloat16 beside statistics in float32
-    parameters = {n: p.detach() for n, p in model.named_parameters() if not n.startswith("heads.") or "source" in n}
+    if isinstance(model, Classifier):
+        model = copy.copy(model)  # of the same tensors
+        model.precision = "float32"  # under `vmap`, batch norm takes no bfloat16 beside statistics in float32
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     chunk = chunk or max(1, min(64, MEMORY // (2 * size)))
     function = vmap(grad(partial(_loss, model), argnums=(0, 1)), in_dims=(None, 0, 0))
@@ -64,9 +64,9 @@ def per_image(model: Classifier, x: Tensor, y: Tensor, chunk: int | None = None)
     return torch.cat(by_weights), torch.cat(by_pixels)
 
 
-def _loss(model: Classifier, parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+def _loss(model: nn.Module, parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
     """The cross-entropy of one image [3, S, S] and label []."""
-    return F.cross_entropy(functional_call(model, parameters, (x[None], "source")), y[None])
+    return F.cross_entropy(functional_call(model, parameters, (x[None],)), y[None])
 
 
 def seven(parts: list[Tensor]) -> Tensor:
@@ -76,7 +76,7 @@ def seven(parts: list[Tensor]) -> Tensor:
     """
     count = sum(part[0].numel() for part in parts)
     blocks = [block for part in parts for block in part.flatten(1).split(BLOCK, dim=1)]
-    total, l1, most, least = (torch.stack(found) for found in zip(*map(_look, blocks), strict=True))
+    total, l1, most, least = (torch.stack(found) for found in zip(*map(_sums, blocks), strict=True))
     mean = total.sum(0) / count
     # Moments about the mean, in a second pass: raw moments lose what is small beside the mean. In float64: fourth
     # powers of small gradients leave the range of float32.
@@ -94,7 +94,7 @@ def seven(parts: list[Tensor]) -> Tensor:
     return torch.stack([l1.sum(0), l2, most.amax(0).double(), mean, skewness, kurtosis, least.amin(0).double()], 1)
 
 
-def _look(block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sums(block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each row of a block: the sum, and of the magnitudes the sum, the largest and the smallest."""
     size = block.abs()
     return block.sum(1, dtype=torch.float64), size.sum(1, dtype=torch.float64), size.amax(1), size.amin(1)

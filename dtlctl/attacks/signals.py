@@ -1,44 +1,67 @@
 """What an attacker sees of each image with one forward pass, and the attackers that learn by logistic regression.
 
-The attacker knows the model with its source head, the image and its true label. The cheap signals train nothing:
+The attacker knows what the model answers, the image and its true label. The cheap signals train nothing:
 each is a number an image, the higher the likelier a member.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from dtlctl.attacks.logistic import Logistic
 from dtlctl.attacks.membership import Guess, Known
-from dtlctl.data.tensors import Batch
-from dtlctl.model.networks import Classifier
 
 
 class Observation:
-    """A model in eval mode and some images, with the forward pass that many attacks share."""
+    """A model, images with their true labels, and the forward pass that many attacks share.
 
-    def __init__(self, model: Classifier, batches: Iterable[Batch], known: dict[str, Tensor] | None = None):
+    model: a function of images [B, 3, S, S] in [0, 1] to logits [B, K], nothing of which is random; attacks on weights
+    need it to be an `nn.Module`. batches: pairs of images and labels (int64 [B]), read once for every attack that needs
+    pixels, so that no more than a batch of them is held: a list or a DataLoader, no generator.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        batches: Iterable[tuple[Tensor, Tensor]],
+        known: dict[str, Tensor] | None = None,
+    ):
         """known: what else the attacker knows of each image, [n, ...] by name."""
-        self.model, self.batches, self.known = model, list(batches), known or {}
+        if isinstance(batches, Iterator):
+            raise TypeError("batches are read more than once: give a list or a DataLoader, not a generator")
+        self.model, self.batches, self.known = model, batches, known or {}
         self.memo: dict[str, Any] = {}
         """What several attacks would otherwise compute anew."""
 
-    @cached_property
-    def logits(self) -> Tensor:
-        """[n, source classes]"""
-        with torch.no_grad():
-            return torch.cat([self.model(batch.x, "source") for batch in self.batches])
+    @property
+    def module(self) -> nn.Module:
+        """The model for attacks that look inside. Raises TypeError unless it is a module in eval mode."""
+        if not isinstance(self.model, nn.Module) or self.model.training:
+            raise TypeError("this attack needs the model as a torch.nn.Module in eval mode")
+        return self.model
 
     @cached_property
+    def _answers(self) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            logits, labels = zip(*((self.model(x), y) for x, y in self.batches), strict=True)
+        return torch.cat(logits), torch.cat(labels)
+
+    @property
+    def logits(self) -> Tensor:
+        """[n, K]"""
+        return self._answers[0]
+
+    @property
     def labels(self) -> Tensor:
         """int64 [n]"""
-        return torch.cat([batch.y for batch in self.batches])
+        return self._answers[1]
 
 
 def loss(view: Observation) -> dict[str, Tensor]:
@@ -73,6 +96,21 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(1)
 
 
+OFFLINE = 0.3
+"""The a of RMIA's paper: Pr(x) ≈ ½ ((1 + a) Pr_out(x) + 1 - a) stands in for models that have seen x."""
+
+
+def rmia(view: Observation, out: Tensor) -> dict[str, Tensor]:
+    """RMIA, offline (Zarifzadeh et al., arXiv:2312.03262): Pr(x | model) / Pr(x) of each image.
+
+    out: the mean confidence in the true class of reference models that never saw the image, [n]. The paper's score is
+    the share of other images z whose ratio is at most that of x, over γ. For one model that is the same increasing
+    function of this ratio for every x, so it ranks the images in the same way.
+    """
+    own = view.logits.softmax(1).gather(1, view.labels[:, None])[:, 0]
+    return {"rmia": own / (((1 + OFFLINE) * out.to(own) + 1 - OFFLINE) / 2)}
+
+
 def blind(view: Observation, classes: int) -> dict[str, Tensor]:
     """Nine plain statistics of the pixels, and the label of one of so many classes as zeros and a one.
 
@@ -81,11 +119,10 @@ def blind(view: Observation, classes: int) -> dict[str, Tensor]:
     images that were differently prepared or hold other classes, and every attack would be credited with that.
     """
     rows = []
-    for batch in view.batches:
-        x = batch.x
+    for x, y in view.batches:
         edges = [(x.diff(dim=d).abs()).mean((1, 2, 3))[:, None] for d in (2, 3)]
         colour = (x.amax(1) - x.amin(1)).mean((1, 2))[:, None]
-        label = F.one_hot(batch.y, classes).to(x.dtype)
+        label = F.one_hot(y, classes).to(x.dtype)
         rows.append(torch.cat([x.mean((2, 3)), x.std((2, 3)), *edges, colour, label], 1))
     return {"blind": torch.cat(rows)}
 
@@ -95,12 +132,11 @@ def logistic(known: Known, seen: dict[str, np.ndarray], seed: int) -> Guess:
 
     What is seen: one array [m, features]. lbfgs finds the same optimum as the saga of the paper's code.
     """
-    from sklearn.linear_model import LogisticRegression
-
     (name,) = seen
     low, high = known.seen[name].min(0), known.seen[name].max(0)
     span = np.where(high > low, high - low, 1.0)
     scaled, judged = ((values - low) / span for values in (known.seen[name], seen[name]))
-    model = LogisticRegression(C=1.0, max_iter=1000).fit(scaled, known.member)
+    fitted = Logistic(scaled, known.member, standardise=False)
     # Images that the attacker never saw can lie far outside of his range.
-    return Guess(model.decision_function(scaled), known.member, model.decision_function(np.clip(judged, -10, 10)))
+    scores, others = (np.diff(fitted.logits(values))[:, 0] for values in (scaled, np.clip(judged, -10, 10)))
+    return Guess(scores, known.member, others)

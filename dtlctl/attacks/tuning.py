@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import log_softmax
 from torch import nn
 
+from dtlctl.attacks.logistic import Logistic
 from dtlctl.data.tensors import Batch, Batches
 from dtlctl.errors import DataError
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-LOOKS = 10
-"""How often a training is looked at on the held-out images."""
+EVALUATIONS = 10
+"""How often a model in training is tested on the held-out images."""
 
 
 class Setting(NamedTuple):
@@ -51,12 +52,12 @@ class Trial(NamedTuple):
 
     setting: Setting
     seed: int
-    looks: list[Evaluation]
-    """Empty where the training diverged before the first look, or a probe's features are not finite."""
+    evaluations: list[Evaluation]
+    """Empty where the training diverged before the first, or a probe's features are not finite."""
 
     @property
     def best(self) -> Evaluation | None:
-        return max(self.looks, key=lambda look: look.merit, default=None)
+        return max(self.evaluations, key=lambda one: one.merit, default=None)
 
     def document(self) -> dict[str, Any]:
         """As a sidecar keeps it."""
@@ -65,7 +66,7 @@ class Trial(NamedTuple):
             "seed": self.seed,
             "step": self.best.step if self.best else None,
             "val": self.best.accuracy if self.best else None,
-            "looks": [list(look) for look in self.looks],
+            "evaluations": [list(one) for one in self.evaluations],
         }
 
 
@@ -107,8 +108,7 @@ def factor(step: int, steps: int, warmup: float) -> float:
 
 
 def train(
-    model: Any,
-    head: str,
+    model: nn.Module,
     batches: Batches,
     setting: Setting,
     *,
@@ -120,74 +120,59 @@ def train(
 ) -> list[Evaluation]:
     """Train all of `model` in place by cross-entropy, on this process alone, along a schedule of `steps` steps.
 
-    until: stop after so many of them. held_out: makes the batches of held-out images; with them the model is looked at
-    `LOOKS` times, ends with the weights of its best look, and all looks are returned. A look that is not finite ends
+    until: stop after so many of them. held_out: makes the batches of held-out images; with them the model is tested
+    `EVALUATIONS` times, ends with the weights of its best test, and all are returned. A loss that is not finite ends
     the training; without held-out images `accuracy` tells.
     """
     optimizer = optimizer_of(model, setting)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(min(step, steps - 1), steps, warmup))
-    every, looks, kept = max(1, steps // LOOKS), [], None
+    every, evaluations, best_state = max(1, steps // EVALUATIONS), [], None
     for step in range(until or steps):
         if stopped():
             break
         batch = batches[step]
         model.train()
-        loss = F.cross_entropy(model(batch.x, head), batch.y)
+        loss = F.cross_entropy(model(batch.x), batch.y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
         if held_out is not None and ((step + 1) % every == 0 or step + 1 == steps):
-            look = look_at(model, head, held_out(), step + 1)
-            if not math.isfinite(look.loss):
+            found = evaluate(model, held_out(), step + 1)
+            if not math.isfinite(found.loss):
                 break
-            looks.append(look)
-            if look == max(looks, key=lambda one: one.merit):
-                kept = copy.deepcopy(model.state_dict())
-    if kept is not None:
-        model.load_state_dict(kept)
-    return looks
+            evaluations.append(found)
+            if found == max(evaluations, key=lambda one: one.merit):
+                best_state = copy.deepcopy(model.state_dict())
+    if best_state is not None:
+        model.load_state_dict(best_state)
+    return evaluations
 
 
 @torch.no_grad()
-def look_at(model: Any, head: str, batches: Iterable[Batch], step: int) -> Evaluation:
+def evaluate(model: nn.Module, batches: Iterable[Batch], step: int) -> Evaluation:
     """Accuracy and loss on this process alone, not finite where an answer is not. The model is left in eval mode."""
     model.eval()
     hits, loss, images = 0, 0.0, 0
     for batch in batches:
-        logits = model(batch.x, head)
+        logits = model(batch.x)
         hits += int((logits.argmax(1) == batch.y).sum())
         loss += float(F.cross_entropy(logits, batch.y, reduction="sum")) + 0 * float(logits.sum())
         images += len(batch.y)
     return Evaluation(step, 100 * hits / images, loss / images)
 
 
-def accuracy(model: Any, head: str, batches: Iterable[Batch]) -> float | None:
+def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float | None:
     """Accuracy in % on this process alone; None where an answer is not finite: argmax would make class 0 of it."""
-    look = look_at(model, head, batches, 0)
-    return look.accuracy if math.isfinite(look.loss) else None
+    found = evaluate(model, batches, 0)
+    return found.accuracy if math.isfinite(found.loss) else None
 
 
-class Linear:
-    """Logistic regression on standardised features [N, F] (float64, finite), labels [N]."""
-
-    def __init__(self, features: np.ndarray, labels: np.ndarray, C: float):
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-
-        # One image a class is few, and known to be; a fit that needs longer is judged like any other.
-        warnings.filterwarnings("ignore", message="The number of unique classes", module="sklearn")
-        warnings.filterwarnings("ignore", category=ConvergenceWarning)
-        self.mean, self.scale = features.mean(0), features.std(0) + 1e-6
-        self.fitted = LogisticRegression(C=C, max_iter=300).fit(self._scaled(features), labels)
-
-    def look(self, features: np.ndarray, labels: np.ndarray) -> Evaluation:
-        """Accuracy and loss on other images of the same classes; features that are not finite are a wrong answer."""
-        finite = np.isfinite(features).all(1)
-        p = self.fitted.predict_proba(self._scaled(np.where(finite[:, None], features, self.mean)))
-        right = (self.fitted.classes_[p.argmax(1)] == labels) & finite
-        own = p[np.arange(len(labels)), np.searchsorted(self.fitted.classes_, labels)] * finite
-        return Evaluation(0, 100 * float(right.mean()), float(-np.log(own.clip(1e-12)).mean()))
-
-    def _scaled(self, features: np.ndarray) -> np.ndarray:
-        return (features - self.mean) / self.scale
+def evaluate_probe(fitted: Logistic, features: np.ndarray, labels: np.ndarray) -> Evaluation:
+    """Accuracy and loss on other images: features that are not finite, and classes never fitted, are wrong answers."""
+    usable = np.isfinite(features).all(1) & np.isin(labels, fitted.classes)
+    log_p = log_softmax(fitted.logits(np.where(usable[:, None], features, fitted.mean)), axis=1)
+    right = (fitted.classes[log_p.argmax(1)] == labels) & usable
+    places = np.searchsorted(fitted.classes, labels).clip(max=len(fitted.classes) - 1)
+    own = np.exp(log_p[np.arange(len(labels)), places]) * usable
+    return Evaluation(0, 100 * float(right.mean()), float(-np.log(own.clip(1e-12)).mean()))

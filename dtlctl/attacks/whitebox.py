@@ -26,23 +26,31 @@ PATIENCE = 10
 
 @torch.no_grad()
 def observe(view: Observation) -> dict[str, Tensor]:
-    """Spatial means of the backbone's stages, the embedding, logits [n, K], loss [n, 1] and label [n, 1].
+    """Spatial means of the stages, the embedding, logits [n, K], loss [n, 1] and label [n, 1].
 
+    The embedding is what the model's last layer takes, which must be linear; else TypeError.
     The gradient of the last layer's weight, [n, K, features], is (softmax - one-hot) ⊗ embedding; it is formed from
     these in batches, since all of it would not fit into memory.
     """
-    stages, channels_last = _stages(view.model.backbone), isinstance(view.model.backbone, SwinTransformer)
+    model, backbone = view.module, getattr(view.module, "backbone", view.module)
+    stages, channels_last = _stages(backbone), isinstance(backbone, SwinTransformer)
+    last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1:]
     rows: dict[str, list[Tensor]] = {}
     means: list[Tensor] = []
+    embeddings: list[tuple[Tensor, Tensor]] = []
     hooks = [s.register_forward_hook(lambda _, __, out: means.append(_mean(out, channels_last))) for s in stages]
+    hooks += [s.register_forward_hook(lambda _, inputs, out: embeddings.append((inputs[0], out))) for s in last]
     try:
-        for batch in view.batches:
+        for x, y in view.batches:
             means.clear()
-            embedding = view.model.embed(batch.x)
-            logits = view.model.heads["source"](embedding)
+            embeddings.clear()
+            logits = model(x)
+            if not embeddings or embeddings[-1][1] is not logits:
+                raise TypeError("wb needs a model whose last layer is linear")
+            embedding = embeddings[-1][0]
             found = {f"stage {number}": mean for number, mean in enumerate(means)}
-            found |= {"embedding": embedding, "logits": logits, "label": batch.y[:, None]}
-            found["loss"] = F.cross_entropy(logits, batch.y, reduction="none")[:, None]
+            found |= {"embedding": embedding, "logits": logits, "label": y[:, None]}
+            found["loss"] = F.cross_entropy(logits, y, reduction="none")[:, None]
             for name, value in found.items():
                 rows.setdefault(name, []).append(value)
     finally:

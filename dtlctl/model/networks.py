@@ -96,8 +96,17 @@ class Classifier(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16):
             return self.backbone(normalised).to(x.dtype)
 
-    def forward(self, x: Tensor, head: str) -> Tensor:
-        return self.heads[head](self.embed(x))
+    def forward(self, x: Tensor, head: str | None = None) -> Tensor:
+        """Logits of a head, which need not be named where there is one alone."""
+        (name,) = self.heads if head is None else (head,)
+        return self.heads[name](self.embed(x))
+
+    def through(self, head: str) -> Classifier:
+        """This network, of the same modules and tensors, with that head alone: a function of images."""
+        seen = Classifier(self.backbone, self.features, {}, self.readout)
+        seen.heads[head], seen.mean, seen.std = self.heads[head], self.mean, self.std
+        seen.precision, seen.channels_last, seen.training = self.precision, self.channels_last, self.training
+        return seen
 
     def plain_state(self, head: str) -> dict[str, Tensor]:
         """The backbone and one head as their library's own network has them: torchvision's names and shapes."""

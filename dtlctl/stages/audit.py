@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtlctl.attacks import membership, probe, signals
+from dtlctl.attacks import logistic, membership, signals
 from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import Observation
 from dtlctl.console.progress import say
 from dtlctl.data import overlap
 from dtlctl.data.dataset import Split
-from dtlctl.data.tensors import Batch
 from dtlctl.errors import DataError
 from dtlctl.model.networks import Classifier
 from dtlctl.recipe.plan import Job
@@ -38,6 +37,16 @@ COPIES = 0.01
 """Share of the test images that may be training images too; they are left out. With more there is no audit."""
 BLIND_LIMIT = 0.65
 """An attacker who never asks the model must not be surer than this (lower end of his AUC's interval)."""
+
+
+class Pairs:
+    """Images and labels of rows of the source, batch by batch, as often as they are asked for: none of them is kept."""
+
+    def __init__(self, experiment: Experiment, split: Split, rows: np.ndarray):
+        self.experiment, self.split, self.rows = experiment, split, rows
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((batch.x, batch.y) for batch in self.experiment.trainer.split("source", self.split, self.rows))
 
 
 class Groups(NamedTuple):
@@ -80,36 +89,36 @@ def audit(experiment: Experiment, job: Job[Audit]) -> None:
 def _groups(experiment: Experiment, job: Job[Audit]) -> tuple[Groups, dict[str, int]]:
     """As many members as others of every class, drawn at random; in reprobe mode a fifth is for the attacker's head.
 
-    And what was left out: {"pairs", "members_left_out", "others_left_out", "copies"}, the last being test images that
-    are training images. Raises DataError for too few pairs and too many copies.
+    And what was left out: {"pairs", "members_left_out", "others_left_out", "classes_left_out", "copies"}: classes that
+    one side lacks, and test images that are members. Raises DataError for too few pairs and too many copies.
     """
-    train, labels = experiment.data.index("source"), experiment.data.images("source", "train").labels
+    train, member_rows = experiment.data.images("source", "train"), experiment.data.index("source")
     test = experiment.data.images("source", "test")
-    rows = np.flatnonzero(~overlap.among(test.hashes, experiment.data.images("source", "train").hashes))
+    rows = np.flatnonzero(~overlap.among(test.hashes, train.hashes[member_rows]))
     if (copies := len(test.labels) - len(rows)) > COPIES * len(test.labels):
         raise DataError(
             f"{job.title}: data.source: {copies:,} of {len(test.labels):,} non-members are members: test images that "
-            "are in the train split too\ntake them out of one of the two, or every attack looks weaker than it is"
+            "are trained on too\ntake them out of one of the two splits, or every attack looks weaker than it is"
         )
-    answers = test.labels[rows]
-    rng = np.random.default_rng(experiment.recipe.stream("audit"))
-    places, others = membership.matched(labels[train], answers, rng)
-    members, others, pairs = train[places], rows[others], len(places)
+    labels, answers = train.labels[member_rows], test.labels[rows]
+    places, others = membership.matched(labels, answers, np.random.default_rng(experiment.recipe.stream("audit")))
+    members, others, pairs = member_rows[places], rows[others], len(places)
+    alone = len(np.setxor1d(labels, answers))
     if pairs < LEAST:
         raise DataError(
-            f"{job.title}: {len(train)} members and {len(answers)} non-members make {pairs} pairs of one class, too "
+            f"{job.title}: {len(labels)} members and {len(answers)} non-members make {pairs} pairs of one class, too "
             f"few; {LEAST} are needed: more source images, or a test split with the same classes"
         )
-    left_out = {"members_left_out": len(train) - pairs, "others_left_out": len(answers) - pairs, "copies": copies}
-    if pairs < WORTH_SAYING * min(len(train), len(answers)):
+    if alone or pairs < WORTH_SAYING * min(len(labels), len(answers)):
         experiment.processes.say(
-            f"{job.title}: {pairs} members and as many non-members are attacked, matched by class, of {len(train)} and "
-            f"{len(answers)}: the splits hold their classes in other shares"
+            f"{job.title}: {pairs} members and as many non-members are matched by class, of {len(labels)} and "
+            f"{len(answers)}: the splits hold their classes in other shares, {alone} in one alone"
         )
     head = round(HEAD_SHARE * pairs) if "reprobe" in job.settings.modes else 0
     attacked = slice(head, head + min(pairs - head, job.settings.images))
     parts = members[attacked], others[attacked], members[:head], others[:head]
-    return Groups(*map(np.sort, parts)), {"pairs": pairs, **left_out}
+    left_out = {"members_left_out": len(labels) - pairs, "others_left_out": len(answers) - pairs}
+    return Groups(*map(np.sort, parts)), {"pairs": pairs, **left_out, "classes_left_out": alone, "copies": copies}
 
 
 def _head_state(experiment: Experiment, job: Job[Audit]) -> str:
@@ -203,7 +212,7 @@ def _views(
     def view(split: Split, rows: np.ndarray) -> Observation:
         own = experiment.engine.share.of(torch.from_numpy(rows))
         known = {"rows": own, "is_test": torch.full_like(own, split == "test")}
-        return Observation(model, experiment.trainer.split("source", split, rows), known)
+        return Observation(model.through("source"), Pairs(experiment, split, rows), known)
 
     return view("train", members), view("test", others)
 
@@ -215,7 +224,7 @@ def _rmia(experiment: Experiment, job: Job[Audit]) -> Attack:
     def observe(view: Observation, _: int) -> dict[str, Tensor]:
         is_test, rows = view.known["is_test"], view.known["rows"]
         out = [known[test][row] for test, row in zip(is_test.tolist(), rows.tolist(), strict=True)]
-        return reference.rmia(view, torch.tensor(out))
+        return signals.rmia(view, torch.tensor(out))
 
     return Attack(observe, membership.single)
 
@@ -223,16 +232,12 @@ def _rmia(experiment: Experiment, job: Job[Audit]) -> Attack:
 @torch.no_grad()
 def _refit(experiment: Experiment, model: Classifier, groups: Groups) -> None:
     """Give the model a source head fitted on the attacker's own images: reprobe mode."""
-
-    def embedded(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-        parts = [(model.embed(batch.x), batch.y) for batch in batches]
-        features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-        return experiment.engine.gather(features), experiment.engine.gather(labels)
-
-    pairs = [
-        embedded(experiment.trainer.split("source", "train", groups.head_members)),
-        embedded(experiment.trainer.split("source", "test", groups.head_others)),
-    ]
-    features, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
+    sides = Pairs(experiment, "train", groups.head_members), Pairs(experiment, "test", groups.head_others)
+    parts = [[(model.embed(x), y) for x, y in side] for side in sides]
+    # Each side is gathered for itself, so that the rows are in the same order on any number of processes.
+    features, labels = (
+        torch.cat([experiment.engine.gather(torch.cat([pair[place] for pair in part])) for part in parts])
+        for place in (0, 1)
+    )
     check_finite(features)
-    probe.refit(model, features, labels, len(experiment.data.classes("source")))
+    logistic.refit(model, "source", features, labels, len(experiment.data.classes("source")))

@@ -33,9 +33,8 @@ def uncertainty(experiment: Experiment, model: Classifier) -> dict[str, float]:
     Raises DivergedError for answers that are not finite.
     """
     with torch.no_grad():
-        parts = [
-            -entropy(Observation(model, [batch]))["entropy"] for batch in experiment.trainer.split("source", "test")
-        ]
+        seen, batches = model.through("source"), experiment.trainer.split("source", "test")
+        parts = [-entropy(Observation(seen, [(batch.x, batch.y)]))["entropy"] for batch in batches]
     found = experiment.engine.gather(torch.cat(parts)).double()
     check_finite(found)
     mean = float(found.mean())

@@ -1,4 +1,4 @@
-"""RMIA, offline (Zarifzadeh et al., arXiv:2312.03262): is the model surer of this image than models that never saw it?
+"""Reference models for RMIA: is the model surer of this image than models that never saw it?
 
 The attacker knows the model's source head, the images with their true labels, and how the model was pre-trained. He
 trains reference models himself, each on a random half of all images, members and non-members alike.
@@ -15,7 +15,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dtlctl.attacks.signals import Observation
 from dtlctl.data.cache import Images
 from dtlctl.data.tensors import Batches, evaluation_batches
 from dtlctl.objectives.supervised import cross_entropy
@@ -23,24 +22,6 @@ from dtlctl.training.finite import check_finite
 
 if TYPE_CHECKING:
     from dtlctl.run.experiment import Experiment
-
-OFFLINE = 0.3
-"""The paper's a: Pr(x) ≈ ½ ((1 + a) Pr_out(x) + 1 - a) stands in for models that have seen x."""
-
-
-def ratio(own: Tensor, out: Tensor) -> Tensor:
-    """Pr(x | model) / Pr(x) of each image [n]: `own` and `out` are the model's and the references' confidence [n].
-
-    The paper's score is the share of other images z whose ratio is at most that of x, over γ. For one model that is
-    the same increasing function of this ratio for every x, so it ranks the images in the same way.
-    """
-    return own / (((1 + OFFLINE) * out + 1 - OFFLINE) / 2)
-
-
-def rmia(view: Observation, out: Tensor) -> dict[str, Tensor]:
-    """The ratio of every image in view; `out` [n]: the mean confidence of the references that never saw the image."""
-    own = view.logits.softmax(1).gather(1, view.labels[:, None])[:, 0]
-    return {"rmia": ratio(own, out.to(own))}
 
 
 class Everything(NamedTuple):

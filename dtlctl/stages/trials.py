@@ -15,6 +15,7 @@ from torchvision.ops import StochasticDepth
 
 from dtlctl.attacks import tuning
 from dtlctl.attacks.attackers import Attacker, Frozen
+from dtlctl.attacks.logistic import Logistic
 from dtlctl.attacks.tuning import Setting, Trial
 from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batch, Batches, evaluation_batches
@@ -58,7 +59,7 @@ class Repetition:
         self.experiment, self.job, self.seed, self.tag = experiment, job, seed, f"piggyback/{job.dataset}/attack/{seed}"
         self.own, self.labels = experiment.data.index(job.dataset), experiment.data.images(job.dataset, "train").labels
         self.train, self.held, self.judges = self._split(experiment.recipe.stream(f"{self.tag}/split"))
-        self.model = start(experiment, job, f"{self.tag}/head", alone=True)
+        self.model = start(experiment, job, f"{self.tag}/head", alone=True).through(HEAD)
         self.fresh = experiment.trainer.new_model({}, f"{self.tag}/fresh", global_batch_norm=False)
         self.stop = threading.Event()
         frozen = {a.kind: a for a in job.settings.attackers if isinstance(a, Frozen)}
@@ -70,28 +71,29 @@ class Repetition:
             (x, y), (other, answers) = self._known(attacker, "train", self.train), self._known(attacker, *self.held)
             if not (np.isfinite(x).all() and np.isfinite(other).all()):
                 return Trial(setting, self.seed, [])
-            return Trial(setting, self.seed, [tuning.Linear(x, y, setting.rate).look(other, answers)])
+            found = tuning.evaluate_probe(Logistic(x, y, setting.rate), other, answers)
+            return Trial(setting, self.seed, [found])
         model, (split, held) = self._prepared(attacker, self.train), self.held
-        looks = tuning.train(
-            model, HEAD, self._batches(self.train, attacker.batch_size), setting, steps=attacker.steps,
+        evaluations = tuning.train(
+            model, self._batches(self.train, attacker.batch_size), setting, steps=attacker.steps,
             warmup=attacker.warmup, stopped=self.stop.is_set,
             held_out=lambda: self._whole(split, self._rows(split, held)),
         )  # fmt: skip
-        return Trial(setting, self.seed, looks)
+        return Trial(setting, self.seed, evaluations)
 
     def finish(self, attacker: Attacker, trial: Trial) -> Final:
         """The trial's setting and length once more, on all of the attacker's images."""
         everything = np.arange(len(self.own))
         if isinstance(attacker, Frozen):
             (x, y), test = self._known(attacker, "train", everything), self._known(attacker, "test", self.judges)
-            return Final(trial, tuning.Linear(x, y, trial.setting.rate).look(*test).accuracy)
+            return Final(trial, tuning.evaluate_probe(Logistic(x, y, trial.setting.rate), *test).accuracy)
         model = self._prepared(attacker, everything)
         tuning.train(
-            model, HEAD, self._batches(everything, attacker.batch_size), trial.setting,
+            model, self._batches(everything, attacker.batch_size), trial.setting,
             steps=attacker.steps, warmup=attacker.warmup, until=trial.best and trial.best.step,
             stopped=self.stop.is_set,
         )  # fmt: skip
-        return Final(trial, tuning.accuracy(model, HEAD, self._whole("test", self.judges)))
+        return Final(trial, tuning.accuracy(model, self._whole("test", self.judges)))
 
     def _split(self, seed: int) -> tuple[np.ndarray, tuple[Split, np.ndarray], np.ndarray]:
         """Places of the images that train, among the attacker's own; that choose, with their split; and that judge."""

@@ -16,6 +16,7 @@ import torch
 
 from dtlctl.attacks import tuning
 from dtlctl.attacks.attackers import Full, LastBlock, Probe, Renorm, RenormProbe
+from dtlctl.attacks.logistic import Logistic
 from dtlctl.attacks.tuning import Evaluation, Setting, Trial
 from dtlctl.errors import DataError, RecipeError
 from dtlctl.model import networks
@@ -143,7 +144,7 @@ def test_features_that_are_not_finite_make_a_failed_trial_and_wrong_answers(reci
     assert repetition.finish(probe, trial).acc_pl == 0
     repetition.features["probe"]["train"][0][repetition.held[1][0]] = np.inf
     failed = repetition.attempt(probe, setting)
-    assert failed.looks == [] and tuning.choose([failed, trial]) is trial
+    assert failed.evaluations == [] and tuning.choose([failed, trial]) is trial
 
 
 def test_a_renorm_probe_sees_through_running_statistics(recipe_file: Path):
@@ -177,23 +178,21 @@ def test_training_keeps_the_best_look_and_survives_divergence():
     held = partial(evaluation_batches, pixels, (labels + 1) % 4, device=torch.device("cpu"))
     for rate, length in ((0.05, 10), (1e30, 0)):
         model = pair()[1]
-        looks = tuning.train(
-            model, "piggyback", batches, Setting("full", "sgd", rate), steps=20, warmup=0.1, held_out=held
-        )
+        looks = tuning.train(model, batches, Setting("full", "sgd", rate), steps=20, warmup=0.1, held_out=held)
         assert len(looks) == length
         if looks:
             best = max(looks, key=lambda look: look.merit)
             assert best.step < 20
-            assert tuning.look_at(model, "piggyback", held(), best.step) == pytest.approx(best)
+            assert tuning.evaluate(model, held(), best.step) == pytest.approx(best)
 
 
 def test_a_linear_probe_separates_what_is_separable():
     """Two clusters at -1 and +1 of one feature, the other feature constant: all right, whatever C."""
     x, y = np.array([[-1.0, 3], [-0.9, 3], [0.9, 3], [1.0, 3]]), np.array([0, 0, 1, 1])
-    look = tuning.Linear(x, y, 1.0).look(x, y)
+    look = tuning.evaluate_probe(Logistic(x, y, 1.0), x, y)
     assert look.accuracy == 100
     assert 0 < look.loss < math.log(2)
-    assert tuning.Linear(x, y, 1.0).look(x, 1 - y).accuracy == 0
+    assert tuning.evaluate_probe(Logistic(x, y, 1.0), x, 1 - y).accuracy == 0
 
 
 def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file: Path):
@@ -235,7 +234,7 @@ def test_who_is_trained_on_is_not_looked_at_and_nobody_sees_the_test_split(
     (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
     repetition, seen = Repetition(experiment, job, 0), []
     train = tuning.train
-    monkeypatch.setattr(tuning, "train", lambda *a, **k: seen.append((a[2], k)) or train(*a, **k))
+    monkeypatch.setattr(tuning, "train", lambda *a, **k: seen.append((a[1], k)) or train(*a, **k))
     (attacker,) = job.settings.attackers
     trial = repetition.attempt(attacker, attacker.grid()[0])
     repetition.finish(attacker, trial)
@@ -263,11 +262,11 @@ def test_a_probe_is_fitted_to_the_training_part_and_judged_by_the_held_out(recip
         10,
         len(experiment.data.images("source", "test").labels),
     )
-    fitted = tuning.Linear(x[train], y[train], 100.0)
-    assert fitted.look(x[train], y[train]).accuracy == 100
-    assert trial.best == fitted.look(x[held], y[held])
+    fitted = Logistic(x[train], y[train], 100.0)
+    assert tuning.evaluate_probe(fitted, x[train], y[train]).accuracy == 100
+    assert trial.best == tuning.evaluate_probe(fitted, x[held], y[held])
     assert trial.best.accuracy < 100
-    assert repetition.finish(attacker, trial).acc_pl == tuning.Linear(x, y, 100.0).look(*test).accuracy
+    assert repetition.finish(attacker, trial).acc_pl == tuning.evaluate_probe(Logistic(x, y, 100.0), *test).accuracy
 
 
 def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
@@ -286,18 +285,18 @@ def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monke
     assert sorted([*held, *repetition.judges]) == list(range(len(labels)))
     assert set(np.bincount(labels[held])) == {min(np.bincount(labels)) // 2}
     (x, y), (tests, answers) = repetition.features["probe"]["train"], repetition.features["probe"]["test"]
-    fitted = tuning.Linear(x, y, 100.0)
+    fitted = Logistic(x, y, 100.0)
     trial = repetition.attempt(probe, probe.grid()[0])
-    assert trial.best == fitted.look(tests[held], answers[held])
+    assert trial.best == tuning.evaluate_probe(fitted, tests[held], answers[held])
     assert (
         repetition.finish(probe, trial).acc_pl
-        == fitted.look(tests[repetition.judges], answers[repetition.judges]).accuracy
+        == tuning.evaluate_probe(fitted, tests[repetition.judges], answers[repetition.judges]).accuracy
     )
 
     seen, judged = [], []
     train, accuracy = tuning.train, tuning.accuracy
-    monkeypatch.setattr(tuning, "train", lambda *a, **k: seen.append((a[2].rows, k)) or train(*a, **k))
-    monkeypatch.setattr(tuning, "accuracy", lambda m, h, b: judged.extend(b := list(b)) or accuracy(m, h, b))
+    monkeypatch.setattr(tuning, "train", lambda *a, **k: seen.append((a[1].rows, k)) or train(*a, **k))
+    monkeypatch.setattr(tuning, "accuracy", lambda m, b: judged.extend(b := list(b)) or accuracy(m, b))
     repetition.finish(full, repetition.attempt(full, full.grid()[0]))
     pixels = torch.from_numpy(experiment.data.images("source", "test").pixels).float() / 255
     assert [len(rows) for rows, _ in seen] == [30, 30]

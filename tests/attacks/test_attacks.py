@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from dtlctl.attacks import gradients, membership, probe, whitebox
+from dtlctl.attacks import gradients, logistic, membership, signals, whitebox
 from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import Observation
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks
 from dtlctl.model.networks import Classifier
 from dtlctl.recipe.schema import Audit
-from dtlctl.stages import reference
 
 CLASSES, EACH, SIZE = 4, 60, 8
 HEAD = 20
@@ -74,7 +73,7 @@ def part(batch: Batch, rows: slice) -> Batch:
 
 def results(attack: Attack, name: str, model: Classifier, groups, sign: int = 1) -> dict[str, dict]:
     """The attack's numbers; `sign` = -1 turns an attack that trains nothing upside down."""
-    seen = [attack.observe(Observation(model, [batch]), STEPS) for batch in groups]
+    seen = [attack.observe(Observation(model.through("source"), [(batch.x, batch.y)]), STEPS) for batch in groups]
     members, others = ({k: sign * v.double().numpy() for k, v in s.items()} for s in seen)
     repeats = 2 if attack.slow else 10
     if attack.attacker is not membership.single:
@@ -101,8 +100,8 @@ def rmia(images) -> Attack:
             out[place] += model(batch.x, "source").softmax(1).gather(1, batch.y[:, None])[:, 0] / 8
 
     def observe(view: Observation, _: Audit) -> dict[str, Tensor]:
-        whose = next(i for i, batch in enumerate(images) if batch.x is view.batches[0].x)
-        return reference.rmia(view, out[whose])
+        whose = next(i for i, batch in enumerate(images) if batch.x is next(iter(view.batches))[0])
+        return signals.rmia(view, out[whose])
 
     return Attack(observe, membership.single)
 
@@ -152,7 +151,7 @@ def reprobed(model: Classifier, images, ruin: bool) -> Classifier:
         nn.init.zeros_(copy.heads["source"].bias)
     features = torch.cat([copy.embed(batch.x[:HEAD]) for batch in images])
     labels = torch.cat([batch.y[:HEAD] for batch in images])
-    probe.refit(copy, features, labels, CLASSES)
+    logistic.refit(copy, "source", features, labels, CLASSES)
     return copy
 
 
@@ -183,7 +182,7 @@ def test_the_new_head_is_scikit_learns_logistic_regression(images, overfitted):
     standard = ((features - features.mean(0)) / features.std(0).clamp(min=1e-6)).numpy()
     oracle = LogisticRegression(C=1.0, max_iter=5000, tol=1e-8).fit(standard, y.numpy())
     model = network()
-    probe.refit(model, features, y, CLASSES)
+    logistic.refit(model, "source", features, y, CLASSES)
     ours = model.heads["source"](features).softmax(1).numpy()
     np.testing.assert_allclose(ours, oracle.predict_proba(standard), atol=5e-3)
 
@@ -194,7 +193,7 @@ def test_the_new_head_is_scikit_learns_logistic_regression(images, overfitted):
 def test_per_image_gradients_are_those_of_a_loop(images, overfitted):
     """Statistics of both gradients, in chunks that do not divide the batch, against one backward pass an image."""
     batch = part(images[1], slice(0, 7))
-    by_weights, by_pixels = gradients.per_image(overfitted, batch.x, batch.y, chunk=3)
+    by_weights, by_pixels = gradients.per_image(overfitted.through("source"), batch.x, batch.y, chunk=3)
     model = network()
     model.load_state_dict(overfitted.state_dict())
     model.eval()
@@ -215,14 +214,19 @@ def test_per_image_gradients_are_not_rounded_to_bfloat16(images, overfitted):
     model.load_state_dict(overfitted.state_dict())
     model.eval().precision = "bfloat16"
     before = model(batch.x, "source")
-    for ours, exact in zip(*(gradients.per_image(m, batch.x, batch.y) for m in (model, overfitted)), strict=True):
+    for ours, exact in zip(
+        *(gradients.per_image(m.through("source"), batch.x, batch.y) for m in (model, overfitted)), strict=True
+    ):
         assert torch.equal(ours, exact)
     assert torch.equal(model(batch.x, "source"), before) and not torch.equal(before, overfitted(batch.x, "source"))
 
 
 def test_every_branch_of_the_white_box_attacker_learns_and_nothing_moves_when_it_answers(images, overfitted):
     """The defects of the public code: branches in plain lists are never trained; dropout stays on in evaluation."""
-    seen = {n: v.double().numpy() for n, v in whitebox.observe(Observation(overfitted, [images[0]])).items()}
+    seen = {
+        n: v.double().numpy()
+        for n, v in whitebox.observe(Observation(overfitted.through("source"), [(images[0].x, images[0].y)])).items()
+    }
     assert sum(name.startswith("stage") for name in seen) == 4  # stem and three stages
     net = whitebox.Network({n: v.shape[1] for n, v in seen.items()})
     inputs = whitebox._tensors(seen, {n: (v.mean(0), v.std(0) + 1e-6) for n, v in seen.items() if n != "label"})
@@ -257,9 +261,7 @@ def test_the_white_box_attacker_looks_at_stages(arch, path, expected):
 def test_stages_that_keep_channels_last_are_averaged_over_places_too():
     """Swin's are [B, H, W, C], with 96 channels in the first and 768 in the last."""
     model = networks.build("swin_t", {"source": 2}, stem="imagenet", image_size=64).eval()
-    seen = whitebox.observe(
-        Observation(model, [Batch(torch.rand(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64), torch.arange(2))])
-    )
+    seen = whitebox.observe(Observation(model, [(torch.rand(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64))]))
     assert [tuple(seen[f"stage {place}"].shape) for place in (0, 5)] == [(2, 96), (2, 768)]
 
 
@@ -272,7 +274,7 @@ def test_the_last_layers_gradient_is_the_outer_product(images, overfitted):
     (expected,) = torch.autograd.grad(
         F.cross_entropy(model(batch.x, "source"), batch.y), [model.heads["source"].weight]
     )
-    seen = whitebox.observe(Observation(model, [batch]))
+    seen = whitebox.observe(Observation(model.through("source"), [(batch.x, batch.y)]))
     error = seen["logits"].softmax(1) - F.one_hot(batch.y, CLASSES)
     torch.testing.assert_close(error.T @ seen["embedding"], expected)
 

@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from dtlctl.attacks import adversarial, gradients, signals
+from dtlctl.attacks import adversarial, gradients, logistic, signals, tuning
+from dtlctl.attacks.logistic import Logistic
+from dtlctl.attacks.registry import ATTACKS
 from dtlctl.attacks.signals import Observation
 from dtlctl.model import networks
-from dtlctl.stages import reference
 
 
 def test_cheap_signals_by_hand():
     """p = (1/2, 1/4, 1/4) and label 0: loss log 2, entropy 1.5 log 2,
     Mentr = ½ log 2 + 2 · ¼ log(4/3) = 0.4904; for p = (0, 1, 0) nearly and label 0 Mentr is large.
     """
-    view = Observation.__new__(Observation)
-    view.logits, view.labels = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([0])
+
+    def answering(logits: Tensor) -> Observation:
+        return Observation(lambda x: logits, [(torch.zeros(1, 3, 2, 2), torch.tensor([0]))])
+
+    view = answering(torch.tensor([[0.5, 0.25, 0.25]]).log())
     log2 = float(np.log(2))
     assert signals.loss(view)["loss"].item() == pytest.approx(-log2)
     assert signals.entropy(view)["entropy"].item() == pytest.approx(-1.5 * log2)
     assert signals.max_softmax(view)["max-softmax"].item() == pytest.approx(0.5)
     assert signals.modified_entropy(view)["modified-entropy"].item() == pytest.approx(-0.4904, abs=1e-4)
-    view.logits = torch.tensor([[-20.0, 20.0, -20.0]])
-    assert signals.modified_entropy(view)["modified-entropy"].item() < -30
-    view.logits = torch.tensor([[500.0, 0.0, 0.0]])
-    assert torch.isfinite(signals.modified_entropy(view)["modified-entropy"]).all()
+    assert signals.modified_entropy(answering(torch.tensor([[-20.0, 20.0, -20.0]])))["modified-entropy"].item() < -30
+    assert torch.isfinite(
+        signals.modified_entropy(answering(torch.tensor([[500.0, 0.0, 0.0]])))["modified-entropy"]
+    ).all()
 
 
 def test_the_seven_statistics_are_those_of_scipy():
@@ -78,7 +86,7 @@ def test_per_image_gradients_are_faster_than_a_loop_over_images():
         work()
         return time.process_time() - started
 
-    ours = [cost(lambda: gradients.per_image(model, x, y)) for _ in range(4)]
+    ours = [cost(lambda: gradients.per_image(model.through("source"), x, y)) for _ in range(4)]
     assert min(cost(loop) for _ in range(2)) / min(ours) > 3.5
 
 
@@ -93,16 +101,16 @@ def test_adversarial_distance_of_a_linear_model_is_the_distance_to_its_plane():
             super().__init__()
             self.w = nn.Parameter(torch.randn(12, generator=torch.Generator().manual_seed(0)))
 
-        def forward(self, x: Tensor, head: str) -> Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             score = (x.flatten(1) - 0.5) @ self.w
             return torch.stack([score, -score], 1)
 
-    model = Linear()
+    model = Linear().eval()
     x = 0.5 + 0.1 * torch.rand(8, 3, 2, 2, generator=torch.Generator().manual_seed(1)) - 0.05
     score = ((x.flatten(1) - 0.5) @ model.w).detach()
     y = (score < 0).long()
     y[0] = 1 - y[0]
-    linf, l2 = adversarial.minimal(model, x, y, steps=100)  # type: ignore[arg-type]
+    linf, l2 = adversarial.minimal(model, x, y, steps=100)
     assert linf[0] == l2[0] == 0
     torch.testing.assert_close(linf[1:], (score.abs() / model.w.detach().abs().sum())[1:], rtol=0.1, atol=1e-3)
     torch.testing.assert_close(l2[1:], (score.abs() / model.w.detach().norm())[1:], rtol=0.1, atol=1e-3)
@@ -111,4 +119,87 @@ def test_adversarial_distance_of_a_linear_model_is_the_distance_to_its_plane():
 
 def test_the_rmia_ratio_by_hand():
     """a = 0.3: own 0.9, out 0.5 gives 0.9 / (½ (1.3 · 0.5 + 0.7)) = 0.9 / 0.675."""
-    assert reference.ratio(torch.tensor([0.9]), torch.tensor([0.5])).item() == pytest.approx(0.9 / 0.675)
+    view = Observation(lambda x: torch.tensor([[0.9, 0.1]]).log(), [(torch.zeros(1, 3, 2, 2), torch.tensor([0]))])
+    assert signals.rmia(view, torch.tensor([0.5]))["rmia"].item() == pytest.approx(0.9 / 0.675)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_takes_any_module_and_tensors(name):
+    """A plain network that has no heads; wb finds its last layer by itself."""
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    network = nn.Sequential(first, nn.Flatten(), nn.Linear(144, 5)).eval()
+    x, y = torch.rand(7, 3, 8, 8), torch.randint(5, (7,))
+    seen = ATTACKS[name].observe(Observation(network, [(x[:4], y[:4]), (x[4:], y[4:])]), 3)
+    assert all(len(values) == 7 and values.isfinite().all() for values in seen.values())
+    if name == "wb":
+        assert torch.equal(seen["embedding"], network[:2](x)) and seen["stage 0"].shape == (7, 4)
+
+
+@pytest.mark.parametrize("name", ["adv-dist", "grad-w", "grad-x", "wb"])
+def test_attacks_on_weights_say_that_they_need_a_module_in_eval_mode(name):
+    batch = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    for model in (torch.sum, network):  # the second trains
+        with pytest.raises(TypeError, match=r"needs the model as a torch\.nn\.Module in eval mode"):
+            ATTACKS[name].observe(Observation(model, [batch]), 2)
+
+
+def test_wb_refuses_a_network_whose_last_layer_is_not_linear():
+    """The gradient of the last layer is formed from what it takes and from the logits that it gives."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 2), nn.Softplus()).eval()
+    with pytest.raises(TypeError, match="wb needs a model whose last layer is linear"):
+        ATTACKS["wb"].observe(Observation(network, [(torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))]), 2)
+
+
+def test_images_are_read_again_and_not_kept():
+    """Of ten batches at most two are alive at once, whatever has been observed; a generator could not be read again."""
+    alive, most = [], []
+
+    class Fresh:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for _ in range(10):
+                x = torch.rand(4, 3, 8, 8)
+                alive.append(weakref.ref(x))
+                most.append(sum(one() is not None for one in alive))
+                yield x, torch.zeros(4, dtype=torch.int64)
+
+    view = Observation(nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.Linear(3, 2)).eval(), Fresh())
+    for name in ("loss", "grad-x", "wb", "adv-dist"):
+        ATTACKS[name].observe(view, 2)
+    assert max(most) <= 2 and len(most) == 40
+    with pytest.raises(TypeError, match="not a generator"):
+        Observation(view.model, iter(Fresh()))
+
+
+def test_the_three_fits_are_one_and_it_is_scikit_learns():
+    """Two classes, which scikit-learn keeps one row of, and three, after standardising."""
+    rng = np.random.default_rng(0)
+    for classes in (2, 3):
+        x, y = rng.normal(3, 5, (60, 4)), np.arange(60) % classes
+        oracle = LogisticRegression(C=0.7, max_iter=300).fit((x - x.mean(0)) / (x.std(0) + 1e-6), y)
+        found = scipy.special.softmax(Logistic(x, y, 0.7).logits(x), axis=1)
+        np.testing.assert_allclose(found, oracle.predict_proba((x - x.mean(0)) / (x.std(0) + 1e-6)), atol=1e-9)
+    code = "".join(path.read_text() for path in Path(logistic.__file__).parent.glob("*.py"))
+    assert code.count("LogisticRegression(") == 1 and "LBFGS" not in code
+
+
+@pytest.mark.parametrize(("present", "classes"), [([2], 4), ([1, 3], 4), ([0, 1, 2], 3)])
+def test_a_head_is_fitted_where_classes_have_no_image(present, classes):
+    """One class, two of four, and all: what is there is told apart, and what is not is not expected."""
+    torch.manual_seed(0)
+    model = networks.build("resnet8", {"source": classes}, width=4, image_size=8).eval()
+    labels = torch.tensor(present).repeat(8)
+    features = F.one_hot(labels, model.features).float() + 0.1 * torch.rand(len(labels), model.features)
+    logistic.refit(model, "source", features, labels, classes)
+    p = model.heads["source"](features).softmax(1)
+    assert torch.equal(p.argmax(1), labels)
+    absent = [label for label in range(classes) if label not in present]
+    assert not absent or 0 < p[:, absent].max() < 1e-5
+
+
+def test_probes_call_classes_that_they_never_saw_wrong():
+    x, y = np.array([[-1.0], [-0.9], [0.9], [1.0]]), np.array([0, 0, 2, 2])
+    fitted = Logistic(x, y)
+    assert tuning.evaluate_probe(fitted, x, y).accuracy == 100
+    assert tuning.evaluate_probe(fitted, x, np.array([1, 0, 3, 2])).accuracy == 50

@@ -24,7 +24,6 @@ from dtlctl.attacks.membership import (
     trial,
 )
 from dtlctl.attacks.signals import Observation, blind, logistic
-from dtlctl.data.tensors import Batch
 
 few = st.lists(st.integers(-3, 3).map(float), min_size=4, max_size=12).map(np.array)
 
@@ -204,8 +203,8 @@ def test_the_control_sees_the_classes():
 
     def seen(labels: np.ndarray) -> dict[str, np.ndarray]:
         x = torch.from_numpy(rng.random((len(labels), 3, 4, 4), np.float32))
-        batch = Batch(x, torch.from_numpy(labels), torch.arange(len(labels)))
-        return {"blind": blind(Observation(None, [batch]), 2)["blind"].double().numpy()}  # type: ignore[arg-type]
+        view = Observation(torch.nn.Identity(), [(x, torch.from_numpy(labels))])
+        return {"blind": blind(view, 2)["blind"].double().numpy()}
 
     for shares, least, most in (((270, 30), 0.85, 1), ((150, 150), 0, 0.6)):
         members, others = seen(np.repeat([0, 1], shares)), seen(np.repeat([0, 1], shares[::-1]))

@@ -94,32 +94,54 @@ def test_members_and_others_have_the_same_classes(recipe_file: Path, monkeypatch
     for members, others in ((groups.members, groups.others), (groups.head_members, groups.head_others)):
         assert (np.bincount(labels[members], minlength=10) == np.bincount(answers[others], minlength=10)).all()
     pairs = sum(min(8 * (digit + 1), int((answers == digit).sum())) for digit in range(10))
-    assert matched == {"pairs": pairs, "members_left_out": 440 - pairs, "others_left_out": 797 - pairs, "copies": 0}
+    assert matched == {"pairs": pairs, "members_left_out": 440 - pairs, "others_left_out": 797 - pairs,
+                       "classes_left_out": 0, "copies": 0}  # fmt: skip
     assert len(groups.members) + len(groups.head_members) == pairs > 400
     assert not set(groups.members) & set(groups.head_members) and set(groups.members) <= set(tail)
 
 
 @pytest.mark.parametrize(("copies", "refused"), [(5, False), (8, True)])
-def test_non_members_that_are_members_are_left_out_or_refused(recipe_file: Path, monkeypatch, copies, refused):
-    """Of 797 test images 1 % are 7.97: five copies of training images are left out, eight end the audit."""
+@pytest.mark.parametrize("trained_on", [True, False])
+def test_non_members_that_are_members_are_left_out_or_refused(
+    recipe_file: Path, monkeypatch, copies, refused, trained_on
+):
+    """Of 797 test images 1 % are 7.97: five copies of training images are left out, eight end the audit.
+
+    A member is an image of the subset that is trained on: copies of the rest of the train split are no members.
+    """
     experiment = pretrained(recipe_file)
     (job,) = [job for job in experiment.jobs if job.title == "audit/pre"]
-    images = experiment.data.images
+    images, subset = experiment.data.images, experiment.data.index("source")
+    rest = np.setdiff1d(np.arange(len(images("source", "train").labels)), subset)
 
     def copied(role: str, split: str):
         found = images(role, split)
         hashes = np.array(found.hashes)
         if split == "test":
-            hashes[:copies] = images(role, "train").hashes[:copies]
+            hashes[:copies] = images(role, "train").hashes[(subset if trained_on else rest)[:copies]]
         return found._replace(hashes=hashes)
 
     monkeypatch.setattr(experiment.data, "images", copied)
-    if refused:
+    if refused and trained_on:
         with pytest.raises(DataError, match=r"audit/pre: data\.source: 8 of 797 non-members are members"):
             auditing._groups(experiment, job)
         return
     groups, matched = auditing._groups(experiment, job)
-    assert matched["copies"] == 5 and not {*range(5)} & {*groups.others, *groups.head_others}
+    assert matched["copies"] == (5 if trained_on else 0)
+    assert bool({*range(5)} & {*groups.others, *groups.head_others}) <= (not trained_on)
+
+
+def test_classes_of_one_split_alone_are_left_out_and_told(recipe_file: Path, monkeypatch, capsys):
+    """No 9 is trained on: nothing of the 79 or so nines in the test split is attacked, and it is said."""
+    experiment = pretrained(recipe_file)
+    (job,) = [job for job in experiment.jobs if job.title == "audit/pre"]
+    labels, subset = experiment.data.images("source", "train").labels, experiment.data.index("source")
+    monkeypatch.setattr(experiment.data, "index", lambda role: subset[labels[subset] != 9])
+    experiment.processes.quiet = False
+    groups, matched = auditing._groups(experiment, job)
+    assert matched["classes_left_out"] == 1
+    assert 9 not in experiment.data.images("source", "test").labels[groups.others]
+    assert "the splits hold their classes in other shares, 1 in one alone" in capsys.readouterr().err
 
 
 def test_rmia_finds_the_references_by_split_and_row(recipe_file: Path):

@@ -96,7 +96,7 @@ def test_what_is_kept_comes_back_to_the_bit_and_for_its_key_alone(tmp_path: Path
         kept = Parts(tmp_path, key)
         (task,) = kept.each("final", Final, [lambda: (made.append(1), final)[1]], lambda: False)
         found = task()
-        assert found == final and type(found.trial.looks[0]) is Evaluation and type(found.trial.seed) is int
+        assert found == final and type(found.trial.evaluations[0]) is Evaluation and type(found.trial.seed) is int
         assert len(made) == count
 
 

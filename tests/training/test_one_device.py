@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from dtlctl.attacks.registry import ATTACKS
 from dtlctl.attacks.signals import Observation
 from dtlctl.data import tensors
-from dtlctl.data.tensors import Batch
 from dtlctl.model import batchnorm, networks
 from dtlctl.objectives import unlearn
 from dtlctl.run.experiment import Experiment
@@ -154,7 +153,7 @@ def test_what_an_attack_sees_stays_on_its_device(attack):
     torch.manual_seed(0)
     model = networks.build("resnet8", {"source": 3, "target": 2}, width=4, image_size=8).eval().to(META)
     x, y = torch.empty(6, 3, 8, 8, device=META), torch.empty(6, dtype=torch.int64, device=META)
-    view = Observation(model, [Batch(x, y, torch.arange(6))])
+    view = Observation(model.through("source"), [(x, y)])
     with Watch(), Made():
         seen = ATTACKS[attack].observe(view, 20)
     assert {(len(values), values.device) for values in seen.values()} == {(6, META)}
