@@ -24,18 +24,11 @@ BLOCK = 2048
 """Numbers of each gradient that are looked at together: few enough to stay in a processor's cache."""
 
 
-def weights(view: Observation) -> dict[str, Tensor]:
-    """Grad w: the statistics [n, 7] of the gradient by all parameters."""
-    return {"grad-w": _statistics(view)[0]}
+def statistics(view: Observation) -> tuple[Tensor, Tensor]:
+    """Grad w and grad x: the statistics [n, 7] of the gradient by all parameters, and by the image's pixels in [0, 1].
 
-
-def pixels(view: Observation) -> dict[str, Tensor]:
-    """Grad x: the statistics [n, 7] of the gradient by the image's pixels in [0, 1]."""
-    return {"grad-x": _statistics(view)[1]}
-
-
-def _statistics(view: Observation) -> tuple[Tensor, Tensor]:
-    """Both, from one pass over the images: kept on the view, since both attacks ask for it."""
+    From one pass over the images, which the view remembers, since both attacks ask for it.
+    """
     if "gradients" not in view.memo:
         parts = [per_image(view.module, x, y) for x, y in view.batches]
         view.memo["gradients"] = tuple(torch.cat(part) for part in zip(*parts, strict=True))

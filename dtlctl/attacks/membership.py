@@ -87,7 +87,9 @@ def trial(members: dict[str, np.ndarray], others: dict[str, np.ndarray], attacke
     verdicts = []
     for repeat in range(repeats):
         rng = np.random.default_rng([seed, repeat])
-        (known_m, judged_m), (known_n, judged_n) = (_split(len(_any(group)), rng) for group in (members, others))
+        (known_m, judged_m), (known_n, judged_n) = (
+            _split(len(next(iter(group.values()))), rng) for group in (members, others)
+        )
         known = {name: np.concatenate([members[name][known_m], others[name][known_n]]) for name in members}
         judged = {name: np.concatenate([members[name][judged_m], others[name][judged_n]]) for name in members}
         truth = np.repeat([True, False], [len(known_m), len(known_n)])
@@ -181,10 +183,6 @@ def best_threshold(members: np.ndarray, others: np.ndarray) -> float:
     hits = 1 - np.searchsorted(np.sort(members), candidates, "left") / len(members)
     false_alarms = 1 - np.searchsorted(np.sort(others), candidates, "left") / len(others)
     return float(candidates[np.argmax(hits - false_alarms)])
-
-
-def _any(group: dict[str, np.ndarray]) -> np.ndarray:
-    return next(iter(group.values()))
 
 
 def _split(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -76,22 +76,22 @@ def infer(known: Known, seen: dict[str, np.ndarray], seed: int, epochs: int = 10
         torch.manual_seed(seed)
         network = Network({name: values.shape[1] for name, values in mine.items()})
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
-        best, kept, since = float("inf"), copy.deepcopy(network.state_dict()), 0
+        best, best_state, since = float("inf"), copy.deepcopy(network.state_dict()), 0
         for _ in range(epochs):
             network.train()
             for rows in torch.from_numpy(rng.permutation(trained)).split(64):
                 optimizer.zero_grad()
                 F.binary_cross_entropy_with_logits(network(_at(mine, rows)), truth[rows]).backward()
                 optimizer.step()
-            check = F.binary_cross_entropy_with_logits(_answer(network, _at(mine, torch.from_numpy(held))), truth[held])
+            check = F.binary_cross_entropy_with_logits(_answer(network, mine, torch.from_numpy(held)), truth[held])
             since = 0 if check < best else since + 1
             if since == 0:
-                best, kept = float(check), copy.deepcopy(network.state_dict())
+                best, best_state = float(check), copy.deepcopy(network.state_dict())
             elif since >= PATIENCE:
                 break
-    network.load_state_dict(kept)
-    held_scores = _answer(network, _at(mine, torch.from_numpy(held))).numpy()
-    return Guess(held_scores, known.member[held], _answer(network, theirs).numpy())
+    network.load_state_dict(best_state)
+    scores = _answer(network, mine, torch.from_numpy(held)).numpy()
+    return Guess(scores, known.member[held], _answer(network, theirs, torch.arange(len(theirs["label"]))).numpy())
 
 
 class Network(nn.Module):
@@ -132,9 +132,8 @@ def _at(inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _answer(network: Network, inputs: dict[str, Tensor]) -> Tensor:
+def _answer(network: Network, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
     network.eval()
-    rows = torch.arange(len(inputs["label"]))
     return torch.cat([network(_at(inputs, part)) for part in rows.split(256)])
 
 
