@@ -27,10 +27,7 @@ class _Attacker(Algorithm):
     datasets: Datasets = None
 
     def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
-        """Change `model` in place before it trains, or computes features.
-
-        fresh: a new model of its kind; images: parts [n, 3, S, S] in [0, 1] of the attacker's images.
-        """
+        """Change `model` in place before it trains. fresh: a new one of its kind; images: parts [n, 3, S, S] in [0, 1]."""
 
 
 class _Trained(_Attacker):
@@ -63,13 +60,15 @@ class LastBlock(_Trained):
         renew(model.backbone, fresh.backbone, 1)
 
 
-class Renorm(_Trained):
+class _Renormalised(_Attacker):
+    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
+        renormalise(model, fresh, images)
+
+
+class Renorm(_Renormalised, _Trained):
     """Undoes what only hides knowledge under batch normalisation (`renormalise`), then trains all weights."""
 
     kind: Literal["renorm"] = "renorm"
-
-    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
-        renormalise(model, fresh, images)
 
 
 class Frozen(_Attacker):
@@ -90,13 +89,10 @@ class Probe(Frozen):
     kind: Literal["probe"] = "probe"
 
 
-class RenormProbe(Frozen):
+class RenormProbe(_Renormalised, Frozen):
     """Features are what the model computes once it is renormalised for the attacker's images (`renormalise`)."""
 
     kind: Literal["renorm-probe"] = "renorm-probe"
-
-    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
-        renormalise(model, fresh, images)
 
 
 @torch.no_grad()
@@ -104,8 +100,7 @@ def renormalise(model: Classifier, fresh: Classifier, images: Iterable[Tensor]) 
     """Give every convolution of `model` the norm that a new one has, and batch normalisation the images' statistics.
 
     With batch normalisation behind it a rescaled convolution computes the same, and the effective learning rate, which
-    goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350). `fresh` and `images` are those of `prepare`; parts
-    of the images weigh the same.
+    goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350). Parts of the images weigh the same.
     Raises RecipeError for a model without batch normalisation.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -17,7 +17,6 @@ from torch.func import functional_call, grad, vmap
 from dtlctl.attacks.signals import Observation
 from dtlctl.model.networks import Classifier
 
-STATISTICS = ("l1", "l2", "linf", "mean", "skewness", "excess kurtosis", "min")
 MEMORY = 512 * 2**20
 """Bytes that the gradients of one chunk may take."""
 BLOCK = 2048
@@ -49,10 +48,8 @@ def per_image(model: nn.Module, x: Tensor, y: Tensor, chunk: int | None = None) 
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     chunk = chunk or max(1, min(64, MEMORY // (2 * size)))
     function = vmap(grad(partial(_loss, model), argnums=(0, 1)), in_dims=(None, 0, 0))
-    rows: list[tuple[Tensor, Tensor]] = []
-    for images, labels in zip(x.split(chunk), y.split(chunk), strict=True):
-        by_weight, by_pixel = function(parameters, images, labels)
-        rows.append((seven(list(by_weight.values())), seven([by_pixel])))
+    found = (function(parameters, *part) for part in zip(x.split(chunk), y.split(chunk), strict=True))
+    rows = [(seven(list(by_weight.values())), seven([by_pixel])) for by_weight, by_pixel in found]
     by_weights, by_pixels = zip(*rows, strict=True)
     return torch.cat(by_weights), torch.cat(by_pixels)
 
@@ -63,8 +60,9 @@ def _loss(model: nn.Module, parameters: dict[str, Tensor], x: Tensor, y: Tensor)
 
 
 def seven(parts: list[Tensor]) -> Tensor:
-    """`STATISTICS` [B, 7] in float64 of B vectors, each given as its pieces [B, ...], which are never joined.
+    """L1, L2, L∞, mean, skewness, excess kurtosis and least magnitude of B vectors, [B, 7] in float64.
 
+    Each vector is given as its pieces, [B, ...], which are never joined.
     Skewness and excess kurtosis are those of scipy.stats (biased); both are 0 for a constant vector.
     """
     count = sum(part[0].numel() for part in parts)

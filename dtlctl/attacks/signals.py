@@ -31,8 +31,7 @@ class Observation:
         if isinstance(batches, Iterator):
             raise TypeError("batches are read more than once: give a list or a DataLoader, not a generator")
         self.model, self.batches = model, batches
-        self.memo: dict[str, Any] = {}
-        """What several attacks would otherwise compute anew."""
+        self.memo: dict[str, Any] = {}  # what several attacks would otherwise compute anew
 
     @property
     def module(self) -> nn.Module:

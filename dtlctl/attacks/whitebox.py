@@ -20,8 +20,7 @@ from dtlctl.attacks.membership import Guess, Known
 from dtlctl.attacks.signals import Observation
 from dtlctl.model import networks
 
-MOST_STAGES = 6
-PATIENCE = 10
+MOST_STAGES, PATIENCE = 6, 10
 
 
 @torch.no_grad()
@@ -35,7 +34,7 @@ def observe(view: Observation) -> dict[str, Tensor]:
     model, backbone = view.module, getattr(view.module, "backbone", view.module)
     stages, channels_last = _stages(backbone), isinstance(backbone, SwinTransformer)
     last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1:]
-    rows: dict[str, list[Tensor]] = {}
+    seen: list[dict[str, Tensor]] = []
     means: list[Tensor] = []
     embeddings: list[tuple[Tensor, Tensor]] = []
     hooks = [s.register_forward_hook(lambda _, __, out: means.append(_mean(out, channels_last))) for s in stages]
@@ -51,12 +50,11 @@ def observe(view: Observation) -> dict[str, Tensor]:
             found = {f"stage {number}": mean for number, mean in enumerate(means)}
             found |= {"embedding": embedding, "logits": logits, "label": y[:, None]}
             found["loss"] = F.cross_entropy(logits, y, reduction="none")[:, None]
-            for name, value in found.items():
-                rows.setdefault(name, []).append(value)
+            seen.append(found)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(values) for name, values in rows.items()}
+    return {name: torch.cat([part[name] for part in seen]) for name in seen[0]}
 
 
 def infer(known: Known, seen: dict[str, np.ndarray], seed: int, epochs: int = 100) -> Guess:

@@ -54,18 +54,18 @@ class Trainer:
         torch.manual_seed(self.recipe.stream(tag))
         model.add_head(name, classes)
 
-    def batches(self, role: str, batch_size: int, tag: str, alone: np.ndarray | None = None) -> Batches:
-        """Training batches of the role's subset; or of the rows `alone`, which this process does not share out."""
+    def batches(self, role: str, batch_size: int, tag: str, own_rows: np.ndarray | None = None) -> Batches:
+        """Training batches of the role's subset; or of `own_rows`, which this process shares with no other."""
         train, engine = self.data.images(role, "train"), self.processes.engine
         return Batches(
             train.pixels,
             train.labels,
-            self.data.index(role) if alone is None else alone,
+            self.data.index(role) if own_rows is None else own_rows,
             batch_size=batch_size,
             augment=self.recipe.data.of(role).augment,
             seed=self.recipe.stream(tag),
             device=engine.device,
-            share=engine.share if alone is None else Share(),
+            share=engine.share if own_rows is None else Share(),
         )
 
     def split(self, role: str, split: Split, rows: np.ndarray | None = None) -> Iterator[Batch]:

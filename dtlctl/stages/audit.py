@@ -14,7 +14,6 @@ from torch import Tensor
 from dtlctl.attacks import logistic, membership, signals
 from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import Observation
-from dtlctl.console.progress import say
 from dtlctl.data import overlap
 from dtlctl.data.dataset import Split
 from dtlctl.errors import DataError
@@ -124,11 +123,11 @@ def _groups(experiment: Experiment, job: Job[Audit]) -> tuple[Groups, dict[str, 
 def _head_state(experiment: Experiment, job: Job[Audit]) -> str:
     """What as-is attacks look through: a source head that was "trained", or "never trained"."""
     variant = experiment.recipe.dispose.get(job.model)
-    if variant and variant.new_heads and not (variant.unlearn.trains_source_head and variant.lam):
-        if "as-is" in job.settings.modes and not experiment.quiet:
-            say(f"{job.title}: the source head of {job.model} was never trained; as-is attacks see noise")
-        return "never trained"
-    return "trained"
+    if not variant or not variant.new_heads or (variant.unlearn.trains_source_head and variant.lam):
+        return "trained"
+    if "as-is" in job.settings.modes:
+        experiment.processes.say(f"{job.title}: the source head was never trained; as-is attacks see noise")
+    return "never trained"
 
 
 def _blind(experiment: Experiment, job: Job[Audit], groups: Groups, model: Classifier) -> dict[str, Any]:
@@ -181,10 +180,8 @@ def _judge(
 ) -> dict[str, Any]:
     """Repeated trials of one attack: {name: numbers}; an attack that trains nothing has one for each thing it saw."""
     members, others = seen
-    repeats, seed = (
-        job.settings.wb_repeats if attack.slow else job.settings.repeats,
-        experiment.recipe.stream("audit/trials"),
-    )
+    repeats = job.settings.wb_repeats if attack.slow else job.settings.repeats
+    seed = experiment.recipe.stream("audit/trials")
     if attack.attacker is not membership.single:
         return {name: membership.trial(members, others, attack.attacker, repeats, seed)}
     return {

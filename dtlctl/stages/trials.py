@@ -48,8 +48,7 @@ class Final(NamedTuple):
     """%; None where the training diverged this time."""
 
     def document(self) -> dict[str, Any]:
-        return {**self.trial.setting._asdict(), **{k: self.trial.document()[k] for k in ("step", "val")},
-                "seed": self.trial.seed, "acc_pl": self.acc_pl}  # fmt: skip
+        return {k: v for k, v in self.trial.document().items() if k != "evaluations"} | {"acc_pl": self.acc_pl}
 
 
 class Repetition:
