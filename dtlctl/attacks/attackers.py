@@ -22,10 +22,17 @@ Rate = Annotated[float, Field(gt=0, le=100)]
 Datasets = Annotated[list[str] | None, Field(min_length=1, description="piggyback datasets to attack; default: all")]
 
 
-class _Trained(Algorithm):
+class _Attacker(Algorithm):
+    kind: str
+    datasets: Datasets = None
+
+    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
+        """Change `model` in place before it trains. fresh: a new one of its kind; images: parts [n, 3, S, S] in [0, 1]."""
+
+
+class _Trained(_Attacker):
     """What every attacker who trains by gradients can vary."""
 
-    kind: str
     optimizer: Literal["sgd", "adam"] = Field("sgd", description="sgd has momentum 0.9; weight decay is 5e-4 for both")
     lr: list[Rate] = Field([0.001, 0.01, 0.1, 1.0], min_length=1, description="learning rates to try")
     steps: int = Field(
@@ -33,13 +40,9 @@ class _Trained(Algorithm):
     )
     batch_size: int = Field(64, ge=2, le=65_536)
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising learning rate; then a cosine")
-    datasets: Datasets = None
 
     def grid(self) -> list[Setting]:
         return [Setting(self.kind, self.optimizer, rate) for rate in self.lr]
-
-    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
-        """Change `model` in place before training. fresh: a new model of its kind; images: parts [n, 3, S, S]."""
 
 
 class Full(_Trained):
@@ -57,30 +60,27 @@ class LastBlock(_Trained):
         renew(model.backbone, fresh.backbone, 1)
 
 
-class Renorm(_Trained):
-    """Undoes what only hides knowledge under batch normalisation (`renormalise`), then trains all weights."""
-
-    kind: Literal["renorm"] = "renorm"
-
+class _Renormalised(_Attacker):
     def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
         renormalise(model, fresh, images)
 
 
-class Frozen(Algorithm):
+class Renorm(_Renormalised, _Trained):
+    """Undoes what only hides knowledge under batch normalisation (`renormalise`), then trains all weights."""
+
+    kind: Literal["renorm"] = "renorm"
+
+
+class Frozen(_Attacker):
     """Attackers who train a linear classifier alone: L2-regularised logistic regression, at most 300 steps of L-BFGS.
 
     Features are computed once, in eval mode, without augmentation, and standardised with the training images' moments.
     """
 
-    kind: str
     C: list[Rate] = Field([0.01, 0.1, 1.0, 10.0], min_length=1, description="inverse strengths of the L2 term to try")
-    datasets: Datasets = None
 
     def grid(self) -> list[Setting]:
         return [Setting(self.kind, "logistic", C) for C in self.C]
-
-    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
-        """Change `model` in place before it computes features; the arguments are those of `_Trained.prepare`."""
 
 
 class Probe(Frozen):
@@ -89,13 +89,10 @@ class Probe(Frozen):
     kind: Literal["probe"] = "probe"
 
 
-class RenormProbe(Frozen):
+class RenormProbe(_Renormalised, Frozen):
     """Features are what the model computes once it is renormalised for the attacker's images (`renormalise`)."""
 
     kind: Literal["renorm-probe"] = "renorm-probe"
-
-    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
-        renormalise(model, fresh, images)
 
 
 @torch.no_grad()
@@ -103,8 +100,7 @@ def renormalise(model: Classifier, fresh: Classifier, images: Iterable[Tensor]) 
     """Give every convolution of `model` the norm that a new one has, and batch normalisation the images' statistics.
 
     With batch normalisation behind it a rescaled convolution computes the same, and the effective learning rate, which
-    goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350). `fresh` and `images` are those of `prepare`; parts
-    of the images weigh the same.
+    goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350). Parts of the images weigh the same.
     Raises RecipeError for a model without batch normalisation.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -17,25 +17,17 @@ from torch.func import functional_call, grad, vmap
 from dtlctl.attacks.signals import Observation
 from dtlctl.model.networks import Classifier
 
-STATISTICS = ("l1", "l2", "linf", "mean", "skewness", "excess kurtosis", "min")
 MEMORY = 512 * 2**20
 """Bytes that the gradients of one chunk may take."""
 BLOCK = 2048
 """Numbers of each gradient that are looked at together: few enough to stay in a processor's cache."""
 
 
-def weights(view: Observation) -> dict[str, Tensor]:
-    """Grad w: the statistics [n, 7] of the gradient by all parameters."""
-    return {"grad-w": _statistics(view)[0]}
+def statistics(view: Observation) -> tuple[Tensor, Tensor]:
+    """Grad w and grad x: the statistics [n, 7] of the gradient by all parameters, and by the image's pixels in [0, 1].
 
-
-def pixels(view: Observation) -> dict[str, Tensor]:
-    """Grad x: the statistics [n, 7] of the gradient by the image's pixels in [0, 1]."""
-    return {"grad-x": _statistics(view)[1]}
-
-
-def _statistics(view: Observation) -> tuple[Tensor, Tensor]:
-    """Both, from one pass over the images: kept on the view, since both attacks ask for it."""
+    From one pass over the images, which the view remembers, since both attacks ask for it.
+    """
     if "gradients" not in view.memo:
         parts = [per_image(view.module, x, y) for x, y in view.batches]
         view.memo["gradients"] = tuple(torch.cat(part) for part in zip(*parts, strict=True))
@@ -56,10 +48,8 @@ def per_image(model: nn.Module, x: Tensor, y: Tensor, chunk: int | None = None) 
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     chunk = chunk or max(1, min(64, MEMORY // (2 * size)))
     function = vmap(grad(partial(_loss, model), argnums=(0, 1)), in_dims=(None, 0, 0))
-    rows: list[tuple[Tensor, Tensor]] = []
-    for images, labels in zip(x.split(chunk), y.split(chunk), strict=True):
-        by_weight, by_pixel = function(parameters, images, labels)
-        rows.append((seven(list(by_weight.values())), seven([by_pixel])))
+    found = (function(parameters, *part) for part in zip(x.split(chunk), y.split(chunk), strict=True))
+    rows = [(seven(list(by_weight.values())), seven([by_pixel])) for by_weight, by_pixel in found]
     by_weights, by_pixels = zip(*rows, strict=True)
     return torch.cat(by_weights), torch.cat(by_pixels)
 
@@ -70,8 +60,9 @@ def _loss(model: nn.Module, parameters: dict[str, Tensor], x: Tensor, y: Tensor)
 
 
 def seven(parts: list[Tensor]) -> Tensor:
-    """`STATISTICS` [B, 7] in float64 of B vectors, each given as its pieces [B, ...], which are never joined.
+    """L1, L2, L∞, mean, skewness, excess kurtosis and least magnitude of B vectors, [B, 7] in float64.
 
+    Each vector is given as its pieces, [B, ...], which are never joined.
     Skewness and excess kurtosis are those of scipy.stats (biased); both are 0 for a constant vector.
     """
     count = sum(part[0].numel() for part in parts)

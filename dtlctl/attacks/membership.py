@@ -1,7 +1,6 @@
 """Membership inference: was this image in the source training set? A higher score means member.
 
-This file turns what an attack sees of each image into the numbers that are reported. The attacks are in `signals.py`,
-`gradients.py`, `adversarial.py`, `whitebox.py` and `reference.py`.
+This file turns what an attack sees of each image into the numbers that are reported; `registry.py` names the attacks.
 """
 
 from __future__ import annotations
@@ -87,7 +86,8 @@ def trial(members: dict[str, np.ndarray], others: dict[str, np.ndarray], attacke
     verdicts = []
     for repeat in range(repeats):
         rng = np.random.default_rng([seed, repeat])
-        (known_m, judged_m), (known_n, judged_n) = (_split(len(_any(group)), rng) for group in (members, others))
+        halves = (_split(len(next(iter(group.values()))), rng) for group in (members, others))
+        (known_m, judged_m), (known_n, judged_n) = halves
         known = {name: np.concatenate([members[name][known_m], others[name][known_n]]) for name in members}
         judged = {name: np.concatenate([members[name][judged_m], others[name][judged_n]]) for name in members}
         truth = np.repeat([True, False], [len(known_m), len(known_n)])
@@ -181,10 +181,6 @@ def best_threshold(members: np.ndarray, others: np.ndarray) -> float:
     hits = 1 - np.searchsorted(np.sort(members), candidates, "left") / len(members)
     false_alarms = 1 - np.searchsorted(np.sort(others), candidates, "left") / len(others)
     return float(candidates[np.argmax(hits - false_alarms)])
-
-
-def _any(group: dict[str, np.ndarray]) -> np.ndarray:
-    return next(iter(group.values()))
 
 
 def _split(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ ATTACKS: dict[str, Attack] = {
     "modified-entropy": Attack(lambda view, _: signals.modified_entropy(view), single),
     "max-softmax": Attack(lambda view, _: signals.max_softmax(view), single),
     "adv-dist": Attack(adversarial.distance, single),
-    "grad-w": Attack(lambda view, _: gradients.weights(view), signals.logistic),
-    "grad-x": Attack(lambda view, _: gradients.pixels(view), signals.logistic),
+    "grad-w": Attack(lambda view, _: {"grad-w": gradients.statistics(view)[0]}, signals.logistic),
+    "grad-x": Attack(lambda view, _: {"grad-x": gradients.statistics(view)[1]}, signals.logistic),
     "wb": Attack(lambda view, _: whitebox.observe(view), whitebox.infer, slow=True),
 }

@@ -27,18 +27,11 @@ class Observation:
     pixels, so that no more than a batch of them is held: a list or a DataLoader, no generator.
     """
 
-    def __init__(
-        self,
-        model: Callable[[Tensor], Tensor],
-        batches: Iterable[tuple[Tensor, Tensor]],
-        known: dict[str, Tensor] | None = None,
-    ):
-        """known: what else the attacker knows of each image, [n, ...] by name."""
+    def __init__(self, model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]):
         if isinstance(batches, Iterator):
             raise TypeError("batches are read more than once: give a list or a DataLoader, not a generator")
-        self.model, self.batches, self.known = model, batches, known or {}
-        self.memo: dict[str, Any] = {}
-        """What several attacks would otherwise compute anew."""
+        self.model, self.batches = model, batches
+        self.memo: dict[str, Any] = {}  # what several attacks would otherwise compute anew
 
     @property
     def module(self) -> nn.Module:
@@ -71,7 +64,8 @@ def loss(view: Observation) -> dict[str, Tensor]:
 
 def entropy(view: Observation) -> dict[str, Tensor]:
     """Minus the entropy of the predicted distribution, in nats (Salem et al., arXiv:1806.01246); needs no label."""
-    return {"entropy": -_entropy(view.logits)}
+    log_p = view.logits.log_softmax(1)
+    return {"entropy": (log_p.exp() * log_p).sum(1)}
 
 
 def max_softmax(view: Observation) -> dict[str, Tensor]:
@@ -89,11 +83,6 @@ def modified_entropy(view: Observation) -> dict[str, Tensor]:
     log_rest = torch.log1p(-p.clamp(max=1 - 1e-12))  # log(1 - p_i)
     own = F.one_hot(view.labels, p.shape[1]).bool()
     return {"modified-entropy": torch.where(own, (1 - p) * log_p, p * log_rest).sum(1)}
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    log_p = logits.log_softmax(1)
-    return -(log_p.exp() * log_p).sum(1)
 
 
 OFFLINE = 0.3

@@ -61,13 +61,9 @@ class Trial(NamedTuple):
 
     def document(self) -> dict[str, Any]:
         """As a sidecar keeps it."""
-        return {
-            **self.setting._asdict(),
-            "seed": self.seed,
-            "step": self.best.step if self.best else None,
-            "val": self.best.accuracy if self.best else None,
-            "evaluations": [list(one) for one in self.evaluations],
-        }
+        step, val = self.best[:2] if self.best else (None, None)
+        evaluations = [list(one) for one in self.evaluations]
+        return {**self.setting._asdict(), "seed": self.seed, "step": step, "val": val, "evaluations": evaluations}
 
 
 def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,8 +20,7 @@ from dtlctl.attacks.membership import Guess, Known
 from dtlctl.attacks.signals import Observation
 from dtlctl.model import networks
 
-MOST_STAGES = 6
-PATIENCE = 10
+MOST_STAGES, PATIENCE = 6, 10
 
 
 @torch.no_grad()
@@ -35,7 +34,7 @@ def observe(view: Observation) -> dict[str, Tensor]:
     model, backbone = view.module, getattr(view.module, "backbone", view.module)
     stages, channels_last = _stages(backbone), isinstance(backbone, SwinTransformer)
     last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1:]
-    rows: dict[str, list[Tensor]] = {}
+    seen: list[dict[str, Tensor]] = []
     means: list[Tensor] = []
     embeddings: list[tuple[Tensor, Tensor]] = []
     hooks = [s.register_forward_hook(lambda _, __, out: means.append(_mean(out, channels_last))) for s in stages]
@@ -51,12 +50,11 @@ def observe(view: Observation) -> dict[str, Tensor]:
             found = {f"stage {number}": mean for number, mean in enumerate(means)}
             found |= {"embedding": embedding, "logits": logits, "label": y[:, None]}
             found["loss"] = F.cross_entropy(logits, y, reduction="none")[:, None]
-            for name, value in found.items():
-                rows.setdefault(name, []).append(value)
+            seen.append(found)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(values) for name, values in rows.items()}
+    return {name: torch.cat([part[name] for part in seen]) for name in seen[0]}
 
 
 def infer(known: Known, seen: dict[str, np.ndarray], seed: int, epochs: int = 100) -> Guess:
@@ -76,22 +74,22 @@ def infer(known: Known, seen: dict[str, np.ndarray], seed: int, epochs: int = 10
         torch.manual_seed(seed)
         network = Network({name: values.shape[1] for name, values in mine.items()})
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
-        best, kept, since = float("inf"), copy.deepcopy(network.state_dict()), 0
+        best, best_state, since = float("inf"), copy.deepcopy(network.state_dict()), 0
         for _ in range(epochs):
             network.train()
             for rows in torch.from_numpy(rng.permutation(trained)).split(64):
                 optimizer.zero_grad()
                 F.binary_cross_entropy_with_logits(network(_at(mine, rows)), truth[rows]).backward()
                 optimizer.step()
-            check = F.binary_cross_entropy_with_logits(_answer(network, _at(mine, torch.from_numpy(held))), truth[held])
+            check = F.binary_cross_entropy_with_logits(_answer(network, mine, torch.from_numpy(held)), truth[held])
             since = 0 if check < best else since + 1
             if since == 0:
-                best, kept = float(check), copy.deepcopy(network.state_dict())
+                best, best_state = float(check), copy.deepcopy(network.state_dict())
             elif since >= PATIENCE:
                 break
-    network.load_state_dict(kept)
-    held_scores = _answer(network, _at(mine, torch.from_numpy(held))).numpy()
-    return Guess(held_scores, known.member[held], _answer(network, theirs).numpy())
+    network.load_state_dict(best_state)
+    scores = _answer(network, mine, torch.from_numpy(held)).numpy()
+    return Guess(scores, known.member[held], _answer(network, theirs, torch.arange(len(theirs["label"]))).numpy())
 
 
 class Network(nn.Module):
@@ -132,9 +130,8 @@ def _at(inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _answer(network: Network, inputs: dict[str, Tensor]) -> Tensor:
+def _answer(network: Network, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
     network.eval()
-    rows = torch.arange(len(inputs["label"]))
     return torch.cat([network(_at(inputs, part)) for part in rows.split(256)])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dtlctl.data.dataset import Split
-from dtlctl.data.tensors import Batch, Batches, evaluation_batches
+from dtlctl.data.tensors import Batch, Batches, Share, evaluation_batches
 from dtlctl.model import networks
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Recipe
@@ -54,18 +54,18 @@ class Trainer:
         torch.manual_seed(self.recipe.stream(tag))
         model.add_head(name, classes)
 
-    def batches(self, role: str, batch_size: int, tag: str) -> Batches:
-        """Training batches of the role's subset."""
+    def batches(self, role: str, batch_size: int, tag: str, own_rows: np.ndarray | None = None) -> Batches:
+        """Training batches of the role's subset; or of `own_rows`, which this process shares with no other."""
         train, engine = self.data.images(role, "train"), self.processes.engine
         return Batches(
             train.pixels,
             train.labels,
-            self.data.index(role),
+            self.data.index(role) if own_rows is None else own_rows,
             batch_size=batch_size,
             augment=self.recipe.data.of(role).augment,
             seed=self.recipe.stream(tag),
             device=engine.device,
-            share=engine.share,
+            share=engine.share if own_rows is None else Share(),
         )
 
     def split(self, role: str, split: Split, rows: np.ndarray | None = None) -> Iterator[Batch]:

@@ -14,7 +14,6 @@ from torch import Tensor
 from dtlctl.attacks import logistic, membership, signals
 from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import Observation
-from dtlctl.console.progress import say
 from dtlctl.data import overlap
 from dtlctl.data.dataset import Split
 from dtlctl.errors import DataError
@@ -39,7 +38,7 @@ BLIND_LIMIT = 0.65
 """An attacker who never asks the model must not be surer than this (lower end of his AUC's interval)."""
 
 
-class Pairs:
+class Images:
     """Images and labels of rows of the source, batch by batch, as often as they are asked for: none of them is kept."""
 
     def __init__(self, experiment: Experiment, split: Split, rows: np.ndarray):
@@ -124,20 +123,17 @@ def _groups(experiment: Experiment, job: Job[Audit]) -> tuple[Groups, dict[str, 
 def _head_state(experiment: Experiment, job: Job[Audit]) -> str:
     """What as-is attacks look through: a source head that was "trained", or "never trained"."""
     variant = experiment.recipe.dispose.get(job.model)
-    if variant and variant.new_heads and not (variant.unlearn.trains_source_head and variant.lam):
-        if "as-is" in job.settings.modes and not experiment.quiet:
-            say(f"{job.title}: the source head of {job.model} was never trained; as-is attacks see noise")
-        return "never trained"
-    return "trained"
+    if not variant or not variant.new_heads or (variant.unlearn.trains_source_head and variant.lam):
+        return "trained"
+    if "as-is" in job.settings.modes:
+        experiment.processes.say(f"{job.title}: the source head was never trained; as-is attacks see noise")
+    return "never trained"
 
 
 def _blind(experiment: Experiment, job: Job[Audit], groups: Groups, model: Classifier) -> dict[str, Any]:
     classes = len(experiment.data.classes("source"))
     control = Attack(lambda view, _: signals.blind(view, classes), signals.logistic)
-    seen = [
-        _see(experiment, control, view, job.settings)
-        for view in _views(experiment, model, groups.members, groups.others)
-    ]
+    seen = [_see(experiment, control, view, job.settings) for view in _views(experiment, model, groups)]
     verdict = _judge(experiment, job, control, "blind", seen)["blind"]
     if verdict["auc_low"] > BLIND_LIMIT:
         raise DataError(
@@ -151,31 +147,27 @@ def _attack(
     experiment: Experiment, job: Job[Audit], model: Classifier, groups: Groups, mode: str, finished: Parts
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Every attack of the recipe on one source head, each kept as soon as it is done: results by name, and the cost."""
-    views = _views(experiment, model, groups.members, groups.others)
+    views = _views(experiment, model, groups)
     found: dict[str, Any] = {}
     costs: dict[str, Any] = {}
+
+    def attacked(name: str) -> tuple[dict[str, Any], dict[str, float]]:
+        started = _clocks()
+        attack = ATTACKS.get(name) or _rmia(experiment, job)
+        seen = [_see(experiment, attack, view, job.settings) for view in views]
+        observed = _clocks() - started
+        results = _judge(experiment, job, attack, name, seen)
+        total, images = _clocks() - started, len(groups.members) + len(groups.others)
+        cost = {"seconds": round(total[0], 3), "cpu_seconds": round(total[1], 3)}
+        if observed[1] > 0.01:  # else all that it saw was on the account of an attack before it
+            cost["images_per_cpu_second"] = round(images / observed[1], 1)
+        return results, cost
+
+    form = tuple[dict[str, Any], dict[str, float]]
     for name in job.settings.attacks:
-        one = partial(_one_attack, experiment, job, name, views, groups)
-        results, costs[name] = finished.common(
-            experiment.engine, f"{mode}-{name}", tuple[dict[str, Any], dict[str, float]], one
-        )
+        results, costs[name] = finished.common(experiment.engine, f"{mode}-{name}", form, partial(attacked, name))
         found |= results
     return found, costs
-
-
-def _one_attack(
-    experiment: Experiment, job: Job[Audit], name: str, views: tuple[Observation, Observation], groups: Groups
-) -> tuple[dict[str, Any], dict[str, float]]:
-    started = _clocks()
-    attack = ATTACKS.get(name) or _rmia(experiment, job)
-    seen = [_see(experiment, attack, view, job.settings) for view in views]
-    observed = _clocks() - started
-    found = _judge(experiment, job, attack, name, seen)
-    total, images = _clocks() - started, len(groups.members) + len(groups.others)
-    cost = {"seconds": round(total[0], 3), "cpu_seconds": round(total[1], 3)}
-    if observed[1] > 0.01:  # else all that it saw was on the account of an attack before it
-        cost["images_per_cpu_second"] = round(images / observed[1], 1)
-    return found, cost
 
 
 def _clocks() -> np.ndarray:
@@ -188,10 +180,8 @@ def _judge(
 ) -> dict[str, Any]:
     """Repeated trials of one attack: {name: numbers}; an attack that trains nothing has one for each thing it saw."""
     members, others = seen
-    repeats, seed = (
-        job.settings.wb_repeats if attack.slow else job.settings.repeats,
-        experiment.recipe.stream("audit/trials"),
-    )
+    repeats = job.settings.wb_repeats if attack.slow else job.settings.repeats
+    seed = experiment.recipe.stream("audit/trials")
     if attack.attacker is not membership.single:
         return {name: membership.trial(members, others, attack.attacker, repeats, seed)}
     return {
@@ -206,15 +196,10 @@ def _see(experiment: Experiment, attack: Attack, view: Observation, settings: Au
     return {name: experiment.engine.gather(values.double()).cpu().numpy() for name, values in seen.items()}
 
 
-def _views(
-    experiment: Experiment, model: Classifier, members: np.ndarray, others: np.ndarray
-) -> tuple[Observation, Observation]:
-    def view(split: Split, rows: np.ndarray) -> Observation:
-        own = experiment.engine.share.of(torch.from_numpy(rows))
-        known = {"rows": own, "is_test": torch.full_like(own, split == "test")}
-        return Observation(model.through("source"), Pairs(experiment, split, rows), known)
-
-    return view("train", members), view("test", others)
+def _views(experiment: Experiment, model: Classifier, groups: Groups) -> tuple[Observation, Observation]:
+    sides = Images(experiment, "train", groups.members), Images(experiment, "test", groups.others)
+    first, second = (Observation(model.through("source"), side) for side in sides)
+    return first, second
 
 
 def _rmia(experiment: Experiment, job: Job[Audit]) -> Attack:
@@ -222,9 +207,9 @@ def _rmia(experiment: Experiment, job: Job[Audit]) -> Attack:
     known = reference.confidences(experiment, job.settings.references)
 
     def observe(view: Observation, _: int) -> dict[str, Tensor]:
-        is_test, rows = view.known["is_test"], view.known["rows"]
-        out = [known[test][row] for test, row in zip(is_test.tolist(), rows.tolist(), strict=True)]
-        return signals.rmia(view, torch.tensor(out))
+        assert isinstance(view.batches, Images)
+        out = [known[view.batches.split][row] for row in view.batches.rows.tolist()]
+        return signals.rmia(view, experiment.engine.share.of(torch.tensor(out)))
 
     return Attack(observe, membership.single)
 
@@ -232,7 +217,7 @@ def _rmia(experiment: Experiment, job: Job[Audit]) -> Attack:
 @torch.no_grad()
 def _refit(experiment: Experiment, model: Classifier, groups: Groups) -> None:
     """Give the model a source head fitted on the attacker's own images: reprobe mode."""
-    sides = Pairs(experiment, "train", groups.head_members), Pairs(experiment, "test", groups.head_others)
+    sides = Images(experiment, "train", groups.head_members), Images(experiment, "test", groups.head_others)
     parts = [[(model.embed(x), y) for x, y in side] for side in sides]
     # Each side is gathered for itself, so that the rows are in the same order on any number of processes.
     features, labels = (

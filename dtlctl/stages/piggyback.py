@@ -49,6 +49,7 @@ def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: fl
     started = time.perf_counter()
     trials: list[Trial] = []
     finals: list[list[Final]] = []
+    kinds = dict.fromkeys(attacker.kind for attacker in job.settings.attackers)
     total = job.settings.attack_seeds * sum(len(attacker.grid()) for attacker in job.settings.attackers)
     with experiment.processes.progress(f"{job.title}: attackers", total) as bar:
         for seed in range(job.settings.attack_seeds):
@@ -57,7 +58,7 @@ def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: fl
             tasks = [partial(repetition.attempt, *point) for point in grid]
             trying = parts.each(f"trial-{seed}", Trial, tasks, repetition.stop.is_set)
             tried = share_out(repetition, trying, lambda count: bar.at(len(trials) + count, total))
-            best = [tuning.choose([t for t in tried if t.setting.kind == kind]) for kind in _kinds(job.settings)]
+            best = [tuning.choose([t for t in tried if t.setting.kind == kind]) for kind in kinds]
             makers = [(grid[tried.index(trial)][0], trial) for trial in best if trial]
             finishing = [partial(repetition.finish, *pair) for pair in makers]
             again = share_out(repetition, parts.each(f"final-{seed}", Final, finishing, repetition.stop.is_set))
@@ -78,7 +79,3 @@ def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: fl
         "trials": [trial.document() for trial in trials],
         **(cost if fits == len(trials) + sum(map(len, finals)) else {}),  # of a part it would say nothing
     }
-
-
-def _kinds(settings: Piggyback) -> list[str]:
-    return list(dict.fromkeys(attacker.kind for attacker in settings.attackers))

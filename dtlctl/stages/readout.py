@@ -52,6 +52,7 @@ def relearning(experiment: Experiment, name: str, settings: Audit) -> dict[str, 
     model = experiment.trainer.load_model(name)
     plan = Training(steps=settings.relearn_steps, batch_size=64, lr=settings.relearn_lr, schedule="constant")
     batches = experiment.trainer.batches("source", plan.batch_size, "audit/relearn")
+    objective = cross_entropy(model, "source", batches)
     test = len(experiment.data.images("source", "test").labels)
     rows = np.sort(np.random.default_rng(experiment.recipe.stream("audit/relearn/test")).permutation(test)[:500])
 
@@ -62,14 +63,7 @@ def relearning(experiment: Experiment, name: str, settings: Audit) -> dict[str, 
     if curve[0][1] < goal:
         with experiment.processes.progress(f"audit/{name} relearn", settings.relearn_steps) as bar:
             history = experiment.engine.train(
-                model,
-                cross_entropy(model, "source", batches),
-                plan,
-                settings.relearn_steps,
-                batches.batch_size,
-                bar,
-                accuracy,
-                reports=POINTS,
+                model, objective, plan, settings.relearn_steps, batches.batch_size, bar, accuracy, reports=POINTS
             )
         curve += [[int(row["step"]), row["acc_s"]] for row in history.rows]
     reached = [step for step, value in curve if value >= goal]

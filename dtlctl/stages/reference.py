@@ -6,17 +6,16 @@ trains reference models himself, each on a random half of all images, members an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from dtlctl.data.cache import Images
-from dtlctl.data.tensors import Batches, evaluation_batches
+from dtlctl.data.dataset import Split
+from dtlctl.data.tensors import Batches
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.training.finite import check_finite
 
@@ -24,41 +23,27 @@ if TYPE_CHECKING:
     from dtlctl.run.experiment import Experiment
 
 
-class Everything(NamedTuple):
-    """The source's train split and its test split, one after the other, and the rows of these that are in use."""
-
-    splits: tuple[Images, Images]
-    rows: np.ndarray
-    """int64 [N]: the train subset's, then the test split's, which follow those of the whole train split."""
-
-    def halves(self, places: np.ndarray) -> Iterator[tuple[Images, np.ndarray]]:
-        """The sorted places, of N, as rows of either split."""
-        train, test = self.splits
-        rows, size = self.rows[places], len(train.labels)
-        yield train, rows[rows < size]
-        yield test, rows[rows >= size] - size
+SPLITS: tuple[Split, Split] = ("train", "test")
 
 
 @lru_cache(maxsize=1)
-def confidences(experiment: Experiment, count: int) -> tuple[dict[int, float], dict[int, float]]:
-    """For rows of the source's train subset and of its test split: the confidence in the true class of references.
+def confidences(experiment: Experiment, count: int) -> dict[Split, dict[int, float]]:
+    """The references' confidence in the true class, by row of the source's train subset and of its test split.
 
     `count` (even) models are trained as `pretrain` says, in pairs on complementary random halves, so that each
     image is unknown to half of them; only those are averaged. What each said is kept in the run's folder, for other
     models and later audits.
     """
-    splits = experiment.data.images("source", "train"), experiment.data.images("source", "test")
-    rows = experiment.data.index("source")
-    everything = Everything(splits, np.concatenate([rows, len(splits[0].labels) + np.arange(len(splits[1].labels))]))
-    done, sums = experiment.results.reference_answers(), np.zeros(len(everything.rows))
+    rows, tested = experiment.data.index("source"), len(experiment.data.images("source", "test").labels)
+    done, sums = experiment.results.reference_answers(), np.zeros(len(rows) + tested)
     for number in range(count):
         inside, outside = _halves(experiment, number, len(sums))
-        train_one = partial(_reference, experiment, number, count, everything, inside, outside)
+        train_one = partial(_reference, experiment, number, count, inside, outside)
         form = Annotated[list[float], Field(min_length=len(outside), max_length=len(outside))]
         sums[outside] += done.common(experiment.engine, f"{number}", form, train_one)
     means = sums / max(1, count // 2)
     known = dict(zip(rows.tolist(), means[: len(rows)].tolist(), strict=True))
-    return known, dict(enumerate(means[len(rows) :].tolist()))
+    return {"train": known, "test": dict(enumerate(means[len(rows) :].tolist()))}
 
 
 def missing(experiment: Experiment, count: int) -> int:
@@ -74,16 +59,18 @@ def _halves(experiment: Experiment, number: int, images: int) -> tuple[np.ndarra
     return halves[number % 2], halves[1 - number % 2]
 
 
-def _reference(
-    experiment: Experiment, number: int, count: int, everything: Everything, inside: np.ndarray, outside: np.ndarray
-) -> list[float]:
-    """Train one reference; its confidence in the true class of the images that it never saw."""
+def _reference(experiment: Experiment, number: int, count: int, inside: np.ndarray, outside: np.ndarray) -> list[float]:
+    """Train one reference; its confidence in the true class of the images that it never saw.
+
+    inside, outside: sorted places of images, those of the train subset first, then those of the test split.
+    """
     settings, tag = experiment.recipe.pretrain, f"audit/reference/{number}"
-    model = experiment.trainer.new_model({"source": len(experiment.data.classes("source"))}, tag)
+    train, test, rows = *(experiment.data.images("source", s) for s in SPLITS), experiment.data.index("source")
+    model = experiment.trainer.new_model({"source": len(train.classes)}, tag)
     batches = Batches(
-        [split.pixels for split in everything.splits],
-        np.concatenate([split.labels for split in everything.splits]),
-        everything.rows[inside],
+        [train.pixels, test.pixels],
+        np.concatenate([train.labels, test.labels]),
+        np.concatenate([rows, len(train.labels) + np.arange(len(test.labels))])[inside],
         batch_size=settings.batch_size,
         augment=experiment.recipe.data.source.augment,
         seed=experiment.recipe.stream(tag),
@@ -94,16 +81,15 @@ def _reference(
     with experiment.processes.progress(f"audit/reference {number + 1} of {count}", steps) as bar:
         objective = cross_entropy(model, "source", batches)
         experiment.engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
-    model.eval()
-    found = torch.cat([_confidence(experiment, model, *half) for half in everything.halves(outside)])
+    parts = rows[outside[outside < len(rows)]], outside[outside >= len(rows)] - len(rows)
+    found = torch.cat([_confidence(experiment, model.eval(), *side) for side in zip(SPLITS, parts, strict=True)])
     check_finite(found)
     return found.tolist()
 
 
 @torch.no_grad()
-def _confidence(experiment: Experiment, model: torch.nn.Module, images: Images, rows: np.ndarray) -> Tensor:
-    """Of these rows of a split: float64 [n], on the CPU."""
-    engine = experiment.engine
-    batches = evaluation_batches(images.pixels, images.labels, rows, device=engine.device, share=engine.share)
+def _confidence(experiment: Experiment, model: torch.nn.Module, split: Split, rows: np.ndarray) -> Tensor:
+    """Of these rows of a split of the source: float64 [n], on the CPU."""
+    batches, engine = experiment.trainer.split("source", split, rows), experiment.engine
     parts = [model(batch.x, "source").softmax(1).gather(1, batch.y[:, None])[:, 0] for batch in batches]
     return engine.gather(torch.cat([torch.zeros(0, device=engine.device), *parts])).double().cpu()

@@ -48,8 +48,7 @@ class Final(NamedTuple):
     """%; None where the training diverged this time."""
 
     def document(self) -> dict[str, Any]:
-        return {**self.trial.setting._asdict(), **{k: self.trial.document()[k] for k in ("step", "val")},
-                "seed": self.trial.seed, "acc_pl": self.acc_pl}  # fmt: skip
+        return {k: v for k, v in self.trial.document().items() if k != "evaluations"} | {"acc_pl": self.acc_pl}
 
 
 class Repetition:
@@ -74,10 +73,11 @@ class Repetition:
             found = tuning.evaluate_probe(Logistic(x, y, setting.rate), other, answers)
             return Trial(setting, self.seed, [found])
         model, (split, held) = self._prepared(attacker, self.train), self.held
+        rows = self.own[held] if split == "train" else held
         evaluations = tuning.train(
             model, self._batches(self.train, attacker.batch_size), setting, steps=attacker.steps,
             warmup=attacker.warmup, stopped=self.stop.is_set,
-            held_out=lambda: self._whole(split, self._rows(split, held)),
+            held_out=lambda: self._whole(split, rows),
         )  # fmt: skip
         return Trial(setting, self.seed, evaluations)
 
@@ -104,10 +104,6 @@ class Repetition:
         train, held = tuning.hold_out(self.labels[self.own], self.job.settings.held_out, seed)
         return train, ("train", held), np.arange(len(test))
 
-    def _rows(self, split: Split, places: np.ndarray) -> np.ndarray:
-        """Rows of the dataset's split: in the train split, places are among the attacker's own images."""
-        return self.own[places] if split == "train" else places
-
     def _known(self, attacker: Frozen, split: Split, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         x, y = self.features[attacker.kind][split]
         return x[places], y[places]
@@ -118,16 +114,11 @@ class Repetition:
         attacker.prepare(model, self.fresh, (batch.x for batch in self._whole("train", self.own[rows], size)))
         return model
 
-    def _batches(self, rows: np.ndarray, size: int) -> Batches:
-        train = self.experiment.data.images(self.job.dataset, "train")
-        augment = self.experiment.recipe.data.of(self.job.dataset).augment
-        seed, device = self.experiment.recipe.stream(f"{self.tag}/batches"), self.experiment.engine.device
-        return Batches(
-            train.pixels, train.labels, self.own[rows], batch_size=size, augment=augment, seed=seed, device=device
-        )
+    def _batches(self, places: np.ndarray, size: int) -> Batches:
+        return self.experiment.trainer.batches(self.job.dataset, size, f"{self.tag}/batches", self.own[places])
 
-    def _whole(self, split: Split, rows: np.ndarray, size: int = 512) -> Iterator[Batch]:
-        """All of these rows, on this process: trials are shared out, batches are not."""
+    def _whole(self, split: Split, rows: np.ndarray | None = None, size: int = 512) -> Iterator[Batch]:
+        """All of a split, or of these rows, on this process: trials are shared out, batches are not."""
         images, device = self.experiment.data.images(self.job.dataset, split), self.experiment.engine.device
         return evaluation_batches(images.pixels, images.labels, rows, device=device, batch_size=size)
 
@@ -135,11 +126,9 @@ class Repetition:
     def _features(self, attacker: Attacker) -> Features:
         """Of the attacker's own images and of the test split, computed once."""
         model = self._prepared(attacker, np.arange(len(self.own))).eval()
-        test = np.arange(len(self.experiment.data.images(self.job.dataset, "test").labels))
         found: Features = {}
-        splits: list[tuple[Split, np.ndarray]] = [("train", self.own), ("test", test)]
-        for split, rows in splits:
-            part = self._whole(split, rows)
+        parts: dict[Split, Iterator[Batch]] = {"train": self._whole("train", self.own), "test": self._whole("test")}
+        for split, part in parts.items():
             pairs = [(model.embed(batch.x).double().cpu().numpy(), batch.y.cpu().numpy()) for batch in part]
             found[split] = np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs])
         return found
