@@ -27,7 +27,7 @@ class _Attacker(Algorithm):
     datasets: Datasets = None
 
     def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
-        """Change `model` in place before it trains. fresh: a new one of its kind; images: parts [n, 3, S, S] in [0, 1]."""
+        """Change `model` in place before it trains. fresh: a new one of its kind; images: parts [n, 3, S, S]."""
 
 
 class _Trained(_Attacker):
