@@ -58,7 +58,11 @@ def validated(raw: dict[str, Any], path: Path | str) -> Recipe:
     try:
         return Recipe.model_validate(_resolve_like(raw))
     except ValidationError as error:
-        raise RecipeError(_explain(path, raw, error)) from None
+        try:
+            reason = _explain(path, raw, error)
+        except RecursionError:  # what is quoted may be a thousand tables deep
+            reason = f"{path}: a key is nested too deeply"
+        raise RecipeError(reason) from None
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: {_plain(error)}") from None
 

@@ -349,3 +349,10 @@ def test_what_does_not_change_a_result_does_not_make_it_stale(recipe_file: Path)
     bound = described("dispose.gc.unlearn.cosine=0.9")
     assert bound != plain  # its sidecar has the cosine
     assert described("precision=bfloat16", "dispose.gc.unlearn.cosine=0.9") == {**bound, "precision": "bfloat16"}
+
+
+def test_a_key_of_thousands_of_parts_is_one_line(recipe_file: Path):
+    recipe_file.write_text(".".join(["a"] * 5000) + " = 1\n" + recipe_file.read_text())
+    with pytest.raises(RecipeError) as caught:
+        load(recipe_file)
+    assert str(caught.value) == f"{recipe_file}: a key is nested too deeply"
