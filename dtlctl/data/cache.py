@@ -31,8 +31,8 @@ from dtlctl.data.sources import Rows, identity, rows
 from dtlctl.errors import DataError
 from dtlctl.storage.checkpoint import sync
 
-# Changing how images are decoded, resized or stored must change this number: it is part of the key.
-_FORMAT = 3
+# Changing how images are chosen, decoded, resized or stored must change this number: it is part of the key.
+_FORMAT = 4
 _BATCH = 64  # images a task
 _HASH = np.dtype("V16")
 

@@ -39,7 +39,7 @@ def align(own: Rows, train: tuple[str, ...], place: str, train_name: str) -> Row
     if counts.any() and (empty := [name for name, images in zip(train, counts, strict=True) if not images]):
         notes.append(Note("empty-classes", len(empty), f"{place}: no image of class {_some(empty)}"))
     if dropped := int((labels < 0).sum()):
-        text = f"{place}: {dropped} of {len(labels)} rows have no label (-1 or nothing) and were dropped"
+        text = f"{place}: {dropped} of {len(labels)} rows have no label (nothing, nan or below 0) and were dropped"
         notes.append(Note("unlabelled", dropped, text))
     if own.classes is train and (alike := _alike(train)):  # once: not for the test split again
         text = f"{place}: class names that look alike are different classes: {_some(alike)}"

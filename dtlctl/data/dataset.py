@@ -43,6 +43,13 @@ class Rows(NamedTuple):
     notes: tuple[Note, ...] = ()
 
 
+def unlabelled(value: object) -> bool:
+    """Whether a table's label says that there is none: nothing, blanks, "nan", a number below 0 as number or text."""
+    if isinstance(value, int):
+        return value < 0
+    return value is None or str(value).strip() in ("", "nan", "NaN", "-1", "-1.0")
+
+
 # What people call their splits. One of the second group is offered where the test split is missing.
 USUAL: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dtlctl.data.dataset import USUAL, Dataset, Note, Rows, Split, check_split, where
+from dtlctl.data.dataset import USUAL, Dataset, Note, Rows, Split, check_split, unlabelled, where
 from dtlctl.errors import DataError
 
 LISTS = (".csv", ".tsv", ".jsonl")
@@ -124,6 +124,9 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
             if (column := getattr(dataset, key)) not in (None, key):
                 raise DataError(f"data.{role}.{key}: {dataset.path} has class folders, and no column {column!r}")
         _check_folders(place, images, 2 if here.folder else 1, {*classes} if split == "train" else set(), unread)
+        if here.list:
+            _check_same(dataset, role, tree, here, dict(zip(images, labels, strict=True)))
+            unread = sorted({*unread, here.list})
     number: dict[str | None, int] = {None: -1, **{label: index for index, label in enumerate(classes)}}
     notes = []
     if guessed:
@@ -176,9 +179,26 @@ def _check_folders(place: str, images: list[str], depth: int, classes: set[str],
         raise DataError(f"{place}: class folder {empty[0]!r} has no image that can be read{lost}; or remove it")
 
 
+def _check_same(dataset: Dataset, role: str, tree: Tree, place: _Place, folders: dict[str, str | None]) -> None:
+    """Raise DataError for a list whose classes are others than the folders, however named; it may be no such list."""
+    try:
+        named = _named(dataset, role, tree, place)
+    except DataError:
+        return
+    pairs = {(folders[file], label) for file, label in named.items() if label is not None and file in folders}
+    if not len(pairs) == len({folder for folder, _ in pairs}) == len({label for _, label in pairs}):
+        raise DataError(
+            f"{os.path.join(dataset.path, place.list)}: its labels divide the images otherwise than the class folders "
+            "beside it; move the one that is not meant out of the way"
+        )
+
+
 def _named(dataset: Dataset, role: str, tree: Tree, place: _Place) -> dict[str, str | None]:
     """The images of a list, and their classes; None for a row without one. Raises DataError."""
     name = os.path.join(dataset.path, place.list)
+    start, end = posixpath.splitext(place.list)
+    if twins := [start + other for other in LISTS if other != end and start + other in tree.files]:
+        raise DataError(f"{name}: {twins[0]} is a list of the same split; move one of the two out of the way")
     try:
         text = (tree.root / place.list).read_text("utf-8-sig")
         if place.list.lower().endswith(".jsonl"):
@@ -202,9 +222,11 @@ def _named(dataset: Dataset, role: str, tree: Tree, place: _Place) -> dict[str, 
             raise DataError(f"{name}: {written!r} is no file in {dataset.path}")
         if file in found:
             raise DataError(f"{name}: {written!r} is named twice")
+        if None in row:
+            raise DataError(f"{name}: the row of {written!r} has more fields than the header")
         if isinstance(value, bool | float | list | dict):
             raise DataError(f"{name}: {written!r} has the label {value!r}, which is neither text nor an integer")
-        found[file] = None if value in (None, "", -1, "-1") else str(value)
+        found[file] = None if unlabelled(value) else str(value)
     return found
 
 

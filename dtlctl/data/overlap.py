@@ -31,7 +31,13 @@ def within(role: str, train: Images, test: Images) -> list[Note]:
             f"data.{role}: {both:,} of {len(test.hashes):,} test images are in the train split too, so models would be "
             "tested on the images that they are trained on\nsplit the images anew, each into one of the two"
         )
-    notes = [Note("test-in-train", both, f"{both:,} of {len(test.hashes):,} test images are in the train split too")]
+    splits = (train, test)
+    labelled = {pair for one in splits for pair in zip(one.hashes.tolist(), one.labels.tolist(), strict=True)}
+    torn = len(labelled) - len({image for image, _ in labelled})
+    notes = [
+        Note("test-in-train", both, f"{both:,} of {len(test.hashes):,} test images are in the train split too"),
+        Note("two-classes", torn, f"{torn:,} images are there under two classes"),
+    ]
     for name, images in (("train", train), ("test", test)):
         again = len(images.hashes) - len(set(images.hashes.tolist()))
         text = f"{again:,} of {len(images.hashes):,} {name} images are there twice"
@@ -40,10 +46,10 @@ def within(role: str, train: Images, test: Images) -> list[Note]:
 
 
 def across(data: Mapping[str, tuple[Images, Images]]) -> dict[str, list[Note]]:
-    """By role, how many of its test images are training images of another role's data. data: (train, test) by role.
+    """By role, how many of its images are training images of another role's data. data: (train, test) by role.
 
-    Of roles that share one dataset, as `like = "source"` makes them, the first stands for all: within one, splits were
-    compared.
+    Of training images in two roles the later role is told. Of roles that share one dataset, as `like = "source"` makes
+    them, the first stands for all: within one, splits were compared.
     """
     found: dict[str, list[Note]] = {role: [] for role in data}
     for role, (own, test) in data.items():
@@ -52,7 +58,9 @@ def across(data: Mapping[str, tuple[Images, Images]]) -> dict[str, list[Note]]:
             if train.fingerprint in compared:
                 continue
             compared.add(train.fingerprint)
-            if both := int(among(test.hashes, train.hashes).sum()):
-                text = f"{both:,} of {len(test.hashes):,} test images are training images of data.{other}"
-                found[role].append(Note(f"test-in-{other}", both, text))
+            splits = {"test": test} if [*data].index(role) < [*data].index(other) else {"test": test, "train": own}
+            for name, images in splits.items():
+                if both := int(among(images.hashes, train.hashes).sum()):
+                    text = f"{both:,} of {len(images.hashes):,} {name} images are training images of data.{other}"
+                    found[role].append(Note(f"{name}-in-{other}", both, text))
     return found

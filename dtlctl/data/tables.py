@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dtlctl.console import stop
-from dtlctl.data.dataset import Dataset, Note, Rows, Split, check_split, where
+from dtlctl.data.dataset import Dataset, Note, Rows, Split, check_split, unlabelled, where
 from dtlctl.data.files import LISTS, Tree, kinds, suffixes
 from dtlctl.errors import DataError, DtlError, nearest
 
@@ -131,12 +131,12 @@ def labels(dataset: Dataset, split: Split, role: str, source: Source) -> tuple[n
     column = _columns(dataset, role, table.features)[1]
     feature = table.features[column]
     values = table.data.column(column).to_pylist()
-    missing = {None, -1, ""}
+    missing = {value for value in values if unlabelled(value)}
     if isinstance(feature, ClassLabel):
         index: dict[Any, int] = {number: number for number in range(len(feature.names))}
         classes = tuple(feature.names)
     elif re.fullmatch(r"u?int\d+|(large_)?string", str(getattr(feature, "dtype", ""))):
-        known = sorted({*values} - missing)
+        known = sorted(set(values) - missing)
         index = {value: number for number, value in enumerate(known)}
         classes = tuple(str(value) for value in known)
     else:

@@ -103,5 +103,6 @@ def jobs(recipe: Recipe) -> list[Job[Any]]:
             path = f"piggyback/{model}/{name}.json"
             plan.append(Job("piggyback", model, path, attack, (f"piggyback.{name}",), parent))
     for model in recipe.audit_models:
-        plan.append(Job("audit", model, f"audit/{model}.json", recipe.audit, ("source",), model))
+        trained_on = ("source",) if model == "pre" else ("source", "target")
+        plan.append(Job("audit", model, f"audit/{model}.json", recipe.audit, trained_on, model))
     return plan

@@ -93,11 +93,13 @@ def _groups(experiment: Experiment, job: Job[Audit]) -> tuple[Groups, dict[str, 
     """
     train, member_rows = experiment.data.images("source", "train"), experiment.data.index("source")
     test = experiment.data.images("source", "test")
-    rows = np.flatnonzero(~overlap.among(test.hashes, train.hashes[member_rows]))
+    seen = [experiment.data.images(role, "train").hashes[experiment.data.index(role)] for role in job.roles]
+    rows = np.flatnonzero(~overlap.among(test.hashes, np.concatenate(seen)))
     if (copies := len(test.labels) - len(rows)) > COPIES * len(test.labels):
         raise DataError(
-            f"{job.title}: data.source: {copies:,} of {len(test.labels):,} non-members are members: test images that "
-            "are trained on too\ntake them out of one of the two splits, or every attack looks weaker than it is"
+            f"{job.title}: {', '.join(f'data.{role}' for role in job.roles)}: {copies:,} of {len(test.labels):,} "
+            "non-members are members: test images of the source that are trained on too\n"
+            "take them out of one of the two splits, or every attack looks weaker than it is"
         )
     labels, answers = train.labels[member_rows], test.labels[rows]
     places, others = membership.matched(labels, answers, np.random.default_rng(experiment.recipe.stream("audit")))

@@ -116,7 +116,7 @@ def test_missing_classes_and_labels_are_counted(tmp_path):
     dataset = parquet(tmp_path / "d", ([0, -1, 1, None, 2], ["a", "b", "c"]), ([1, -1, -1], ["a", "b", "c"]))
     train, test = load(dataset), load(dataset, "test")
     assert train.dropped == notes(train)["unlabelled"][0] == 2
-    assert "2 of 5 rows have no label (-1 or nothing) and were dropped" in notes(train)["unlabelled"][1]
+    assert "2 of 5 rows have no label (nothing, nan or below 0) and were dropped" in notes(train)["unlabelled"][1]
     assert notes(test)["unlabelled"][0] == 2
     assert notes(test)["empty-classes"] == (2, f"{dataset.path}, split 'test': no image of class 'a', 'c'")
 

@@ -227,6 +227,7 @@ def test_two_lists_share_a_folder_of_images(tmp_path):
         (b"file_name,text\n0.png,a\n", "has no single column named label or class; set data.source.label (columns: "),
         (b"id,label\n0.png,a\n", "has no single column named file_name or filename or"),
         (b"file_name,label\n", "has no rows"),
+        (b"file_name,label\n0.png,a,b\n", "the row of '0.png' has more fields than the header"),
         (b"\xff\xfe\x00", "cannot be read: "),
     ],
 )
@@ -332,3 +333,26 @@ def test_a_class_that_is_not_utf_8_is_refused(tmp_path):
 def test_a_list_as_a_path_is_told_what_to_do(tmp_path):
     dataset = folder(tmp_path / "d", "0.png", **{"train.csv": b"file_name,label\n0.png,a\n"})
     assert refused(Dataset(path=f"{dataset.path}/train.csv")).endswith("write the folder that holds it")
+
+
+@pytest.mark.parametrize("place", ["train.csv", "train/list.csv"])
+def test_class_folders_and_a_list_of_other_classes_are_refused(tmp_path, place):
+    text = "file_name,label\ntrain/cat/0.png,x\ntrain/dog/1.png,x\n" if place == "train.csv" else (
+        "file_name,label\ncat/0.png,x\ndog/1.png,x\n"
+    )  # fmt: skip
+    dataset = folder(tmp_path / "photos", *BASE, **{place: text.encode()})
+    assert f"{place}: its labels divide the images otherwise than the class folders beside it" in refused(dataset)
+
+
+@pytest.mark.parametrize(
+    "text", ["file_name,label\ntrain/cat/0.png,Katze\ntrain/dog/1.png,Hund\n", "taken,camera\n2024,x\n"]
+)
+def test_a_list_of_the_same_classes_or_of_none_is_said_beside_class_folders(tmp_path, text):
+    images = load(folder(tmp_path / "photos", *BASE, **{"train.csv": text.encode()}))
+    assert images.classes == ("cat", "dog")
+    assert notes(images)["unread"][1].endswith("not read: 1 .csv (train.csv)")
+
+
+def test_two_lists_of_one_split_are_refused(tmp_path):
+    lists = {"train.csv": b"file_name,label\n0.png,a\n1.png,b\n", "train.jsonl": b"{}"}
+    assert " is a list of the same split; move" in refused(folder(tmp_path / "photos", "0.png", "1.png", **lists))

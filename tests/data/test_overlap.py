@@ -10,10 +10,10 @@ from dtlctl.data.cache import Images
 from dtlctl.errors import DataError
 
 
-def images(*names: bytes, fingerprint: str = "") -> Images:
+def images(*names: bytes, fingerprint: str = "", labels: tuple[int, ...] = ()) -> Images:
     hashes = np.array([name.ljust(16, b"\0") for name in names], "V16")
-    nothing = np.zeros(0)
-    return Images(nothing, nothing, ("a", "b"), fingerprint, 0, (), hashes, None)  # type: ignore[arg-type]
+    numbers = np.array(labels or [0] * len(names))
+    return Images(np.zeros(0), numbers, ("a", "b"), fingerprint, 0, (), hashes, None)  # type: ignore[arg-type]
 
 
 def test_copies_of_pixels_are_found_whatever_their_bytes():
@@ -34,6 +34,22 @@ def test_a_split_that_is_mostly_in_the_other_is_refused():
 def test_images_that_are_there_twice_are_counted():
     notes = overlap.within("source", images(b"1", b"1", b"1", b"2"), images(b"8", b"8", b"9"))
     assert [(note.kind, note.number) for note in notes] == [("twice-in-train", 2), ("twice-in-test", 1)]
+
+
+def test_an_image_under_two_classes_is_counted():
+    """ "1" within train, "2" over the splits; "3" is there twice under one class."""
+    train = images(b"1", b"1", b"2", b"3", labels=(0, 1, 0, 1))
+    notes = overlap.within("source", train, images(b"2", b"3", b"8", b"9", labels=(1, 1, 0, 0)))
+    assert {note.kind: note.number for note in notes}["two-classes"] == 2
+
+
+def test_training_images_of_two_roles_are_told_of_the_later():
+    data = {
+        "source": (images(b"1", b"2", b"3", fingerprint="s"), images(b"8")),
+        "target": (images(b"2", b"3", b"4", fingerprint="t"), images(b"9")),
+    }
+    found = {role: [(note.kind, note.number) for note in notes] for role, notes in overlap.across(data).items()}
+    assert found == {"source": [], "target": [("train-in-source", 2)]}
 
 
 def test_test_images_of_one_role_are_looked_for_among_the_training_images_of_others():

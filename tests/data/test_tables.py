@@ -200,6 +200,15 @@ def test_rows_without_a_label_are_dropped_and_counted(tmp_path):
     assert "split 'test': no row has a label" in message(dataset, "test")
 
 
+@pytest.mark.parametrize(
+    ("kind", "values"), [("string", ["a", " ", "nan", "b", "-1"]), ("int64", [3, -100, -1, 7, None])]
+)
+def test_what_stands_for_no_label_in_text_and_numbers(tmp_path, kind, values):
+    dataset = parquet(tmp_path / "d", table(values, Value(kind)), table(values, Value(kind)), label="label")
+    images = load(dataset)
+    assert (levels(images), images.labels.tolist(), images.dropped) == ([0, 3], [0, 1], 3)
+
+
 def test_a_class_without_a_training_image(tmp_path):
     kind = ClassLabel(names=["cat", "dog", "emu", "fox"])
     dataset = parquet(tmp_path / "d", table([0, 2, 0], kind), table([0], kind))

@@ -131,6 +131,23 @@ def test_non_members_that_are_members_are_left_out_or_refused(
     assert bool({*range(5)} & {*groups.others, *groups.head_others}) <= (not trained_on)
 
 
+def test_non_members_that_only_the_target_was_trained_on_are_left_out(recipe_file: Path, monkeypatch):
+    """Of every model but `pre`: it alone was never fine-tuned on the target."""
+    experiment = pretrained(recipe_file)
+    jobs = {job.title: job for job in experiment.jobs}
+    images, subset = experiment.data.images, experiment.data.index("target")
+
+    def copied(role: str, split: str):
+        found = images(role, split)
+        hashes = np.array(found.hashes)
+        if (role, split) == ("target", "train"):
+            hashes[subset[:5]] = images("source", "test").hashes[:5]
+        return found._replace(hashes=hashes)
+
+    monkeypatch.setattr(experiment.data, "images", copied)
+    assert [auditing._groups(experiment, jobs[f"audit/{model}"])[1]["copies"] for model in ("pre", "TL")] == [0, 5]
+
+
 def test_classes_of_one_split_alone_are_left_out_and_told(recipe_file: Path, monkeypatch, capsys):
     """No 9 is trained on: nothing of the 79 or so nines in the test split is attacked, and it is said."""
     experiment = pretrained(recipe_file)
