@@ -14,6 +14,7 @@ class Strict(BaseModel):
         strict=True,
         allow_inf_nan=False,
         validate_default=True,
+        use_attribute_docstrings=True,  # what stands below a key is its description, in docs/recipe.md too
     )
 
 

@@ -19,12 +19,12 @@ from dtlctl.model.networks import Classifier, renew
 from dtlctl.strict import Algorithm
 
 Rate = Annotated[float, Field(gt=0, le=100)]
-Datasets = Annotated[list[str] | None, Field(min_length=1, description="piggyback datasets to attack; default: all")]
 
 
 class _Attacker(Algorithm):
     kind: str
-    datasets: Datasets = None
+    datasets: list[str] | None = Field(None, min_length=1)
+    """The piggyback datasets to attack; without it all."""
 
     def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
         """Change `model` in place before it trains. fresh: a new one of its kind; images: parts [n, 3, S, S]."""
@@ -33,13 +33,16 @@ class _Attacker(Algorithm):
 class _Trained(_Attacker):
     """What every attacker who trains by gradients can vary."""
 
-    optimizer: Literal["sgd", "adam"] = Field("sgd", description="sgd has momentum 0.9; weight decay is 5e-4 for both")
-    lr: list[Rate] = Field([0.001, 0.01, 0.1, 1.0], min_length=1, description="learning rates to try")
-    steps: int = Field(
-        150, ge=1, le=10_000_000, description="longest training; the validation data choose when to stop"
-    )
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """`sgd` has momentum 0.9; both have weight decay 0.0005."""
+    lr: list[Rate] = Field([0.001, 0.01, 0.1, 1.0], min_length=1)
+    """Learning rates to try."""
+    steps: int = Field(150, ge=1, le=10_000_000)
+    """Longest training; the held-out images choose when to stop, at one of ten looks."""
     batch_size: int = Field(64, ge=2, le=65_536)
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising learning rate; then a cosine")
+    """Images a step; a smaller training part is one batch."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises; then it falls to zero along a cosine."""
 
     def grid(self) -> list[Setting]:
         return [Setting(self.kind, self.optimizer, rate) for rate in self.lr]
@@ -52,7 +55,7 @@ class Full(_Trained):
 
 
 class LastBlock(_Trained):
-    """The last stage of the backbone is drawn anew, then all weights are trained: deep features may be the trap."""
+    """The last stage of the backbone starts anew, then all weights are trained: deep features may be the trap."""
 
     kind: Literal["last-block"] = "last-block"
 
@@ -66,7 +69,10 @@ class _Renormalised(_Attacker):
 
 
 class Renorm(_Renormalised, _Trained):
-    """Undoes what only hides knowledge under batch normalisation (`renormalise`), then trains all weights."""
+    """Convolutions get the norm of new ones and batch statistics are taken anew, then all weights are trained.
+
+    This undoes what only hides knowledge under batch normalisation (`renormalise`), without which it is refused.
+    """
 
     kind: Literal["renorm"] = "renorm"
 
@@ -77,20 +83,21 @@ class Frozen(_Attacker):
     Features are computed once, in eval mode, without augmentation, and standardised with the training images' moments.
     """
 
-    C: list[Rate] = Field([0.01, 0.1, 1.0, 10.0], min_length=1, description="inverse strengths of the L2 term to try")
+    C: list[Rate] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
+    """Inverse strengths of the L2 term to try."""
 
     def grid(self) -> list[Setting]:
         return [Setting(self.kind, "logistic", C) for C in self.C]
 
 
 class Probe(Frozen):
-    """Features are what the published model computes."""
+    """A linear classifier (L2-regularised logistic regression) on the features that the published model computes."""
 
     kind: Literal["probe"] = "probe"
 
 
 class RenormProbe(_Renormalised, Frozen):
-    """Features are what the model computes once it is renormalised for the attacker's images (`renormalise`)."""
+    """A linear classifier on the features of a model that is prepared as `renorm` does. Needs batch normalisation."""
 
     kind: Literal["renorm-probe"] = "renorm-probe"
 

@@ -22,7 +22,7 @@ from dtlctl.bench.meter import clock
 from dtlctl.data.dataset import Dataset
 from dtlctl.data.sources import rows
 from dtlctl.model import networks
-from dtlctl.recipe.schema import Training
+from dtlctl.recipe.settings import Training
 
 IMAGES = 1 << 14  # as many are enough for any number of steps, and their files fit in memory
 

@@ -20,7 +20,7 @@ from dtlctl.data.tensors import Batch, Batches, Share
 from dtlctl.errors import RecipeError
 from dtlctl.model import networks
 from dtlctl.objectives.supervised import cross_entropy
-from dtlctl.recipe.schema import Training
+from dtlctl.recipe.settings import Training
 from dtlctl.training.engine import Engine
 
 WARM_UP = 3  # steps of every way before any is timed

@@ -61,24 +61,35 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
 class Dataset(Strict):
-    """One table under `[data]`.
+    """One dataset, and how much of it is used.
 
-    `path` is a hub id ("owner/name"), a local folder or file, or "builtin:NAME". It is local if it begins with ".",
-    "/" or "~" or exists; a relative one is relative to the working directory, not to the recipe. A folder holds
-    `train/<class>/*.png` and `test/<class>/*.png`, images beside `train.csv` and `test.csv`, parquet or arrow files
-    as the hub lays them out, or what `save_to_disk` wrote. Columns are guessed only from one candidate.
+    A path that begins with `.`, `/` or `~`, or that exists, is local; a relative one starts at the working directory. A
+    folder holds `train/<class>/*.png` and `test/<class>/*.png`, images beside `train.csv` and `test.csv`, parquet or
+    arrow files as the hub lays them out, or what `save_to_disk` wrote. Columns are guessed only from one candidate.
+
+    A fraction below 1 is drawn by the seed. The images of a smaller one are among those of a larger one.
     """
 
     path: str
-    config: str | None = None  # hub configuration
-    revision: str | None = None  # hub commit, tag or branch
-    image: str | None = None  # column
-    label: str | None = None  # column
-    train: str = Field("train", min_length=1)  # split names
+    """A hub id (`owner/name`), a local folder or file, or `builtin:letters`, `builtin:greek`, `builtin:digits`."""
+    config: str | None = None
+    """Configuration of a hub dataset."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub dataset; pin it."""
+    image: str | None = None
+    """Image column; guessed where there is exactly one."""
+    label: str | None = None
+    """Label column; guessed where there is exactly one `ClassLabel`."""
+    train: str = Field("train", min_length=1)
+    """Name of the train split."""
     test: str = Field("test", min_length=1)
-    fraction: float = Field(1.0, gt=0, le=1)  # γ
-    balance: Balance = "classes"  # of a fraction below 1
+    """Name of the test split; accuracies are measured on all of it."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """γ: the share of the train split that is used."""
+    balance: Balance = "classes"
+    """What a fraction below 1 has of each class: the same number, as in the paper, or (`keep`) its share."""
     augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
+    """Of training batches. `crop`: shifts by up to an eighth of the image, black moving in; `flip`: mirrors half."""
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Dataset:

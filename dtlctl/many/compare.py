@@ -23,7 +23,8 @@ from dtlctl.errors import DivergedError, RecipeError
 from dtlctl.many.sweep import folder_name, one_process, perform
 from dtlctl.recipe.loading import load, validated
 from dtlctl.recipe.plan import Stage
-from dtlctl.recipe.schema import REFERENCES, Compare, Dispose, Recipe
+from dtlctl.recipe.schema import REFERENCES, Recipe
+from dtlctl.recipe.settings import Compare, Dispose
 from dtlctl.report import files, summary, tables
 from dtlctl.run.earlier import relatives
 from dtlctl.run.experiment import Experiment

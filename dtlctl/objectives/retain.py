@@ -32,8 +32,10 @@ class Distill(_Retain):
     """
 
     kind: Literal["distill"] = "distill"
-    on: Literal["source", "target", "both"] = Field("source", description="images to distil on: SRC-KD, TGT-KD, both")
-    temperature: float = Field(1.0, gt=0, description="softens teacher and student alike")
+    on: Literal["source", "target", "both"] = "source"
+    """Whose images: SRC-KD, TGT-KD, or the mean of the two."""
+    temperature: float = Field(1.0, gt=0)
+    """Softens teacher and student alike; 1 is Eq. 2."""
 
     @property
     def needs_target(self) -> bool:

@@ -32,17 +32,20 @@ class OnePart(Algorithm):
 
 
 class GradientCollision(Algorithm):
-    """GC, Eq. 8: the mean inner product of the chunks' gradients. See `collision.py` for the mathematics."""
+    """GC, Eq. 8: the mean inner product of the gradients of the batch's chunks.
+
+    See `collision.py` for the mathematics.
+    """
 
     kind: Literal["gradient-collision"] = "gradient-collision"
-    chunks: int = Field(2, ge=2, description="parts of the global batch whose gradients collide")
-    self_pairs: bool = Field(False, description="collide a chunk with itself too, as Algorithm 1 does")
-    memory: Literal["auto", "batched", "keep", "recompute"] = Field(
-        "auto", description="all chunks in one pass, one by one with their graphs kept, or one graph at a time"
-    )
-    cosine: float | None = Field(
-        None, gt=0, le=1, description="least cosine to float64 of the first batch's gradient, or the disposal stops"
-    )
+    chunks: int = Field(2, ge=2)
+    """Parts of the global batch whose gradients collide: a divisor of `batch_size`, two images each or more."""
+    self_pairs: bool = False
+    """Collide a chunk with itself too, as the paper's Algorithm 1 does."""
+    memory: Literal["auto", "batched", "keep", "recompute"] = "auto"
+    """Chunks in one pass, one by one with their graphs kept, or one graph at a time. The result is the same."""
+    cosine: float | None = Field(None, gt=0, le=1)
+    """Least cosine of the first batch's gradient to float64's, or the disposal stops. `bfloat16` requires it."""
     trains_source_head: ClassVar[bool] = True
     needs_maps: ClassVar[bool] = False
 
@@ -96,7 +99,8 @@ class NullSpace(OnePart):
     """
 
     kind: Literal["null-space"] = "null-space"
-    stages: int = Field(2, ge=1, description="how many of the last stages are narrowed")
+    stages: int = Field(2, ge=1)
+    """How many of the backbone's last stages are narrowed; a ResNet has 4, a CIFAR ResNet 3."""
     needs_maps: ClassVar[bool] = True
     trains_source_head: ClassVar[bool] = False
 

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from dtlctl.errors import RecipeError, suggest
-from dtlctl.recipe.schema import Dispose, Recipe
+from dtlctl.recipe.schema import Recipe
+from dtlctl.recipe.settings import Dispose
 
 if sys.version_info >= (3, 11):
     import tomllib

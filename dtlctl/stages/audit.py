@@ -19,7 +19,7 @@ from dtlctl.data.dataset import Split
 from dtlctl.errors import DataError
 from dtlctl.model.networks import Classifier
 from dtlctl.recipe.plan import Job
-from dtlctl.recipe.schema import Audit
+from dtlctl.recipe.settings import Audit
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import readout, reference
 from dtlctl.storage.parts import Parts

@@ -10,7 +10,7 @@ from dtlctl.attacks import tuning
 from dtlctl.errors import DataError, RecipeError
 from dtlctl.objectives.unlearn import NullSpace
 from dtlctl.recipe.plan import Job
-from dtlctl.recipe.schema import Dispose, Piggyback
+from dtlctl.recipe.settings import Dispose, Piggyback
 from dtlctl.run.experiment import Experiment
 
 

@@ -13,7 +13,7 @@ from dtlctl.errors import RecipeError
 from dtlctl.model.networks import Classifier, renew
 from dtlctl.objectives.disposal import Disposal
 from dtlctl.recipe.plan import Job
-from dtlctl.recipe.schema import Dispose
+from dtlctl.recipe.settings import Dispose
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands
 

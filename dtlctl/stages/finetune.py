@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.plan import Job
-from dtlctl.recipe.schema import Finetune
+from dtlctl.recipe.settings import Finetune
 from dtlctl.run.experiment import Experiment
 
 

@@ -11,7 +11,7 @@ from dtlctl.attacks import tuning
 from dtlctl.attacks.tuning import Trial
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.plan import Job
-from dtlctl.recipe.schema import Piggyback
+from dtlctl.recipe.settings import Piggyback
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages.trials import HEAD, Final, Repetition, share_out, start
 from dtlctl.storage.parts import Parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.plan import Job
-from dtlctl.recipe.schema import Pretrain
+from dtlctl.recipe.settings import Pretrain
 from dtlctl.run.experiment import Experiment
 
 

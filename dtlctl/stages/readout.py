@@ -14,7 +14,7 @@ import torch
 
 from dtlctl.attacks.signals import Observation, entropy
 from dtlctl.objectives.supervised import cross_entropy
-from dtlctl.recipe.schema import Audit, Training
+from dtlctl.recipe.settings import Audit, Training
 from dtlctl.training.finite import check_finite
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batch, Batches, evaluation_batches
 from dtlctl.model.networks import Classifier
 from dtlctl.recipe.plan import Job
-from dtlctl.recipe.schema import Piggyback
+from dtlctl.recipe.settings import Piggyback
 from dtlctl.run.experiment import Experiment
 
 Result = TypeVar("Result")

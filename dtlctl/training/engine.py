@@ -27,7 +27,7 @@ from dtlctl.errors import DivergedError, RecipeError, Stopped
 from dtlctl.model import networks
 from dtlctl.model.batchnorm import GlobalBatchNorm
 from dtlctl.model.networks import Precision
-from dtlctl.recipe.schema import Training
+from dtlctl.recipe.settings import Training
 from dtlctl.training import surroundings
 from dtlctl.training.collectives import TIMEOUT, Collectives
 from dtlctl.training.finite import check_answers, check_reports, check_weights

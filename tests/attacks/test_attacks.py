@@ -18,7 +18,7 @@ from dtlctl.attacks.signals import Observation
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks
 from dtlctl.model.networks import Classifier
-from dtlctl.recipe.schema import Audit
+from dtlctl.recipe.settings import Audit
 
 CLASSES, EACH, SIZE = 4, 60, 8
 HEAD = 20

@@ -12,7 +12,8 @@ import pytest
 from dtlctl.errors import DivergedError, RecipeError
 from dtlctl.many import compare as comparison
 from dtlctl.recipe.loading import load
-from dtlctl.recipe.schema import Compare, Recipe
+from dtlctl.recipe.schema import Recipe
+from dtlctl.recipe.settings import Compare
 from dtlctl.report import summary
 from dtlctl.run.experiment import Experiment
 from dtlctl.storage import checkpoint

@@ -13,7 +13,7 @@ from dtlctl.objectives.retain import Distill
 from dtlctl.objectives.unlearn import GradientCollision, RandomLabels
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.plan import Job, jobs
-from dtlctl.recipe.schema import Dispose, Pretrain
+from dtlctl.recipe.settings import Dispose, Pretrain
 
 ATTACKERS = 'piggyback.attackers=[{kind="full", lr=[0.1], steps=20}]'
 

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 from dtlctl.console.progress import Progress
 from dtlctl.model import networks
-from dtlctl.recipe.schema import Recipe, Training
+from dtlctl.recipe.schema import Recipe
+from dtlctl.recipe.settings import Training
 from dtlctl.training.engine import Engine
 from dtlctl.training.resume import StateFile
 

@@ -26,7 +26,8 @@ from dtlctl.data.dataset import Dataset
 from dtlctl.errors import CheckpointError, RecipeError, Stopped
 from dtlctl.model import networks
 from dtlctl.recipe.loading import load
-from dtlctl.recipe.schema import Recipe, Training
+from dtlctl.recipe.schema import Recipe
+from dtlctl.recipe.settings import Training
 from dtlctl.storage import checkpoint, lock
 from dtlctl.training.engine import Engine
 from dtlctl.training.resume import StateFile

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dtlctl.console.progress import Progress
 from dtlctl.data.tensors import Batch, Share
 from dtlctl.errors import DivergedError
-from dtlctl.recipe.schema import Training
+from dtlctl.recipe.settings import Training
 from dtlctl.training.engine import Engine
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from dtlctl.console.progress import Progress
 from dtlctl.errors import DivergedError
-from dtlctl.recipe.schema import Training
+from dtlctl.recipe.settings import Training
 from dtlctl.training import engine as engine_module
 from dtlctl.training.engine import Engine
 

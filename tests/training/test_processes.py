@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dtlctl.errors import RecipeError
 from dtlctl.objectives.unlearn import Uniform
-from dtlctl.recipe.schema import Dispose
+from dtlctl.recipe.settings import Dispose
 from dtlctl.stages.data_demands import local_chunks
 
 # Retaining losses that need target batches, beside the tiny recipe's own two variants.

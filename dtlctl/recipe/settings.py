@@ -1,0 +1,194 @@
+"""What a recipe says of each stage: training, disposal, attacks, comparison. `schema.py` puts the tables together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dtlctl.attacks.attackers import Attacker
+from dtlctl.objectives.retain import Distill, Retain
+from dtlctl.objectives.unlearn import GradientCollision, Unlearn
+from dtlctl.strict import Algorithm, Strict
+
+
+class Training(Algorithm):
+    """How a stage optimises, by SGD with momentum. All values are global: processes only change the speed.
+
+    A table that is there gives either `epochs` or `steps`.
+    """
+
+    epochs: int | None = Field(None, ge=1, le=100_000)
+    """Length in passes over the training set; a rest smaller than a batch is left out. Either this or `steps`."""
+    steps: int | None = Field(None, ge=1, le=10_000_000)
+    """Length in optimiser steps. Either this or `epochs`."""
+    batch_size: int = Field(128, ge=2, le=65_536)
+    """Images a step; a smaller training set is one batch."""
+    lr: float = Field(0.1, gt=0, le=100)
+    """Learning rate; the peak of the schedule."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD."""
+    weight_decay: float = Field(5e-4, ge=0, le=1)
+    """Weight decay, of all weights."""
+    schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
+    """`one-cycle` rises to `lr` and falls again; `cosine` falls from `lr` to zero."""
+    clip: float | None = Field(None, gt=0)
+    """Largest norm of the gradient; a longer one is scaled down to it."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps" + (", not both" if self.epochs else ""))
+        return self
+
+    def total_steps(self, images: int) -> int:
+        """Optimiser steps over a training set of that many images."""
+        return self.steps or (self.epochs or 0) * max(1, images // self.batch_size)
+
+
+class Pretrain(Training):
+    """Training of `pre`, a new network, on the source. An epoch is one of the source."""
+
+    seed: int | None = Field(None, ge=0, lt=2**31)
+    """Of pre-training and the source's subset, instead of the recipe's: all seeds then share one pre-trained model."""
+
+
+class Finetune(Training):
+    """Training on the target: of `TL`, from `pre`, and of `TGT`, a new network. An epoch is one of the target."""
+
+    lr: float = Field(0.01, gt=0, le=100)
+    """Learning rate; the peak of the schedule."""
+
+
+class Dispose(Training):
+    """One variant: starts from `TL` and minimises `(1 − lambda) · retain + lambda · unlearn` (Eq. 1).
+
+    An epoch is one of the source.
+    """
+
+    lam: float = Field(0.1, ge=0, le=1, alias="lambda")
+    """λ, the weight of the unlearning loss."""
+    unlearn: Unlearn = GradientCollision()
+    """The unlearning loss: what drives the source out."""
+    retain: Retain = Distill()
+    """The retaining loss: what keeps the target."""
+    repair: float = Field(0.0, ge=0, lt=1)
+    """The last share of the steps trains on the retaining loss alone."""
+    init: Literal["TL", "fresh"] = "TL"
+    """Where it starts: from `TL`, or from a new network (`fresh`), as a reference."""
+    fresh_stages: int = Field(0, ge=0)
+    """So many of the last stages of `TL`, and both heads, start anew."""
+    batch_norm: Literal["train", "frozen"] = "train"
+    """Batch normalisation takes a batch's statistics, or (`frozen`) the running ones of the start."""
+
+    @model_validator(mode="after")
+    def _chunks_divide(self) -> Dispose:
+        if self.batch_size % self.unlearn.chunks:
+            size, chunks = self.batch_size, self.unlearn.chunks
+            raise ValueError(f"unlearn.chunks = {chunks} does not divide batch_size = {size} (rest {size % chunks})")
+        if self.batch_size // self.unlearn.chunks < 2:
+            raise ValueError(f"a chunk would hold {self.batch_size // self.unlearn.chunks} image; 2 are needed")
+        return self
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Dispose:
+        if self.init == "fresh" and self.fresh_stages:
+            raise ValueError(f'init = "fresh" starts everything anew; fresh_stages = {self.fresh_stages} is for TL')
+        return self
+
+    def equal_parts(self, images: int, processes: int) -> int:
+        """How many of that many images a step takes: equal chunks on equal processes, 0 where there are too few."""
+        parts = max(self.unlearn.chunks, processes)
+        return min(self.batch_size, images) // parts * parts
+
+    @property
+    def new_heads(self) -> bool:
+        """Whether the source head starts anew: only an unlearning loss that uses it trains it then."""
+        return self.init == "fresh" or self.fresh_stages > 0
+
+
+class Piggyback(Training):
+    """How the attacker fine-tunes: the same for all models and datasets. An epoch is one of the piggyback dataset."""
+
+    lr: float = Field(0.05, gt=0, le=100)
+    """Learning rate; the peak of the schedule."""
+    batch_size: int = Field(64, ge=2, le=65_536)
+    """Images a step; a smaller training set is one batch."""
+    models: list[str] | None = Field(None, min_length=1)
+    """Whom to attack; without it `scratch`, `TGT`, `pre`, `TL` and all variants."""
+    attackers: list[Attacker] = Field([])
+    """Tuned attackers, besides the one setting of this table."""
+    attack_seeds: int = Field(1, ge=1, le=100)
+    """Repetitions of every tuned attacker, each with its own head, split and batches."""
+    choose_on: Literal["own", "test"] = "own"
+    """What chooses settings: images of the attacker's own, or half of the test split; then the other half judges."""
+    held_out: float = Field(0.25, gt=0, lt=1)
+    """The share of his own images that chooses settings: the same number of every class, at least one."""
+
+    def attacking(self, dataset: str) -> Piggyback:
+        """The table with those attackers alone who attack that dataset."""
+        chosen = [a for a in self.attackers if a.datasets is None or dataset in a.datasets]
+        return self.model_copy(update={"attackers": chosen})
+
+
+AttackName = Literal["loss", "entropy", "modified-entropy", "max-softmax", "adv-dist", "grad-w", "grad-x", "wb", "rmia"]
+
+
+class Audit(Algorithm):
+    """Membership inference, and two readouts beside it."""
+
+    attacks: list[AttackName] = Field(["loss", "modified-entropy", "grad-w", "grad-x"], min_length=1)
+    """The attacks. The default ones cost seconds, `adv-dist` and `wb` minutes, `rmia` a pre-training a reference."""
+    modes: list[Literal["as-is", "reprobe"]] = Field(["as-is", "reprobe"], min_length=1)
+    """Attack the source head as it is, or one fitted anew on the features."""
+    images: int = Field(1000, ge=10, le=1_000_000)
+    """At most as many members, and as many non-members, are attacked."""
+    repeats: int = Field(20, ge=1, le=1000)
+    """Random splits into the attacker's images and judged ones."""
+    wb_repeats: int = Field(3, ge=1, le=1000)
+    """The same for `wb`, which trains a network in each."""
+    adv_steps: int = Field(20, ge=1, le=10_000)
+    """Steps of the search for an adversarial example."""
+    references: int = Field(0, ge=0, le=1024)
+    """Reference models of `rmia`, trained in pairs: an even number; 0 without `rmia`."""
+    relearn_steps: int = Field(100, ge=0, le=1_000_000)
+    """Budget of the relearning readout, in steps of 64 images; 0 leaves it out."""
+    relearn_lr: float = Field(0.02, gt=0, le=100)
+    """Learning rate of the relearning readout, constant."""
+    models: list[str] | None = Field(None, min_length=1)
+    """Whom to attack; without it `pre`, `TL` and all variants. `scratch` and `TGT` never saw the source."""
+
+    @model_validator(mode="after")
+    def _references(self) -> Audit:
+        if self.references % 2:
+            raise ValueError(f"references = {self.references} is odd; they are trained in pairs")
+        if ("rmia" in self.attacks) != (self.references > 0):
+            raise ValueError('the attack "rmia" and references > 0 belong together; give both or neither')
+        return self
+
+
+class Compare(Strict):
+    """How `dtlctl compare` finds for every unlearning loss the λ that costs the same target accuracy (section 4.2).
+
+    It makes real disposals: at the variant's own `lambda`, then at steps away from it that double until the price is
+    passed, then half-way. The accuracy that steers it is measured on what `data.target.fraction` leaves out, which
+    must be something. A disposal that diverges counts as too dear. Then all are attacked at the λ found.
+    """
+
+    target_drop: float = Field(2.0, gt=0, le=100)
+    """Points of target accuracy below `TL`, on held-back images, mean over the seeds."""
+    tolerance: float = Field(1.5, gt=0, le=100)
+    """As near is near enough, in points. One that the held-back images cannot resolve is refused."""
+    disagreement: float = Field(0.2, gt=0, le=1)
+    """Share of images that one of `TL` and a variant alone gets right: it decides what they can resolve."""
+    rounds: int = Field(6, ge=1, le=30)
+    """Most values of λ to try for one loss."""
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(None, min_length=1)
+    """One λ is chosen for all of these, each given once; without it for the recipe's `seed` alone."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: list[int] | None) -> list[int] | None:
+        if twice := [seed for seed in seeds or [] if (seeds or []).count(seed) > 1]:
+            raise ValueError(f"{twice[0]} is there twice; give each seed once")
+        return seeds
