@@ -18,6 +18,12 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"{nearest(word, known := list(known))} (valid: {', '.join(known)})"
 
 
+def one_line(text: object, longest: int = 300) -> str:
+    """What a stranger's file may put on the terminal: one line, of printable characters, not too long."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return line if len(line) <= longest else line[:longest] + "..."
+
+
 class DtlError(Exception):
     """The root; `exit_code` is what the shell sees."""
 

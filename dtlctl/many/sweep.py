@@ -21,7 +21,8 @@ import torch
 from dtlctl.console.machine import cores
 from dtlctl.console.progress import say
 from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, RecipeError
-from dtlctl.recipe.loading import load, parse_value
+from dtlctl.recipe.loading import load
+from dtlctl.recipe.overrides import parse_value
 from dtlctl.recipe.plan import STAGES, Job, Stage
 from dtlctl.run.earlier import Earlier, relatives
 from dtlctl.run.experiment import Experiment

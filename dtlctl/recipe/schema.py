@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import types
 import zlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -147,3 +148,23 @@ class Recipe(Strict):
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, under the names the file uses."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+def fields(model: Any) -> dict[str, Any]:
+    """The types of a model's keys."""
+    return {field.alias or name: _bare(field.annotation) for name, field in getattr(model, "model_fields", {}).items()}
+
+
+def within(kind: Any, part: int | str) -> Any:
+    """The type of what has this name, place or, of a union, kind within a value of the type `kind`."""
+    if get_origin(kind) in (dict, list):
+        return _bare(get_args(kind)[-1])
+    members = {m.model_fields["kind"].default: m for m in get_args(kind) if "kind" in getattr(m, "model_fields", ())}
+    return members.get(part) or fields(kind).get(str(part))
+
+
+def _bare(kind: Any) -> Any:
+    """A type without its annotations and without None."""
+    inner = [one for one in get_args(kind) if one is not types.NoneType]
+    is_union = get_origin(kind) in (Union, types.UnionType)
+    return _bare(inner[0]) if get_origin(kind) is Annotated or (is_union and len(inner) == 1) else kind

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtlctl.recipe.loading import names_in
+from dtlctl.recipe.overrides import names_in
 from dtlctl.report import figures, files, tables
 from dtlctl.report.figures import Curves, Drawing
 from dtlctl.report.results import Row

@@ -15,7 +15,8 @@ import torch
 
 from dtlctl.errors import DivergedError, RecipeError
 from dtlctl.many import sweep
-from dtlctl.recipe.loading import load, parse_value
+from dtlctl.recipe.loading import load
+from dtlctl.recipe.overrides import parse_value
 from dtlctl.run.experiment import Experiment
 from dtlctl.storage import checkpoint
 

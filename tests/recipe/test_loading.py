@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dtlctl.errors import RecipeError
-from dtlctl.recipe.loading import load, names_in, tomllib
+from dtlctl.recipe.loading import load
+from dtlctl.recipe.overrides import names_in, tomllib
 from dtlctl.recipe.plan import jobs
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.experiment import Experiment
@@ -63,7 +64,7 @@ def test_a_word_may_have_any_letter(recipe_file: Path):
     assert load(recipe_file, ["data.source.path=./\N{GRINNING FACE}"]).data.source.path == "./\N{GRINNING FACE}"
 
 
-def test_an_override_may_add_a_variant(recipe_file: Path):
+def test_an_override_may_add_a_whole_variant(recipe_file: Path):
     recipe = load(recipe_file, ['dispose.new={steps=5, unlearn={kind="uniform"}}'])
     assert [job.model for job in jobs(recipe) if job.stage == "dispose"] == ["gc", "rand", "new"]
 
@@ -110,10 +111,17 @@ def test_a_factor_multiplies_the_odds_of_lambda(recipe_file: Path):
     assert load(recipe_file, [THREE, "dispose={gc={odds=4}}"]).dispose["gc"].lam == 0.5
     for odds, message in (("gc.odds=0", "above 0"), ("gc.odds=much", "above 0"), ("gc.odds=true", "above 0"),
                           (f"gc.odds=1{'0' * 400}", "above 0"), ("gc.odds=nan", "above 0"),
-                          ("ngc.odds=2", "ngc has no unlearning loss; did you mean 'gc'"),
+                          ("ngc.odds=2", "dispose.ngc: no such table; did you mean 'gc'"),
                           ("none.odds=2", "none has no unlearning loss")):  # fmt: skip
         with pytest.raises(RecipeError, match=message):
             load(recipe_file, [THREE, f"dispose.{odds}"])
+
+
+@pytest.mark.parametrize("lam", [0, 0.0, 1, 1.0])
+def test_lambda_at_an_end_has_no_odds_to_multiply(recipe_file: Path, lam: float):
+    """λ / (1 − λ) is 0 or infinite: whatever it is multiplied by, λ stays, and a sweep would show one point as many."""
+    with pytest.raises(RecipeError, match=f"gc.odds: 3 times the odds of lambda = {lam:g} comes to lambda = {lam:g}"):
+        load(recipe_file, [f"dispose.gc.lambda={lam}", "dispose.*.odds=3"])
 
 
 def test_a_star_that_is_nobody_or_holds_a_mistake_is_told(recipe_file: Path):
@@ -160,9 +168,9 @@ MISTAKES = {
     "dispose.gc.unlern={kind='uniform'}": "dispose.gc.unlern: unknown table; did you mean 'unlearn'?",
     "dispose.unlearn={steps=3, stpes=3}": "dispose.unlearn.stpes: unknown key; did you mean 'steps'?",
     "dispose.gc.retain={kind='distill', tempreature=2}": "dispose.gc.retain.tempreature: unknown key; did you mean 'te",
-    """dispose."a.b".'l"r'=1""": r"""dispose."a.b"."l\"r": unknown key; did you mean 'lr'?""",
+    """dispose."a.b"={'l"r'=1}""": r"""dispose."a.b"."l\"r": unknown key; did you mean 'lr'?""",
     "target-only.stps=3": "target-only.stps: unknown key; did you mean 'steps'?",
-    "data.piggyback.'a b'.like='source'": 'data.piggyback."a b": a name is 1 to 64',
+    "data.piggyback.'a b'={like='source'}": 'data.piggyback."a b": a name is 1 to 64',
     "finetune={epochs=3, steps=3}": "finetune: give either epochs or steps, not both",
     "finetune.batch_size=1": "finetune.batch_size: Input should be greater than or equal to 2 (it is 1)",
     "data.target.fraction=0": "data.target.fraction: Input should be greater than 0 (it is 0)",
@@ -176,13 +184,21 @@ MISTAKES = {
     "dispose.gc.unlearn.memory=kept": "dispose.gc.unlearn.memory: 'kept' is not valid; did you mean 'keep'?",
     "pretrain=3": "pretrain: Input should be a valid dictionary or instance of Pretrain (it is 3)",
     "audit.models=['TGT']": "audit.models: TGT never saw the source; there is nothing to infer",
-    "dispose.tl.steps=5": "dispose.tl: the name belongs to a reference model; choose another",
+    "dispose.tl={steps=5}": "dispose.tl: the name belongs to a reference model; choose another",
     "audit.attacks=['los']": "audit.attacks.0: 'los' is not valid; did you mean 'loss'?",
     "audit.modes=['reprob']": "audit.modes.0: 'reprob' is not valid; did you mean 'reprobe'?",
     "audit.attacks=['rmia']": 'audit: the attack "rmia" and references > 0 belong together; give both or neither',
     "dispose.rand={init='fresh', fresh_stages=2}": 'dispose.rand: init = "fresh" starts everything anew; fresh_stages',
     "compare.seeds=[6, 5, 6]": "compare.seeds: 6 is there twice",
     "piggyback.attackers=[{kind='full', lrr=[0.1]}]": "attackers.0.lrr: unknown key; did you mean 'lr'?",
+    "piggyback.models=scratch,TL": 'piggyback.models: it takes a list, as in models = ["scratch", "TL"]',
+    "audit.attacks=loss": 'audit.attacks: it takes a list, as in attacks = ["loss"]',
+    "dispose.gx.steps=5": "dispose.gx: no such table; did you mean 'gc'? (valid: gc, rand); a new one is written into",
+    'dispose."g.x".unlearn.kind=uniform': "dispose.g.x: no such table",
+    "data.piggyback.agian.fraction=0.1": "data.piggyback.agian: no such table; did you mean 'again'?",
+    "dispose={gc={odds=2, lambda=0.3}}": "dispose.gc: odds and lambda say the same; give one of them",
+    "dispose.gc.odds=1e9": "dispose.gc.odds: 1e+09 times the odds of lambda = 0.1 comes to lambda = 1; give lambda",
+    "dispose.gc.odds=1e-324": "above 0",
     "audit.references=3": "audit: references = 3 is odd; they are trained in pairs",
 }
 
@@ -270,7 +286,7 @@ def test_a_byte_order_mark_is_read_and_other_encodings_are_named(recipe_file: Pa
             load(recipe_file)
 
 
-@pytest.mark.parametrize("override", ["seed", "=3", "a b=1", "seed..x=1"])
+@pytest.mark.parametrize("override", ["seed", "=3", "a b=1", "seed..x=1", "seed=1\nname='x'", "seed=1\r\n", "a\n=1"])
 def test_an_override_that_is_none_is_refused(recipe_file: Path, override: str):
     with pytest.raises(RecipeError, match="--set"):
         load(recipe_file, [override])

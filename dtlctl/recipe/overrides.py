@@ -1,0 +1,165 @@
+"""Changes to a recipe on the command line: `--set KEY.PATH=VALUE`, and the values of `--over`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from contextlib import suppress
+from typing import Any, get_origin
+
+from dtlctl.errors import RecipeError, one_line, suggest
+from dtlctl.recipe.schema import Recipe, within
+from dtlctl.recipe.settings import Dispose
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def apply(raw: dict[str, Any], override: str) -> None:
+    """Change what a file says by one `key.path=value`.
+
+    It is TOML but for two things. `dispose.*.KEY` is KEY of every variant with an unlearning loss. `dispose.NAME.odds`
+    is a factor: λ is set to where λ / (1 − λ), the weight of the unlearning loss over the retaining loss's in Eq. 1, is
+    that many times what it was. Raises RecipeError or ValueError, naming key and reason.
+    """
+    for one in _for_each_variant(raw, override):
+        changes = _parse_override(one)
+        _check_names(raw, one)
+        _resolve_odds(raw, changes)
+        _merge(raw, changes)
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    """`a.b=1` as TOML; a value that is not TOML is a string, so that quotes may be left out in the shell."""
+    key, equals, value = text.partition("=")
+    if "\n" in text or "\r" in text:
+        raise RecipeError(f"--set {one_line(text)}: one key and one line each; repeat --set for another key")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {one_line(text)}: write key.path=value, for example --set finetune.lr=0.02")
+    plain_word = not value.strip().startswith(("{", "[", '"', "'"))
+    for candidate in (value, json.dumps(value, ensure_ascii=False)) if plain_word else (value,):
+        try:
+            return tomllib.loads(f"{key.strip()} = {candidate}")
+        except (ValueError, RecursionError) as failure:
+            reason = failure
+    quoted = re.sub(r"""\"[^"]*"|'[^']*'|[^][{}=,"']+(?!\s*=)(?=[],}])""", _quoted, value)
+    try:
+        tomllib.loads(f"{key.strip()} = {quoted}")
+    except (ValueError, RecursionError):
+        raise RecipeError(f"--set {one_line(text)}: not valid TOML: {one_line(reason)}") from None
+    call = one_line(shlex.quote(f"{key}={quoted}"))
+    raise RecipeError(
+        f"--set {one_line(text)}: text in a list or table needs quotes, and they need others: --set {call}"
+    )
+
+
+def _quoted(found: re.Match[str]) -> str:
+    """A value within a list or table as it is, if it is TOML, or else as text."""
+    value: Any = found[0].strip()
+    with suppress(ValueError, RecursionError):
+        value = tomllib.loads(f"x = {value}")["x"]
+    return json.dumps(value, ensure_ascii=False) if value and isinstance(value, str) else found[0]
+
+
+def _check_names(raw: Any, override: str) -> None:
+    """Raise ValueError for a key in a table that has the user's name and is not there: it would make a new one."""
+    kind: Any = Recipe
+    table = tomllib.loads(f"{override.partition('=')[0]} = 0")
+    place: list[str] = []
+    while table:
+        ((name, table),) = table.items()
+        known = raw if isinstance(raw, dict) else {}
+        place.append(name)
+        if table and get_origin(kind) is dict and name not in known:
+            path = ".".join(place)
+            raise ValueError(
+                f"{path}: no such table{suggest(name, known)}; a new one is written into the file, or given whole: "
+                f"--set {shlex.quote(path + '={...}')}"
+            )
+        kind, raw = within(kind, name), known.get(name)
+
+
+def names_in(key: str) -> list[str]:
+    """The names in a dotted key, without the quotes that one with a dot has."""
+    return [name.strip("\"'") for name in re.findall(r"\"[^\"]*\"|'[^']*'|[^.\s]+", key)]
+
+
+def _variants(raw: dict[str, Any]) -> dict[str, Any]:
+    """The tables of the variants with an unlearning loss, by name; they may hold anything else that is not valid."""
+    tables = raw.get("dispose")
+    return {
+        name: table
+        for name, table in (tables if isinstance(tables, dict) else {}).items()
+        if isinstance(table, dict)
+        and not (isinstance(loss := table.get("unlearn"), dict) and loss.get("kind") == "none")
+    }
+
+
+def _for_each_variant(raw: dict[str, Any], override: str) -> list[str]:
+    """`dispose.*.KEY=VALUE` once for every variant with an unlearning loss; any other override as it is."""
+    if not (star := re.match(r"\s*dispose\s*\.\s*\*\s*\.", override)):
+        return [override]
+    if not (names := _variants(raw)):
+        raise ValueError(f"{override.partition('=')[0].strip()}: no [dispose.NAME] table has an unlearning loss")
+    return [f"dispose.{json.dumps(name, ensure_ascii=False)}.{override[star.end() :]}" for name in names]
+
+
+def _resolve_odds(raw: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Replace `dispose.NAME.odds` by the λ that it comes to."""
+    tables = changes.get("dispose")
+    for name, change in (tables if isinstance(tables, dict) else {}).items():
+        if not isinstance(change, dict) or "odds" not in change:
+            continue
+        if "lambda" in change:
+            raise ValueError(f"dispose.{name}: odds and lambda say the same; give one of them")
+        factor, variants = change.pop("odds"), _variants(raw)
+        # An integer may be larger than any float, and still below infinity.
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= sys.float_info.max:
+            raise ValueError(
+                f"dispose.{name}.odds: {factor!r:.40} is no factor of the odds of lambda; give a number above 0"
+            )
+        if name not in variants:
+            raise ValueError(f"dispose.{name}.odds: {name} has no unlearning loss" + suggest(name, variants))
+        lam = variants[name].get("lambda", Dispose.model_fields["lam"].default)
+        if type(lam) in (int, float) and 0 <= lam <= 1:  # any other is told when the recipe is validated
+            change["lambda"] = float(f"{factor * lam / (1 - lam + factor * lam):g}")
+            if not 0 < change["lambda"] < 1:
+                found = f"{factor:g} times the odds of lambda = {lam:g} comes to lambda = {change['lambda']:g}"
+                raise ValueError(f"dispose.{name}.odds: {found}; give lambda itself")
+
+
+def parsed(text: str) -> list[Any]:
+    """The values of `a,b,c`: TOML where it is TOML, else plain words."""
+    try:
+        return tomllib.loads(f"x = [{text}]")["x"]
+    except (ValueError, RecursionError):  # not only TOMLDecodeError: a number of 5,000 digits ends otherwise
+        return [word.strip() for word in text.split(",")]
+
+
+def parse_value(text: str) -> list[Any]:
+    """The values of `a,b,c`. Raises RecipeError for tables and dates."""
+    values = parsed(text)
+    plain = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    if "" in values or not all(isinstance(one, bool | int | float | str) for one in plain):
+        raise RecipeError(
+            f"--over ...={one_line(text)}: numbers, words, lists of them can be swept; dates, tables and nothing cannot"
+        )
+    return values
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
+    # One length in two units: whoever sets the one means to replace the other.
+    if ("epochs" in changes) != ("steps" in changes):
+        base.pop("steps" if "epochs" in changes else "epochs", None)
+    # Another kind has other keys: those of the old one go with it.
+    if changes.get("kind", base.get("kind")) != base.get("kind"):
+        base.clear()
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
