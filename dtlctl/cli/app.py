@@ -13,6 +13,7 @@ from dtlctl import __version__
 from dtlctl.cli import many, share
 from dtlctl.cli import run as running
 from dtlctl.cli.bench import bench
+from dtlctl.cli.init import init, schema
 from dtlctl.cli.options import is_main
 from dtlctl.console import stop
 from dtlctl.errors import DtlError
@@ -46,6 +47,7 @@ def _top(
     os.environ["DTLCTL_DEBUG"] = "1" if debug else os.environ.get("DTLCTL_DEBUG", "")
 
 
+app.command()(init)
 app.command()(running.run)
 for name, summary in running.STAGES.items():
     app.command(name, help=summary)(running.stage(name))
@@ -54,6 +56,7 @@ app.command()(share.report)
 app.command()(share.export)
 app.command()(many.sweep)
 app.command()(many.compare)
+app.command()(schema)
 app.command()(bench)
 
 

@@ -73,7 +73,7 @@ def _check_names(raw: Any, override: str) -> None:
     while table:
         ((name, table),) = table.items()
         known = raw if isinstance(raw, dict) else {}
-        place.append(name)
+        place.append(name if re.fullmatch(r"[\w-]+", name) else json.dumps(name, ensure_ascii=False))
         if table and get_origin(kind) is dict and name not in known:
             path = ".".join(place)
             raise ValueError(

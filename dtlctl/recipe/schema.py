@@ -150,6 +150,22 @@ class Recipe(Strict):
         return self.model_dump(mode="json", by_alias=True)
 
 
+def json_schema() -> dict[str, Any]:
+    """What an editor needs to complete, explain and check a recipe: a JSON schema, draft 2020-12.
+
+    Whatever `loading` accepts is valid by it. What only two keys together can break is left to `loading`.
+    """
+    schema = Recipe.model_json_schema(by_alias=True)
+    tables = schema["$defs"]
+    like = {"description": "Copy this table; the other keys change the copy.", "enum": ["source", "target"]}
+    keys = {"like": like, **tables["Dataset"]["properties"]}
+    either = [{"required": ["path"]}, {"required": ["like"]}]
+    rest = {key: value for key, value in tables["Dataset"].items() if key != "required"}
+    tables["PiggybackDataset"] = {**rest, "properties": keys, "anyOf": either}
+    tables["Data"]["properties"]["piggyback"]["additionalProperties"] = {"$ref": "#/$defs/PiggybackDataset"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
 def fields(model: Any) -> dict[str, Any]:
     """The types of a model's keys."""
     return {field.alias or name: _bare(field.annotation) for name, field in getattr(model, "model_fields", {}).items()}

@@ -194,7 +194,7 @@ MISTAKES = {
     "piggyback.models=scratch,TL": 'piggyback.models: it takes a list, as in models = ["scratch", "TL"]',
     "audit.attacks=loss": 'audit.attacks: it takes a list, as in attacks = ["loss"]',
     "dispose.gx.steps=5": "dispose.gx: no such table; did you mean 'gc'? (valid: gc, rand); a new one is written into",
-    'dispose."g.x".unlearn.kind=uniform': "dispose.g.x: no such table",
+    'dispose."g.x".unlearn.kind=uniform': 'dispose."g.x": no such table',
     "data.piggyback.agian.fraction=0.1": "data.piggyback.agian: no such table; did you mean 'again'?",
     "dispose={gc={odds=2, lambda=0.3}}": "dispose.gc: odds and lambda say the same; give one of them",
     "dispose.gc.odds=1e9": "dispose.gc.odds: 1e+09 times the odds of lambda = 0.1 comes to lambda = 1; give lambda",
