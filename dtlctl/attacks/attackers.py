@@ -6,18 +6,20 @@ one is a class here and its name in `Attacker`. How an attacker is tuned on data
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Literal
+from collections.abc import Iterable, Sequence
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dtlctl.attacks.features import EMBEDDING
 from dtlctl.attacks.tuning import Setting
 from dtlctl.errors import RecipeError
 from dtlctl.model.networks import Classifier, renew
 from dtlctl.strict import Algorithm
 
+Images = Iterable[Tensor]
 Rate = Annotated[float, Field(gt=0, le=100)]
 
 
@@ -26,8 +28,15 @@ class _Attacker(Algorithm):
     datasets: list[str] | None = Field(None, min_length=1)
     """The piggyback datasets to attack; without it all."""
 
-    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
-        """Change `model` in place before it trains. fresh: a new one of its kind; images: parts [n, 3, S, S]."""
+    def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
+        """Change `model` in place before it trains.
+
+        fresh: a new one of its kind; images: parts [n, 3, S, S]; amount: one of `amounts()`.
+        """
+
+    def amounts(self) -> Sequence[float | None]:
+        """How much `prepare` may do, to be tuned; None where that is no question."""
+        return (None,)
 
 
 class _Trained(_Attacker):
@@ -44,8 +53,8 @@ class _Trained(_Attacker):
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises; then it falls to zero along a cosine."""
 
-    def grid(self) -> list[Setting]:
-        return [Setting(self.kind, self.optimizer, rate) for rate in self.lr]
+    def grid(self, stages: Sequence[str] = ()) -> list[Setting]:
+        return [Setting(self.kind, self.optimizer, rate, None, much) for much in self.amounts() for rate in self.lr]
 
 
 class Full(_Trained):
@@ -55,16 +64,22 @@ class Full(_Trained):
 
 
 class LastBlock(_Trained):
-    """The last stage of the backbone starts anew, then all weights are trained: deep features may be the trap."""
+    """Some last stages of the backbone are drawn anew, then all weights are trained: deep features may be the trap."""
 
+    revision: ClassVar[int] = 2
     kind: Literal["last-block"] = "last-block"
+    stages: list[Annotated[int, Field(ge=1)]] = Field([1, 2], min_length=1)
+    """How many of the last stages are drawn anew: numbers to try."""
 
-    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
-        renew(model.backbone, fresh.backbone, 1)
+    def amounts(self) -> Sequence[float | None]:
+        return self.stages
+
+    def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
+        renew(model.backbone, fresh.backbone, int(amount or 0))
 
 
 class _Renormalised(_Attacker):
-    def prepare(self, model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
+    def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
         renormalise(model, fresh, images)
 
 
@@ -83,11 +98,16 @@ class Frozen(_Attacker):
     Features are computed once, in eval mode, without augmentation, and standardised with the training images' moments.
     """
 
+    revision: ClassVar[int] = 2
+    stage: Literal["any", "embedding"] = "any"
+    """`any`: the mean of each stage's maps, or the embedding, whichever is best; `embedding`: it alone."""
     C: list[Rate] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
     """Inverse strengths of the L2 term to try."""
 
-    def grid(self) -> list[Setting]:
-        return [Setting(self.kind, "logistic", C) for C in self.C]
+    def grid(self, stages: Sequence[str] = (EMBEDDING,)) -> list[Setting]:
+        """stages: names of the features that the network has."""
+        seen = stages if self.stage == "any" else (EMBEDDING,)
+        return [Setting(self.kind, "logistic", C, name, n) for n in self.amounts() for name in seen for C in self.C]
 
 
 class Probe(Frozen):

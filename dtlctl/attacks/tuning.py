@@ -30,6 +30,10 @@ class Setting(NamedTuple):
     """sgd, adam, or logistic for a probe"""
     rate: float
     """learning rate; for a probe C, the inverse strength of its L2 term"""
+    stage: str | None = None
+    """whose features a probe sees: a stage's name, or embedding; None for those who train through the network"""
+    amount: float | None = None
+    """of what is done to the model beforehand, if that is tuned: stages drawn anew"""
 
 
 class Evaluation(NamedTuple):

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import SwinTransformer
 
+from dtlctl.attacks.features import pooled
 from dtlctl.attacks.membership import Guess, Known
 from dtlctl.attacks.signals import Observation
 from dtlctl.model import networks
@@ -32,12 +32,12 @@ def observe(view: Observation) -> dict[str, Tensor]:
     these in batches, since all of it would not fit into memory.
     """
     model, backbone = view.module, getattr(view.module, "backbone", view.module)
-    stages, channels_last = _stages(backbone), isinstance(backbone, SwinTransformer)
+    stages = _stages(backbone)
     last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1:]
     seen: list[dict[str, Tensor]] = []
     means: list[Tensor] = []
     embeddings: list[tuple[Tensor, Tensor]] = []
-    hooks = [s.register_forward_hook(lambda _, __, out: means.append(_mean(out, channels_last))) for s in stages]
+    hooks = [s.register_forward_hook(lambda _, __, out: means.append(pooled(out, backbone))) for s in stages]
     hooks += [s.register_forward_hook(lambda _, inputs, out: embeddings.append((inputs[0], out))) for s in last]
     try:
         for x, y in view.batches:
@@ -133,13 +133,6 @@ def _at(inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
 def _answer(network: Network, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
     network.eval()
     return torch.cat([network(_at(inputs, part)) for part in rows.split(256)])
-
-
-def _mean(output: Tensor, channels_last: bool) -> Tensor:
-    """[B, C] of [B, C, H, W], with `channels_last` of [B, H, W, C], or of tokens [B, T, C]."""
-    if output.ndim == 4:
-        return output.mean((1, 2) if channels_last else (2, 3))
-    return output.mean(1) if output.ndim == 3 else output
 
 
 def _stages(backbone: nn.Module) -> list[nn.Module]:

@@ -44,9 +44,9 @@ def _of_variants(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _of_attackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, reason) of every attacker who cannot prepare this network."""
     for number, attacker in enumerate(recipe.piggyback.attackers):
-        lacking = ""
-        if attacker.kind == "last-block" and not networks.stages(_backbone(recipe.model)):
-            lacking = "a known last stage"
+        lacking, deepest = "", max(getattr(attacker, "stages", [0]))
+        if deepest and deepest > len(networks.stages(_backbone(recipe.model))):
+            lacking = f"{deepest} known stages"
         if "renorm" in attacker.kind and not any(map(_is_batch_norm, _backbone(recipe.model).modules())):
             lacking = "batch normalisation"
         if lacking:

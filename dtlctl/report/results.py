@@ -80,6 +80,9 @@ def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
                         row.setdefault(kind, {})[name] = float(metrics[metric])
                 if metrics.get("chosen") and job.settings.choose_on == "own":
                     row.setdefault("held_out", {})[name] = fmean(one["val"] for one in metrics["chosen"])
+                if metrics.get("chosen"):
+                    who = [[one["kind"], one["stage"]] for one in metrics["chosen"]]
+                    row.setdefault("tuned_by", {})[name] = [" at ".join(filter(None, one)) for one in who]
                 looks = [[look["step"], look["acc_pl"]] for look in sidecar["history"] if "acc_pl" in look]
                 row.setdefault("curves", {})[name] = looks
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,9 +102,14 @@ def _differences(document: dict[str, Any], sets: list[str]) -> Table:
 def _tuned(document: dict[str, Any]) -> Table:
     """Every attack on the datasets with tuned attackers, and what they recover."""
     sets = list(dict.fromkeys(name for row in document["rows"] for name in row.get("piggyback_worst", {})))
-    kinds = ("one setting", "tuned", "best of all", "recovered")
+    kinds = ("one setting", "tuned", "best of all", "recovered", "tuned by")
     lines = [
-        [row["model"]] + [c for s in sets for c in (*(attacked(row, kind, s) for kind in ATTACKS), _recovered(row, s))]
+        [row["model"]]
+        + [
+            cell
+            for s in sets
+            for cell in (*(attacked(row, kind, s) for kind in ATTACKS), _recovered(row, s), _tuned_by(row, s))
+        ]
         for row in document["rows"]
     ]
     note = (
@@ -120,6 +126,11 @@ def _recovered(row: Row, name: str) -> str:
     if share is None:
         return "–"
     return f"{share['share']:.0%}" + (f" [{share['low']:.0%}, {share['high']:.0%}]" if share["low"] is not None else "")
+
+
+def _tuned_by(row: Row, name: str) -> str:
+    """The chosen kinds, most frequent first: "probe at layer1"."""
+    return ", ".join(who for who, _ in Counter(row.get("tuned_by", {}).get(name, [])).most_common()) or "–"
 
 
 def number(row: Row, name: str, form: str = ".1f") -> str:

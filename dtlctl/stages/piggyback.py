@@ -50,14 +50,18 @@ def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: fl
     trials: list[Trial] = []
     finals: list[list[Final]] = []
     kinds = dict.fromkeys(attacker.kind for attacker in job.settings.attackers)
-    total = job.settings.attack_seeds * sum(len(attacker.grid()) for attacker in job.settings.attackers)
+    total = 1
+
+    def done(count: int) -> None:
+        bar.at(len(trials) + count, total)
+
     with experiment.processes.progress(f"{job.title}: attackers", total) as bar:
         for seed in range(job.settings.attack_seeds):
             repetition = Repetition(experiment, job, seed)
-            grid = [(attacker, setting) for attacker in job.settings.attackers for setting in attacker.grid()]
+            grid, total = repetition.grid, job.settings.attack_seeds * len(repetition.grid)
             tasks = [partial(repetition.attempt, *point) for point in grid]
             trying = parts.each(f"trial-{seed}", Trial, tasks, repetition.stop.is_set)
-            tried = share_out(repetition, trying, lambda count: bar.at(len(trials) + count, total))
+            tried = share_out(repetition, trying, done)
             best = [tuning.choose([t for t in tried if t.setting.kind == kind]) for kind in kinds]
             makers = [(grid[tried.index(trial)][0], trial) for trial in best if trial]
             finishing = [partial(repetition.finish, *pair) for pair in makers]

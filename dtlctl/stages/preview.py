@@ -285,6 +285,6 @@ def _cost(job: Job[Any], steps: int, images: int, clock: Clock) -> Seconds:
         unlearning, repair = clock.image(job.model).times(1 - settings.repair), clock.image().times(settings.repair)
         return Seconds(*(sum(ends) for ends in zip(unlearning, repair, strict=True))).times(seen)
     if job.stage == "piggyback":
-        trained = [(a, len(a.lr) + 1) for a in settings.attackers if not isinstance(a, Frozen)]
+        trained = [(a, len(a.grid()) + 1) for a in settings.attackers if not isinstance(a, Frozen)]
         seen += settings.attack_seeds * sum(count * a.steps * min(a.batch_size, images) for a, count in trained)
     return clock.image().times(seen)

@@ -13,7 +13,7 @@ import torch
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
-from dtlctl.attacks import tuning
+from dtlctl.attacks import features, tuning
 from dtlctl.attacks.attackers import Attacker, Frozen
 from dtlctl.attacks.logistic import Logistic
 from dtlctl.attacks.tuning import Setting, Trial
@@ -26,8 +26,8 @@ from dtlctl.run.experiment import Experiment
 
 Result = TypeVar("Result")
 HEAD = "piggyback"
-Features = dict[Split, tuple[np.ndarray, np.ndarray]]
-"""Features [N, F] and labels [N] of the images of a split."""
+Features = dict[Split, tuple[dict[str, np.ndarray], np.ndarray]]
+"""Of the images of a split: features [N, F] by stage, and labels [N]."""
 
 
 def start(experiment: Experiment, job: Job[Piggyback], head: str, *, alone: bool = False) -> Classifier:
@@ -61,18 +61,21 @@ class Repetition:
         self.model = start(experiment, job, f"{self.tag}/head", alone=True).through(HEAD)
         self.fresh = experiment.trainer.new_model({}, f"{self.tag}/fresh", global_batch_norm=False)
         self.stop = threading.Event()
-        frozen = {a.kind: a for a in job.settings.attackers if isinstance(a, Frozen)}
-        self.features: dict[str, Features] = {kind: self._features(attacker) for kind, attacker in frozen.items()}
+        self.features: dict[Any, Features] = {}
+        read = [self.seen(a, n) for a in job.settings.attackers if isinstance(a, Frozen) for n in a.amounts()]
+        stages = features.distinct(read[0]["train"][0]) if read else []
+        self.grid = [(one, setting) for one in job.settings.attackers for setting in one.grid(stages)]
+        """Every attacker with every setting that he tries."""
 
     def attempt(self, attacker: Attacker, setting: Setting) -> Trial:
         """Train on the training part and look at the held-out part."""
         if isinstance(attacker, Frozen):
-            (x, y), (other, answers) = self._known(attacker, "train", self.train), self._known(attacker, *self.held)
+            (x, y), (other, answers) = (self._known(attacker, setting, *p) for p in (("train", self.train), self.held))
             if not (np.isfinite(x).all() and np.isfinite(other).all()):
                 return Trial(setting, self.seed, [])
             found = tuning.evaluate_probe(Logistic(x, y, setting.rate), other, answers)
             return Trial(setting, self.seed, [found])
-        model, (split, held) = self._prepared(attacker, self.train), self.held
+        model, (split, held) = self._prepared(attacker, self.train, setting.amount), self.held
         rows = self.own[held] if split == "train" else held
         evaluations = tuning.train(
             model, self._batches(self.train, attacker.batch_size), setting, steps=attacker.steps,
@@ -83,13 +86,14 @@ class Repetition:
 
     def finish(self, attacker: Attacker, trial: Trial) -> Final:
         """The trial's setting and length once more, on all of the attacker's images."""
-        everything = np.arange(len(self.own))
+        everything, setting = np.arange(len(self.own)), trial.setting
         if isinstance(attacker, Frozen):
-            (x, y), test = self._known(attacker, "train", everything), self._known(attacker, "test", self.judges)
-            return Final(trial, tuning.evaluate_probe(Logistic(x, y, trial.setting.rate), *test).accuracy)
-        model = self._prepared(attacker, everything)
+            parts: Any = ("train", everything), ("test", self.judges)
+            (x, y), test = (self._known(attacker, setting, *part) for part in parts)
+            return Final(trial, tuning.evaluate_probe(Logistic(x, y, setting.rate), *test).accuracy)
+        model = self._prepared(attacker, everything, setting.amount)
         tuning.train(
-            model, self._batches(everything, attacker.batch_size), trial.setting,
+            model, self._batches(everything, attacker.batch_size), setting,
             steps=attacker.steps, warmup=attacker.warmup, until=trial.best and trial.best.step,
             stopped=self.stop.is_set,
         )  # fmt: skip
@@ -104,14 +108,33 @@ class Repetition:
         train, held = tuning.hold_out(self.labels[self.own], self.job.settings.held_out, seed)
         return train, ("train", held), np.arange(len(test))
 
-    def _known(self, attacker: Frozen, split: Split, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        x, y = self.features[attacker.kind][split]
-        return x[places], y[places]
+    def seen(self, attacker: Frozen, amount: float | None = None) -> Features:
+        """What such an attacker sees of his own images, and of the test split: read once for all who see the same."""
+        preparation = type(attacker).prepare, amount
+        if preparation not in self.features:
+            model = self._prepared(attacker, np.arange(len(self.own)), amount).eval()
+            splits: tuple[tuple[Split, np.ndarray | None], ...] = ("train", self.own), ("test", None)
+            self.features[preparation] = {split: self._read(model, split, rows) for split, rows in splits}
+        return self.features[preparation]
 
-    def _prepared(self, attacker: Attacker, rows: np.ndarray) -> Classifier:
+    def _read(
+        self, model: Classifier, split: Split, rows: np.ndarray | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        labels = self.experiment.data.images(self.job.dataset, split).labels
+        found = features.read(model, (batch.x for batch in self._whole(split, rows)))
+        return found, labels if rows is None else labels[rows]
+
+    def _known(
+        self, attacker: Frozen, setting: Setting, split: Split, places: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        by_stage, y = self.seen(attacker, setting.amount)[split]
+        return by_stage[setting.stage or features.EMBEDDING][places].astype(np.float64), y[places]
+
+    def _prepared(self, attacker: Attacker | Frozen, rows: np.ndarray, amount: float | None) -> Classifier:
         model = copy.deepcopy(self.model)
         size = -(-len(rows) // max(1, len(rows) // 256))  # parts of about equal size
-        attacker.prepare(model, self.fresh, (batch.x for batch in self._whole("train", self.own[rows], size)))
+        images = (batch.x for batch in self._whole("train", self.own[rows], size))
+        attacker.prepare(model, self.fresh, images, amount)
         return model
 
     def _batches(self, places: np.ndarray, size: int) -> Batches:
@@ -121,17 +144,6 @@ class Repetition:
         """All of a split, or of these rows, on this process: trials are shared out, batches are not."""
         images, device = self.experiment.data.images(self.job.dataset, split), self.experiment.engine.device
         return evaluation_batches(images.pixels, images.labels, rows, device=device, batch_size=size)
-
-    @torch.no_grad()
-    def _features(self, attacker: Attacker) -> Features:
-        """Of the attacker's own images and of the test split, computed once."""
-        model = self._prepared(attacker, np.arange(len(self.own))).eval()
-        found: Features = {}
-        parts: dict[Split, Iterator[Batch]] = {"train": self._whole("train", self.own), "test": self._whole("test")}
-        for split, part in parts.items():
-            pairs = [(model.embed(batch.x).double().cpu().numpy(), batch.y.cpu().numpy()) for batch in part]
-            found[split] = np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs])
-        return found
 
 
 def share_out(

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dtlctl.attacks import tuning
-from dtlctl.attacks.attackers import Full, LastBlock, Probe, Renorm, RenormProbe
+from dtlctl.attacks.attackers import Full, LastBlock, Renorm
 from dtlctl.attacks.logistic import Logistic
 from dtlctl.attacks.tuning import Evaluation, Setting, Trial
 from dtlctl.errors import DataError, RecipeError
@@ -23,7 +23,7 @@ from dtlctl.model import networks
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.plan import jobs
 from dtlctl.run.experiment import Experiment
-from dtlctl.stages import piggyback
+from dtlctl.stages import piggyback, trials
 from dtlctl.stages.runner import run
 from dtlctl.stages.trials import Final, Repetition
 from dtlctl.storage.parts import Parts
@@ -82,17 +82,18 @@ def test_the_choice_is_the_best_on_held_out_images():
     assert Trial(Setting("full", "sgd", 0.1), 0, looks).best == looks[1]
 
 
-def test_full_changes_nothing_and_last_block_only_the_last_stage():
+def test_full_changes_nothing_and_last_block_only_the_last_stages():
     old, new = pair()
     before = copy.deepcopy(old.state_dict())
     Full().prepare(old, new, [torch.rand(5, 3, 16, 16)])
     assert all(torch.equal(before[k], v) for k, v in old.state_dict().items())
-    LastBlock().prepare(old, new, [torch.rand(5, 3, 16, 16)])
     fresh = new.state_dict()
-    changed = {k for k, v in old.state_dict().items() if not torch.equal(before[k], v)}
-    assert changed
-    assert all(k.startswith("backbone.stages.2.") and torch.equal(old.state_dict()[k], fresh[k]) for k in changed)
-    assert {k for k in before if k.startswith("backbone.stages.2.conv")} <= changed
+    for amount, anew in ((1, ("backbone.stages.2.",)), (2, ("backbone.stages.1.", "backbone.stages.2."))):
+        LastBlock().prepare(old, new, [torch.rand(5, 3, 16, 16)], amount)
+        changed = {k for k, v in old.state_dict().items() if not torch.equal(before[k], v)}
+        assert all(k.startswith(anew) and torch.equal(old.state_dict()[k], fresh[k]) for k in changed)
+        assert {k for k in before if k.startswith(tuple(f"{path}conv" for path in anew))} <= changed
+    assert [s.amount for s in LastBlock(stages=[1, 3], lr=[0.1, 1.0]).grid()] == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("arch", ["resnet10", "resnet50", "vgg11", "mobilenet_v2", "densenet121", "vit_b_32"])
@@ -106,7 +107,7 @@ def test_the_last_stage_of_torchvision_models_is_found(arch: str):
 def test_last_block_refuses_a_network_whose_stages_are_not_known():
     unknown = networks.Classifier(torch.nn.Sequential(torch.nn.Flatten()), 3, {"a": 2})
     with pytest.raises(ValueError, match="1 of the last stages of Sequential, but 0 are known"):
-        LastBlock().prepare(unknown, unknown, [torch.rand(5, 3, 1, 1)])
+        LastBlock().prepare(unknown, unknown, [torch.rand(5, 3, 1, 1)], 1)
 
 
 def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():
@@ -137,35 +138,66 @@ def test_features_that_are_not_finite_make_a_failed_trial_and_wrong_answers(reci
     repetition, (probe,) = Repetition(experiment, job, 0), job.settings.attackers
     setting = probe.grid()[0]
     trial = repetition.attempt(probe, setting)
-    before, (features, _) = repetition.finish(probe, trial).acc_pl, repetition.features["probe"]["test"]
+    before, (features, _) = repetition.finish(probe, trial).acc_pl, repetition.seen(probe)["test"]
+    features = features["embedding"]
     features[: len(features) // 2] = np.nan
     assert 0 < repetition.finish(probe, trial).acc_pl < before
     features[:] = np.inf
     assert repetition.finish(probe, trial).acc_pl == 0
-    repetition.features["probe"]["train"][0][repetition.held[1][0]] = np.inf
+    repetition.seen(probe)["train"][0]["embedding"][repetition.held[1][0]] = np.inf
     failed = repetition.attempt(probe, setting)
     assert failed.evaluations == [] and tuning.choose([failed, trial]) is trial
 
 
 def test_a_renorm_probe_sees_through_running_statistics(recipe_file: Path):
     """Running means of 10,000 silence every unit for the probe; with the images' own statistics nothing has changed."""
+
+    def own(features: Any) -> np.ndarray:
+        return features["train"][0]["embedding"]
+
     change = 'piggyback.attackers=[{kind="probe"}, {kind="renorm-probe"}]'
     experiment = Experiment(load(recipe_file, [change]), recipe_file.parent, quiet=True)
     (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
-    repetition = Repetition(experiment, job, 0)
+    repetition, (probe, renorm_probe) = Repetition(experiment, job, 0), job.settings.attackers
+    first = [own(repetition.seen(attacker)) for attacker in (probe, renorm_probe)]
+    repetition.features.clear()
     for module in repetition.model.modules():
         if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.fill_(1e4)
 
-    def own(features: Any) -> np.ndarray:
-        x, _ = features["train"]
-        return x
-
-    plain, renormalised = (own(repetition._features(attacker)) for attacker in (Probe(), RenormProbe()))
-    assert own(repetition.features["probe"]).std(0).max() > 0.01
+    plain, renormalised = (own(repetition.seen(attacker)) for attacker in (probe, renorm_probe))
+    assert first[0].std(0).max() > 0.01
     assert plain.std(0).max() < 1e-6
-    assert np.allclose(renormalised, own(repetition.features["renorm-probe"]), atol=1e-5)
+    assert np.allclose(renormalised, first[1], atol=1e-5)
     assert renormalised.std(0).max() > 0.01
+
+
+def test_what_a_late_stage_hides_an_early_one_gives_away(recipe_file: Path):
+    """Late stages of zeros leave nothing in the embedding: one answer for all ten digits. The first stage is whole."""
+    table = '[{kind="probe"}, {kind="probe", stage="embedding"}]'
+    changes = ("model.width=16", "data.piggyback.again.fraction=0.3", f"piggyback.attackers={table}")
+    experiment = Experiment(load(recipe_file, list(changes)), recipe_file.parent, quiet=True)
+    (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
+    start = trials.start
+
+    def destroyed(*arguments: Any, **options: Any) -> networks.Classifier:
+        model = start(*arguments, **options)
+        for tensor in (t for s in networks.stages(model.backbone)[1:] for b in s.modules for t in b.parameters()):
+            tensor.data.zero_()
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "start", destroyed)
+        repetition = Repetition(experiment, job, 0)
+    found = []
+    for attacker in job.settings.attackers:
+        tried = [repetition.attempt(*point) for point in repetition.grid if point[0] is attacker]
+        best = tuning.choose(tried)
+        assert best
+        found.append((best.setting.stage, repetition.finish(attacker, best).acc_pl))
+    (stage, accuracy), (last, hidden) = found
+    assert (stage, last) == ("stage1", "embedding")
+    assert accuracy > 40 and hidden < 12
 
 
 def test_training_keeps_the_best_look_and_survives_divergence():
@@ -196,7 +228,7 @@ def test_a_linear_probe_separates_what_is_separable():
 
 
 def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file: Path):
-    """2 + 1 settings of full, 2 of probe, 1 each of the 3 others, by 2 seeds: 16 trials, and 5 finals a seed."""
+    """2 + 1 settings of full, 2 of probe on 3 stages, 2 of last-block, 1 of renorm, 3 of renorm-probe: 15 a seed."""
     documents = []
     for name, threads in (("one", 1), ("two", 2)):
         experiment = Experiment(
@@ -212,7 +244,10 @@ def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file:
         {k: v for k, v in d.items() if k not in ("trials_per_minute", "attack_seconds")} for d in documents
     )
     assert metrics == other
-    assert len(metrics["trials"]) == 16
+    assert len(metrics["trials"]) == 30
+    stages = {t["stage"] for t in metrics["trials"] if t["kind"] == "probe"}
+    assert stages == {"stage1", "stage2", "embedding"}  # the third stage's mean is the embedding
+    assert {t["amount"] for t in metrics["trials"] if t["kind"] == "last-block"} == {1, 2}
     kinds = ["full", "probe", "last-block", "renorm", "renorm-probe"]
     assert [final["kind"] for final in metrics["attackers"]] == kinds * 2
     for seed in (0, 1):
@@ -249,12 +284,12 @@ def test_who_is_trained_on_is_not_looked_at_and_nobody_sees_the_test_split(
 
 def test_a_probe_is_fitted_to_the_training_part_and_judged_by_the_held_out(recipe_file: Path):
     """C = 100 knows its 20 images by heart, and not the 10 held-out ones; then it is fitted to all 30."""
-    experiment = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="probe", C=[100.0]}]']), recipe_file.parent,
-                     quiet=True)  # fmt: skip
+    change = 'piggyback.attackers=[{kind="probe", stage="embedding", C=[100.0]}]'
+    experiment = Experiment(load(recipe_file, [change]), recipe_file.parent, quiet=True)
     (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
     repetition, (attacker,) = Repetition(experiment, job, 0), job.settings.attackers
     trial = repetition.attempt(attacker, attacker.grid()[0])
-    (x, y), test = repetition.features["probe"]["train"], repetition.features["probe"]["test"]
+    (x, y), test = ((read["embedding"].astype(float), labels) for read, labels in repetition.seen(attacker).values())
     train, (split, held) = repetition.train, repetition.held
     assert (split, len(train), len(held), len(test[1])) == (
         "train",
@@ -271,7 +306,7 @@ def test_a_probe_is_fitted_to_the_training_part_and_judged_by_the_held_out(recip
 
 def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     """All 30 own images train; of the test split, the same number of every class chooses, and the rest judges."""
-    table = '[{kind="probe", C=[100.0]}, {kind="full", lr=[0.1], steps=20}]'
+    table = '[{kind="probe", stage="embedding", C=[100.0]}, {kind="full", lr=[0.1], steps=20}]'
     experiment = Experiment(load(recipe_file, ['piggyback.choose_on="test"', f"piggyback.attackers={table}"]),
                      recipe_file.parent, quiet=True)  # fmt: skip
     (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
@@ -284,7 +319,7 @@ def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monke
     assert split == "test" and list(repetition.train) == list(range(30))
     assert sorted([*held, *repetition.judges]) == list(range(len(labels)))
     assert set(np.bincount(labels[held])) == {min(np.bincount(labels)) // 2}
-    (x, y), (tests, answers) = repetition.features["probe"]["train"], repetition.features["probe"]["test"]
+    (x, y), (tests, answers) = ((read["embedding"].astype(float), y) for read, y in repetition.seen(probe).values())
     fitted = Logistic(x, y, 100.0)
     trial = repetition.attempt(probe, probe.grid()[0])
     assert trial.best == tuning.evaluate_probe(fitted, tests[held], answers[held])
@@ -319,6 +354,7 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
 
         def __init__(self, experiment: Experiment, *_: object):
             self.experiment = experiment
+            self.grid = [(one, setting) for one in job.settings.attackers for setting in one.grid()]
 
         def attempt(self, attacker: Any, setting: Setting) -> Trial:
             return Trial(setting, 0, [Evaluation(1, held_out[setting.kind], 1.0)])

@@ -142,7 +142,7 @@ def test_every_cell_is_what_its_sidecar_says(recipe_file: Path):
             ["rand", "+35.4", "-0.5", "–", "–"],
         ],
         [
-            ["Model", "again one setting", "again tuned", "again best of all", "again recovered"],
+            ["Model", "again one setting", "again tuned", "again best of all", "again recovered", "again tuned by"],
             ["scratch", "2.4", "9.1", "10.0", "–"],
             ["TGT", "–", "–", "–", "–"],
             ["pre", "–", "–", "–", "–"],
@@ -362,10 +362,11 @@ SEEDS = ([40.0, 30.0, 35.0], [10.0, 10.0, 10.0], [70.0, 80.0, 90.0])
 TUNED = ('piggyback.attackers=[{kind="full"}]',)
 
 
-def attack(folder: Path, model: str, single: float, worst: float) -> None:
+def attack(folder: Path, model: str, single: float, worst: float, who: tuple[str, str | None] = ("full", None)) -> None:
     path = folder / f"piggyback/{model}/again.json"
     document = json.loads(path.read_text())
     document["metrics"] = {"acc_pl": single, "acc_pl_worst": worst, "acc_pl_max": worst + 5}
+    document["metrics"]["chosen"] = [{"kind": who[0], "stage": who[1], "val": worst}]
     document["history"] = [
         {"step": 10, "loss": 1.0},
         {"step": 20, "acc_pl": single / 2},
@@ -411,7 +412,7 @@ def test_tuned_attackers_have_a_table_of_their_own(recipe_file: Path):
     for seed, accuracies in enumerate(zip(*SEEDS, strict=True)):
         runs.append(fake_run(recipe_file, f"t{seed}", seed, 70.0, *TUNED))
         for model, single, worst in zip(("gc", "scratch", "TL"), (20.0, 5.0, 60.0), accuracies, strict=True):
-            attack(runs[-1], model, single, worst)
+            attack(runs[-1], model, single, worst, ("probe", "layer1") if model == "gc" and seed else ("full", None))
     table = summary.summarise(runs)
     gc_row = rows(table)["gc"]
     assert gc_row["piggyback_worst"] == {"again": 35.0}
@@ -420,10 +421,10 @@ def test_tuned_attackers_have_a_table_of_their_own(recipe_file: Path):
     assert gc_row["recovered"]["again"]["share"] == pytest.approx(15 / 55)
     assert gc_row["curves"]["again"] == [[20, 10.0], [30, 20.0]]
     heading, *lines = cells(tables.of_report(table)[-1])
-    assert heading[-1] == "again recovered"
+    assert heading[-2:] == ["again recovered", "again tuned by"]
     assert {line[0]: line[1:] for line in lines if line[0] in ("gc", "scratch")} == {
-        "gc": ["20.0 ± 0.0", "35.0 ± 12.4", "40.0 ± 12.4", "36% [9%, 62%]"],
-        "scratch": ["5.0 ± 0.0", "10.0 ± 0.0", "15.0 ± 0.0", "–"],
+        "gc": ["20.0 ± 0.0", "35.0 ± 12.4", "40.0 ± 12.4", "36% [9%, 62%]", "probe at layer1, full"],
+        "scratch": ["5.0 ± 0.0", "10.0 ± 0.0", "15.0 ± 0.0", "–", "full"],
     }
     assert "Under tuned attackers" in tables.markdown(table)
     assert "Under tuned attackers" not in tables.markdown(summary.summarise([fake_run(recipe_file, "p", 0, 70.0)]))
@@ -439,7 +440,7 @@ def test_a_dataset_without_tuned_attackers_has_no_columns_of_theirs(recipe_file:
     assert second.columns[3:] == ["PL again vs TL", "PL more vs TL", "tuned again vs TL"]
     assert tuned.columns == [
         "Model",
-        *(f"again {kind}" for kind in ("one setting", "tuned", "best of all", "recovered")),
+        *(f"again {kind}" for kind in ("one setting", "tuned", "best of all", "recovered", "tuned by")),
     ]
     drawn = figures.of_table(summary.summarise([run]))
     assert drawn["tradeoff-again"][0].axes[0].get_xlabel() == "Acc_pl again of the tuned attacker (%)"
