@@ -28,8 +28,8 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     accuracies in %, means over seeds; with several seeds each number x has x_ci, the half width of its 95 % t
     interval. A number that was not measured is left out. vs_TL and vs_TGT are rows of differences, taken seed by seed,
     so that their intervals are those of the difference. Under tuned attackers a row also has piggyback_worst and
-    piggyback_max, and tuned_by, the chosen kinds and their stages; recovered and recovered_worst are shares of what TL gives away (see `recovered`), for models that
-    saw the source; curves holds [[steps of the attack, %], ...] by dataset. audits_sha256 stands for all that audit.md
+    piggyback_max, and tuned_by, the chosen kinds and their stages; recovered and recovered_worst are shares of what
+    TL gives away (see `recovered`), for models that saw the source; curves holds [[steps of the attack, %], ...] by dataset. audits_sha256 stands for all that audit.md
     shows besides; caveats are sentences. Raises CheckpointError for what is no run or no sidecar, RecipeError for
     recipes that differ in more.
     """
@@ -52,7 +52,8 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
             curves = {s: [one["curves"].get(s, []) for one in own] for s in row["piggyback"]}
             row["curves"] = {s: _mean_curve(each) for s, each in curves.items()}
         if "tuned_by" in own[0]:
-            row["tuned_by"] = {s: sum((one["tuned_by"].get(s, []) for one in own), []) for s in own[0]["tuned_by"]}
+            sets = own[0]["tuned_by"]
+            row["tuned_by"] = {s: [who for one in own for who in one.get("tuned_by", {}).get(s, [])] for s in sets}
         for reference in [name for name in ("TGT", "TL") if name in by_seed]:
             pairs = zip(numbers[model], numbers[reference], strict=True)
             row[f"vs_{reference}"] = _average(model, [_less(*pair) for pair in pairs])
