@@ -29,9 +29,9 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     interval. A number that was not measured is left out. vs_TL and vs_TGT are rows of differences, taken seed by seed,
     so that their intervals are those of the difference. Under tuned attackers a row also has piggyback_worst and
     piggyback_max, and tuned_by, the chosen kinds and their stages; recovered and recovered_worst are shares of what
-    TL gives away (see `recovered`), for models that saw the source; curves holds [[steps of the attack, %], ...] by dataset. audits_sha256 stands for all that audit.md
-    shows besides; caveats are sentences. Raises CheckpointError for what is no run or no sidecar, RecipeError for
-    recipes that differ in more.
+    TL gives away (see `recovered`), for models that saw the source; curves holds [[steps of the attack, %], ...] by
+    dataset. audits_sha256 stands for all that audit.md shows besides; caveats are sentences. Raises CheckpointError for
+    what is no run or no sidecar, RecipeError for recipes that differ in more.
     """
     recipes = [recipe_of(run) for run in runs]
     plain = [{**r.resolved(), "seed": 0, "name": "", "checkpoint_minutes": 0} for r in recipes]
