@@ -81,8 +81,8 @@ def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
                 if metrics.get("chosen") and job.settings.choose_on == "own":
                     row.setdefault("held_out", {})[name] = fmean(one["val"] for one in metrics["chosen"])
                 if metrics.get("chosen"):
-                    who = [[one["kind"], one["stage"]] for one in metrics["chosen"]]
-                    row.setdefault("tuned_by", {})[name] = [" at ".join(filter(None, one)) for one in who]
+                    who = [" at ".join(filter(None, map(one.get, ("kind", "stage")))) for one in metrics["chosen"]]
+                    row.setdefault("tuned_by", {})[name] = who
                 looks = [[look["step"], look["acc_pl"]] for look in sidecar["history"] if "acc_pl" in look]
                 row.setdefault("curves", {})[name] = looks
             else:

@@ -25,7 +25,7 @@ from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import Engine
 
 ATTACKERS = (
-    'piggyback.attackers=[{kind="full", lr=[0.01, 0.1], steps=4}, {kind="probe", C=[0.1, 1.0]}]',
+    'piggyback.attackers=[{kind="full", lr=[0.01, 0.1], steps=4}, {kind="probe", stage="embedding", C=[0.1, 1.0]}]',
     "piggyback.attack_seeds=2",
 )
 RMIA = 'audit={attacks=["loss", "rmia", "grad-x"], modes=["as-is"], repeats=2, references=2, relearn_steps=0}'
