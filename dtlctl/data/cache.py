@@ -1,8 +1,7 @@
-"""Images, decoded and resized once, kept as one memory-mapped array.
+"""Images, decoded and resized once, each when it is first asked for, kept as one memory-mapped array.
 
-An entry is a folder of `pixels.npy`, `labels.npy`, `hashes.npy` and `meta.json` whose name is a hash of everything that
-its content depends on. It is written beside its place and renamed into it, so that any number of processes may ask for
-it at once.
+An entry's name is a hash of everything that its content depends on. It is made beside its place and renamed into it,
+then filled (`entry`), so that any number of processes may ask for it at once.
 """
 
 from __future__ import annotations
@@ -15,81 +14,94 @@ import shutil
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from dtlctl.console.machine import cores
-from dtlctl.data.dataset import Dataset, Note, Split, where
+from dtlctl.data import entry as entries
+from dtlctl.data.dataset import Dataset, Split, where
+from dtlctl.data.entry import Entry, Images, Wanted
 from dtlctl.data.pixels import Depth, Rule, decide, decode
 from dtlctl.data.sources import Rows, identity, rows
 from dtlctl.errors import DataError
-from dtlctl.storage.checkpoint import sync
+from dtlctl.storage.checkpoint import sync, write
 
 # Changing how images are chosen, decoded, resized or stored must change this number: it is part of the key.
-_FORMAT = 4
+_FORMAT = 5
 _BATCH = 64  # images a task
-_HASH = np.dtype("V16")
 
 Progress = Callable[[int, int], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Images(NamedTuple):
-    """One split in memory, or nearly so."""
-
-    pixels: np.ndarray  # uint8 [N, 3, S, S], RGB, memory-mapped, read-only
-    labels: np.ndarray  # int64 [N], indices into `classes`
-    classes: tuple[str, ...]
-    fingerprint: str  # SHA-256, in hex, of hashes, labels and class names: the content, not the file
-    dropped: int  # rows without a label, which are not among the N
-    notes: tuple[Note, ...]
-    hashes: np.ndarray  # 16 bytes [N], memory-mapped: equal for images of equal pixels
-    rule: Rule  # by which values of more than 8 bits became bytes
-
-
 def load(
-    dataset: Dataset, split: Split, image_size: int, *, role: str = "<role>", progress: Progress | None = None
+    dataset: Dataset,
+    split: Split,
+    image_size: int,
+    *,
+    role: str = "<role>",
+    wanted: Wanted | None = None,
+    progress: Progress | None = None,
 ) -> Images:
     """A split as RGB images of `image_size` x `image_size` pixels, decoded unless that has been done before.
 
-    See `pixels.decode` for what becomes of an image. A test split is read by the rule that its train split gave, which
-    is decoded first. `role` is the name of the dataset's table under `[data]`, for messages. `progress(done, total)` is
-    called with numbers of images. Raises DataError: a source that cannot be read as the recipe says, an image that
-    cannot be decoded, a class without a training image, a cache that cannot be written.
+    See `pixels.decode` for what becomes of an image. wanted: of the train split, the images that are; else all are.
+    Where one of these has more than 8 bits, all are decoded; of a test split, those of the train split too, whose rule
+    it is read by. `role`
+    is the name of the dataset's table under `[data]`, for messages. `progress(done, total)` is called with numbers of
+    images. Raises DataError: a source that cannot be read as the recipe says, a wanted image that cannot be decoded, a
+    class without a training image, a cache that cannot be written.
     """
-    place = _place(dataset, split, image_size, role)
-    images = _read(place, image_size)
-    if images is None:
+    place, own = _place(dataset, split, image_size, role), wanted if split == "train" else None
+    entry = entries.read(place, image_size)
+    if entry is None or entry.missing(own).size:
         work = place.with_name(f"{place.name}.{platform.node()}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
         try:
             _sweep(place)
             (work / "scratch").mkdir(parents=True)
             source = rows(dataset, split, image_size, role, work / "scratch")
-            _check_classes(source, dataset, split)
-            train = load(dataset, "train", image_size, role=role, progress=progress).rule if split == "test" else None
-            _decode(source, image_size, work, where(dataset, split), train, progress)
-            shutil.rmtree(work / "scratch")
-            images = _publish(work, place, image_size)
+            if entry is None:
+                _check_classes(source, dataset, split)
+                entries.create(source, work / "entry", image_size, where(dataset, split))
+                entry = _publish(work / "entry", place, image_size)
+            train = partial(_train_rule, dataset, image_size, role, wanted, progress) if split == "test" else None
+            _decode(source, entry, own, train, progress)
         except OSError as error:
             raise DataError(f"cannot write the image cache {place.parent}: {error}; set DTLCTL_CACHE") from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    return images
+        entry = entries.read(place, image_size)
+        assert entry and not entry.missing(own).size
+    return entry.images(own)
 
 
-def cached(dataset: Dataset, split: Split, image_size: int, *, role: str = "<role>") -> Images | None:
+def _train_rule(
+    dataset: Dataset, size: int, role: str, wanted: Wanted | None, progress: Progress | None, whole: bool
+) -> Rule:
+    """By which the test split is read: that of the wanted images, or of the whole train split."""
+    return load(dataset, "train", size, role=role, wanted=None if whole else wanted, progress=progress).rule
+
+
+def cached(
+    dataset: Dataset, split: Split, image_size: int, *, role: str = "<role>", wanted: Wanted | None = None
+) -> Images | None:
     """What `load` would return, if it needs no decoding. Of local files only names, sizes and times are read.
 
     Raises DataError for a local path that does not exist.
     """
-    return _read(_place(dataset, split, image_size, role), image_size)
+    entry, own = (
+        entries.read(_place(dataset, split, image_size, role), image_size),
+        wanted if split == "train" else None,
+    )
+    return None if entry is None or entry.missing(own).size else entry.images(own)
 
 
 def folder() -> Path:
@@ -124,30 +136,13 @@ def _sweep(place: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _read(place: Path, image_size: int) -> Images | None:
-    """A complete entry, or None. Content is not verified: only a crash of the machine could have changed it."""
-    try:
-        meta = json.loads((place / "meta.json").read_bytes())
-        classes = tuple(meta["classes"])
-        pixels = np.load(place / "pixels.npy", mmap_mode="r")
-        labels = np.load(place / "labels.npy")
-        hashes = np.load(place / "hashes.npy", mmap_mode="r")
-        notes, rule = tuple(Note(*note) for note in meta["notes"]), Rule(*meta["rule"])
-        images = Images(pixels, labels, classes, meta["fingerprint"], meta["dropped"], notes, hashes, rule)
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
-        return None
-    shape = (len(labels), 3, image_size, image_size)
-    fits = (pixels.shape, pixels.dtype, labels.dtype) == (shape, np.uint8, np.int64)
-    return images if fits and (hashes.shape, hashes.dtype) == ((len(labels),), _HASH) else None
-
-
-def _publish(work: Path, place: Path, image_size: int) -> Images:
-    """Rename a finished entry into its place, or take the one that another process put there meanwhile."""
+def _publish(work: Path, place: Path, image_size: int) -> Entry:
+    """Rename a new entry into its place, or take the one that another process put there meanwhile."""
     while True:
         try:
             os.rename(work, place)
         except OSError:
-            theirs = _read(place, image_size)
+            theirs = entries.read(place, image_size)
             if theirs is not None:
                 return theirs
             if not place.exists():
@@ -159,75 +154,82 @@ def _publish(work: Path, place: Path, image_size: int) -> Images:
             shutil.rmtree(damaged, ignore_errors=True)
         else:
             sync(place.parent)
-            images = _read(place, image_size)
-            assert images is not None
-            return images
+            entry = entries.read(place, image_size)
+            assert entry is not None
+            return entry
 
 
 def _decode(
-    source: Rows, size: int, work: Path, name: str, train: Rule | None, progress: Progress | None = None
+    source: Rows,
+    entry: Entry,
+    wanted: Wanted | None,
+    train: Callable[[bool], Rule] | None,
+    progress: Progress | None = None,
 ) -> None:
-    """Write a whole entry into the folder `work`. name: of the split; train: the rule of a test split's train split.
+    """Decode what is missing of an entry. train: gives a test split the rule of its train split, whole or as wanted.
 
-    Images of wide modes are looked at first, and decoded again once the rule for all of them is known.
+    Of images of more than 8 bits only the depths are noted at first. If there are any, all others are decoded too, and
+    these again by the rule that then is known for all of them.
     """
-    kept = np.flatnonzero(source.labels >= 0)
-    labels, hashes = source.labels[kept], np.zeros(len(kept), _HASH)
-    shape, depths = (len(kept), 3, size, size), {}
-    # Plain writes, not stores into a map: on a full disk a store is a SIGBUS.
-    with open(work / "pixels.npy", "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        start = file.tell()
+    kept, needed = np.flatnonzero(source.labels >= 0), entry.needed(wanted)
+    if entry.classes != source.classes or not np.array_equal(entry.labels, source.labels[kept]):
+        raise DataError(f"{entry.name}: it is not what it was when it was first read; remove {entry.place}")
+    depths: dict[int, Depth] = {}
+    size = entry.arrays["pixels"].shape[-1]
 
-        def write(chunks: Sequence[Sequence[int]], total: int, full: int | None = None) -> None:
-            done = 0
-            with closing(_parallel(lambda chunk: _batch(source, kept[chunk], size, full), chunks)) as batches:
-                for chunk, (pixels, digests, found) in zip(chunks, batches, strict=True):
-                    file.seek(start + chunk[0] * pixels[0].nbytes)
-                    file.write(pixels.data)
-                    hashes[chunk[0] : chunk[0] + len(chunk)] = digests
-                    depths.update({chunk[place]: depth for place, depth in found.items()})
-                    done += len(chunk)
-                    if progress:
-                        progress(done, total)
+    def decoded(rows: np.ndarray, rule: Rule | None) -> Iterator[entries.Part]:
+        chunks, done = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)], 0
+        task = lambda chunk: _batch(source, kept[chunk], needed[chunk], size, rule)  # noqa: E731
+        with closing(_parallel(task, chunks)) as batches:
+            for chunk, (pixels, hashes, states, found, broken) in zip(chunks, batches, strict=True):
+                depths.update({int(chunk[place]): depth for place, depth in found.items()})
+                if broken:
+                    write(entry.place / entries.SAID, str(broken[0]).encode())
+                yield chunk, pixels, hashes, states
+                done += len(chunk)
+                if progress:
+                    progress(done, len(rows))
 
-        everything = range(len(kept))
-        write([everything[place : place + _BATCH] for place in everything[::_BATCH]], len(kept))
-        rule, notes = decide(depths.values(), len(kept), name, train)
-        if wide := [[place] for place, depth in depths.items() if depth.kind != "colour"]:
-            write(wide, len(wide), rule.full)
-    np.save(work / "labels.npy", labels)
-    np.save(work / "hashes.npy", hashes)
-    digest = hashlib.sha256(json.dumps([source.classes, shape]).encode())
-    for part in (labels.astype("<i8"), hashes):
-        digest.update(part.tobytes())
-    meta = {
-        "classes": source.classes,
-        "fingerprint": digest.hexdigest(),
-        "dropped": len(source.labels) - len(kept),
-        "notes": [*source.notes, *notes],
-        "rule": rule,
-        "source": name,
-    }
-    (work / "meta.json").write_text(json.dumps(meta, indent=1))
-    for path in [*work.glob("*.*"), work]:
-        sync(path)
+    entry.write(decoded(entry.missing(wanted), entry.rule))
+    if entry.rule is None:
+        wide = bool(depths)
+        if wide:
+            left = np.flatnonzero(entry.arrays["state"] == 0)
+            entry.write(decoded(np.setdiff1d(left, [*depths]), None))
+        rule, notes = decide(depths.values(), len(kept), entry.name, train(wide) if train else None)
+        if wide:
+            write(entry.place / entries.RULE, json.dumps({"rule": rule, "notes": notes}, indent=1).encode())
+            entry.write(decoded(np.array(sorted(depths)), rule))
 
 
 def _batch(
-    source: Rows, rows: np.ndarray, size: int, full: int | None
-) -> tuple[np.ndarray, np.ndarray, dict[int, Depth]]:
-    """uint8 [n, 3, size, size], their hashes, and the depths there are, by place; black for what `full` must scale."""
-    numbers = rows.tolist()
-    pixels, depths = np.zeros((len(numbers), 3, size, size), np.uint8), {}
-    for place, (number, picture) in enumerate(zip(numbers, source.pictures(numbers), strict=True)):
-        image, depth = decode(picture, size, source.place(number), full)
-        if image is not None:
-            pixels[place] = image
+    source: Rows, rows: np.ndarray, needed: np.ndarray, size: int, rule: Rule | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, Depth], list[DataError]]:
+    """uint8 [n, 3, size, size], hashes, states, depths by place where there are any, and what is wrong with some.
+
+    Images of more than 8 bits are not there, and black, without the `rule` that scales them. Raises DataError for one
+    that is `needed` and cannot be decoded.
+    """
+    pixels, states = np.zeros((len(rows), 3, size, size), np.uint8), np.zeros(len(rows), np.uint8)
+    depths, broken, read = {}, [], []
+    with suppress(DataError):  # that of one is raised below
+        read = source.pictures(rows.tolist())
+    for place, number in enumerate(rows.tolist()):
+        try:
+            picture = read[place] if read else source.pictures([number])[0]
+            image, depth = decode(picture, size, source.place(number), rule and rule.full)
+        except DataError as error:
+            if needed[place]:
+                raise
+            broken.append(error)
+            states[place] = entries.BROKEN
+            continue
         if depth is not None:
             depths[place] = depth
-    digests = b"".join(hashlib.blake2b(image.data, digest_size=_HASH.itemsize).digest() for image in pixels)
-    return pixels, np.frombuffer(digests, _HASH), depths
+        if image is not None and (rule or depth is None):
+            pixels[place], states[place] = image, entries.DECODED
+    digests = b"".join(hashlib.blake2b(image.data, digest_size=entries.HASH.itemsize).digest() for image in pixels)
+    return pixels, np.frombuffer(digests, entries.HASH), states, depths, broken
 
 
 def _check_classes(source: Rows, dataset: Dataset, split: Split) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dtlctl.data.cache import Images
 from dtlctl.data.dataset import Note
+from dtlctl.data.entry import Images
 from dtlctl.errors import DataError
 
 COPIED = 0.5
 """Of a test split: with more of it in the train split, accuracy would be that on training images."""
+FEW = 10
+"""So many copies among a drawn part of a train split may be chance, whatever share of the whole they stand for."""
 
 
 def among(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -21,26 +23,26 @@ def among(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def within(role: str, train: Images, test: Images) -> list[Note]:
-    """What is to be said of images that occur twice in a role's data.
+    """What is to be said of images that occur twice in a role's data, as far as its train split is drawn.
 
-    Raises DataError where more than half of the test split is in the train split.
+    Raises DataError where more than half of the test split is in the train split, or would be if all of it were drawn.
     """
-    both = int(among(test.hashes, train.hashes).sum())
-    if both > COPIED * len(test.hashes):
+    both, drawn = int(among(test.known, train.known).sum()), len(train.rows) / len(train.labels)
+    if both > COPIED * drawn * len(test.rows) and (drawn == 1 or both > FEW):
         raise DataError(
-            f"data.{role}: {both:,} of {len(test.hashes):,} test images are in the train split too, so models would be "
+            f"data.{role}: {both:,} of {len(test.rows):,} test images are {_in(train)}, so models would be "
             "tested on the images that they are trained on\nsplit the images anew, each into one of the two"
         )
     splits = (train, test)
-    labelled = {pair for one in splits for pair in zip(one.hashes.tolist(), one.labels.tolist(), strict=True)}
+    labelled = {pair for one in splits for pair in zip(one.known.tolist(), one.labels[one.rows].tolist(), strict=True)}
     torn = len(labelled) - len({image for image, _ in labelled})
     notes = [
-        Note("test-in-train", both, f"{both:,} of {len(test.hashes):,} test images are in the train split too"),
+        Note("test-in-train", both, f"{both:,} of {len(test.rows):,} test images are {_in(train)}"),
         Note("two-classes", torn, f"{torn:,} images are there under two classes"),
     ]
     for name, images in (("train", train), ("test", test)):
-        again = len(images.hashes) - len(set(images.hashes.tolist()))
-        text = f"{again:,} of {len(images.hashes):,} {name} images are there twice"
+        again = len(images.rows) - len(set(images.known.tolist()))
+        text = f"{again:,} of {len(images.rows):,} {name} images are there twice"
         notes.append(Note(f"twice-in-{name}", again, text))
     return [note for note in notes if note.number]
 
@@ -53,14 +55,19 @@ def across(data: Mapping[str, tuple[Images, Images]]) -> dict[str, list[Note]]:
     """
     found: dict[str, list[Note]] = {role: [] for role in data}
     for role, (own, test) in data.items():
-        compared = {own.fingerprint}
+        compared = {own.split, own.fingerprint}
         for other, (train, _) in data.items():
-            if train.fingerprint in compared:
+            if compared & {train.split, train.fingerprint}:
                 continue
-            compared.add(train.fingerprint)
+            compared |= {train.split, train.fingerprint}
             splits = {"test": test} if [*data].index(role) < [*data].index(other) else {"test": test, "train": own}
             for name, images in splits.items():
-                if both := int(among(images.hashes, train.hashes).sum()):
-                    text = f"{both:,} of {len(images.hashes):,} {name} images are training images of data.{other}"
+                if both := int(among(images.known, train.known).sum()):
+                    text = f"{both:,} of {len(images.rows):,} {name} images are training images of data.{other}"
                     found[role].append(Note(f"{name}-in-{other}", both, text))
     return found
+
+
+def _in(train: Images) -> str:
+    whole = len(train.rows) == len(train.labels)
+    return "in the train split too" if whole else f"among the {len(train.rows):,} that are drawn from the train split"

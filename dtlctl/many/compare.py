@@ -186,8 +186,7 @@ def validation(experiment: Experiment, model: str) -> np.ndarray:
 
 def held_back(experiment: Experiment) -> np.ndarray:
     """Sorted int64 rows of the target's train split that are not in the run's subset of it; possibly none."""
-    train = len(experiment.data.images("target", "train").labels)
-    return np.setdiff1d(np.arange(train), experiment.data.index("target"))
+    return np.setdiff1d(experiment.data.whole("target").rows, experiment.data.index("target"))
 
 
 def markdown(document: dict[str, Any]) -> str:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
 from dtlctl.data import cache as decoded
 from dtlctl.data import overlap, subset
-from dtlctl.data.cache import Images
-from dtlctl.data.dataset import Note, Split
+from dtlctl.data.dataset import Dataset, Note, Split
+from dtlctl.data.entry import Images
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.processes import Processes
 
 
 class Datasets:
-    """Decoded when they are first asked for, by the main process, and read by all."""
+    """Decoded when they are first asked for, by the main process, and read by all.
+
+    Of a train split only those images are decoded for certain that the recipe's fraction draws, its `index`. Who wants
+    to look at others asks for `whole` first.
+    """
 
     def __init__(self, recipe: Recipe, processes: Processes):
         self.recipe, self.processes = recipe, processes
         self.images = cache(self._images)
         self.index = cache(self._index)
+        self.whole = cache(partial(self._images, split="train", whole=True))
         self.notes = cache(self._notes)
 
     def classes(self, role: str) -> tuple[str, ...]:
@@ -30,9 +35,12 @@ class Datasets:
     def identity(self, role: str) -> dict[str, Any]:
         """What the role's data is, by content: for keys and sidecars."""
         train, test = self.images(role, "train"), self.images(role, "test")
+        # By content; of images that were never decoded, only what is known of them.
+        some = len(train.rows) < len(train.labels)
         return {
-            "train": train.fingerprint,
+            "train": train.listed if some else train.fingerprint,
             "test": test.fingerprint,
+            **({"drawn": train.fingerprint} if some else {}),
             "index": subset.digest(self.index(role)),
             "images": len(self.index(role)),
             "test_images": len(test.labels),
@@ -60,17 +68,30 @@ class Datasets:
         found = subset.imbalance(counts, train.classes, table.fraction, table.balance)
         return [found] if found else []
 
-    def _images(self, role: str, split: Split) -> Images:
-        dataset, size = self.recipe.data.of(role), self.recipe.model.image_size
-        images = decoded.cached(dataset, split, size, role=role) if self.processes.count == 1 else None
+    def cached(self, role: str, split: Split, whole: bool = False) -> Images | None:
+        """As `images`, where nothing has to be decoded for it; else None."""
+        return decoded.cached(*self._asked(role, split), **self._chosen(role, whole))
+
+    def _images(self, role: str, split: Split, whole: bool = False) -> Images:
+        images = self.cached(role, split, whole) if self.processes.count == 1 else None
         if images is None:
+            asked, chosen = self._asked(role, split), self._chosen(role, whole)
             with self.processes.progress(f"decode {role} {split}", 1) as bar:
-                self.processes.by_main(lambda: decoded.load(dataset, split, size, role=role, progress=bar.at))
-            images = decoded.load(dataset, split, size, role=role)
+                self.processes.by_main(lambda: decoded.load(*asked, **chosen, progress=bar.at))
+            images = decoded.load(*asked, **chosen)
         return images
+
+    def _asked(self, role: str, split: Split) -> tuple[Dataset, Split, int]:
+        return self.recipe.data.of(role), split, self.recipe.model.image_size
+
+    def _chosen(self, role: str, whole: bool) -> dict[str, Any]:
+        return {"role": role, "wanted": None if whole else partial(self._draw, role)}
+
+    def _draw(self, role: str, labels: np.ndarray, classes: int) -> np.ndarray:
+        table, seed = self.recipe.data.of(role), self.recipe.stream(f"subset/{role}")
+        return subset.draw(labels, classes, table.fraction, seed, table.balance)
 
     def _index(self, role: str) -> np.ndarray:
         """Sorted rows of the train split that the recipe's fraction draws."""
         train = self.images(role, "train")
-        table, seed = self.recipe.data.of(role), self.recipe.stream(f"subset/{role}")
-        return subset.draw(train.labels, len(train.classes), table.fraction, seed, table.balance)
+        return self._draw(role, train.labels, len(train.classes))

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from dtlctl import __version__
-from dtlctl.data.cache import Images
 from dtlctl.data.dataset import Dataset
+from dtlctl.data.entry import Images
 from dtlctl.data.subset import sizes
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Recipe

@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from dtlctl.attacks.attackers import Frozen
 from dtlctl.console.machine import busy
 from dtlctl.data import overlap, subset
-from dtlctl.data.cache import Images, cached
 from dtlctl.data.dataset import Rows, Split, is_hub
+from dtlctl.data.entry import Images
 from dtlctl.data.sources import by_names
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import CheckpointError, DataError
@@ -48,8 +48,8 @@ def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
     the network or decoded data lacks what the recipe asks for.
     """
     experiment = Experiment(recipe, out, source=source, quiet=True)
-    data = {role: _describe(recipe, role) for role in _roles(recipe)}
-    _overlaps(recipe, data)
+    data = {role: _describe(experiment, role) for role in _roles(recipe)}
+    _overlaps(experiment, data)
     decoded = {role for role, row in data.items() if row["decoded"]}
     data_demands.check(experiment, [job for job in experiment.jobs if decoded.issuperset(job.roles)])
     clock = Clock(recipe)
@@ -109,9 +109,9 @@ def _roles(recipe: Recipe) -> list[str]:
     return ["source", "target", *(f"piggyback.{name}" for name in recipe.data.piggyback)]
 
 
-def _describe(recipe: Recipe, role: str) -> dict[str, Any]:
+def _describe(experiment: Experiment, role: str) -> dict[str, Any]:
     """What is known of a role's data: decoded, or by the names of files; nothing is decoded for it."""
-    dataset = recipe.data.of(role)
+    dataset = experiment.recipe.data.of(role)
     told: dict[str, Any] = {"role": role, "path": dataset.path, "decoded": False, "notes": []}
     told |= dict.fromkeys(("images", "test_images", "classes"))
     if is_hub(dataset) and dataset.revision is None:
@@ -119,8 +119,7 @@ def _describe(recipe: Recipe, role: str) -> dict[str, Any]:
     found: dict[Split, Images | Rows] = {}
     try:
         for split in SPLITS:
-            images = cached(dataset, split, recipe.model.image_size, role=role)
-            if opened := images or by_names(dataset, split, role):
+            if opened := experiment.data.cached(role, split) or by_names(dataset, split, role):
                 found[split] = opened
     except DataError as error:
         told["notes"].append(str(error))
@@ -137,15 +136,10 @@ def _describe(recipe: Recipe, role: str) -> dict[str, Any]:
     return told
 
 
-def _overlaps(recipe: Recipe, data: dict[str, dict[str, Any]]) -> None:
+def _overlaps(experiment: Experiment, data: dict[str, dict[str, Any]]) -> None:
     """Add what is to be said of images that occur twice, in the data that is decoded."""
-    size = recipe.model.image_size
-    pairs = {}
-    for role, row in data.items():
-        if row["decoded"]:
-            train, test = (cached(recipe.data.of(role), split, size, role=role) for split in SPLITS)
-            assert train and test
-            pairs[role] = train, test
+    decoded = [role for role, row in data.items() if row["decoded"]]
+    pairs = {role: (experiment.data.images(role, "train"), experiment.data.images(role, "test")) for role in decoded}
     for role, notes in overlap.across(pairs).items():
         with suppress(DataError):  # `data_demands.check` raises it
             notes[:0] = overlap.within(role, *pairs[role])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtlctl.data import cache
+from dtlctl.data import cache, entry
 from dtlctl.data.dataset import Dataset
 from dtlctl.errors import DataError
 
@@ -68,7 +68,7 @@ def test_a_second_load_decodes_nothing(tmp_path, monkeypatch):
         patch.setattr(cache, "rows", never)
         for again in (cache.load(dataset, "train", 4), cache.cached(dataset, "train", 4)):
             assert (again.pixels == first.pixels).all() and (again.labels == first.labels).all()
-            assert again[2:6] == first[2:6] and (again.hashes == first.hashes).all()
+            assert again[2:7] == first[2:7] and (again.known == first.known).all()
         assert cache.cached(dataset, "test", 4) is cache.cached(dataset, "train", 5) is None
     assert cache.load(dataset, "train", 5).pixels.shape == (2, 3, 5, 5)
     assert cache.cached(dataset, "train", 4) is not None
@@ -99,6 +99,7 @@ DAMAGE = {
     "broken meta": lambda entry: (entry / "meta.json").write_text("{"),
     "incomplete meta": lambda entry: (entry / "meta.json").write_text('{"classes": ["a", "b"]}'),
     "short pixels": lambda entry: os.truncate(entry / "pixels.npy", 150),
+    "no states": lambda entry: (entry / "state.npy").unlink(),
     "no labels": lambda entry: (entry / "labels.npy").unlink(),
     "fewer labels": lambda entry: np.save(entry / "labels.npy", np.array([0])),
     "pickled labels": lambda entry: np.save(entry / "labels.npy", np.array([{}], object), allow_pickle=True),
@@ -130,6 +131,114 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
         os.rename(root / rename[0].replace("train", "test"), root / rename[1].replace("train", "test"))
         others.append(cache.load(Dataset(path=str(root)), "train", 4).fingerprint)
     assert len(set(others)) == 5
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """No split is small enough to be decoded whole."""
+    monkeypatch.setattr(entry, "WHOLE", 0)
+
+
+def some(*rows: int):
+    return lambda labels, classes: np.array(rows)
+
+
+def grey(root: Path, *values) -> Dataset:
+    """Train images of one value each, under two classes in turn; two test images of value 1."""
+    for split, all_values in (("train", values), ("test", values[:1] * 2)):
+        for number, value in enumerate(all_values):
+            path = root / split / "ab"[number * 2 // len(all_values)] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((4, 4), value)).save(path)
+    return Dataset(path=str(root))
+
+
+def test_only_wanted_images_are_decoded_each_once(large, tmp_path, monkeypatch):
+    """A broken image outside of them stops nobody; a view has the same fingerprint whatever else is decoded."""
+    dataset = grey(tmp_path / "d", *map(np.uint8, (10, 20, 30, 40)))
+    (tmp_path / "d/train/b/3.png").write_bytes(b"broken")
+    decoded, decode = [], cache.decode
+    monkeypatch.setattr(cache, "decode", lambda *a: decoded.append(Path(a[2]).name) or decode(*a))
+    first = cache.load(dataset, "train", 4, wanted=some(0, 2))
+    assert (decoded, first.rows.tolist(), len(first.labels)) == (["0.png", "2.png"], [0, 2], 4)
+    assert first.pixels[:, 0, 0, 0].tolist() == [10, 0, 30, 0]
+    assert cache.cached(dataset, "train", 4, wanted=some(0, 1)) is None
+    second = cache.load(dataset, "train", 4, wanted=some(0, 1))
+    assert decoded == ["0.png", "2.png", "1.png"] and second.split == first.split
+    assert second.fingerprint != first.fingerprint
+    assert cache.cached(dataset, "train", 4, wanted=some(0, 2)).fingerprint == first.fingerprint
+    assert len(cache.load(dataset, "test", 4, wanted=some(0, 2)).rows) == 2
+    with pytest.raises(DataError, match=r"3\.png: the image cannot be decoded"):
+        cache.load(dataset, "train", 4)
+
+
+def test_a_small_split_is_decoded_whole_but_for_broken_images_that_nobody_wants(tmp_path):
+    """4 images, one of them broken, by its path: an error for who wants it."""
+    dataset = grey(tmp_path / "d", *map(np.uint8, (10, 20, 30, 40)))
+    (tmp_path / "d/train/b/3.png").write_bytes(b"broken")
+    images = cache.load(dataset, "train", 4, wanted=some(0, 2))
+    assert images.rows.tolist() == [0, 1, 2] and images.pixels[:, 0, 0, 0].tolist() == [10, 20, 30, 0]
+    assert [(note.kind, note.number) for note in images.notes] == [("broken", 1)]
+    assert "b/3.png: the image cannot be decoded" in images.notes[0].text
+    again = cache.cached(dataset, "train", 4, wanted=some(1))
+    assert (again.fingerprint, again.notes) == (images.fingerprint, images.notes)
+    for wanted in (None, some(3)):
+        with pytest.raises(DataError, match=r"3\.png: the image cannot be decoded"):
+            cache.load(dataset, "train", 4, wanted=wanted)
+
+
+def test_what_is_not_decoded_takes_no_room_on_the_disk(large, cache_folder):
+    """1,000 digits of 3 x 64 x 64 bytes are 12 MB; ten of them 123 kB."""
+    cache.load(Dataset(path="builtin:digits"), "train", 64, wanted=lambda labels, _: np.arange(0, 1000, 100))
+    (entry,) = cache_folder.iterdir()
+    pixels = (entry / "pixels.npy").stat()
+    assert pixels.st_size > 12e6 and pixels.st_blocks * 512 < 1e6
+
+
+def test_one_scale_for_a_split_whatever_is_wanted_of_it(large, tmp_path):
+    """Value 1000 alone would be read as 10 bits, 249; the split holds 12 bits, by which its test split is read too."""
+    dataset = grey(tmp_path / "d", *map(np.uint16, (1000, 500, 4095, 7)))
+    images = cache.load(dataset, "train", 4, wanted=some(0))
+    assert images.rule.full == 4095 and images.pixels[0, 0, 0, 0] == round(1000 / 4095 * 255) == 62
+    assert [note.number for note in images.notes] == [4]
+    assert cache.load(dataset, "test", 4, wanted=some(0)).pixels[0, 0, 0, 0] == 62
+
+
+def test_a_test_split_of_more_than_8_bits_is_read_by_the_whole_train_split(large, tmp_path):
+    """The wanted training image has 8 bits; another has 16, of which the darker test image alone would say 12."""
+    dataset = grey(tmp_path / "d", np.uint8(10), np.uint16(65535), np.uint8(30), np.uint8(4))
+    Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(tmp_path / "d/test/b/1.png")
+    assert cache.load(dataset, "train", 4, wanted=some(0)).rule.full is None
+    assert cache.load(dataset, "test", 4, wanted=some(0)).pixels[1, 0, 0, 0] == round(4000 / 257) == 16
+
+
+def test_a_decode_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    dataset = grey(tmp_path / "d", *map(np.uint8, range(10, 18)))
+    monkeypatch.setattr(cache, "_BATCH", 1)
+    monkeypatch.setattr(entry, "_SAFE", 2)
+    monkeypatch.setattr(cache, "cores", lambda: 1)
+    decoded, decode = [], cache.decode
+
+    def stopped(*arguments):
+        name = Path(arguments[2]).name
+        if name == "5.png":
+            raise KeyboardInterrupt
+        return decode(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache, "decode", stopped)
+        cache.load(dataset, "train", 4)
+    monkeypatch.setattr(cache, "decode", lambda *a: decoded.append(Path(a[2]).name) or decode(*a))
+    assert cache.load(dataset, "train", 4).pixels[:, 0, 0, 0].tolist() == [*range(10, 18)]
+    assert decoded == ["4.png", "5.png", "6.png", "7.png"]
+
+
+def test_rows_that_are_others_by_now_are_not_mixed_with_those_of_before(large, tmp_path, monkeypatch):
+    """What a hub id without a revision may be."""
+    monkeypatch.setattr(cache, "identity", lambda *_: "the same")
+    cache.load(grey(tmp_path / "d", *map(np.uint8, (1, 2, 3, 4))), "train", 4, wanted=some(0))
+    with pytest.raises(DataError, match="not what it was when it was first read; remove "):
+        cache.load(grey(tmp_path / "e", *map(np.uint8, (1, 2, 3, 4, 5, 6))), "train", 4)
 
 
 def test_the_winner_of_a_race_is_used(tmp_path, cache_folder, monkeypatch):

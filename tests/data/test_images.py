@@ -116,14 +116,15 @@ def test_a_bomb_is_refused_and_nothing_global_is_changed(tmp_path, side):
 
 
 @pytest.mark.parametrize("broken", [b"", b"not an image", None])
-def test_a_broken_image_is_named_and_leaves_nothing(tmp_path, cache_folder, broken):
+def test_a_broken_image_is_named_and_leaves_nothing_half_made(tmp_path, cache_folder, broken):
     dataset = image_folder(tmp_path / "d")
     path = tmp_path / "d/train/b/1.png"
     path.write_bytes(path.read_bytes()[:45] if broken is None else broken)
     with pytest.raises(DataError, match=r"/d/train/b/1.png: the image cannot be decoded: ") as error:
         cache.load(dataset, "train", 4)
     assert "\n" not in str(error.value) and "BytesIO" not in str(error.value)
-    assert list(cache_folder.iterdir()) == []
+    assert [path.suffix for path in cache_folder.iterdir()] == [""]
+    assert cache.cached(dataset, "train", 4) is None
 
 
 def test_postscript_is_not_even_identified(tmp_path):

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 from dtlctl.data import overlap
-from dtlctl.data.cache import Images
+from dtlctl.data.entry import Images
+from dtlctl.data.pixels import Rule
 from dtlctl.errors import DataError
 
 
-def images(*names: bytes, fingerprint: str = "", labels: tuple[int, ...] = ()) -> Images:
+def images(*names: bytes, fingerprint: str = "", labels: tuple[int, ...] = (), drawn: int | None = None) -> Images:
     hashes = np.array([name.ljust(16, b"\0") for name in names], "V16")
     numbers = np.array(labels or [0] * len(names))
-    return Images(np.zeros(0), numbers, ("a", "b"), fingerprint, 0, (), hashes, None)  # type: ignore[arg-type]
+    rows = np.arange(len(names) if drawn is None else drawn)
+    return Images(np.zeros(0), numbers, ("a", "b"), fingerprint, "", 0, (), hashes, Rule(), rows, fingerprint)
 
 
 def test_copies_of_pixels_are_found_whatever_their_bytes():
@@ -29,6 +31,17 @@ def test_a_split_that_is_mostly_in_the_other_is_refused():
         overlap.within("source", train, images(b"1", b"2", b"9"))
     notes = {note.kind: note.number for note in overlap.within("source", train, images(b"1", b"9"))}
     assert notes == {"test-in-train": 1}
+
+
+def test_copies_among_drawn_images_stand_for_as_large_a_share_of_all():
+    """20 of 40 training images are drawn: 11 of 40 test images among them would be 22 of 40, and 10 half. 4 of 8 of a
+    smaller split may be chance. What is not drawn is not looked at."""
+    train = images(*(b"%d" % n for n in range(40)), drawn=20)
+    with pytest.raises(DataError, match=r"11 of 40 test images are among the 20 that are drawn from the train split"):
+        overlap.within("source", train, images(*(b"%d" % n for n in range(9, 49))))
+    for test in (range(10, 50), range(16, 24)):
+        found = overlap.within("source", train, images(*(b"%d" % n for n in test)))
+        assert [(note.kind, note.number) for note in found] == [("test-in-train", 20 - test[0])]
 
 
 def test_images_that_are_there_twice_are_counted():

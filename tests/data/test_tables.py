@@ -105,7 +105,8 @@ def test_nothing_is_shown_and_nothing_is_left_elsewhere(tmp_path, capfd):
     assert not datasets.are_progress_bars_disabled()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "d"]
     (entry,) = (tmp_path / "cache").iterdir()
-    assert sorted(p.name for p in entry.iterdir()) == ["hashes.npy", "labels.npy", "meta.json", "pixels.npy"]
+    files = ["hashes.npy", "labels.npy", "meta.json", "pixels.npy", "state.npy"]
+    assert sorted(p.name for p in entry.iterdir()) == files
 
 
 # What cannot be loaded ---------------------------------------------------------------------------------------------

@@ -1,0 +1,178 @@
+"""One split in the cache: a folder of arrays with a place for every row, filled as rows are asked for.
+
+`meta.json` and `labels.npy` are of the whole split. `state.npy` says which rows of `pixels.npy` and `hashes.npy` have
+been decoded, and is written once these are on the disk. What a row becomes is the same whoever decodes it, so any
+number of processes may fill an entry at once, and none of them is waited for. `rule.json` is there where an image of
+more than 8 bits is: then every row has been looked at, because one rule holds for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dtlctl.data.dataset import Note, Rows
+from dtlctl.data.pixels import Rule
+from dtlctl.storage.checkpoint import sync
+
+HASH = np.dtype("V16")
+RULE, SAID = "rule.json", "broken.txt"
+_SAFE = 8192  # images between two waits for the disk: no more are decoded in vain by a process that is killed
+_KINDS = {"pixels": np.dtype("u1"), "hashes": HASH, "state": np.dtype("u1")}
+DECODED, FRAMES, BROKEN = 1, 2, 3
+"""States of a row, 0 before: decoded; the same, with more frames than the first; no image that can be decoded."""
+WHOLE = 10_000
+"""A split of at most so many images is decoded whole, so that copies and broken images are told wherever they are."""
+
+Wanted = Callable[[np.ndarray, int], np.ndarray]
+"""The sorted places that are wanted of a split, by its labels and its number of classes."""
+
+Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Places of rows; their pixels, hashes and states."""
+
+
+class Images(NamedTuple):
+    """One split in memory, or nearly so. Of pixels and hashes only those of `rows` are there."""
+
+    pixels: np.ndarray  # uint8 [N, 3, S, S], RGB, memory-mapped, read-only
+    labels: np.ndarray  # int64 [N], indices into `classes`
+    classes: tuple[str, ...]
+    fingerprint: str  # SHA-256, in hex, of hashes of `rows`, labels and class names: the content, not the file
+    listed: str  # the same without hashes
+    dropped: int  # images without a label, which are not among the N
+    notes: tuple[Note, ...]
+    hashes: np.ndarray  # 16 bytes [N], memory-mapped: equal for images of equal pixels
+    rule: Rule  # by which values of more than 8 bits became bytes
+    rows: np.ndarray  # int64 [n], sorted: the images that have been looked at
+    split: str  # the cache's name for it, the same whatever is asked for
+
+    @property
+    def known(self) -> np.ndarray:
+        """The hashes of `rows`."""
+        return self.hashes[self.rows]
+
+
+class Entry(NamedTuple):
+    """What is in the cache of a split."""
+
+    place: Path
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    dropped: int
+    name: str  # of the split, for messages
+    notes: list[Note]
+    rule: Rule | None  # None as long as no image of more than 8 bits has been seen
+    arrays: dict[str, np.memmap]  # pixels, hashes, state
+
+    def needed(self, wanted: Wanted | None) -> np.ndarray:
+        """bool [N]: which images are wanted."""
+        needed = np.full(len(self.labels), wanted is None)
+        if wanted is not None:
+            needed[wanted(self.labels, len(self.classes))] = True
+        return needed
+
+    def missing(self, wanted: Wanted | None) -> np.ndarray:
+        """Places of what is yet to be decoded: images that are wanted, of a small split all others too."""
+        state, needed = self.arrays["state"], self.needed(wanted)
+        others = len(needed) <= WHOLE
+        return np.flatnonzero(((state == 0) & (needed | others)) | ((state == BROKEN) & needed))
+
+    def images(self, wanted: Wanted | None) -> Images:
+        """What `missing` leaves nothing of."""
+        pixels, hashes, state = self.arrays["pixels"], self.arrays["hashes"], np.array(self.arrays["state"])
+        rows = np.flatnonzero(state != BROKEN if len(state) <= WHOLE else self.needed(wanted))
+        listed = hashlib.sha256(json.dumps([self.classes, pixels.shape]).encode())
+        listed.update(self.labels.astype("<i8").tobytes())
+        content = listed.copy()
+        content.update(hashes[rows].tobytes())
+        notes = self.notes
+        if frames := int((state[rows] == FRAMES).sum()):
+            text = f"{self.name}: of {frames} images with several frames or pages only the first is read"
+            notes = [*notes, Note("frames", frames, text)]
+        if len(state) <= WHOLE and len(rows) < len(state):
+            text = f"{self.name}: {len(state) - len(rows)} images that cannot be decoded are outside of the subset"
+            notes = [*notes, Note("broken", len(state) - len(rows), text + self._broken())]
+        return Images(
+            pixels, self.labels, self.classes, content.hexdigest(), listed.hexdigest(), self.dropped, tuple(notes),
+            hashes, self.rule or Rule(), rows, self.place.name,
+        )  # fmt: skip
+
+    def _broken(self) -> str:
+        with suppress(OSError):
+            return f" ({(self.place / SAID).read_text()})"
+        return ""
+
+    def write(self, parts: Iterable[Part]) -> None:
+        """Write decoded rows, part after part; their states last, once the rest is on the disk."""
+        with ExitStack() as stack:
+            # Plain writes, not stores into a map: on a full disk a store is a SIGBUS.
+            files = {name: stack.enter_context(open(self.place / f"{name}.npy", "r+b")) for name in _KINDS}
+            waiting: dict[int, np.ndarray] = {}
+
+            def put(name: str, values: Iterable[tuple[int, np.ndarray]]) -> None:
+                for row, value in values:
+                    files[name].seek(self.arrays[name].offset + row * value.nbytes)
+                    files[name].write(value.tobytes())
+
+            def safe() -> None:
+                for name in ("pixels", "hashes", "state"):
+                    put("state", waiting.items() if name == "state" else ())
+                    files[name].flush()
+                    os.fsync(files[name].fileno())
+                waiting.clear()
+
+            for rows, pixels, hashes, states in parts:
+                put("pixels", zip(rows.tolist(), pixels, strict=True))
+                put("hashes", zip(rows.tolist(), hashes, strict=True))
+                waiting.update(zip(rows.tolist(), states, strict=True))
+                if len(waiting) >= _SAFE:
+                    safe()
+            safe()
+
+
+def create(source: Rows, work: Path, image_size: int, name: str) -> None:
+    """Write an entry of which no row is decoded into the new folder `work`. name: of the split, for messages."""
+    work.mkdir()
+    kept = source.labels[source.labels >= 0]
+    np.save(work / "labels.npy", kept)
+    for array, shape in _shapes(len(kept), image_size).items():
+        form = {"descr": np.lib.format.dtype_to_descr(_KINDS[array]), "fortran_order": False, "shape": shape}
+        with open(work / f"{array}.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, form)
+            file.truncate(file.tell() + math.prod(shape) * _KINDS[array].itemsize)  # holes take no room on the disk
+    dropped = len(source.labels) - len(kept)
+    meta = {"classes": source.classes, "dropped": dropped, "name": name, "notes": source.notes}
+    (work / "meta.json").write_text(json.dumps(meta, indent=1))
+    for path in [*work.iterdir(), work]:
+        sync(path)
+
+
+def read(place: Path, image_size: int) -> Entry | None:
+    """A sound entry, or None. Content is not verified: only a crash of the machine could have changed it."""
+    try:
+        meta = json.loads((place / "meta.json").read_bytes())
+        arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in _KINDS}
+        labels = np.load(place / "labels.npy")
+        wide: dict[str, Any] = {"notes": [], "rule": None}
+        if (place / RULE).exists():
+            wide = json.loads((place / RULE).read_bytes())
+        notes = [Note(*note) for note in (*meta["notes"], *wide["notes"])]
+        rule = Rule(*wide["rule"]) if wide["rule"] else None
+        entry = Entry(place, labels, tuple(meta["classes"]), meta["dropped"], meta["name"], notes, rule, arrays)
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        return None
+    shapes = _shapes(len(labels), image_size)
+    fits = all((arrays[name].shape, arrays[name].dtype) == (shapes[name], kind) for name, kind in _KINDS.items())
+    return entry if fits and labels.dtype == np.int64 else None
+
+
+def _shapes(images: int, size: int) -> dict[str, tuple[int, ...]]:
+    return {"pixels": (images, 3, size, size), "hashes": (images,), "state": (images,)}
