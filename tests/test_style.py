@@ -50,6 +50,7 @@ def test_only_the_engine_knows_accelerate():
 def test_nothing_unpickles():
     """A checkpoint that comes from a stranger can hold numbers and nothing else."""
     for path in SOURCES:
-        text = path.read_text(encoding="utf-8")
-        for word in ("pickle", "torch.load", "torch.save", "load_state(", "save_state("):
-            assert word not in text, f"{path.name}: {word}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            code = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Import | ast.ImportFrom) else ""
+            for word in ("pickle", "torch.load", "torch.save", ".load_state", ".save_state"):
+                assert word not in code.replace(".load_state_dict", ""), f"{path.name}: {code}"

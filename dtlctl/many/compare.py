@@ -23,7 +23,7 @@ from dtlctl.errors import DivergedError, RecipeError
 from dtlctl.many.sweep import folder_name, one_process, perform
 from dtlctl.recipe.loading import load, validated
 from dtlctl.recipe.plan import Stage
-from dtlctl.recipe.schema import REFERENCES, Recipe
+from dtlctl.recipe.schema import Recipe
 from dtlctl.recipe.settings import Compare, Dispose
 from dtlctl.report import files, summary, tables
 from dtlctl.run.earlier import relatives
@@ -234,7 +234,7 @@ def _changed(base: Recipe, source: str, name: str, seed: int, dispose: dict[str,
     """
     raw = base.resolved()
     if raw["piggyback"]["models"]:
-        known = {*REFERENCES, *dispose}
+        known = {*base.references, *dispose}
         raw["piggyback"]["models"] = [model for model in raw["piggyback"]["models"] if model in known] or None
     raw["audit"]["models"] = None
     variants = {variant: settings.model_dump(mode="json", by_alias=True) for variant, settings in dispose.items()}

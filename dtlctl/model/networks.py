@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal
@@ -120,17 +120,28 @@ class Classifier(nn.Module):
 
 
 def build(
-    arch: str, heads: dict[str, int], *, stem: str = "small", width: int | None = None, image_size: int = 32
+    arch: str,
+    heads: dict[str, int],
+    *,
+    stem: str = "small",
+    width: int | None = None,
+    image_size: int = 32,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
 ) -> Classifier:
     """A freshly initialised classifier.
 
     `arch`: a torchvision classifier's name, `resnet10`, or a CIFAR ResNet (`resnet8`, `resnet20`, ...).
     `stem`: "imagenet" is torchvision's own first layers; "small" is a 3x3 stride-1 convolution without max-pool, for
-    32-pixel images (ResNets only). `width`: channels of a CIFAR ResNet's first stage (He et al.: 16).
+    32-pixel images (ResNets only). `width`: channels of a CIFAR ResNet's first stage (He et al.: 16). `mean`, `std`:
+    [3], by which it normalises images.
     Raises ValueError for a combination that does not exist.
     """
     check(arch, stem, width, image_size)
-    return _assemble(arch, heads, stem, width, image_size)
+    model = _assemble(arch, heads, stem, width, image_size)
+    for buffer, numbers in ((model.mean, mean), (model.std, std)):
+        buffer.copy_(torch.tensor(numbers).view(1, 3, 1, 1))
+    return model
 
 
 @lru_cache(maxsize=8)

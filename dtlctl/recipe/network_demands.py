@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from dtlctl.errors import RecipeError
-from dtlctl.model import networks
+from dtlctl.errors import CheckpointError, RecipeError
+from dtlctl.model import networks, weights
 from dtlctl.objectives.batched import batchable
 from dtlctl.objectives.unlearn import NullSpace
 from dtlctl.recipe.schema import Model, Recipe
@@ -16,12 +16,22 @@ from dtlctl.recipe.schema import Model, Recipe
 def check(recipe: Recipe, source: str) -> None:
     """Raise RecipeError where the network lacks stages or layers that a variant or an attacker needs.
 
-    source: the recipe's file, for the message, which names the first mistake in full and the others by their keys.
+    And CheckpointError for weights from outside that are not there or not the network's; none are fetched. source: the
+    recipe's file, for the message, which names the first mistake in full and the others by their keys.
     """
     found = [*_of_variants(recipe), *_of_attackers(recipe)]
     if found:
         others = ", ".join(place for place, _ in found[1:])
         raise RecipeError(f"{source}: {found[0][0]}: {found[0][1]}" + (f"\nalso wrong: {others}" if others else ""))
+    stages = {"pretrain": recipe.pretrain, "finetune": recipe.finetune, "target-only": recipe.target_only}
+    for place, settings in {**stages, **{f"reference.{name}": one for name, one in recipe.reference.items()}}.items():
+        if settings and settings.weights:
+            try:
+                weights.identity(settings.weights, recipe.model.arch)
+                if not settings.weights.startswith(weights.REGISTRY):
+                    weights.read(settings.weights, recipe.model.model_dump(), getattr(settings, "classes", None))
+            except CheckpointError as error:
+                raise CheckpointError(f"{source}: {place}.weights: {error}") from None
 
 
 def _of_variants(recipe: Recipe) -> Iterator[tuple[str, str]]:

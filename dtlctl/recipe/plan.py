@@ -35,6 +35,9 @@ class Job(Generic[Settings]):
         """What the recipe says that this result depends on; not who else is attacked, nor how memory is used."""
         aside: Any = {"models": True, "unlearn": {"memory"}, "attackers": {"__all__": {"datasets"}}}
         settings = self.settings.model_dump(mode="json", by_alias=True, exclude=aside)
+        outside = {name: settings.pop(name, None) for name in ("weights", "classes")}
+        if self.weights:
+            settings = outside
         if not settings.get("attackers", True):
             # Without tuned attackers there is nothing that these keys could have changed.
             for name in ("attackers", "attack_seeds", "held_out", "choose_on"):
@@ -43,8 +46,8 @@ class Job(Generic[Settings]):
         return {
             "settings": settings,
             "revisions": self.revisions(),
-            "architecture": recipe.model.model_dump(mode="json", exclude={"channels_last"}),
-            "seed": recipe.seed if own_seed is None else own_seed,
+            "architecture": recipe.model.described(),
+            "seed": 0 if self.weights else recipe.seed if own_seed is None else own_seed,
             "precision": recipe.precision,
         }
 
@@ -66,7 +69,7 @@ class Job(Generic[Settings]):
         A disposal's batch is cut into equal chunks on equal processes, so of a small dataset it depends on them.
         """
         settings: Any = self.settings
-        if self.stage == "audit":
+        if self.stage == "audit" or self.weights:
             return {}
         if self.stage != "dispose":
             return {self.dataset: min(settings.batch_size, images[self.dataset])}
@@ -74,12 +77,17 @@ class Job(Generic[Settings]):
         return {role: settings.equal_parts(images[role], processes) for role in roles}
 
     @property
+    def weights(self) -> str | None:
+        """Where the model comes from, if it is not trained but adopted."""
+        return getattr(self.settings, "weights", None)
+
+    @property
     def makes_model(self) -> bool:
         return self.stage not in ("piggyback", "audit")
 
     @property
     def dataset(self) -> str:
-        """The first dataset: the one it trains on."""
+        """The first dataset: the one it trains on, if it does."""
         return self.roles[0]
 
     @property
@@ -87,13 +95,24 @@ class Job(Generic[Settings]):
         return self.path.removesuffix(".json").removesuffix("/model")
 
 
+def pretraining(recipe: Recipe) -> Job[Any]:
+    """How the source is learned, by `pre` or by the references of rmia."""
+    return Job("pretrain", "pre", "pretrain/model.json", recipe.pretrain, ("source",), None)
+
+
 def jobs(recipe: Recipe) -> list[Job[Any]]:
     """Every result of the recipe, each after what it depends on."""
+    adopted, tgt = recipe.finetune.weights, recipe.target_only or recipe.finetune
+    if adopted and recipe.target_only is None:
+        length = {} if tgt.epochs or tgt.steps else {"epochs": Recipe.model_fields["finetune"].default.epochs}
+        tgt = tgt.model_copy(update={"weights": None, "classes": None, **length})
     plan: list[Job[Any]] = [
-        Job("pretrain", "pre", "pretrain/model.json", recipe.pretrain, ("source",), None),
-        Job("finetune", "TGT", "target-only/model.json", recipe.target_only or recipe.finetune, ("target",), None),
-        Job("finetune", "TL", "finetune/model.json", recipe.finetune, ("target", "source"), "pre"),
+        *([] if adopted else [pretraining(recipe)]),
+        Job("finetune", "TGT", "target-only/model.json", tgt, ("target",), None),
+        Job("finetune", "TL", "finetune/model.json", recipe.finetune, ("target", "source"), None if adopted else "pre"),
     ]
+    for name, reference in recipe.reference.items():
+        plan.append(Job("pretrain", name, f"reference/{name}/model.json", reference, (), None))
     for variant, settings in recipe.dispose.items():
         plan.append(Job("dispose", variant, f"dispose/{variant}/model.json", settings, ("source", "target"), "TL"))
     for name in recipe.data.piggyback:

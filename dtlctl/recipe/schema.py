@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from dtlctl.data.dataset import Dataset
 from dtlctl.errors import suggest
 from dtlctl.model import networks
-from dtlctl.recipe.settings import Audit, Compare, Dispose, Finetune, Piggyback, Pretrain
+from dtlctl.recipe.settings import Audit, Compare, Dispose, Finetune, Piggyback, Pretrain, Reference
 from dtlctl.strict import Strict
 
 
@@ -32,7 +32,7 @@ REFERENCES = ("scratch", "TGT", "pre", "TL")
 
 
 class Model(Strict):
-    """The one network of all stages. Its weights start from random numbers."""
+    """The one network of all stages. Its weights start from random numbers, unless a stage names `weights`."""
 
     arch: str = "resnet18"
     """A classifier of torchvision, `resnet10`, or a CIFAR ResNet: `resnet8`, `20`, `32`, `44`, `56` or `110`."""
@@ -42,6 +42,10 @@ class Model(Strict):
     """Channels of a CIFAR ResNet's first stage; 16 if left out. Not for other architectures."""
     image_size: int = Field(32, ge=8, le=1024)
     """Images are resized to this many pixels, square."""
+    mean: list[float] = Field([*networks.MEAN], min_length=3, max_length=3)
+    """What is subtracted from an image's red, green and blue in [0, 1]; ImageNet's if left out."""
+    std: list[Annotated[float, Field(gt=0)]] = Field([*networks.STD], min_length=3, max_length=3)
+    """What they are then divided by."""
     channels_last: bool = False
     """Memory layout of images and maps: the same numbers up to rounding, often faster. Needs a `width` >= 16."""
 
@@ -52,6 +56,11 @@ class Model(Strict):
             # A strided 1x1 convolution of fewer channels than a vector has writes past its memory (oneDNN#6035).
             raise ValueError(f"channels_last needs a width of 16 or more, not {self.width}: torch crashes on narrower")
         return self
+
+    def described(self) -> dict[str, Any]:
+        """What results depend on."""
+        usual = {"mean", "std"} if (*self.mean, *self.std) == (*networks.MEAN, *networks.STD) else set()
+        return self.model_dump(mode="json", exclude={"channels_last", *usual})
 
 
 class Data(Strict):
@@ -91,6 +100,8 @@ class Recipe(Strict):
     """Training of `TL`."""
     target_only: Finetune | None = Field(None, alias="target-only")
     """Training of `TGT`: the keys of `finetune`, none inherited from it; without the table, as `finetune`."""
+    reference: dict[Name, Reference] = Field({})
+    """Any other networks, to stand beside; their names are yours."""
     dispose: dict[Name, Dispose] = Field({})
     """One table a variant; its name is yours."""
     piggyback: Piggyback = Piggyback(epochs=50)
@@ -109,9 +120,12 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:
-        for variant in self.dispose:
-            if variant.lower() in {r.lower() for r in REFERENCES}:
-                raise ValueError(f"dispose.{variant}: the name belongs to a reference model; choose another")
+        taken = {name.lower() for name in REFERENCES}
+        for name in [*self.reference, *self.dispose]:
+            if name.lower() in taken:
+                table = "reference" if name in self.reference else "dispose"
+                raise ValueError(f"{table}.{name}: the name belongs to a reference model; choose another")
+            taken |= {name.lower()} if name in self.reference else set()
         for variant, settings in self.dispose.items():
             if self.precision == "bfloat16" and settings.unlearn.chunks > 1 and settings.unlearn.cosine is None:
                 raise ValueError(
@@ -124,21 +138,34 @@ class Recipe(Strict):
                     where = f"piggyback.attackers.{number}.datasets"
                     raise ValueError(f"{where}: unknown dataset {dataset!r}" + suggest(dataset, [*self.data.piggyback]))
         for table, chosen in (("piggyback", self.piggyback.models), ("audit", self.audit.models)):
-            known = [*REFERENCES, *self.dispose]
+            known = [*self.references, *self.dispose]
             for model in chosen or []:
                 if model not in known:
                     raise ValueError(f"{table}.models: unknown model {model!r}" + suggest(model, known))
-                if table == "audit" and model in ("scratch", "TGT"):
+                if table == "audit" and model in ("scratch", "TGT", *self.reference):
                     raise ValueError(f"audit.models: {model} never saw the source; there is nothing to infer")
         return self
 
+    @model_validator(mode="after")
+    def _weights(self) -> Recipe:
+        if self.finetune.weights and self.pretrain.weights:
+            raise ValueError("pretrain.weights: TL is finetune.weights, and needs no pre; leave one of them out")
+        if self.pretrain.weights and "rmia" in self.audit.attacks and not (self.pretrain.epochs or self.pretrain.steps):
+            raise ValueError("pretrain: rmia trains its references as this table says; give epochs beside weights")
+        return self
+
+    @property
+    def references(self) -> list[str]:
+        """The models that stand in tables before any variant; without `pre` where TL comes from outside."""
+        return ["scratch", "TGT", *(["pre"] * (not self.finetune.weights)), "TL", *self.reference]
+
     @property
     def piggyback_models(self) -> list[str]:
-        return self.piggyback.models or [*REFERENCES, *self.dispose]
+        return self.piggyback.models or [*self.references, *self.dispose]
 
     @property
     def audit_models(self) -> list[str]:
-        return self.audit.models or ["pre", "TL", *self.dispose]
+        return self.audit.models or [*(["pre"] * ("pre" in self.references)), "TL", *self.dispose]
 
     def stream(self, tag: str) -> int:
         """A 32-bit seed for one use of randomness, independent of every other tag's."""

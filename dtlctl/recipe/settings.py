@@ -37,7 +37,7 @@ class Training(Algorithm):
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
-        if (self.epochs is None) == (self.steps is None):
+        if (self.epochs is None) == (self.steps is None) and (self.epochs or not getattr(self, "weights", None)):
             raise ValueError("give either epochs or steps" + (", not both" if self.epochs else ""))
         return self
 
@@ -46,18 +46,41 @@ class Training(Algorithm):
         return self.steps or (self.epochs or 0) * max(1, images // self.batch_size)
 
 
-class Pretrain(Training):
+class Adoptable(Training):
+    """Training of a model, or instead of it a network that exists."""
+
+    weights: str | None = None
+    """A network that exists, adopted and never trained: a `.safetensors` file with torchvision's names of tensors, an
+    exported folder, or `torchvision:NAME`. Its keys of training are then for others (`rmia`, `TGT`)."""
+    classes: list[str] | None = Field(None, min_length=1)
+    """Of `weights`: the names of its head's outputs, in order. Without: those that the file names, or the data's."""
+
+    @model_validator(mode="after")
+    def _of_weights(self) -> Adoptable:
+        if self.classes and not self.weights:
+            raise ValueError("classes name the outputs of weights; give weights too")
+        return self
+
+
+class Pretrain(Adoptable):
     """Training of `pre`, a new network, on the source. An epoch is one of the source."""
 
     seed: int | None = Field(None, ge=0, lt=2**31)
     """Of pre-training and the source's subset, instead of the recipe's: all seeds then share one pre-trained model."""
 
 
-class Finetune(Training):
+class Finetune(Adoptable):
     """Training on the target: of `TL`, from `pre`, and of `TGT`, a new network. An epoch is one of the target."""
 
     lr: float = Field(0.01, gt=0, le=100)
     """Learning rate; the peak of the schedule."""
+
+
+class Reference(Algorithm):
+    """Another network, attacked like the rest: what an attacker has anyway, for instance."""
+
+    weights: str
+    """A `.safetensors` file, an exported folder or `torchvision:NAME`, of the recipe's architecture."""
 
 
 class Dispose(Training):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from dtlctl.errors import CheckpointError
 from dtlctl.recipe.plan import Job, jobs
-from dtlctl.recipe.schema import REFERENCES, Recipe
+from dtlctl.recipe.schema import Recipe
 from dtlctl.run import provenance
 from dtlctl.storage import checkpoint
 
@@ -65,7 +65,7 @@ def results_of(run: Path, recipe: Recipe) -> list[Result]:
 
 def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
     """The numbers of a run's results by model, the references first. Raises CheckpointError where one lacks them."""
-    rows: dict[str, Row] = {model: {"model": model, "piggyback": {}} for model in [*REFERENCES, *recipe.dispose]}
+    rows: dict[str, Row] = {model: {"model": model, "piggyback": {}} for model in [*recipe.references, *recipe.dispose]}
     for job, path, sidecar in results:
         row, metrics = rows[job.model], sidecar["metrics"]
         with _reading(path, f"metrics of {job.stage}"):

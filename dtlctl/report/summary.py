@@ -57,7 +57,7 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
         for reference in [name for name in ("TGT", "TL") if name in by_seed]:
             pairs = zip(numbers[model], numbers[reference], strict=True)
             row[f"vs_{reference}"] = _average(model, [_less(*pair) for pair in pairs])
-        if {"scratch", "TL"} <= by_seed.keys() and model not in NEVER_SAW_THE_SOURCE:
+        if {"scratch", "TL"} <= by_seed.keys() and model not in {*NEVER_SAW_THE_SOURCE, *recipes[0].reference}:
             row |= _shares(own, by_seed["scratch"], by_seed["TL"])
         rows.append(row)
     return {

@@ -14,7 +14,7 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.storage import checkpoint
 
 FORMS = ("pretrain/*.json", "target-only/*.json", "finetune/*.json", "dispose/*/*.json", "piggyback/*/*.json",
-         "audit/*.json")  # fmt: skip
+         "audit/*.json", "reference/*/*.json")  # fmt: skip
 """Where in a run's folder there are sidecars."""
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtlctl.console import stop
 from dtlctl.console.progress import say
+from dtlctl.data.dataset import Note
 from dtlctl.errors import CheckpointError
-from dtlctl.model import networks
-from dtlctl.recipe.plan import Job
+from dtlctl.model import networks, weights
+from dtlctl.recipe.plan import Job, pretraining
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.datasets import Datasets
 from dtlctl.run.processes import Processes
@@ -93,7 +95,9 @@ class Results:
 
     def reference_answers(self) -> Parts:
         """What reference models said of the source's images, kept for the audits of all models."""
-        key = {"pre": self.key(self.maker("pre")), "seed": self.recipe.seed}
+        pretrain = self.recipe.pretrain.model_copy(update={"weights": None, "classes": None})
+        trained = replace(pretraining(self.recipe), settings=pretrain)
+        key = {"pre": self.key(trained), "seed": self.recipe.seed}
         return Parts(self.references, checkpoint.key(key))
 
     def require(self, model: str) -> dict[str, Any]:
@@ -108,10 +112,21 @@ class Results:
         return sidecar
 
     def publish(
-        self, job: Job[Any], metrics: dict[str, Any], history: History, model: networks.Classifier | None = None
+        self,
+        job: Job[Any],
+        metrics: dict[str, Any],
+        history: History,
+        model: networks.Classifier | None = None,
+        adopted: Sequence[Note] = (),
     ) -> None:
-        """Publish a result, and a model's weights with it, from the main process, once all processes are there."""
-        engine = self.processes.engine
+        """Publish a result, and a model's weights with it, from the main process, once all processes are there.
+
+        adopted: what is to be said of weights that come from outside.
+        """
+        engine, notes = (
+            self.processes.engine,
+            {**self.data.notes(job.roles), **({"weights": adopted} if adopted else {})},
+        )
         sidecar = {
             "format": checkpoint.FORMAT,
             "stage": job.stage,
@@ -125,7 +140,7 @@ class Results:
             "datasets": {
                 role: origin(self.recipe.data.of(role), self.data.images(role, "train")) for role in job.roles
             },
-            "notes": {role: [n._asdict() for n in notes] for role, notes in self.data.notes(job.roles).items()},
+            "notes": {role: [n._asdict() for n in notes] for role, notes in notes.items()},
             **circumstances(engine.device, engine.processes),
         }
 
@@ -145,6 +160,7 @@ class Results:
         identities = {role: self.data.identity(role) for role in job.roles}
         return {
             **job.described(self.recipe),
+            **({"weights": weights.identity(job.weights, self.recipe.model.arch)} if job.weights else {}),
             "data": identities,
             "batch": job.batches({role: one["images"] for role, one in identities.items()}, self.processes.count),
             "parent": {job.parent: self.require(job.parent).get("weights_sha256")} if job.parent else {},

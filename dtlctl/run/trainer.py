@@ -36,7 +36,7 @@ class Trainer:
         """
         torch.manual_seed(self.recipe.stream(tag))
         spec = self.recipe.model
-        model = networks.build(spec.arch, heads, stem=spec.stem, width=spec.width, image_size=spec.image_size)
+        model = networks.build(heads=heads, **spec.model_dump(exclude={"channels_last"}))
         model.precision, model.channels_last = self.recipe.precision, spec.channels_last
         if self.recipe.precision == "float64":
             model.double()

@@ -88,7 +88,9 @@ def text(document: dict[str, Any]) -> str:
         steps = "?" if row["steps"] is None else row["steps"]
         cost = f", {_words(row['seconds'], 's')}" if any(row["seconds"] or ()) else ""
         work = f"{steps} steps of {row['batch_size']}{cost}"
-        if not row["batch_size"]:
+        if row["weights"]:
+            work = f"{row['weights']} is adopted, not trained"
+        elif not row["batch_size"]:
             work = "attack" + (f"; the references of rmia{cost}" if cost else "")
         lines.append(f"  {row['title']:<32} " + ("done" if row["state"] == "done" else NOTES[row["state"]] + work))
     total = document["minutes"]
@@ -255,9 +257,8 @@ def _references(experiment: Experiment, source: dict[str, Any], clock: Clock) ->
 
 
 def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: Clock) -> dict[str, Any]:
-    images, state = data[job.dataset]["images"], _state(experiment, job, data)
-    size = getattr(job.settings, "batch_size", None)
-    asked = getattr(job.settings, "steps", None)  # else so many epochs of the images
+    images, state = data[job.dataset]["images"] if job.roles else None, _state(experiment, job, data)
+    size, asked = (None if job.weights else getattr(job.settings, key, None) for key in ("batch_size", "steps"))
     steps = asked if images is None or size is None else job.settings.total_steps(images)
     cost: Seconds | None = Seconds(0.0, 0.0)
     if size is not None and state != "done":
@@ -266,6 +267,7 @@ def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: Clo
         "title": job.title,
         "stage": job.stage,
         "state": state,
+        "weights": job.weights,
         "steps": steps,
         "batch_size": size and (size if images is None else min(size, images)),
         "seconds": cost,

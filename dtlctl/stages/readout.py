@@ -44,11 +44,14 @@ def uncertainty(experiment: Experiment, model: Classifier) -> dict[str, float]:
 def relearning(experiment: Experiment, name: str, settings: Audit) -> dict[str, Any]:
     """Train the model on the source again and count steps until 95 % of the pre-trained model's Acc_s is back.
 
+    Where TL comes from outside, without a pre-trained model, of TL's.
+
     All weights, plain cross-entropy, a constant learning rate, batches of 64; Acc_s is that of at most 500 fixed test
     images, ten times on the way. {"goal", "steps" (None: not within the budget), "budget", "curve": [[step, Acc_s],
     ...]}, accuracies in %.
     """
-    goal = SHARE * experiment.results.require("pre")["metrics"]["acc_s"]
+    whole = "pre" if "pre" in experiment.recipe.references else "TL"
+    goal = SHARE * experiment.results.require(whole)["metrics"]["acc_s"]
     model = experiment.trainer.load_model(name)
     plan = Training(steps=settings.relearn_steps, batch_size=64, lr=settings.relearn_lr, schedule="constant")
     batches = experiment.trainer.batches("source", plan.batch_size, "audit/relearn")

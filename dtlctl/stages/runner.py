@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dtlctl.errors import DtlError
 from dtlctl.model.networks import precision
@@ -26,7 +26,8 @@ def run(
     `force` redoes what is there. Raises DtlError of whatever kind stops it, before the first job trains where the data
     or the processes cannot do for one of them.
     """
-    done, chosen = [], experiment.chosen(stages, only)
+    # What is adopted comes first: whether it fits is not told after hours of training.
+    done, chosen = [], sorted(experiment.chosen(stages, only), key=lambda job: not job.weights)
     data_demands.check(experiment, chosen)
     earlier = cache(lambda: Earlier(relatives(experiment.folder.parent, experiment.recipe.name)))
     for job in chosen:
@@ -37,7 +38,7 @@ def run(
             experiment.processes.say(f"{job.title}: goes on with {parts} finished part{'s' * (parts > 1)}")
         try:
             with precision(experiment.recipe.precision):
-                _stage(job.stage)(experiment, job)
+                _stage("adopt" if job.weights else job.stage)(experiment, job)
         except (RuntimeError, MemoryError) as error:
             from dtlctl.training.failures import is_shortage, shortage
 
@@ -66,6 +67,6 @@ def _summary(path: Path) -> str:
     return f"{text or 'done'} ({sidecar.get('wall_seconds', 0):.0f} s)"
 
 
-def _stage(name: Stage) -> Callable[[Experiment, Job[Any]], None]:
+def _stage(name: Stage | Literal["adopt"]) -> Callable[[Experiment, Job[Any]], None]:
     """Imported when there is work to do: looking whether everything is up to date needs no training code."""
     return getattr(import_module(f"dtlctl.stages.{name}"), name)

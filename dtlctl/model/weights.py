@@ -1,0 +1,221 @@
+"""Weights from outside: a file, one of our exports, torchvision's registry. Read, checked, put into a classifier."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dtlctl.errors import CheckpointError, suggest
+from dtlctl.model.networks import Classifier, outline
+
+REGISTRY = "torchvision:"
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
+COUNT = "num_batches_tracked"
+"""Of a batch norm. Files from before torch 0.4.1 lack it, and nothing here depends on it."""
+
+
+class Given(NamedTuple):
+    """What a file or a registry holds of a network."""
+
+    backbone: dict[str, Tensor]
+    head: tuple[Tensor, Tensor] | None
+    """Weight [classes, features] and bias [classes]; None where there is none."""
+    classes: list[str] | None
+    """Names of the head's outputs, where they are told."""
+    notes: list[str]
+    """What of it is not as the recipe has it, and is no mistake."""
+
+
+def identity(weights: str, arch: str) -> dict[str, str]:
+    """What tells these weights from others: {"sha256": of the file}, or {"torchvision": name, "url": address}.
+
+    Nothing is fetched. Raises CheckpointError where there is no such file, or it cannot be read without unpickling, or
+    the registry has no such weights of the architecture.
+    """
+    if weights.startswith(REGISTRY):
+        entry = _entry(weights, arch)
+        return {"torchvision": str(entry), "url": entry.url}
+    path = _file(weights)
+    seen = path.stat()
+    return {"sha256": _sha256(path, seen.st_size, seen.st_mtime_ns)}
+
+
+def read(weights: str, network: dict[str, Any], classes: Sequence[str] | None = None) -> Given:
+    """The tensors, checked against the network, and what is said of classes and preprocessing.
+
+    network: arguments of `networks.build` but for the heads. classes: names that the recipe gives the head's outputs,
+    in place of those that the file has. Raises CheckpointError where they do not fit, and where they cannot be fetched.
+    """
+    tensors, said = _from_registry(weights, network) if weights.startswith(REGISTRY) else _from_file(weights)
+    try:
+        notes = _compared(said, network)
+        backbone, head = _fitted(tensors, network, notes)
+        names = list(classes or said.get("classes") or []) or None
+        if names and head and len(names) != len(head[1]):
+            raise ValueError(f"its head has {len(head[1])} outputs, and {len(names)} classes are named")
+        if names and (twice := [name for name in names if names.count(name) > 1]):
+            raise ValueError(f"class {twice[0]!r} is named twice")
+    except (AttributeError, TypeError, ValueError) as error:  # a header may hold anything
+        raise CheckpointError(f"{weights}: {_line(error)}") from None
+    return Given(backbone, head, names, notes)
+
+
+def fill(model: Classifier, given: Given) -> None:
+    """Put the backbone's tensors into the model, in the model's type and place."""
+    kept = {name: tensor for name, tensor in model.backbone.state_dict().items() if name.endswith(COUNT)}
+    model.backbone.load_state_dict({**kept, **given.backbone})
+
+
+def fill_head(model: Classifier, name: str, given: Given, classes: Sequence[str]) -> str:
+    """Give the model this head, its outputs in the order of `classes`; returns in words how they were matched.
+
+    Raises ValueError where they do not match.
+    """
+    if given.head is None:
+        raise ValueError(f"it has no head ({model.readout}.weight, {model.readout}.bias)")
+    known, outputs = given.classes, len(given.head[1])
+    if known is None and outputs != len(classes):
+        raise ValueError(f"its head has {outputs} outputs; data.{name} has {len(classes)} classes")
+    if known and (lacking := [one for one in classes if one not in known]):
+        raise ValueError(f"its head has no class {lacking[0]!r}, which data.{name} has")
+    rows = [known.index(one) for one in classes] if known else [*range(outputs)]
+    model.add_head(name, len(classes))
+    layer = model.heads[name]
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        layer.weight.copy_(given.head[0][rows])
+        layer.bias.copy_(given.head[1][rows])
+    if known is None:
+        return f"the head's outputs are taken in the order of data.{name}'s classes; nothing names them"
+    left = f"; {outputs - len(rows)} others are left out" * (outputs > len(rows))
+    return f"the head's outputs are matched by name{', and reordered' * (rows != sorted(rows))}{left}"
+
+
+def _fitted(
+    tensors: Mapping[str, Tensor], network: dict[str, Any], notes: list[str]
+) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+    """The backbone's tensors and the head's. ValueError, with the first three names, for those of another network."""
+    like = outline(*(network[name] for name in ("arch", "stem", "width", "image_size")))
+    own, names = like.backbone.state_dict(), [f"{like.readout}.weight", f"{like.readout}.bias"]
+    backbone = {name: tensor for name, tensor in tensors.items() if name not in names}
+    head = [tensors[name] for name in names if name in tensors]
+    shapes = {"missing": [name for name in own if name not in backbone and not name.endswith(COUNT)]}
+    shapes["unknown"] = [name for name in backbone if name not in own]
+    shapes["of another shape"] = [
+        f"{name} {[*backbone[name].shape]}, not {[*own[name].shape]}"
+        for name in own
+        if name in backbone and backbone[name].shape != own[name].shape
+    ]
+    if len(head) == 1 or (head and [*head[0].shape] != [len(head[1]), like.features]):
+        shapes["of another shape"].append(f"{names[0]}, {names[1]}")
+    if wrong := {kind: found for kind, found in shapes.items() if found}:
+        said = "; ".join(f"{len(found)} {kind} ({_three(found)})" for kind, found in wrong.items())
+        first = [*tensors["conv1.weight"].shape[2:]] if "conv1.weight" in tensors else []
+        stem = {7: "imagenet", 3: "small"}.get(first[0]) if first else None
+        hint = f'; its first layer is that of stem = "{stem}"' if stem not in (None, network["stem"]) else ""
+        raise ValueError(f"tensors do not fit {network['arch']}: {said}{hint}")
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{len(bad)} tensors hold numbers that are not finite ({_three(bad)})")
+    if kinds := {str(t.dtype) for t in tensors.values() if t.is_floating_point()} - {"torch.float32"}:
+        notes.append(f"tensors of {', '.join(sorted(kinds))} are converted to the run's type")
+    return backbone, (head[0], head[1]) if head else None
+
+
+def _three(names: Sequence[str]) -> str:
+    return ", ".join(ascii(name)[1:-1][:120] for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def _compared(said: dict[str, Any], network: dict[str, Any]) -> list[str]:
+    """What is told of the images it was trained on, beside the recipe's. ValueError where that is a mistake."""
+    if (arch := said.get("arch", network["arch"])) != network["arch"]:
+        raise ValueError(f"it is a {arch}, and the recipe's network a {network['arch']}; set model.arch")
+    for key in ("mean", "std"):
+        theirs, ours = ([round(float(x), 6) for x in table.get(key, network[key])] for table in (said, network))
+        if theirs != ours:
+            raise ValueError(f"its images were normalised by {key} {theirs}; write {key} = {theirs} under [model]")
+    size = said.get("image_size", network["image_size"])
+    other = [f"{size} pixels"] if size != network["image_size"] else []
+    if other := other + [text for text in [said.get("resize")] if text]:
+        square = f"the recipe's are cut square, {network['image_size']} pixels, bicubic"
+        return [f"its images were of {', '.join(other)}; {square}"]
+    return []
+
+
+def _from_file(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and the header that `dtlctl export` writes, if there is one."""
+    from safetensors import SafetensorError, safe_open
+
+    path = _file(weights)
+    try:
+        with safe_open(path, "pt") as file:
+            said = json.loads((file.metadata() or {}).get("dtlctl", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        if not isinstance(said, dict):
+            raise ValueError("its header is not one of ours")
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{weights}: not a safetensors file that can be read ({_line(error)})") from None
+    return tensors, said
+
+
+def _file(weights: str) -> Path:
+    """The file of tensors; of an exported folder, the one in it."""
+    path = Path(os.path.abspath(os.path.expanduser(weights)))
+    if path.suffix.lower() in PICKLES:
+        raise CheckpointError(
+            f"{weights}: a pickle can run any code, and is not opened. Convert it, where it may do no harm:\n"
+            "import torch, safetensors.torch as st\n"
+            f"state = torch.load({path.name!r}, map_location='cpu', weights_only=True)\n"
+            f"st.save_file({{k: v.contiguous() for k, v in state.items()}}, {f'{path.stem}.safetensors'!r})"
+        )
+    if path.is_dir():
+        path /= "model.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{weights}: does not exist (looked for {path})")
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{weights}: not a .safetensors file, an exported folder, or {REGISTRY}NAME")
+    return path
+
+
+def _entry(weights: str, arch: str) -> Any:
+    """torchvision's entry for `torchvision:NAME`, which is the name of an entry with or without its class."""
+    from torchvision import models
+
+    name = weights.removeprefix(REGISTRY)
+    try:
+        entries = models.get_model_weights(arch)
+    except ValueError:
+        raise CheckpointError(f"{weights}: torchvision has no weights of {arch}") from None
+    class_name, _, last = name.rpartition(".")
+    if last not in entries.__members__ or class_name not in ("", entries.__name__):
+        raise CheckpointError(f"{weights}: no such weights of {arch}{suggest(name, entries.__members__)}")
+    return entries[last]
+
+
+def _from_registry(weights: str, network: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, fetched unless they are in torch's cache, and how the registry says images are prepared."""
+    entry = _entry(weights, network["arch"])
+    try:
+        tensors = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # urllib's, the disk's, a hash that is wrong
+        raise CheckpointError(f"{weights}: {entry.url} could not be downloaded ({_line(error)})") from None
+    prepared = entry.transforms()
+    resize = f"{prepared.crop_size[0]} pixels, cut from {prepared.resize_size[0]} ({prepared.interpolation.value})"
+    return tensors, {"classes": entry.meta["categories"], "mean": prepared.mean, "std": prepared.std, "resize": resize}
+
+
+@lru_cache(maxsize=16)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    """Of a file, read again when it has changed."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,77 @@
+"""A model that exists already, in place of one that the run would train: `pre`, TGT, TL, or a reference."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from dtlctl.attacks import logistic
+from dtlctl.data.dataset import Note
+from dtlctl.errors import CheckpointError
+from dtlctl.model import weights
+from dtlctl.model.networks import Classifier
+from dtlctl.recipe.plan import Job
+from dtlctl.run.experiment import Experiment
+from dtlctl.training.engine import History
+from dtlctl.training.finite import check_finite
+
+HEADS = {"pre": ("source",), "TGT": ("target",), "TL": ("target", "source")}
+"""What each needs, that of its own task first. A reference is attacked through its features alone."""
+
+
+def adopt(experiment: Experiment, job: Job[Any]) -> None:
+    """Publish the weights as the run's model, and measure what they can do; nothing is trained but a missing head.
+
+    The first head is the weights' own, matched to the data by class names or by shape; a source head that there is not
+    is fitted on frozen features. Raises CheckpointError for weights that do not fit, or have no head for the target.
+    """
+    started, where = time.perf_counter(), job.weights or ""
+    network = experiment.recipe.model.model_dump(exclude={"channels_last"})
+    read = lambda: weights.read(where, network, getattr(job.settings, "classes", None))  # noqa: E731
+    experiment.processes.by_main(read)  # one process downloads what all read
+    given = read()
+    model = experiment.trainer.new_model({}, "load")
+    weights.fill(model, given)
+    said, metrics = list(given.notes), {}
+    for head in HEADS.get(job.model, ()):
+        try:
+            said.append(_head(experiment, job, model, given, head))
+        except ValueError as error:
+            raise CheckpointError(f"{experiment.source}: {job.title}: {where}: {error}") from None
+        metrics[f"acc_{head[0]}"] = experiment.trainer.accuracy(model, head, head)
+    notes = [Note("weights", 1, text) for text in said]
+    for note in notes:
+        experiment.processes.say(f"{job.title}: {note.text}")
+    history = History(seconds=time.perf_counter() - started)
+    experiment.results.publish(job, metrics, history, model, notes)
+
+
+def _head(experiment: Experiment, job: Job[Any], model: Classifier, given: weights.Given, head: str) -> str:
+    """Give the model a head; in words, where it comes from."""
+    classes, own = experiment.data.classes(head), HEADS[job.model][0] == head
+    if own and (given.head or head == "target"):
+        try:
+            return weights.fill_head(model, head, given, classes)
+        except ValueError as error:
+            if head == "target" or not given.classes:
+                raise
+            other = f"; {error}"
+    else:
+        other = ""
+    features, labels = _features(experiment, model)
+    logistic.refit(model, head, features, labels, len(classes))
+    return f"no head for the {head} in it{other}: one was fitted on its frozen features of {len(labels):,} images"
+
+
+@torch.no_grad()
+def _features(experiment: Experiment, model: Classifier) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the source's training images, from all processes: [n, features], and labels [n]."""
+    model.eval()
+    seen = [
+        (model.embed(b.x), b.y) for b in experiment.trainer.split("source", "train", experiment.data.index("source"))
+    ]
+    features, labels = (experiment.engine.gather(torch.cat(parts)) for parts in zip(*seen, strict=True))
+    check_finite(features)
+    return features, labels
