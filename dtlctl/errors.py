@@ -54,6 +54,12 @@ class CheckpointError(DtlError):
     exit_code = 4
 
 
+class EvidenceError(DtlError):
+    """What was measured does not meet the limits of the recipe's table [publish]; everything is done and written."""
+
+    exit_code = 5
+
+
 class Stopped(DtlError):
     """A signal asked the run to end; finished results and the state of unfinished ones are kept."""
 

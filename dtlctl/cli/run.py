@@ -35,13 +35,13 @@ def run(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Do everything the recipe asks for, in order, and print the table. What is up to date is skipped."""
+    """Do everything the recipe asks for, in order, and print the table and the verdict. Skips what is up to date."""
     from dtlctl.recipe.plan import STAGES
 
     with _performed(STAGES, recipe, overrides, out, None, force, quiet) as experiment:
         if not is_main():
             return
-        from dtlctl.report import files, summary, tables
+        from dtlctl.report import files, summary, tables, verdict
 
         folder = experiment.folder / "report"
         table = summary.summarise([experiment.folder])
@@ -51,6 +51,7 @@ def run(
             )
     print(files.dump(table) if as_json else tables.markdown(table), end="")
     say(f"report: {folder}", quiet)
+    verdict.demand(table, table["verdict"]["recommended"], experiment.recipe.publish, str(recipe))
 
 
 def stage(name: Stage) -> Callable[..., None]:

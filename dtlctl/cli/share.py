@@ -42,11 +42,14 @@ def export(
     """Write a finished model for others: its target head alone, under torchvision's names, nothing of the source."""
     from dtlctl.many.sweep import one_process
     from dtlctl.recipe.loading import load
+    from dtlctl.report import summary, verdict
     from dtlctl.run import export as exports
     from dtlctl.run.experiment import Experiment
 
     one_process("export: start it as one process, without a launcher")
     experiment = Experiment(load(recipe, overrides), out, source=str(recipe), words=words(overrides, out), quiet=quiet)
+    if experiment.recipe.publish:
+        verdict.demand(summary.summarise([experiment.folder]), model, experiment.recipe.publish, str(recipe))
     exports.export(experiment, model, to)
     if model == "TL":
         say("TL has not been disposed of: it holds all that it learned from the source", quiet)

@@ -215,3 +215,16 @@ class Compare(Strict):
         if twice := [seed for seed in seeds or [] if (seeds or []).count(seed) > 1]:
             raise ValueError(f"{twice[0]} is there twice; give each seed once")
         return seeds
+
+
+class Publish(Strict):
+    """Limits for the model that is published, which the exit code of `dtlctl run` and of `dtlctl export` holds.
+
+    `run` does and writes everything, and ends with exit code 5 where the model that its verdict recommends misses one,
+    or where it recommends none; `export` refuses the model. A limit is met where the whole 95 % interval is within it.
+    """
+
+    price: float | None = Field(None, ge=0, le=100)
+    """Most points of target accuracy below `TL`, on the same test images."""
+    recovered: float | None = Field(None, ge=0, le=1)
+    """Largest share (PL − scratch) / (TL − scratch) for the strongest attacker, wherever there is any to recover."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from dtlctl.report.intervals import MARGIN, difference, recovered
+from dtlctl.report.intervals import recovered
 from dtlctl.report.results import Row
 
 LEFT = 0.1
 """The share of what TL gives away that must be left for an attack to have failed: less could be chance."""
 MISLED = 10.0
 """Points by which held-out images must flatter an attacker before that is told: some hundred images differ by less."""
-BY = {"piggyback": "the one setting", "piggyback_worst": "the tuned attacker"}
 
 Models = Mapping[str, Sequence[Row]]
 """Rows by model, one a seed."""
@@ -20,8 +19,7 @@ Models = Mapping[str, Sequence[Row]]
 
 def caveats(models: Models, seeds: Sequence[int]) -> list[str]:
     """A sentence for everything that makes a number of the table mean less than it seems to."""
-    return [*_nothing_to_dispose_of(models), *_target_only_is_as_good(models), *_failures(models, seeds),
-            *_misled(models)]  # fmt: skip
+    return [*_failures(models, seeds), *_misled(models)]
 
 
 def left_out(tables: Sequence[Mapping[str, Row]], seeds: Sequence[int]) -> list[str]:
@@ -32,38 +30,6 @@ def left_out(tables: Sequence[Mapping[str, Row]], seeds: Sequence[int]) -> list[
     }
     said = [f"{model} (seed{'s' * (len(at) > 1)} {', '.join(at)})" for model, at in lacking.items() if at]
     return [f"Left out, because a seed lacks it: {', '.join(said)}."] if said else []
-
-
-def _nothing_to_dispose_of(models: Models) -> list[str]:
-    """Wherever TL gives an attacker no more than scratch does: the tuned attacker, if there is one."""
-    tl, scratch, found = models.get("TL", []), models.get("scratch", []), []
-    for name in tl[0]["piggyback"] if tl and scratch else []:
-        both = [*tl, *scratch]
-        kind = next((k for k in ("piggyback_worst", "piggyback") if all(name in row.get(k, {}) for row in both)), None)
-        if kind and (said := _not_above("scratch", *([row[kind][name] for row in rows] for rows in (tl, scratch)))):
-            found.append(
-                f"{name}, {BY[kind]}: {said}. That shows nothing to dispose of or to recover, and no share recovered "
-                "is given."
-            )
-    return found
-
-
-def _target_only_is_as_good(models: Models) -> list[str]:
-    """Where TL is not better than TGT on the target."""
-    tl, tgt = ([row["acc_t"] for row in models.get(name, []) if "acc_t" in row] for name in ("TL", "TGT"))
-    if not tl or len(tl) != len(tgt) or not (said := _not_above("TGT", tl, tgt)):
-        return []
-    return [f"Acc_t: {said}. That shows no use of the source: to publish TGT, which never saw it, is the answer."]
-
-
-def _not_above(other: str, tl: Sequence[float], reference: Sequence[float]) -> str:
-    """In words, how TL compares with a reference that it is not clearly above; nothing where it is."""
-    points, half = difference(tl, reference)
-    if points > half:
-        return ""
-    why = "the interval includes 0" if len(tl) > 1 else f"one seed: {MARGIN:g} or less count as none"
-    width = f" ± {half:.1f}" if len(tl) > 1 else ""
-    return f"TL − {other} = {points:+.1f}{width} points" + (f" ({why})" if points >= -half else "")
 
 
 def _failures(models: Models, seeds: Sequence[int]) -> list[str]:

@@ -43,7 +43,7 @@ def publish(
     document: dict[str, Any], folder: Path, command: str, shown: Sequence[Table], caveats: Sequence[str],
     drawings: dict[str, Drawing], page: dict[str, Any], audited: Sequence[Table] = (),
 ) -> None:  # fmt: skip
-    """Write table.json, table.md, figures, report.html and, if there are audits, audit.md into `folder`.
+    """Write table.json, table.md, figures, report.html and, if there are any, audit.md and verdict.json into `folder`.
 
     Those of an earlier report there that this one has not are removed. page: the rest of what `page.html.j2` shows.
     Raises CheckpointError where that cannot be.
@@ -55,10 +55,14 @@ def publish(
         html = template.render(**page, command=command, caveats=caveats, figures=drawn, tables=[*shown, *audited])
         checkpoint.write(folder / "report.html", html.encode())
         checkpoint.write(folder / "table.md", tables.render(shown, caveats).encode())
-        if audited:
-            checkpoint.write(folder / "audit.md", tables.render(audited).encode())
-        else:
-            (folder / "audit.md").unlink(missing_ok=True)  # of audits that are gone, or not of this recipe
+        for name, text in (
+            ("audit.md", tables.render(audited) if audited else ""),
+            ("verdict.json", dump(document["verdict"]) if "verdict" in document else ""),
+        ):
+            if text:
+                checkpoint.write(folder / name, text.encode())
+            else:
+                (folder / name).unlink(missing_ok=True)  # of an earlier report
         checkpoint.write(folder / "table.json", dump(document).encode())  # last: it vouches for the others
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None

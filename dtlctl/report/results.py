@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from dtlctl.errors import CheckpointError
 from dtlctl.recipe.plan import Job, jobs
@@ -63,6 +66,12 @@ def results_of(run: Path, recipe: Recipe) -> list[Result]:
     return found
 
 
+def left_behind(run: Path, recipe: Recipe, found: Iterable[Result]) -> list[str]:
+    """The results of the recipe that are in a run's folder and that `results_of` leaves out."""
+    known = {one.path for one in found}
+    return [job.title for job in jobs(recipe) if (path := run / job.path) not in known and path.exists()]
+
+
 def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
     """The numbers of a run's results by model, the references first. Raises CheckpointError where one lacks them."""
     rows: dict[str, Row] = {model: {"model": model, "piggyback": {}} for model in [*recipe.references, *recipe.dispose]}
@@ -75,9 +84,13 @@ def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
                     row["audit_auc"] = float(metrics["loss"]["auc"])
             elif job.stage == "piggyback":
                 name = job.dataset.partition(".")[2]
+                row.setdefault("judged", {})[name] = _judged(job, sidecar)
                 for kind, metric in ATTACKS.items():
                     if metric in metrics or kind == "piggyback":
                         row.setdefault(kind, {})[name] = float(metrics[metric])
+                row.setdefault("repeats", {})[name] = [
+                    one["acc_pl"] for one in metrics.get("chosen", []) if "acc_pl" in one
+                ]
                 if metrics.get("chosen") and job.settings.choose_on == "own":
                     row.setdefault("held_out", {})[name] = fmean(one["val"] for one in metrics["chosen"])
                 if metrics.get("chosen"):
@@ -86,8 +99,22 @@ def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
                 looks = [[look["step"], look["acc_pl"]] for look in sidecar["history"] if "acc_pl" in look]
                 row.setdefault("curves", {})[name] = looks
             else:
-                row.update({name: float(value) for name, value in metrics.items()})
+                row.update({name: float(value) for name, value in metrics.items() if name != "correct"})
+                if answers := metrics.get("correct", {}).get("acc_t"):
+                    row["answers"] = unpacked(answers, sidecar["data"]["target"]["test_images"])
     return {model: row for model, row in rows.items() if row["piggyback"] or len(row) > 2}
+
+
+def unpacked(answers: str, images: int) -> np.ndarray:
+    """bool [images]: which of them a model answers rightly, from what a sidecar keeps of it."""
+    return np.unpackbits(np.frombuffer(b64decode(answers), np.uint8), count=images).astype(bool)
+
+
+def _judged(job: Job[Any], sidecar: Row) -> dict[str, int]:
+    """By kind of ATTACKS, how many test images judge an attacker; nothing where the sidecar does not say."""
+    images = sidecar["data"].get(job.dataset, {}).get("test_images")
+    half = job.settings.choose_on == "test"
+    return {} if images is None else {kind: images // 2 if half and kind != "piggyback" else images for kind in ATTACKS}
 
 
 def refuse_other_images(results: Iterable[Result], *, one_seed: bool) -> None:

@@ -8,10 +8,12 @@ from statistics import mean
 from typing import Any
 
 from dtlctl.errors import RecipeError
-from dtlctl.report import audit
+from dtlctl.report import audit, results
 from dtlctl.report.caveats import caveats, left_out
+from dtlctl.report.evidence import evidence
 from dtlctl.report.intervals import half_width, recovered
 from dtlctl.report.results import ATTACKS, Row, recipe_of, refuse_other_images, renamed, results_of, rows_of
+from dtlctl.report.verdict import verdict
 from dtlctl.storage import checkpoint
 
 NEVER_SAW_THE_SOURCE = ("scratch", "TGT")
@@ -30,8 +32,9 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     so that their intervals are those of the difference. Under tuned attackers a row also has piggyback_worst and
     piggyback_max, and tuned_by, the chosen kinds and their stages; recovered and recovered_worst are shares of what
     TL gives away (see `recovered`), for models that saw the source; curves holds [[steps of the attack, %], ...] by
-    dataset. audits_sha256 stands for all that audit.md shows besides; caveats are sentences. Raises CheckpointError for
-    what is no run or no sidecar, RecipeError for recipes that differ in more.
+    dataset. evidence is that of `evidence.evidence`, older names results in the folders that are not of this recipe's
+    present models, and from both follows the verdict. audits_sha256 stands for all that audit.md shows besides; caveats
+    are sentences. Raises CheckpointError for what is no run or no sidecar, RecipeError for recipes that differ in more.
     """
     recipes = [recipe_of(run) for run in runs]
     plain = [{**r.resolved(), "seed": 0, "name": "", "checkpoint_minutes": 0} for r in recipes]
@@ -39,9 +42,10 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
         if other != plain[0]:
             raise RecipeError(f"{run}: its recipe differs from {runs[0]} in more than the seed; report them separately")
     found = [results_of(run, recipe) for run, recipe in zip(runs, recipes, strict=True)]
-    for results in found:
-        refuse_other_images(results, one_seed=True)
-    refuse_other_images([result for results in found for result in results], one_seed=False)
+    for one_run in found:
+        refuse_other_images(one_run, one_seed=True)
+    refuse_other_images([result for one_run in found for result in one_run], one_seed=False)
+    older = [title for each in zip(runs, recipes, found, strict=True) for title in results.left_behind(*each)]
     seeds, tables = [recipe.seed for recipe in recipes], [*map(rows_of, found, recipes)]
     by_seed = {model: [table[model] for table in tables] for model in tables[0] if all(model in t for t in tables)}
     numbers = {model: [*map(_numbers, own)] for model, own in by_seed.items()}
@@ -60,10 +64,12 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
         if {"scratch", "TL"} <= by_seed.keys() and model not in {*NEVER_SAW_THE_SOURCE, *recipes[0].reference}:
             row |= _shares(own, by_seed["scratch"], by_seed["TL"])
         rows.append(row)
-    return {
+    document = {
         "recipe": recipes[0].resolved(),
         "seeds": seeds,
         "rows": rows,
+        "evidence": evidence(by_seed, recipes[0].reference),
+        "older": list(dict.fromkeys(older)),
         "caveats": [
             *caveats(by_seed, seeds),
             *left_out(tables, seeds),
@@ -71,6 +77,7 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
         ],
         "audits_sha256": checkpoint.key({"audits": audit.read(runs)}),
     }
+    return document | {"verdict": verdict(document, recipes[0].publish).document()}
 
 
 def _numbers(row: Row) -> Numbers:

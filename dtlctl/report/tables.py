@@ -23,8 +23,8 @@ class Table:
 
 
 def markdown(document: dict[str, Any], before: Sequence[Table] = ()) -> str:
-    """All tables of a report (`summary.summarise`), after those given, and its caveats."""
-    return render([*before, *of_report(document)], document["caveats"])
+    """All tables of a report (`summary.summarise`), after those given, its caveats, and last its verdict."""
+    return render([*before, *of_report(document)], [*document["caveats"], *document["verdict"]["sentences"]])
 
 
 def render(tables: Iterable[Table], caveats: Iterable[str] = ()) -> str:

@@ -34,13 +34,13 @@ def adopt(experiment: Experiment, job: Job[Any]) -> None:
     given = read()
     model = experiment.trainer.new_model({}, "load")
     weights.fill(model, given)
-    said, metrics = list(given.notes), {}
+    said, metrics = list(given.notes), dict[str, Any]()
     for head in HEADS.get(job.model, ()):
         try:
             said.append(_head(experiment, job, model, given, head))
         except ValueError as error:
             raise CheckpointError(f"{experiment.source}: {job.title}: {where}: {error}") from None
-        metrics[f"acc_{head[0]}"] = experiment.trainer.accuracy(model, head, head)
+        metrics |= experiment.trainer.measured(model, {f"acc_{head[0]}": (head, head)})
     notes = [Note("weights", 1, text) for text in said]
     for note in notes:
         experiment.processes.say(f"{job.title}: {note.text}")

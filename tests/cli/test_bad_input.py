@@ -155,7 +155,7 @@ def test_a_terminal_that_lacks_a_letter_shows_the_table(call, dtlctl, recipe_fil
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     found = dtlctl("report", "runs/tiny")
     assert (found.returncode, found.stderr) == (0, "")
-    assert found.stdout.endswith(" ? |\n")
+    assert " ? |\n" in found.stdout
 
 
 def test_wrong_recipes_end_with_2_before_data_is_touched(call, recipe_file: Path, tmp_path: Path):

@@ -44,7 +44,7 @@ def test_run_makes_every_artefact_and_prints_the_table(recipe_file: Path, dtlctl
           for s in ("safetensors", "json")),
         *(f"piggyback/{m}/again.json" for m in ("scratch", "TL", "gc")),
         *(f"audit/{m}.json" for m in ("pre", "TL", "gc", "rand")),
-        *(f"report/{n}" for n in ("table.json", "table.md", "report.html", "audit.md")),
+        *(f"report/{n}" for n in ("table.json", "table.md", "report.html", "audit.md", "verdict.json")),
         *(f"report/{n}.{s}" for n in ("piggyback", "tradeoff-again", "roc") for s in ("png", "svg")),
     }  # fmt: skip
     table = json.loads((folder / "report" / "table.json").read_text())

@@ -94,7 +94,7 @@ def test_two_experiments_that_take_turns_each_compute_in_their_own_precision(rec
             assert watch.taken() == {(name == "tf32",) * 2}, (stage, name)
     models = {name: experiment.trainer.load_model("TL") for name, experiment in experiments.items()}
     for name, experiment in experiments.items():
-        experiment.trainer.accuracy(models[name], "source", "source")
+        experiment.trainer.measured(models[name], {"acc_s": ("source", "source")})["acc_s"]
         assert watch.taken() == {(name == "tf32",) * 2}
     assert min(watch.passes.values()) > 100
 

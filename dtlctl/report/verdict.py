@@ -1,0 +1,248 @@
+"""May it be published? Sentences from the numbers of a report, and no more than these numbers say."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dtlctl.errors import EvidenceError
+from dtlctl.recipe.settings import Publish
+from dtlctl.report.evidence import Evidence
+
+YARDSTICK = 2.0
+"""Points of Acc_t: a model above this price is not recommended where the recipe has no limit of its own."""
+WORDS = {
+    "scratch": "scratch, a network that nobody trained",
+    "TGT": "TGT, trained on the target alone",
+    "TL": "TL, transfer-learned, as it would be published without disposal",
+}
+"""The references in words; any other model is a disposal of TL under its own name."""
+Figure = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the numbers recommend, or that they recommend nothing."""
+
+    sentences: list[str]
+    """The recommendation, the recipe's limits, the models one by one, then `caveats`."""
+    recommended: str | None
+    meets_limits: bool
+    """Whether the recommended model is shown to be within the recipe's limits; True where it has none."""
+    caveats: list[str]
+    """What makes all of it mean less."""
+    models: dict[str, dict[str, Any]]
+    """By model what is known of it, the decision, and the reasons against it."""
+
+    def document(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verdict(document: dict[str, Any], limits: Publish | None) -> Verdict:
+    """The verdict on a document of `summary.summarise`, of which it reads `evidence`, `seeds` and `older`."""
+    found: dict[str, Evidence] = document["evidence"]
+    caveats = _caveats(document)
+    if lacking := _lacking(found):
+        caveats = caveats[-1:] if document["older"] else []
+        return Verdict([f"No verdict: {lacking}", *caveats], None, not _limited(limits), caveats, {})
+    against = {model: _against(found, model, limits) for model in found if "acc_t" in found[model]}
+    chosen = _chosen(found, against)
+    status = _held(found, chosen, limits) if chosen else []
+    models = {
+        model: {**found[model], "decision": "publish" if model == chosen else "not recommended", "reasons": reasons}
+        for model, reasons in against.items()
+    }
+    sentences = [
+        _conclusion(found, chosen),
+        *(f"[publish] {text}" for _, text in status),
+        *(_told(found, model, [] if model == chosen else reasons) for model, reasons in against.items()),
+        *caveats,
+    ]
+    held = all(state == "met" for state, _ in status) and (chosen is not None or not _limited(limits))
+    return Verdict(sentences, chosen, held, caveats, models)
+
+
+def limits_of(document: dict[str, Any], model: str, limits: Publish | None) -> list[str]:
+    """A sentence for every limit: met, missed, or not resolved by so many images, which counts as not met."""
+    return [text for _, text in _held(document["evidence"], model, limits)]
+
+
+def demand(document: dict[str, Any], model: str | None, limits: Publish | None, where: str) -> None:
+    """Raise EvidenceError where it is not shown that a model, or the recommended one, is within the limits.
+
+    model: None where none is recommended. where: the recipe's file, for the message.
+    """
+    if not _limited(limits):
+        return
+    if model is None:
+        raise EvidenceError(f"{where}: [publish]: no model is recommended; the verdict says why")
+    if short := [text for state, text in _held(document["evidence"], model, limits) if state != "met"]:
+        raise EvidenceError(f"{where}: [publish] is not met by {model}: {' '.join(short)}")
+
+
+def _limited(limits: Publish | None) -> bool:
+    return limits is not None and (limits.price is not None or limits.recovered is not None)
+
+
+def _lacking(found: dict[str, Evidence]) -> str:
+    """What there must be for any verdict and is not there."""
+    for model in ("TL", "TGT"):
+        if "acc_t" not in found.get(model, {}):
+            return f"{model} has not been made; dtlctl run RECIPE makes it."
+    if not found["TL"]["attacks"]:
+        return "TL was never attacked; nothing is known of what it gives away."
+    if not found.get("scratch", {}).get("attacks"):
+        return "scratch was never attacked; what an attacker learns by himself is not known."
+    return ""
+
+
+def _leaks(found: dict[str, Evidence]) -> list[str]:
+    """The datasets on which TL is shown to give more than scratch."""
+    attacks = found.get("TL", {"attacks": {}})["attacks"]
+    return [name for name, one in attacks.items() if _positive(one["above"].get("scratch"))]
+
+
+def _positive(one: Figure | None) -> bool:
+    return one is not None and one["low"] is not None and one["low"] > 0
+
+
+def _against(found: dict[str, Evidence], model: str, limits: Publish | None) -> list[str]:
+    """What speaks against publishing a model, by the rules of the verdict."""
+    own, leaks = found[model], _leaks(found)
+    if model == "TGT":
+        better = [other for other, one in found.items() if _positive(one.get("gain"))]
+        return [f"shown to be better on the target: {', '.join(better)}"] if better else []
+    if model == "TL":
+        return ["it was not disposed of"] if leaks else ["what it gives away is not shown, nor shown to be nothing"]
+    why = [] if _positive(own["gain"]) else [f"not shown to be better on the target than TGT ({_points(own['gain'])})"]
+    why += [] if leaks else ["no attack shows anything to dispose of"]
+    for name in leaks:
+        if name not in own["attacks"]:
+            why.append(f"never attacked on {name}")
+        elif (high := own["attacks"][name]["above"]["TL"]["high"]) is None or high >= 0:
+            why.append(f"attackers of {name} are not shown to get less than from TL")
+        elif limits and limits.recovered is not None and own["attacks"][name]["recovered"]["value"] > limits.recovered:
+            why.append(f"more than {limits.recovered:.0%} is recovered on {name}")
+    most = limits.price if limits and limits.price is not None else YARDSTICK
+    return [*why, f"it costs more than {most:g} points"] if own["price"]["value"] > most else why
+
+
+def _chosen(found: dict[str, Evidence], against: dict[str, list[str]]) -> str | None:
+    """The variant that nothing speaks against and that gives away least; TGT where no other is shown to be better."""
+    leaks = _leaks(found)
+    if good := [model for model, why in against.items() if model != "TGT" and not why]:
+        left = {model: max(found[model]["attacks"][name]["recovered"]["value"] for name in leaks) for model in good}
+        return min(good, key=lambda model: (left[model], found[model]["price"]["value"]))
+    others = [model for model in against if model not in ("TGT", "TL")] or ["TL"]
+    gains = [found[model]["gain"] for model in others]
+    return "TGT" if all(one["low"] is not None and one["low"] <= 0 for one in gains) else None
+
+
+def _held(found: dict[str, Evidence], model: str, limits: Publish | None) -> list[tuple[str, str]]:
+    """Every limit that the recipe sets: ("met", "missed" or "not resolved", a sentence)."""
+    own, held = found.get(model, {"attacks": {}}), []
+    if limits and limits.price is not None:
+        figure = {"value": 0.0, "low": 0.0, "high": 0.0} if model == "TL" else own.get("price")
+        state, why = _state(figure, limits.price, own.get("images"))
+        held.append((state, f"price of {model}, at most {limits.price:g}: {_points(figure)}: {why}."))
+    if limits and limits.recovered is not None:
+        if model in ("TGT", "scratch"):
+            return [*held, ("met", f"from {model}, which never saw the source, nothing can be recovered: met.")]
+        leaks = _leaks(found)
+        more = [name for name, one in own["attacks"].items() if _positive(one["above"].get("scratch"))]
+        for name in dict.fromkeys([*leaks, *more]):
+            one = own["attacks"].get(name, {})
+            state, why = _state(one.get("recovered"), limits.recovered, one.get("images"))
+            held.append((state, f"from {model} on {name}, at most {limits.recovered:.0%}: {_share(one)}: {why}."))
+        if not leaks:
+            held.append(("not resolved", "no attack shows anything to recover: not resolved."))
+    return held
+
+
+def _state(figure: Figure | None, limit: float, images: int | None) -> tuple[str, str]:
+    """Whether the whole interval is within a limit, or beyond it; in one word, and in words."""
+    if figure is None or figure["low"] is None or figure["high"] is None:
+        return "not resolved", "not resolved"
+    if figure["high"] <= limit:
+        return "met", "met"
+    return ("missed", "missed") if figure["low"] > limit else ("not resolved", f"not resolved by {images:,} images")
+
+
+def _conclusion(found: dict[str, Evidence], chosen: str | None) -> str:
+    if chosen == "TGT":
+        return (
+            "Publish TGT: it never saw the source, and no model that could be published in its place is shown to be "
+            "better on the target."
+        )
+    if chosen:
+        return (
+            f"Publish {chosen}: it is shown to be better on the target than TGT, which never saw the source, and to "
+            "give attackers less than TL."
+        )
+    if not _leaks(found):
+        return "No model is recommended: no attack shows that TL gives away anything that scratch does not."
+    return "No model is recommended: something speaks against each."
+
+
+def _told(found: dict[str, Evidence], model: str, reasons: list[str]) -> str:
+    """One model: what it keeps, what it costs, what attackers get from it, what speaks against it."""
+    own = found[model]
+    parts = [f"{WORDS.get(model, model)}: {own['acc_t']:.1f} % on the target"]
+    if model == "TL":
+        parts.append(f"the source brings {_points(own['gain'])} over TGT")
+    elif model != "TGT":
+        parts.append(f"price {_points(own['price'])}, over TGT {_points(own['gain'])}")
+    for name, one in own["attacks"].items():
+        text = f"{name}: attackers get {_percent(one['accuracy'])} ({one['attacker']})"
+        if model == "TL":
+            others = {other: found.get(other, {"attacks": {}})["attacks"].get(name) for other in ("scratch", "TGT")}
+            text += "".join(f", from {other} {_percent(two['accuracy'])}" for other, two in others.items() if two)
+            text += "" if name in _leaks(found) else ": nothing to dispose of is shown"
+        elif model != "TGT":
+            text += f", {_share(one)}" + (
+                f", {_points(one['above']['TGT'])} above TGT" if "TGT" in one["above"] else ""
+            )
+        parts.append(text)
+    return "; ".join(parts) + "." + (f" Against it: {'; '.join(reasons)}." if reasons else "")
+
+
+def _caveats(document: dict[str, Any]) -> list[str]:
+    """What makes a verdict mean less: one seed, weak attackers, models that nobody attacked, results left out."""
+    found, said = document["evidence"], []
+    attacks = [attack for one in found.values() for attack in one["attacks"].items()]
+    if len(document["seeds"]) == 1:
+        said.append("One seed: the intervals are those of the test images; another seed may end elsewhere.")
+    if weak := dict.fromkeys(name for name, one in attacks if not one["tuned"]):
+        said.append(f"Attacked with one setting only, none tuned: {', '.join(weak)}. Stronger attackers may get more.")
+    names = dict.fromkeys(name for name, _ in attacks)
+    saw = {model: one["attacks"] for model, one in found.items() if model not in ("scratch", "TGT") and "acc_t" in one}
+    lacks = {model: [name for name in names if name not in attacked] for model, attacked in saw.items()}
+    never = [f"{model} on {', '.join(some)}" for model, some in lacks.items() if some]
+    if never:
+        said.append(f"Never attacked, so nothing is known of what they give away: {'; '.join(never)}.")
+    if document["older"]:
+        older = ", ".join(document["older"])
+        said.append(
+            f"Left out, as older than the recipe or the model that it is about: {older}. dtlctl run RECIPE renews it."
+        )
+    return said
+
+
+def _span(one: Figure, form: str, unit: str) -> str:
+    value = f"{one['value']:{form}}{unit}"
+    return value + (" (no interval)" if one["low"] is None else f" [{one['low']:{form}}, {one['high']:{form}}]")
+
+
+def _points(one: Figure | None) -> str:
+    return "not measured" if one is None else _span(one, "+.1f", " points")
+
+
+def _percent(one: Figure) -> str:
+    return _span(one, ".1f", " %")
+
+
+def _share(attack: dict[str, Any]) -> str:
+    """How much is recovered, in words."""
+    if not attack:
+        return "never attacked"
+    return f"{_span(attack['recovered'], '.0%', '')} recovered" if attack["recovered"] else "no share recovered"

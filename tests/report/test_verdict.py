@@ -1,0 +1,234 @@
+"""May it be published? The verdict follows from numbers and intervals, by hand here, and says no more than they do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dtlctl.errors import EvidenceError
+from dtlctl.recipe.loading import load
+from dtlctl.recipe.plan import STAGES
+from dtlctl.recipe.settings import Publish
+from dtlctl.report import intervals, summary
+from dtlctl.report.evidence import evidence
+from dtlctl.report.results import unpacked
+from dtlctl.report.verdict import Verdict, demand, limits_of, verdict
+from dtlctl.run.experiment import Experiment
+from dtlctl.run.trainer import packed
+from dtlctl.stages.runner import run
+
+IMAGES = 1000
+
+
+def row(right: int | None, attacked: float | None, *, images: int = IMAGES, tuned: bool = True, **more: Any) -> dict:
+    """One model of one seed: it answers the first `right` of the target's images rightly, an attacker gets so much."""
+    found: dict[str, Any] = {"piggyback": {}, **more}
+    if right is not None:
+        found |= {"acc_t": 100 * right / images, "answers": np.arange(images) < right}
+    if attacked is not None:
+        found |= {"piggyback": {"letters": attacked - 5 * tuned}, "judged": {"letters": {}},
+                  "repeats": {"letters": [attacked] if tuned else []}}  # fmt: skip
+        found["judged"]["letters"] = {"piggyback": images, "piggyback_worst": images}
+        if tuned:
+            found |= {"piggyback_worst": {"letters": attacked}, "tuned_by": {"letters": ["probe"]}}
+    return found
+
+
+def models(images: int = IMAGES, tuned: bool = True, **changes: tuple[float | None, float | None]) -> dict[str, dict]:
+    """TL is 10 points better than TGT, an attacker gets 60 % from it and 20 % from scratch; gc leaves a quarter."""
+    plan = {"scratch": (None, 20.0), "TGT": (60.0, 25.0), "TL": (70.0, 60.0), "gc": (69.5, 30.0), **changes}
+    rows = {name: row(None if acc is None else round(acc * images / 100), pl, images=images, tuned=tuned)
+            for name, (acc, pl) in plan.items()}  # fmt: skip
+    return {name: one for name, one in rows.items() if one != row(None, None)}
+
+
+def document(*seeds: dict[str, dict], older: tuple[str, ...] = ()) -> dict[str, Any]:
+    by_model = {name: [seed[name] for seed in seeds] for name in seeds[0]}
+    return {"evidence": evidence(by_model), "seeds": [*range(len(seeds))], "older": list(older)}
+
+
+def judged(*seeds: dict[str, dict], limits: Publish | None = None, **more: Any) -> Verdict:
+    found = verdict(document(*seeds, **more), limits)
+    json.dumps(found.document(), allow_nan=False)
+    return found
+
+
+def test_what_a_sidecar_keeps_of_the_answers_is_what_they_were():
+    for count in (1, 7, 8, 9, 20, 1000):
+        answers = np.random.default_rng(count).random(count) < 0.6
+        assert np.array_equal(unpacked(packed(answers), count), answers)
+    assert packed(np.array([1, 0, 0, 0, 0, 0, 0, 1, 1], bool)) == "gYA="  # 0x81 0x80
+
+
+def test_a_price_is_paired_and_an_accuracy_has_wilsons_interval():
+    """5 of 1,000 images lost, none gained: (6 - 1) / 1002 ± 1.96 sqrt((7 / 1002 - (5 / 1002)²) / 1002), in %.
+
+    Wilson (1927) at 30 % of 1,000: z² = 3.8415, (0.3 + 0.0019207) / 1.0038415 ± 1.96 sqrt(0.21 / 1000 +
+    3.8415 / 4e6) / 1.0038415 = 30.0765 ± 2.8358. Newcombe against TL (60: 56.93 to 62.99): 30 points less, down by
+    sqrt(2.759² + 2.993²), up by sqrt(2.912² + 3.070²).
+    """
+    gc = evidence({name: [one] for name, one in models().items()})["gc"]
+    half = 100 * 1.959964 * np.sqrt((7 / 1002 - (5 / 1002) ** 2) / 1002)
+    assert gc["price"] == pytest.approx({"value": 0.5, "low": 500 / 1002 - half, "high": 500 / 1002 + half}, abs=1e-5)
+    attack = gc["attacks"]["letters"]
+    assert attack["accuracy"] == pytest.approx({"value": 30.0, "low": 27.2407, "high": 32.9123}, abs=1e-3)
+    assert attack["above"]["TL"] == pytest.approx({"value": -30.0, "low": -34.071, "high": -25.769}, abs=5e-3)
+    assert (attack["attacker"], attack["images"], attack["tuned"]) == ("probe", 1000, True)
+
+
+def test_a_share_has_the_interval_of_its_images():
+    """(30 - 20) / 40 = 1/4; its error is that of 30 - 3/4 · 20 - 1/4 · 60: half widths 2.836, 2.478 and 3.030."""
+    share = evidence({name: [one] for name, one in models().items()})["gc"]["attacks"]["letters"]["recovered"]
+    half = np.sqrt(2.836**2 + (0.75 * 2.478) ** 2 + (0.25 * 3.030) ** 2) / 40
+    assert share == pytest.approx({"value": 0.25, "low": 0.25 - half, "high": 0.25 + half}, abs=1e-4)
+
+
+def test_over_seeds_the_wider_interval_counts():
+    """Over 1, 2 and 6: mean 3, deviation sqrt(7), ± 4.30265 · sqrt(7 / 3) = 6.573."""
+    assert intervals.number([1.0, 2.0, 6.0], -1.0, 7.0)[:3] == pytest.approx((3.0, -3.573, 9.573), abs=1e-3)
+    assert intervals.number([3.0, 3.0, 3.0], -1.0, 7.0)[:3] == (3.0, -1.0, 7.0)
+    assert intervals.number([3.0])[:3] == (3.0, None, None)
+
+
+def test_repetitions_of_an_attack_widen_its_interval():
+    """Over 40, 50 and 60 with 24.84 to either side; 1,000 images alone would give 3."""
+    found = intervals.accuracy([50.0], [1000], [[40.0, 50.0, 60.0]])
+    assert found[:3] == pytest.approx((50.0, 25.159, 74.841), abs=1e-3)
+
+
+def test_a_variant_that_costs_little_and_leaves_little_is_recommended():
+    found = judged(models(rand=(69.8, 45.0)))
+    assert (found.recommended, found.meets_limits) == ("gc", True)  # rand is cheaper, but leaves more
+    assert found.models["gc"]["decision"] == "publish" and not found.models["gc"]["reasons"]
+    assert any("One seed" in text for text in found.caveats)
+
+
+@pytest.mark.parametrize(
+    ("changes", "recommended"),
+    [
+        ({"TL": (61.0, 60.0), "gc": (60.5, 30.0)}, "TGT"),  # TL barely above TGT: 10 images of 1,000, and 5
+        ({"gc": (60.2, 30.0)}, "TGT"),  # disposal costs what the source brought
+        ({"gc": (69.5, 58.0)}, None),  # an attacker gets hardly less than from TL
+        ({"gc": (66.5, 30.0)}, None),  # 3.5 points: dearer than the yardstick, better than TGT
+        ({"gc": (74.0, 30.0)}, "gc"),  # better than TL
+        ({"gc": (None, None)}, None),  # nothing was disposed of
+        ({"gc": (69.5, None)}, None),  # never attacked
+        ({"TL": (70.0, 22.0), "gc": (69.5, 15.0)}, None),  # TL barely above scratch: nothing to dispose of
+        ({"TL": (60.0, 60.0), "gc": (60.0, 60.0)}, "TGT"),  # TL = TGT
+        ({"TGT": (None, None)}, None), ({"TL": (None, None), "gc": (None, None)}, None),
+        ({"scratch": (None, None)}, None),
+    ],
+)  # fmt: skip
+def test_one_model_or_none_is_recommended(changes: dict[str, tuple[float | None, float | None]], recommended):
+    found = judged(models(**changes))
+    assert found.recommended == recommended
+    assert (f"Publish {recommended}" in found.sentences[0]) is (recommended is not None)
+    assert judged(models(**changes), limits=Publish(price=2.0)).meets_limits is False or recommended
+
+
+def test_twenty_images_show_nothing():
+    """TL 14 of 20, TGT 12 of 20, gc 14: no use of the source is shown, so no variant; no limit is met."""
+    found = judged(models(images=20, gc=(70.0, 30.0)), limits=Publish(price=2.0, recovered=0.25))
+    assert found.recommended == "TGT"
+    assert not found.meets_limits
+    assert any("not resolved by 20 images" in text for text in found.sentences)
+
+
+def test_several_seeds_that_disagree_show_nothing():
+    """gc against TGT: +1, +9.5 and +9.5 points, by far above it on every seed's images: over seeds 6.7 ± 12."""
+    seeds = [models(gc=(acc, 30.0)) for acc in (61.0, 69.5, 69.5)]
+    assert judged(*seeds[1:]).recommended == "gc"
+    found = judged(*seeds)
+    assert found.recommended == "TGT"
+    assert not any("One seed" in text for text in found.caveats)
+
+
+def test_weak_missing_and_old_evidence_is_named():
+    found = judged(models(tuned=False, rand=(69.5, None)), older=("piggyback/rand/letters",))
+    said = " ".join(found.caveats)
+    assert "none tuned: letters" in said and "rand on letters" in said and "piggyback/rand/letters" in said
+    assert found.models["rand"]["reasons"] == ["never attacked on letters"]
+    assert "none tuned" not in " ".join(judged(models()).caveats)
+
+
+def test_the_strongest_attacker_counts_but_not_the_one_whom_nobody_can_choose():
+    rows = models()
+    rows["gc"]["piggyback"]["letters"] = 55.0  # the one setting, more than the tuned attacker's 30
+    rows["gc"]["piggyback_max"] = {"letters": 99.0}
+    attack = judged(rows).models["gc"]["attacks"]["letters"]
+    assert (attack["accuracy"]["value"], attack["attacker"]) == (55.0, "full, one setting")
+    del rows["scratch"]["piggyback_worst"]  # of no use to compare with: then nobody is tuned
+    assert judged(rows).models["TL"]["attacks"]["letters"]["accuracy"]["value"] == 55.0
+
+
+@pytest.mark.parametrize(
+    ("price", "recovered", "states"),
+    [
+        (2.0, 0.4, ["met", "met"]), (0.6, 0.3, ["not resolved", "not resolved"]), (None, 0.1, ["missed"]),
+        (1.2, None, ["met"]), (0.0, None, ["not resolved"]), (None, None, []),
+    ],
+)  # fmt: skip
+def test_a_limit_is_met_by_the_whole_interval_or_not_at_all(price: float, recovered: float, states: list[str]):
+    """gc costs 0.5 [-0.0, 1.0] and leaves 25 % [16.3, 33.7]."""
+    limits = Publish(price=price, recovered=recovered)
+    table = document(models())
+    said = limits_of(table, "gc", limits)
+    assert [next(s for s in ("not resolved", "met", "missed") if s in text) for text in said] == states
+    if set(states) <= {"met"}:
+        demand(table, "gc", limits, "mine.toml")
+    else:
+        with pytest.raises(EvidenceError, match=r"mine.toml: \[publish\] is not met by gc"):
+            demand(table, "gc", limits, "mine.toml")
+    assert verdict(table, limits).meets_limits is (set(states) <= {"met"})
+
+
+def test_references_are_held_to_the_limits_too():
+    """TL leaves all of it, TGT nothing but costs 10 points; no model, or one that was not made, meets nothing."""
+    table, limits = document(models()), Publish(recovered=0.5)
+    demand(table, "TGT", limits, "r")
+    for model in ("TL", "other", None):
+        with pytest.raises(EvidenceError):
+            demand(table, model, limits, "r")
+    with pytest.raises(EvidenceError, match="missed"):
+        demand(table, "TGT", Publish(price=5.0), "r")
+    with pytest.raises(EvidenceError):
+        demand(document({"pre": row(None, 50.0)}), "gc", limits, "r")
+    demand(table, None, Publish(), "r")
+
+
+def test_run_and_export_hold_the_limits(recipe_file: Path, call):
+    """Everything is done and written, then the exit code is 5; without limits it is 0. A dozen steps show nothing."""
+    limits = ("--set", "publish.price=0.5", "--set", "publish.recovered=0.01")
+    code, out, said = call("run", recipe_file, "-q", *limits)
+    report = recipe_file.parent / "runs/tiny/report"
+    assert code == 5 and said.count("error: ") == 1 and "[publish]" in said.splitlines()[-1]
+    found = json.loads((report / "verdict.json").read_text())
+    assert found["meets_limits"] is False
+    assert out.strip().endswith(found["sentences"][-1])
+    code, _, said = call("export", recipe_file, "--model", "gc", "--to", "gc.safetensors", *limits)
+    assert code == 5 and "gc" in said and not Path("gc.safetensors").exists()
+    code, out, said = call("run", recipe_file, "-q")
+    assert code == 0 and "error" not in said
+    assert call("export", recipe_file, "--model", "gc", "--to", "gc.safetensors", "-q")[0] == 0
+
+
+def test_a_run_keeps_which_images_were_answered_rightly(recipe_file: Path):
+    """The paired price of the sidecars is the difference of their accuracies; an old attack is named, not used."""
+    experiment = Experiment(load(recipe_file, []), recipe_file.parent / "runs", quiet=True)
+    with experiment.results.opened():
+        run(experiment, STAGES)
+    table = summary.summarise([experiment.folder])
+    rows = {one["model"]: one for one in table["rows"]}
+    gc = table["evidence"]["gc"]
+    assert gc["price"]["value"] == pytest.approx(rows["TL"]["acc_t"] - rows["gc"]["acc_t"])
+    assert gc["price"]["low"] < gc["price"]["value"] < gc["price"]["high"] and gc["images"] == 797
+    path = experiment.folder / "piggyback/gc/again.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "parent": {"gc": "0" * 64}}))
+    table = summary.summarise([experiment.folder])
+    assert table["older"] == ["piggyback/gc/again"]
+    assert "piggyback/gc/again" in " ".join(table["verdict"]["sentences"])
