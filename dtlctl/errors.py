@@ -48,6 +48,14 @@ class DataError(DtlError):
     exit_code = 4
 
 
+class NoSplit(DataError):
+    """A dataset lacks the split that is asked for; `usual` are those that it has and that are often called so."""
+
+    def __init__(self, message: str, usual: Iterable[str] = ()):
+        super().__init__(message)
+        self.usual = list(usual)
+
+
 class CheckpointError(DtlError):
     """A checkpoint is missing, damaged, stale, or cannot be written."""
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dtlctl.cli.options import Quiet, say
 from dtlctl.errors import RecipeError, suggest
 
 
@@ -23,20 +24,36 @@ def shipped() -> dict[str, str]:
 
 
 def init(
-    recipe: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A shipped recipe, to print.")] = None,
+    which: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A shipped recipe, to print.")] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the shipped recipes.")] = False,
+    source: Annotated[str | None, typer.Option(metavar="PATH", help="Private data, as `path` in a recipe.")] = None,
+    target: Annotated[str | None, typer.Option(metavar="PATH", help="Data of the task that you publish.")] = None,
+    attacker: Annotated[str | None, typer.Option(metavar="PATH", help="Data that an attacker may have.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, max=1024, help="Pixels; default: by the images.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the run; default: by the folders.")] = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Print a recipe to begin with: one that comes with dtlctl."""
-    if listed == (recipe is not None):
-        raise RecipeError("init: give --list, or NAME of a shipped recipe")
-    known = shipped()
-    if recipe is not None and recipe not in known:
-        raise RecipeError(f"init: no shipped recipe {recipe!r}{suggest(recipe, known)}")
-    if recipe:
-        print(known[recipe], end="")
+    """Print a recipe to begin with: one for your data and this machine, or one that comes with dtlctl."""
+    if (source is None) != (target is None):
+        raise RecipeError("init: --source and --target go together")
+    if [listed, which is not None, source is not None].count(True) != 1:
+        raise RecipeError("init: give --source PATH --target PATH, or NAME of a shipped recipe, or --list")
+    if source is None and (attacker or size or name):
+        raise RecipeError("init: --attacker, --size and --name are for a recipe from --source and --target")
+    if source is not None and target is not None:
+        say("init: looking at the data, and measuring some steps of training", quiet)
+        from dtlctl.stages import starter
+
+        print(starter.write(source, target, attacker, size, name), end="")
         return
-    for name, text in known.items():
-        print(f"{name:<18}{text.partition(chr(10))[0].lstrip('# ')}")
+    known = shipped()
+    if which is not None and which not in known:
+        raise RecipeError(f"init: no shipped recipe {which!r}{suggest(which, known)}")
+    if which:
+        print(known[which], end="")
+        return
+    for title, text in known.items():
+        print(f"{title:<18}{text.partition(chr(10))[0].lstrip('# ')}")
 
 
 def schema() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, ValidationInfo, model_validator
 
 from dtlctl.data import builtin
-from dtlctl.errors import DataError, nearest
+from dtlctl.errors import NoSplit, nearest
 from dtlctl.strict import Strict
 
 if TYPE_CHECKING:
@@ -121,14 +121,15 @@ def where(dataset: Dataset, split: Split, row: int | None = None) -> str:
 
 
 def check_split(dataset: Dataset, split: Split, role: str, names: Iterable[str]) -> None:
-    """Raise DataError unless the split that `split` stands for is among `names`."""
+    """Raise NoSplit unless the split that `split` stands for is among `names`."""
     wanted, names = getattr(dataset, split), sorted(map(str, names))
     if wanted in names:
         return
     usual = [name for name in names if name.casefold() in (*USUAL[split], wanted.casefold())]
     hint = f'; write {split} = "{usual[0]}" in [data.{role}]' if usual else nearest(wanted, names)
-    raise DataError(
-        f"data.{role}.{split}: {dataset.path} has no split {wanted!r} (splits: {', '.join(names) or 'none'}){hint}"
+    raise NoSplit(
+        f"data.{role}.{split}: {dataset.path} has no split {wanted!r} (splits: {', '.join(names) or 'none'}){hint}",
+        usual,
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from dtlctl.data.dataset import USUAL, Dataset, Note, Rows, Split, check_split, unlabelled, where
-from dtlctl.errors import DataError
+from dtlctl.errors import DataError, NoSplit
 
 LISTS = (".csv", ".tsv", ".jsonl")
 _COLUMNS = {"image": ("file_name", "filename", "file", "path", "image"), "label": ("label", "class")}  # of a list
@@ -99,7 +99,7 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
     if not splits:
         raise DataError(f"data.{role}.path: {dataset.path} holds no image and no table{kinds(tree.files)}")
     if "" in splits and name != "train":
-        raise DataError(
+        raise NoSplit(
             f"data.{role}.{split}: {dataset.path} is not divided into splits, so there is no {name!r}; move a part of "
             f"each class's images to {name}/CLASS/ and the rest to {dataset.train}/CLASS/"
         )

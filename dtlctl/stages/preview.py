@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -86,7 +86,7 @@ def text(document: dict[str, Any]) -> str:
     lines += ["", "stages"]
     for row in document["jobs"]:
         steps = "?" if row["steps"] is None else row["steps"]
-        cost = f", {_words(row['seconds'], 's')}" if any(row["seconds"] or ()) else ""
+        cost = f", {words(row['seconds'], 's')}" if any(row["seconds"] or ()) else ""
         work = f"{steps} steps of {row['batch_size']}{cost}"
         if row["weights"]:
             work = f"{row['weights']} is adopted, not trained"
@@ -94,7 +94,7 @@ def text(document: dict[str, Any]) -> str:
             work = "attack" + (f"; the references of rmia{cost}" if cost else "")
         lines.append(f"  {row['title']:<32} " + ("done" if row["state"] == "done" else NOTES[row["state"]] + work))
     total = document["minutes"]
-    rough = "known once data is decoded" if total is None else f"{_words(total, 'min')} on this machine"
+    rough = "known once data is decoded" if total is None else f"{words(total, 'min')} on this machine"
     if total is not None and any(row["stage"] == "audit" and row["state"] != "done" for row in document["jobs"]):
         rough += ", without the attacks of the audit themselves"
     if total and any(total) and (note := busy()):
@@ -157,8 +157,11 @@ class Seconds(NamedTuple):
     def times(self, factor: float) -> Seconds:
         return Seconds(self.low * factor, self.high * factor)
 
+    def plus(self, other: Seconds) -> Seconds:
+        return Seconds(self.low + other.low, self.high + other.high)
 
-def _words(pair: list[float], unit: str) -> str:
+
+def words(pair: Sequence[float], unit: str) -> str:
     """A pair of numbers as a person would say it."""
     low, high = (f"{end:.0f}" if end >= 10 or unit == "s" else f"{end:.1f}" for end in pair)
     return f"about {low} {unit}" if low == high else f"{low} to {high} {unit}"
@@ -260,9 +263,9 @@ def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: Clo
     images, state = data[job.dataset]["images"] if job.roles else None, _state(experiment, job, data)
     size, asked = (None if job.weights else getattr(job.settings, key, None) for key in ("batch_size", "steps"))
     steps = asked if images is None or size is None else job.settings.total_steps(images)
-    cost: Seconds | None = Seconds(0.0, 0.0)
+    seconds: Seconds | None = Seconds(0.0, 0.0)
     if size is not None and state != "done":
-        cost = None if steps is None or images is None else _cost(job, steps, images, clock)
+        seconds = None if steps is None or images is None else cost(job, steps, images, clock)
     return {
         "title": job.title,
         "stage": job.stage,
@@ -270,16 +273,17 @@ def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: Clo
         "weights": job.weights,
         "steps": steps,
         "batch_size": size and (size if images is None else min(size, images)),
-        "seconds": cost,
+        "seconds": seconds,
     }
 
 
-def _cost(job: Job[Any], steps: int, images: int, clock: Clock) -> Seconds:
+def cost(job: Job[Any], steps: int, images: int, clock: Clock) -> Seconds:
+    """What a job that trains takes: so many steps on so many images."""
     settings = job.settings
     seen = steps * min(settings.batch_size, images)
     if job.stage == "dispose":
         unlearning, repair = clock.image(job.model).times(1 - settings.repair), clock.image().times(settings.repair)
-        return Seconds(*(sum(ends) for ends in zip(unlearning, repair, strict=True))).times(seen)
+        return unlearning.plus(repair).times(seen)
     if job.stage == "piggyback":
         trained = [(a, len(a.grid()) + 1) for a in settings.attackers if not isinstance(a, Frozen)]
         seen += settings.attack_seeds * sum(count * a.steps * min(a.batch_size, images) for a, count in trained)

@@ -1,0 +1,175 @@
+"""What `dtlctl init --source DIR --target DIR` prints: a recipe for somebody's data, that this machine can do."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+import torch
+from PIL import Image
+
+from dtlctl.console.machine import busy, cores
+from dtlctl.data import files, sources, subset
+from dtlctl.data.dataset import Dataset, Rows, Split, kind_of
+from dtlctl.errors import DataError, NoSplit, RecipeError
+from dtlctl.recipe.loading import validated
+from dtlctl.recipe.overrides import tomllib
+from dtlctl.recipe.plan import jobs
+from dtlctl.stages.preview import Clock, Seconds, cost, words
+
+MINUTES = 30
+"""What all of it may take: well within an hour, for other machines and other moments differ."""
+EPOCHS = (5, 40)
+"""Of pre-training: fewer teach too little; more are left to whoever has the time."""
+SIDES = (16, 24, 32, 48, 64, 96, 128, 160, 224)
+LOOKED = 48
+"""Images of a dataset that are opened for their size."""
+
+
+class Seen(NamedTuple):
+    """What a look at one dataset found."""
+
+    counts: list[int]  # training images of each class
+    side: int  # median of the shorter sides
+    said: str  # for a comment: counts, sizes, and the notes of the data room
+    keys: str  # of its table: where it is, and splits that are not called train and test
+
+    @property
+    def images(self) -> int:
+        return sum(self.counts)
+
+
+def write(source: str, target: str, attacker: str | None, size: int | None, name: str | None) -> str:
+    """The recipe as TOML. Raises DataError for what is no dataset, as the stages do, and RecipeError for a bad name."""
+    seen = {"source": look(source, "source"), "target": look(target, "target")}
+    if attacker:
+        seen["piggyback.attacker"] = look(attacker, "piggyback.attacker")
+    own, gpu = seen["source"], torch.cuda.is_available()
+    folders = "-".join(Path(path).name.removeprefix("builtin:") for path in (source, target))
+    usual = re.sub(r"[^\w.-]+", "-", folders, flags=re.ASCII).strip("-._")[:64]
+    each = max(4, min(20, min(own.counts) // 20))
+    told: dict[str, Any] = {
+        "name": json.dumps(name or usual.rstrip(".") or "mine", ensure_ascii=False),
+        "machine": f"{cores()} CPU cores, {torch.cuda.get_device_name() if gpu else 'no GPU'}",
+        "gpu": gpu,
+        "source": own,
+        "target": seen["target"],
+        "attacker": seen.get("piggyback.attacker"),
+        "each": min(each, *own.counts),
+        "few": round(min(1.0, each * len(own.counts) / own.images), 6),
+        "limit": MINUTES,
+    }
+    for arch, stem, side in _networks(max(own.side, seen["target"].side), size, gpu):
+        told |= {"arch": arch, "stem": stem, "size": side, "epochs": 1, "fraction": 1.0, "minutes": "?"}
+        epoch, others = _seconds(_render(told), {role: found.counts for role, found in seen.items()})
+        room = 60 * MINUTES - others.low  # by the quickest steps, or a busy moment decides
+        if room >= EPOCHS[0] * epoch.low:
+            break
+    fits = max(room, 15 * MINUTES) / epoch.low
+    told["epochs"] = int(max(EPOCHS[0], min(EPOCHS[1], fits)))
+    if fits < EPOCHS[0]:
+        told["fraction"] = float(f"{fits / EPOCHS[0]:.2g}")
+    passes = told["epochs"] * told["fraction"]
+    total = [(whole * passes + rest) / 60 for whole, rest in zip(epoch, others, strict=True)]
+    told["minutes"] = words(total, "min") + (f" ({note})" if (note := busy()) else "")
+    return _render(told)
+
+
+def look(path: str, role: str) -> Seen:
+    """Open both splits of what lies at a path, and some of its images. Raises DataError."""
+    try:
+        local = kind_of(path) == "local"
+        dataset = Dataset(path=path if not local or path.startswith((".", "/", "~")) else f"./{path}")
+    except ValueError:
+        raise DataError(f"data.{role}.path: {path} is no folder, no file, no hub id and nothing builtin") from None
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[Split, Rows] = {}
+        for split in ("train", "test"):
+            dataset, found[split] = _opened(dataset, split, role, Path(folder))
+        train, test = found["train"], found["test"]
+        chosen = np.flatnonzero(train.labels >= 0)
+        chosen = chosen[np.linspace(0, len(chosen) - 1, min(LOOKED, len(chosen)), dtype=int)]
+        pictures = [_picture(train, int(row), role) for row in chosen]
+    sides = sorted(min(size) for size, _ in pictures)
+    counts = np.bincount(train.labels[train.labels >= 0], minlength=len(train.classes)).tolist()
+    sizes = sorted({size for size, _ in pictures}, key=np.prod)
+    span = " to ".join(dict.fromkeys(f"{w}x{h}" for w, h in (sizes[0], sizes[-1])))
+    each = " to ".join(dict.fromkeys(f"{number:,}" for number in (min(counts), max(counts))))
+    said = (
+        f"{sum(counts):,} training images of {len(counts)} classes, {each} of each; "
+        f"{int((test.labels >= 0).sum()):,} test images; {span} pixels, {'/'.join(sorted({m for _, m in pictures}))}"
+    )
+    notes = [note.text for rows in found.values() for note in rows.notes]
+    keys = dataset.model_dump(include={"path", "train", "test"}, exclude_defaults=True)
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
+    return Seen(counts, sides[len(sides) // 2], "\n# ".join([said, *notes]), "\n".join(lines))
+
+
+def _opened(dataset: Dataset, split: Split, role: str, scratch: Path) -> tuple[Dataset, Rows]:
+    """A split, and the dataset with the name that this split has."""
+    try:
+        return dataset, sources.rows(dataset, split, SIDES[0], role, scratch)
+    except NoSplit as error:
+        if not error.usual:
+            raise
+        dataset = dataset.model_copy(update={split: error.usual[0]})
+        return dataset, sources.rows(dataset, split, SIDES[0], role, scratch)
+
+
+def _picture(rows: Rows, row: int, role: str) -> tuple[tuple[int, int], str]:
+    """Width, height and mode of an image."""
+    (found,) = rows.pictures([row])
+    try:
+        with Image.open(io.BytesIO(found)) if isinstance(found, bytes) else found as picture:
+            return picture.size, picture.mode
+    except Exception:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
+        reason = files.reason(found) if isinstance(found, bytes) else "it cannot be read"
+        raise DataError(f"data.{role}.path: {rows.place(row)}: {reason}") from None
+
+
+def _networks(found: int, size: int | None, gpu: bool) -> Iterator[tuple[str, str, int]]:
+    """(arch, stem, image size) from what one would like to what a slow machine can do; found: the images' side."""
+    side = size or max(side for side in SIDES if side <= max(SIDES[0], min(found, 224 if gpu else 64)))
+    if gpu:
+        yield "resnet18", "small" if side <= 64 else "imagenet", side
+        return
+    yield "resnet20", "small", side
+    yield "resnet8", "small", side
+    if not size and side > 32:
+        yield "resnet8", "small", 32
+
+
+def _render(told: dict[str, Any]) -> str:
+    """The template with comments at one column. Raises RecipeError where it is no valid recipe."""
+    here = jinja2.FileSystemLoader(Path(__file__).parent)
+    options: Any = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    text = jinja2.Environment(loader=here, **options).get_template("starter.toml.j2").render(told)
+    aligned = re.sub(r"^((?!path)[^#\n]+)  # ", lambda found: f"{found[1]:<39} # ", text, flags=re.MULTILINE)
+    try:
+        validated(tomllib.loads(aligned), "init")
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"init: a name or path cannot be written as TOML: {error}") from None
+    return aligned + "\n"
+
+
+def _seconds(text: str, counts: dict[str, list[int]]) -> tuple[Seconds, Seconds]:
+    """What an epoch of pre-training takes here, and what all the rest does but the audit."""
+    recipe = validated(tomllib.loads(text), "init")
+    clock = Clock(recipe)
+    epoch, others = Seconds(0.0, 0.0), Seconds(0.0, 0.0)
+    for job in jobs(recipe):
+        dataset = recipe.data.of(job.dataset)
+        of = counts.get(job.dataset, counts["source"])
+        images = sum(subset.sizes(of, dataset.fraction, dataset.balance))
+        if job.stage == "pretrain":
+            epoch = cost(job, job.settings.total_steps(images), images, clock)
+        elif job.stage != "audit":
+            others = others.plus(cost(job, job.settings.total_steps(images), images, clock))
+    return epoch, others

@@ -1,0 +1,139 @@
+"""The recipe that `dtlctl init` writes for somebody's folders: it loads, fits the machine, and runs as it is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dtlctl.errors import DataError, RecipeError
+from dtlctl.recipe.loading import load
+from dtlctl.recipe.schema import Recipe
+from dtlctl.stages import starter
+from dtlctl.stages.preview import Seconds
+
+
+def images(
+    root: Path, classes: int, train: int, test: int, size: tuple[int, int] = (20, 28), split: str = "test"
+) -> Path:
+    """A folder of noise: so many images of every class in both splits."""
+    random = np.random.default_rng(0)
+    for name, count in (("train", train), (split, test)):
+        for label in range(classes):
+            folder = root / name / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 256, (size[1], size[0]), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch):
+    """Set how long an image takes: every network the same, in training and disposal."""
+
+    def takes(seconds: float) -> None:
+        fake = SimpleNamespace(image=lambda variant="": Seconds(seconds, 2 * seconds))
+        monkeypatch.setattr(starter, "Clock", lambda _: fake)
+
+    takes(1e-4)
+    return takes
+
+
+def written(folder: Path, *arguments: object) -> Recipe:
+    options: dict[str, Any] = {"attacker": None, "size": None, "name": None}
+    options |= dict(zip(options, arguments, strict=False))
+    text = starter.write(str(folder / "s"), str(folder / "t"), **options)
+    (folder / "recipe.toml").write_text(text)
+    return load(folder / "recipe.toml")
+
+
+def test_what_init_prints_is_checked_and_run_as_it_is(call, clock, tmp_path: Path):
+    images(tmp_path / "my photos", 3, 12, 7, split="valid")
+    (tmp_path / "my photos/train/class0/notes.txt").write_text("x")
+    images(tmp_path / "products", 2, 10, 4)
+    code, out, err = call("init", "--source", "my photos", "--target", "products", "--size", 8, "--quiet")
+    assert (code, err) == (0, "")
+    assert out.startswith("#:schema ./dtlctl.schema.json\n")
+    assert "36 training images of 3 classes, 12 of each; 21 test images; 20x28 pixels, L" in out
+    assert "notes.txt" in out
+    # The lengths alone are cut: this is about what goes with what, not about learning.
+    quick = re.sub(r"^(epochs|steps) = \d+", r"\1 = 4", out, flags=re.MULTILINE).replace("lr = [", "steps = 4, lr = [")
+    quick = quick.replace('"resnet20"', '"resnet8"\nwidth = 4')
+    (tmp_path / "mine.toml").write_text(quick)
+    recipe = load(tmp_path / "mine.toml")
+    assert recipe.name == "my-photos-products"
+    assert (recipe.data.source.path, recipe.data.source.test) == ("./my photos", "valid")
+    code, plan, err = call("check", "mine.toml")
+    assert (code, err) == (0, "")
+    assert "36 images, 3 classes" in plan
+    code, table, err = call("run", "mine.toml", "--quiet")
+    assert code == 0, err
+    assert "| gc " in table
+
+
+def test_lengths_follow_the_machine(clock, tmp_path: Path):
+    """1,000 images of 2 classes, 20 x 28: 16 pixels fit. Image passes, at a quicker and quicker machine:
+
+    fine-tuning twice, max(60, 100/2) = 60 steps of 64, of 80 images: 7,680. Disposal: max(400, 1000/32) steps of 64:
+    25,600. Three models: 150 steps of 40 images (2 x 20), three trainings of `full` and two of `renorm`, each again 150
+    steps of 40: 6 x 6,000 = 36,000 a model. All: 141,280. An epoch: 1000 // 64 = 15 steps of 64 = 960.
+    """
+    images(tmp_path / "s", 2, 500, 1)
+    images(tmp_path / "t", 2, 50, 1)
+    clock(0.01)  # 30 minutes are 180,000 images: (180,000 - 141,280) / 960 = 40.3 epochs
+    recipe = written(tmp_path)
+    assert (recipe.model.arch, recipe.model.image_size, recipe.pretrain.epochs) == ("resnet20", 16, 40)
+    assert recipe.data.source.fraction == 1
+    assert recipe.data.piggyback["source"].fraction == 0.04  # a twentieth, at most 20 of each class
+    text = (tmp_path / "recipe.toml").read_text()
+    assert "takes 30 to 60 min" in text  # (141,280 + 40 * 960) images at 0.01 and 0.02 s: 29.9 and 59.9
+    clock(0.0125)  # 144,000 images: 2.8 epochs fit, too few; so the smaller network, and a quarter of the time: 37.5
+    recipe = written(tmp_path)
+    assert (recipe.model.arch, recipe.pretrain.epochs, recipe.data.source.fraction) == ("resnet8", 37, 1)
+    clock(1.0)  # 450 images of 960 fit into the quarter: 0.469 epochs, or a fraction of 0.094 five times
+    recipe = written(tmp_path)
+    assert (recipe.pretrain.epochs, recipe.data.source.fraction) == (5, 0.094)
+    assert recipe.data.piggyback["source"].balance == "classes"
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "found"),
+    [((20, 28), None, 16), ((300, 200), None, 64), ((50, 40), None, 32), ((9, 9), None, 16), ((9, 9), 24, 24)],
+)
+def test_images_are_not_blown_up(clock, tmp_path: Path, size: tuple[int, int], asked: int | None, found: int):
+    """The largest usual size that the median image has; 64 pixels at most where there is no GPU."""
+    images(tmp_path / "s", 2, 4, 1, size)
+    images(tmp_path / "t", 2, 4, 1, (8, 8))
+    assert written(tmp_path, None, asked).model.image_size == found
+
+
+def test_an_attackers_images_are_a_dataset_of_their_own(clock, tmp_path: Path):
+    images(tmp_path / "s", 2, 4, 1)
+    images(tmp_path / "t", 2, 4, 1)
+    recipe = written(tmp_path, str(images(tmp_path / "his", 2, 4, 1)), None, "other")
+    assert recipe.name == "other"
+    assert recipe.data.piggyback["attacker"].path == str(tmp_path / "his")
+    assert set(recipe.data.piggyback) == {"source", "attacker"}
+    with pytest.raises(RecipeError, match="name: a name is 1 to 64"):
+        written(tmp_path, None, None, "a/b")
+
+
+def test_what_is_no_dataset_is_told_as_a_run_would(clock, tmp_path: Path):
+    images(tmp_path / "s", 2, 4, 1)
+    with pytest.raises(DataError, match=r"data\.target\.path: .* does not exist"):
+        written(tmp_path)
+    (tmp_path / "t").mkdir()
+    with pytest.raises(DataError, match=r"data\.target\.path: .* holds no image and no table"):
+        written(tmp_path)
+    images(tmp_path / "t", 2, 4, 1)
+    (tmp_path / "t/train/class1/0.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"data\.target\.path: .*class1/0\.png: it is no image"):
+        written(tmp_path)
+    with pytest.raises(DataError, match=r"data\.source\.path: typo is no folder"):
+        starter.write("typo", str(tmp_path / "t"), None, None, None)
