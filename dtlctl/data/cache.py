@@ -48,6 +48,7 @@ def load(
     image_size: int,
     *,
     role: str = "<role>",
+    seed: int = 0,
     wanted: Wanted | None = None,
     progress: Progress | None = None,
 ) -> Images:
@@ -55,24 +56,24 @@ def load(
 
     See `pixels.decode` for what becomes of an image. wanted: of the train split, the images that are; else all are.
     Where one of these has more than 8 bits, all are decoded; of a test split, those of the train split too, whose rule
-    it is read by. `role`
-    is the name of the dataset's table under `[data]`, for messages. `progress(done, total)` is called with numbers of
-    images. Raises DataError: a source that cannot be read as the recipe says, a wanted image that cannot be decoded, a
-    class without a training image, a cache that cannot be written.
+    it is read by. role: the name of the dataset's table under `[data]`, for messages. seed: draws a test split that is
+    a share. `progress(done, total)` is called with numbers of images. Raises DataError: a source that cannot be read as
+    the recipe says, a wanted image that cannot be decoded, a class without a training image, a cache that cannot be
+    written.
     """
-    place, own = _place(dataset, split, image_size, role), wanted if split == "train" else None
+    place, own = _place(dataset, split, image_size, role, seed), wanted if split == "train" else None
     entry = entries.read(place, image_size)
     if entry is None or entry.missing(own).size:
         work = place.with_name(f"{place.name}.{platform.node()}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
         try:
             _sweep(place)
             (work / "scratch").mkdir(parents=True)
-            source = rows(dataset, split, image_size, role, work / "scratch")
+            source = rows(dataset, split, image_size, role, work / "scratch", seed)
             if entry is None:
                 _check_classes(source, dataset, split)
                 entries.create(source, work / "entry", image_size, where(dataset, split))
                 entry = _publish(work / "entry", place, image_size)
-            train = partial(_train_rule, dataset, image_size, role, wanted, progress) if split == "test" else None
+            train = partial(_train_rule, dataset, image_size, role, seed, wanted, progress) if split == "test" else None
             _decode(source, entry, own, train, progress)
         except OSError as error:
             raise DataError(f"cannot write the image cache {place.parent}: {error}; set DTLCTL_CACHE") from error
@@ -84,21 +85,27 @@ def load(
 
 
 def _train_rule(
-    dataset: Dataset, size: int, role: str, wanted: Wanted | None, progress: Progress | None, whole: bool
+    dataset: Dataset, size: int, role: str, seed: int, wanted: Wanted | None, progress: Progress | None, whole: bool
 ) -> Rule:
     """By which the test split is read: that of the wanted images, or of the whole train split."""
-    return load(dataset, "train", size, role=role, wanted=None if whole else wanted, progress=progress).rule
+    return load(dataset, "train", size, role=role, seed=seed, wanted=None if whole else wanted, progress=progress).rule
 
 
 def cached(
-    dataset: Dataset, split: Split, image_size: int, *, role: str = "<role>", wanted: Wanted | None = None
+    dataset: Dataset,
+    split: Split,
+    image_size: int,
+    *,
+    role: str = "<role>",
+    seed: int = 0,
+    wanted: Wanted | None = None,
 ) -> Images | None:
     """What `load` would return, if it needs no decoding. Of local files only names, sizes and times are read.
 
     Raises DataError for a local path that does not exist.
     """
     entry, own = (
-        entries.read(_place(dataset, split, image_size, role), image_size),
+        entries.read(_place(dataset, split, image_size, role, seed), image_size),
         wanted if split == "train" else None,
     )
     return None if entry is None or entry.missing(own).size else entry.images(own)
@@ -111,7 +118,7 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dtlctl"
 
 
-def _place(dataset: Dataset, split: Split, image_size: int, role: str) -> Path:
+def _place(dataset: Dataset, split: Split, image_size: int, role: str, seed: int) -> Path:
     if split == "test" and dataset.test == dataset.train:
         raise DataError(
             f"data.{role}.test: it is {dataset.test!r} as is `train`, so models would be tested on the images that "
@@ -120,7 +127,7 @@ def _place(dataset: Dataset, split: Split, image_size: int, role: str) -> Path:
     key = {
         "format": _FORMAT,
         "source": identity(dataset, role),
-        "split": getattr(dataset, split),
+        "split": getattr(dataset, split) if isinstance(dataset.test, str) else [split, dataset.test, seed],
         "image_size": image_size,
     }
     return folder() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

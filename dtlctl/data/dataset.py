@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dtlctl.data import builtin
 from dtlctl.errors import NoSplit, nearest
@@ -41,6 +41,7 @@ class Rows(NamedTuple):
     pictures: Callable[[Sequence[int]], list[bytes | Image.Image]]
     place: Callable[[int], str]  # how an error names a row: its file where there is one
     notes: tuple[Note, ...] = ()
+    splits: tuple[str, ...] = ()  # names of all that the dataset has, as far as they are known
 
 
 def unlabelled(value: object) -> bool:
@@ -82,14 +83,22 @@ class Dataset(Strict):
     """Label column; guessed where there is exactly one `ClassLabel`."""
     train: str = Field("train", min_length=1)
     """Name of the train split."""
-    test: str = Field("test", min_length=1)
-    """Name of the test split; accuracies are measured on all of it."""
+    test: str | float = "test"
+    """Name of the test split; accuracies are measured on all of it. Or the share of each class of the train split that
+    the recipe's seed holds out as the test split, where there is none."""
     fraction: float = Field(1.0, gt=0, le=1)
     """γ: the share of the train split that is used."""
     balance: Balance = "classes"
     """What a fraction below 1 has of each class: the same number, as in the paper, or (`keep`) its share."""
     augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
     """Of training batches. `crop`: shifts by up to an eighth of the image, black moving in; `flip`: mirrors half."""
+
+    @field_validator("test")
+    @classmethod
+    def _a_name_or_a_share(cls, test: str | float) -> str | float:
+        if test and (isinstance(test, str) or 0 < test < 1):
+            return test
+        raise ValueError(f"{test!r} is neither a split's name nor a share between 0 and 1, such as 0.2")
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Dataset:
@@ -116,7 +125,10 @@ def is_hub(dataset: Dataset) -> bool:
 
 def where(dataset: Dataset, split: Split, row: int | None = None) -> str:
     """How an error names a place in a dataset."""
-    place = f"{dataset.path}, split {getattr(dataset, split)!r}"
+    name = getattr(dataset, split)
+    place = f"{dataset.path}, split {name!r}"
+    if isinstance(name, float):
+        place = f"{dataset.path}, {name:g} of split {dataset.train!r}"
     return place if row is None else f"{place}, row {row}"
 
 
@@ -127,6 +139,8 @@ def check_split(dataset: Dataset, split: Split, role: str, names: Iterable[str])
         return
     usual = [name for name in names if name.casefold() in (*USUAL[split], wanted.casefold())]
     hint = f'; write {split} = "{usual[0]}" in [data.{role}]' if usual else nearest(wanted, names)
+    if split == "test" and not hint and dataset.train in names:
+        hint = f"; write test = 0.2 in [data.{role}] to hold out a part of {dataset.train!r}"
     raise NoSplit(
         f"data.{role}.{split}: {dataset.path} has no split {wanted!r} (splits: {', '.join(names) or 'none'}){hint}",
         usual,
@@ -155,5 +169,5 @@ def _check_builtin(dataset: Dataset) -> None:
         if getattr(dataset, key) is not None:
             raise ValueError(f"{key} means nothing for a builtin dataset; remove it")
     for split in (dataset.train, dataset.test):
-        if split not in ("train", "test"):
+        if split not in ("train", "test"):  # a share neither
             raise ValueError(f"a builtin dataset has the splits train and test, not {split!r}")

@@ -100,8 +100,9 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
         raise DataError(f"data.{role}.path: {dataset.path} holds no image and no table{kinds(tree.files)}")
     if "" in splits and name != "train":
         raise NoSplit(
-            f"data.{role}.{split}: {dataset.path} is not divided into splits, so there is no {name!r}; move a part of "
-            f"each class's images to {name}/CLASS/ and the rest to {dataset.train}/CLASS/"
+            f"data.{role}.{split}: {dataset.path} is not divided into splits, so there is no {name!r}; "
+            + ("write test = 0.2 to hold out a part of each class, or " if split == "test" else "")
+            + f"move images of each class to {name}/CLASS/ and the rest to {dataset.train}/CLASS/"
         )
     if "" not in splits:
         check_split(dataset, split, role, splits)
@@ -145,7 +146,7 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
         return os.path.join(dataset.path, images[row])
 
     numbers = np.array([number[label] for label in labels], np.int64)
-    return Rows(numbers, tuple(classes), lambda rows: [read(row) for row in rows], path, tuple(notes))
+    return Rows(numbers, tuple(classes), lambda rows: [read(row) for row in rows], path, tuple(notes), (*splits,))
 
 
 def _splits(dataset: Dataset, tree: Tree) -> dict[str, _Place]:

@@ -12,17 +12,39 @@ from typing import Any
 
 import numpy as np
 
-from dtlctl.data import builtin, files, tables
+from dtlctl.data import builtin, files, subset, tables
 from dtlctl.data.classes import align
-from dtlctl.data.dataset import Dataset, Rows, Split, builtin_name, kind_of, where
+from dtlctl.data.dataset import USUAL, Dataset, Rows, Split, builtin_name, kind_of, where
 from dtlctl.errors import DataError
 
 
-def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Path) -> Rows:
+def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Path, seed: int = 0) -> Rows:
     """Open a split. `role` is the name of the dataset's table under `[data]`; `scratch` is an existing folder that
     has to live as long as the rows do. The classes are those of the train split, and the test split's labels are
-    matched to them by name. Raises DataError.
+    matched to them by name. `seed` draws what `test` holds out, where it is a share. Raises DataError.
     """
+    share = dataset.test
+    if isinstance(share, str):
+        return _named(dataset, split, image_size, role, scratch)
+    whole = _named(dataset.model_copy(update={"test": "test"}), "train", image_size, role, scratch)
+    if there := [name for name in whole.splits if name.casefold() in USUAL["test"]]:
+        raise DataError(
+            f"data.{role}.test: {dataset.path} has a split {there[0]!r}, so test = {share:g} would hold out a second "
+            f'one; write test = "{there[0]}", or move that split away'
+        )
+    held = subset.held_out(whole.labels, whole.classes, share, seed, where(dataset, split))
+    chosen = np.flatnonzero(held if split == "test" else ~held)
+    pictures, place = whole.pictures, whole.place
+    return whole._replace(
+        labels=whole.labels[chosen],
+        pictures=lambda rows: pictures(chosen[list(rows)].tolist()),
+        place=lambda row: place(int(chosen[row])),
+        notes=whole.notes if split == "train" else (),
+    )
+
+
+def _named(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Path) -> Rows:
+    """A split that the dataset has by name."""
     kind = kind_of(dataset.path)
     if kind == "builtin":
         pictures, numbers, names = builtin.load(builtin_name(dataset), getattr(dataset, split), image_size)

@@ -10,9 +10,10 @@ from fractions import Fraction
 import numpy as np
 
 from dtlctl.data.dataset import Balance, Note
+from dtlctl.errors import DataError
 
 # Keeps these random numbers apart from others drawn with the same seed.
-_STREAM = zlib.crc32(b"subset")
+_STREAM, _HELD = zlib.crc32(b"subset"), zlib.crc32(b"held out")
 WORTH_SAYING = 0.9
 """A subset with less than this share of the images that its fraction asks for is told."""
 
@@ -37,6 +38,24 @@ def draw(labels: np.ndarray, classes: int, fraction: float, seed: int, balance: 
         for label, size in enumerate(sizes(counts.tolist(), fraction, balance))
     ]
     return np.sort(np.concatenate(drawn)).astype(np.int64)
+
+
+def held_out(labels: np.ndarray, classes: Sequence[str], share: float, seed: int, place: str) -> np.ndarray:
+    """bool [N]: a share of each class, for testing; at least one image of it. labels: -1 where there is none.
+
+    Raises DataError, naming the class and `place`, where nothing of a class would be left to train on.
+    """
+    held = np.zeros(len(labels), bool)
+    for label, name in enumerate(classes):
+        rows = np.flatnonzero(labels == label)
+        size = max(1, _rounded(Fraction(str(share)) * len(rows)))
+        if size >= len(rows):
+            raise DataError(
+                f"{place}: class {name!r} has {len(rows)} image{'s' if len(rows) != 1 else ''}, of which test = "
+                f"{share:g} would leave none to train on; add some, leave the class out, or hold out less"
+            )
+        held[np.random.default_rng([_HELD, seed, label]).permutation(rows)[:size]] = True
+    return held
 
 
 def sizes(counts: Sequence[int], fraction: float, balance: Balance) -> list[int]:

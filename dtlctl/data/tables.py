@@ -119,7 +119,8 @@ def opened(dataset: Dataset, split: Split, role: str, source: Source) -> Rows:
     numbers, classes = labels(dataset, split, role, source)
     table, place = source.tables[name], _place(dataset, split, source.files.get(name, []))
     pictures = _reader(dataset, role, table, _columns(dataset, role, table.features)[0], place)
-    return Rows(numbers, classes, pictures, place, source.notes if split == "train" else ())
+    notes = source.notes if split == "train" else ()
+    return Rows(numbers, classes, pictures, place, notes, (*{**source.tables, **source.files},))
 
 
 def labels(dataset: Dataset, split: Split, role: str, source: Source) -> tuple[np.ndarray, tuple[str, ...]]:

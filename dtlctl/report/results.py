@@ -120,15 +120,17 @@ def _judged(job: Job[Any], sidecar: Row) -> dict[str, int]:
 def refuse_other_images(results: Iterable[Result], *, one_seed: bool) -> None:
     """Raise CheckpointError unless these results have seen the same images.
 
-    Which images the recipe means cannot be told without the data. one_seed: also the same subset of them.
+    Which images the recipe means cannot be told without the data. one_seed: also the same subset of them, and the same
+    test split where that is a share held out by the seed.
     """
     seen: dict[tuple[str, str], tuple[Any, Path]] = {}
     for job, path, sidecar in results:
         with _reading(path, f"data of {job.stage}"):
             parts = [(role, name, value) for role, own in sidecar["data"].items() for name, value in own.items()]
+            drawn = {role for role, own in sidecar["datasets"].items() if not isinstance(own["table"]["test"], str)}
         for role, name, value in parts:
             other, first = seen.setdefault((role, name), (value, path))
-            if other != value and (one_seed or name in ("train", "test")):
+            if other != value and (one_seed or (name in ("train", "test") and role not in drawn)):
                 raise CheckpointError(
                     f"{path}: made from other images of data.{role} than {first}; do the stages again: "
                     "dtlctl run RECIPE"

@@ -85,7 +85,8 @@ class Datasets:
         return self.recipe.data.of(role), split, self.recipe.model.image_size
 
     def _chosen(self, role: str, whole: bool) -> dict[str, Any]:
-        return {"role": role, "wanted": None if whole else partial(self._draw, role)}
+        seed = self.recipe.stream("subset/source")  # for test splits of all roles, which may share a dataset
+        return {"role": role, "seed": seed, "wanted": None if whole else partial(self._draw, role)}
 
     def _draw(self, role: str, labels: np.ndarray, classes: int) -> np.ndarray:
         table, seed = self.recipe.data.of(role), self.recipe.stream(f"subset/{role}")

@@ -26,6 +26,8 @@ from dtlctl.stages.preview import Clock, Seconds, cost, words
 
 MINUTES = 30
 """What all of it may take: well within an hour, for other machines and other moments differ."""
+HELD_OUT = 0.2
+"""Of each class, for testing, where there is no test split."""
 EPOCHS = (5, 40)
 """Of pre-training: fewer teach too little; more are left to whoever has the time."""
 SIDES = (16, 24, 32, 48, 64, 96, 128, 160, 224)
@@ -93,6 +95,8 @@ def look(path: str, role: str) -> Seen:
         found: dict[Split, Rows] = {}
         for split in ("train", "test"):
             dataset, found[split] = _opened(dataset, split, role, Path(folder))
+        if not isinstance(dataset.test, str):
+            found["train"] = sources.rows(dataset, "train", SIDES[0], role, Path(folder))
         train, test = found["train"], found["test"]
         chosen = np.flatnonzero(train.labels >= 0)
         chosen = chosen[np.linspace(0, len(chosen) - 1, min(LOOKED, len(chosen)), dtype=int)]
@@ -113,13 +117,13 @@ def look(path: str, role: str) -> Seen:
 
 
 def _opened(dataset: Dataset, split: Split, role: str, scratch: Path) -> tuple[Dataset, Rows]:
-    """A split, and the dataset with the name that this split has."""
+    """A split, and the dataset with the name that this split has, or with a test split held out where it has none."""
     try:
         return dataset, sources.rows(dataset, split, SIDES[0], role, scratch)
     except NoSplit as error:
-        if not error.usual:
+        if not error.usual and split == "train":
             raise
-        dataset = dataset.model_copy(update={split: error.usual[0]})
+        dataset = dataset.model_copy(update={split: error.usual[0] if error.usual else HELD_OUT})
         return dataset, sources.rows(dataset, split, SIDES[0], role, scratch)
 
 

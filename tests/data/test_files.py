@@ -147,7 +147,7 @@ def test_the_key_knows_which_formats_can_be_read(tmp_path, monkeypatch):
 def test_classes_without_splits_are_the_train_split(tmp_path):
     dataset = folder(tmp_path / "d", "cat/0.png", "dog/1.png")
     assert seen(load(dataset)) == [(0, "cat"), (1, "dog")]
-    assert "is not divided into splits, so there is no 'test'; move a part of" in refused(dataset, "test")
+    assert "so there is no 'test'; write test = 0.2 to hold out a part of" in refused(dataset, "test")
 
 
 @pytest.mark.parametrize(

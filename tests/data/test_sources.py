@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
@@ -66,7 +67,9 @@ def message(dataset, split="train") -> str:
         ({"path": "o/n", "fraction": 0.0}, "greater than 0"),
         ({"path": "o/n", "fraction": 1.1}, "less than or equal to 1"),
         ({"path": "o/n", "augment": "flip"}, "'none', 'crop' or 'crop-flip'"),
-        ({"path": "o/n", "test": ""}, "at least 1 character"),
+        ({"path": "o/n", "test": ""}, "'' is neither a split's name nor a share between 0 and 1, such as 0.2"),
+        ({"path": "o/n", "test": 1.0}, "1.0 is neither a split's name nor a share"),
+        ({"path": "builtin:digits", "test": 0.2}, "has the splits train and test, not 0.2"),
         ({"path": "o/n", "trust": True}, "Extra inputs are not permitted"),
     ],
 )
@@ -171,3 +174,60 @@ def test_a_hub_id_out_of_reach_is_one_line():
     text = message(Dataset(path="owner/name"))
     assert text.startswith("data.source.path: owner/name could not be loaded: Couldn't reach") and "\n" not in text
     assert "network" in text and "HF_HUB_OFFLINE" in text
+
+
+# A test split that is held out -------------------------------------------------------------------------------------
+
+
+def pool(root: Path, counts: dict[str, int], start: str = "") -> Dataset:
+    """Class folders of grey squares, each of a level of its own, without a test split."""
+    level = 0
+    for name, count in counts.items():
+        (root / start / name).mkdir(parents=True)
+        for _ in range(count):
+            level += 1
+            (root / start / name / f"{level}.png").write_bytes(png(level)["bytes"])
+    return Dataset(path=str(root), test=0.2)
+
+
+@pytest.mark.parametrize("start", ["", "train"])
+def test_a_share_of_each_class_is_held_out_by_the_seed(tmp_path, start):
+    """Of 10, 5 and 2 images 2, 1 and at least 1; what is left is the train split, and nothing is in both."""
+    dataset = pool(tmp_path / "d", {"a": 10, "b": 5, "c": 2}, start)
+    train, test = load(dataset), load(dataset, "test")
+    assert np.bincount(test.labels).tolist() == [2, 1, 1] and np.bincount(train.labels).tolist() == [8, 4, 1]
+    assert sorted(levels(train) + levels(test)) == [*range(1, 18)] and test.classes == ("a", "b", "c")
+    other = cache.load(dataset, "test", 4, role="source", seed=1)
+    assert levels(other) != levels(test) and other.fingerprint != test.fingerprint
+    assert np.bincount(other.labels).tolist() == [2, 1, 1]
+
+
+def test_a_share_of_a_table_is_held_out_without_rows_that_have_no_label(tmp_path):
+    rows = {"image": [png(n) for n in range(11)], "label": ["x", "y"] * 5 + [None]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    (tmp_path / "d").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "d/train.parquet"))
+    dataset = Dataset(path=str(tmp_path / "d"), label="label", test=0.2)
+    train, test = load(dataset), load(dataset, "test")
+    assert sorted(levels(train) + levels(test)) == [*range(10)] and len(test.labels) == 2
+    assert all(
+        label == level % 2 for part in (train, test) for label, level in zip(part.labels, levels(part), strict=True)
+    )
+
+
+def test_nothing_is_held_out_beside_a_test_split(tmp_path):
+    dataset = pool(tmp_path / "d", {"a": 3, "b": 3}, "train")
+    shutil.copytree(tmp_path / "d/train", tmp_path / "d/val")
+    assert "has a split 'val', so test = 0.2 would hold out a second one; write test = \"val\"" in message(dataset)
+
+
+def test_a_class_of_one_image_cannot_be_shared_out(tmp_path):
+    said = message(pool(tmp_path / "d", {"a": 3, "b": 1}), "test")
+    assert "class 'b' has 1 image, of which test = 0.2 would leave none to train on" in said
+
+
+def test_where_there_is_no_test_split_a_share_is_offered(tmp_path):
+    dataset = pool(tmp_path / "d", {"a": 3, "b": 3}, "train").model_copy(update={"test": "test"})
+    assert "; write test = 0.2 in [data.source] to hold out a part of 'train'" in message(dataset, "test")
+    dataset = pool(tmp_path / "e", {"a": 3, "b": 3}).model_copy(update={"test": "test"})
+    assert "write test = 0.2 to hold out a part of each class" in message(dataset, "test")

@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dtlctl.data import entry
+from dtlctl.errors import CheckpointError
 from dtlctl.many.compare import held_back
 from dtlctl.recipe.loading import load
+from dtlctl.report.results import refuse_other_images
 from dtlctl.run.experiment import Experiment
+from dtlctl.stages.runner import run
+from dtlctl.storage.checkpoint import read_sidecar
 
 
 def test_a_large_split_is_decoded_as_far_as_it_is_drawn(
@@ -29,3 +34,33 @@ def test_a_large_split_is_decoded_as_far_as_it_is_drawn(
     assert not any(images.pixels[row].any() for row in range(1000) if row not in drawn)
     assert len(held_back(first)) == 980 and all(images.pixels[row].any() for row in held_back(first))
     assert Experiment(first.recipe, tmp_path, quiet=True).data.identity("target") == one
+
+
+def test_a_held_out_test_split_is_one_for_all_roles_and_in_the_key(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """20 images of each of two classes, of which 4 each are held out; the attacker's `like` must not train on them.
+
+    Results of two seeds, which hold out other images, still stand in one table.
+    """
+    monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "cache"))
+    for number in range(40):
+        path = tmp_path / "pool" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number,) * 3).save(path)
+    changes = [
+        f"data.source={{path='{tmp_path / 'pool'}', test=0.2, fraction=1.0}}",
+        "data.piggyback.again.fraction=0.5",
+    ]
+    results = []
+    for seed in (0, 1):
+        experiment = Experiment(load(recipe_file, [*changes, f"seed={seed}"]), tmp_path / f"{seed}", quiet=True)
+        source, copy = (experiment.data.images(role, "test") for role in ("source", "piggyback.again"))
+        assert source.fingerprint == copy.fingerprint and len(source.labels) == 8
+        assert experiment.data.identity("source")["images"] == 32
+        run(experiment, ("pretrain",))
+        results.append((experiment.jobs[0], path := experiment.folder / experiment.jobs[0].path, read_sidecar(path)))
+    assert results[0][2]["data"]["source"]["test"] != results[1][2]["data"]["source"]["test"]
+    refuse_other_images(results, one_seed=False)
+    with pytest.raises(CheckpointError, match="made from other images"):
+        refuse_other_images(results, one_seed=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,3 +138,14 @@ def test_what_is_no_dataset_is_told_as_a_run_would(clock, tmp_path: Path):
         written(tmp_path)
     with pytest.raises(DataError, match=r"data\.source\.path: typo is no folder"):
         starter.write("typo", str(tmp_path / "t"), None, None, None)
+
+
+def test_folders_without_a_test_split_have_a_part_held_out(clock, tmp_path: Path):
+    """Class folders alone, and a train split alone. Of 10 images of each class 2 are held out."""
+    images(tmp_path / "pool", 2, 10, 1)
+    (tmp_path / "pool/train").rename(tmp_path / "s")
+    images(tmp_path / "t", 3, 10, 1, split="other")
+    shutil.rmtree(tmp_path / "t/other")
+    recipe = written(tmp_path)
+    assert recipe.data.source.test == recipe.data.target.test == 0.2
+    assert "16 training images of 2 classes, 8 of each; 4 test images" in (tmp_path / "recipe.toml").read_text()
