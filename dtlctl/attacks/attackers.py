@@ -6,14 +6,18 @@ one is a class here and its name in `Attacker`. How an attacker is tuned on data
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dtlctl.attacks.features import EMBEDDING
+from dtlctl.attacks import layers
+from dtlctl.attacks.features import EMBEDDING, Nearest
+from dtlctl.attacks.logistic import Logistic
 from dtlctl.attacks.tuning import Setting
 from dtlctl.errors import RecipeError
 from dtlctl.model.networks import Classifier, renew
@@ -92,34 +96,107 @@ class Renorm(_Renormalised, _Trained):
     kind: Literal["renorm"] = "renorm"
 
 
+class Norms(_Trained):
+    """The normalisations' weights are trained, with a new head; all else stays. Refused without normalisations."""
+
+    kind: Literal["norms"] = "norms"
+
+    def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
+        model.backbone.requires_grad_(False)
+        for norm in (m for m in model.backbone.modules() if isinstance(m, layers.NORMS)):
+            norm.requires_grad_(True)
+
+
+class Lora(_Trained):
+    """A change of low rank to each convolution and linear layer is trained, with a new head (arXiv:2106.09685)."""
+
+    kind: Literal["lora"] = "lora"
+    rank: list[Annotated[int, Field(ge=1, le=4096)]] = Field([4], min_length=1)
+    """Ranks to try."""
+
+    def amounts(self) -> Sequence[float | None]:
+        return self.rank
+
+    def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
+        layers.adapt(model, fresh, int(amount or 1))
+
+
 class Frozen(_Attacker):
-    """Attackers who train a linear classifier alone: L2-regularised logistic regression, at most 300 steps of L-BFGS.
+    """Attackers who train nothing but a classifier of features.
 
     Features are computed once, in eval mode, without augmentation, and standardised with the training images' moments.
     """
 
-    revision: ClassVar[int] = 2
     stage: Literal["any", "embedding"] = "any"
     """`any`: the mean of each stage's maps, or the embedding, whichever is best; `embedding`: it alone."""
-    C: list[Rate] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
-    """Inverse strengths of the L2 term to try."""
+
+    @abstractmethod
+    def rates(self) -> Sequence[float]:
+        """What is tuned besides the stage and `amounts()`."""
+
+    @abstractmethod
+    def fit(self, features: np.ndarray, labels: np.ndarray, rate: float) -> Logistic | Nearest: ...
 
     def grid(self, stages: Sequence[str] = (EMBEDDING,)) -> list[Setting]:
         """stages: names of the features that the network has."""
         seen = stages if self.stage == "any" else (EMBEDDING,)
-        return [Setting(self.kind, "logistic", C, name, n) for n in self.amounts() for name in seen for C in self.C]
+        return [Setting(self.kind, None, r, name, n) for n in self.amounts() for name in seen for r in self.rates()]
 
 
-class Probe(Frozen):
+class _Linear(Frozen):
+    """L2-regularised logistic regression, at most 300 steps of L-BFGS."""
+
+    revision: ClassVar[int] = 2
+    C: list[Rate] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
+    """Inverse strengths of the L2 term to try."""
+
+    def rates(self) -> Sequence[float]:
+        return self.C
+
+    def fit(self, features: np.ndarray, labels: np.ndarray, rate: float) -> Logistic | Nearest:
+        return Logistic(features, labels, rate)
+
+
+class Probe(_Linear):
     """A linear classifier (L2-regularised logistic regression) on the features that the published model computes."""
 
     kind: Literal["probe"] = "probe"
 
 
-class RenormProbe(_Renormalised, Frozen):
+class RenormProbe(_Renormalised, _Linear):
     """A linear classifier on the features of a model that is prepared as `renorm` does. Needs batch normalisation."""
 
     kind: Literal["renorm-probe"] = "renorm-probe"
+
+
+class Compressed(_Linear):
+    """A linear classifier on the features of a model of less precision: what it hides can come back."""
+
+    kind: Literal["compressed"] = "compressed"
+    bits: list[Annotated[int, Field(ge=2, le=16)]] = Field([8, 4], min_length=1)
+    """Bits of a weight to try; each output channel has a scale of its own."""
+    prune: list[Annotated[float, Field(gt=0, lt=1)]] = Field([0.5], min_length=0)
+    """Shares of each layer's weights to try without, the smallest."""
+
+    def amounts(self) -> Sequence[float | None]:
+        return [*self.bits, *self.prune]
+
+    def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
+        layers.compress(model.backbone, amount or 32)
+
+
+class Knn(Frozen):
+    """The nearest of his images, by the cosine of features; nothing is trained."""
+
+    kind: Literal["knn"] = "knn"
+    k: list[Annotated[int, Field(ge=1, le=100_000)]] = Field([1, 5, 20], min_length=1)
+    """Numbers of neighbours to try."""
+
+    def rates(self) -> Sequence[float]:
+        return self.k
+
+    def fit(self, features: np.ndarray, labels: np.ndarray, rate: float) -> Logistic | Nearest:
+        return Nearest(features, labels, int(rate))
 
 
 @torch.no_grad()
@@ -152,5 +229,7 @@ def renormalise(model: Classifier, fresh: Classifier, images: Iterable[Tensor]) 
         norm.momentum = momentum
 
 
-Attacker = Annotated[Full | Probe | LastBlock | Renorm | RenormProbe, Field(discriminator="kind")]
+Attacker = Annotated[
+    Full | Probe | LastBlock | Renorm | RenormProbe | Norms | Lora | Compressed | Knn, Field(discriminator="kind")
+]
 """Every attacker that a recipe can name."""

@@ -1,4 +1,4 @@
-"""What a network computes on the way to its answer: means over the places of its stages' maps, and its embedding."""
+"""What a network computes on the way to its answer, and the nearest neighbours of it."""
 
 from __future__ import annotations
 
@@ -47,3 +47,21 @@ def pooled(output: Tensor, backbone: nn.Module) -> Tensor:
     if output.ndim == 4:
         return output.mean((1, 2) if isinstance(backbone, SwinTransformer) else (2, 3))
     return output.mean(1) if output.ndim == 3 else output
+
+
+class Nearest:
+    """The k nearest neighbours by the cosine of standardised features, each with a vote of 1 / distance.
+
+    features: [N, F], finite; labels: integers [N]. What `Logistic` has, so that both are judged in the same way.
+    """
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray, k: int):
+        from sklearn.neighbors import KNeighborsClassifier
+
+        self.mean, self.scale, self.classes = features.mean(0), features.std(0) + 1e-6, np.unique(labels)
+        voting = KNeighborsClassifier(min(k, len(labels)), metric="cosine", weights="distance")
+        self._fitted = voting.fit((features - self.mean) / self.scale, labels)
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """[n, classes that were seen]: the logarithm of the share of votes; a class without one has a thousandth."""
+        return np.log(self._fitted.predict_proba((features - self.mean) / self.scale) + 1e-3)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from scipy.special import log_softmax
 from torch import nn
 
+from dtlctl.attacks.features import Nearest
 from dtlctl.attacks.logistic import Logistic
 from dtlctl.data.tensors import Batch, Batches
 from dtlctl.errors import DataError
@@ -26,14 +27,14 @@ class Setting(NamedTuple):
     """One point of an attacker's grid."""
 
     kind: str
-    optimizer: str
-    """sgd, adam, or logistic for a probe"""
+    optimizer: str | None
+    """None for those who only fit a classifier to features"""
     rate: float
-    """learning rate; for a probe C, the inverse strength of its L2 term"""
+    """learning rate; of a probe C, the inverse strength of its L2 term; of knn the number of neighbours"""
     stage: str | None = None
     """whose features a probe sees: a stage's name, or embedding; None for those who train through the network"""
     amount: float | None = None
-    """of what is done to the model beforehand, if that is tuned: stages drawn anew"""
+    """of what is done to the model beforehand: stages drawn anew, rank, bits of a weight, share of them zeroed (< 1)"""
 
 
 class Evaluation(NamedTuple):
@@ -168,7 +169,7 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float | None:
     return found.accuracy if math.isfinite(found.loss) else None
 
 
-def evaluate_probe(fitted: Logistic, features: np.ndarray, labels: np.ndarray) -> Evaluation:
+def evaluate_probe(fitted: Logistic | Nearest, features: np.ndarray, labels: np.ndarray) -> Evaluation:
     """Accuracy and loss on other images: features that are not finite, and classes never fitted, are wrong answers."""
     usable = np.isfinite(features).all(1) & np.isin(labels, fitted.classes)
     log_p = log_softmax(fitted.logits(np.where(usable[:, None], features, fitted.mean)), axis=1)

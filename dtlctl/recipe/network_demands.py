@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from dtlctl.attacks.layers import NORMS
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.model import networks, weights
 from dtlctl.objectives.batched import batchable
@@ -59,6 +60,8 @@ def _of_attackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
             lacking = f"{deepest} known stages"
         if "renorm" in attacker.kind and not any(map(_is_batch_norm, _backbone(recipe.model).modules())):
             lacking = "batch normalisation"
+        if attacker.kind == "norms" and not any(isinstance(m, NORMS) for m in _backbone(recipe.model).modules()):
+            lacking = "normalisation"
         if lacking:
             reason = f'kind "{attacker.kind}" needs {lacking}, which {recipe.model.arch} does not have; leave it out'
             yield f"piggyback.attackers.{number}", reason

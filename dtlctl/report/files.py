@@ -117,7 +117,8 @@ def who(piggyback: dict[str, Any]) -> str:
         return f"{text} No tuned attacker was asked for: read these numbers as those of a weak one."
     tuned = []
     for one in piggyback["attackers"]:
-        name, rates = ("C", one["C"]) if "C" in one else (f"{one['optimizer']}, learning rate", one["lr"])
+        name = next((key for key in ("C", "k") if key in one), "lr")
+        rates, name = one[name], name if name != "lr" else f"{one['optimizer']}, learning rate"
         where = f"; on {', '.join(one['datasets'])} only" if one["datasets"] else ""
         tuned.append(f"{one['kind']} ({name} {', '.join(f'{rate:g}' for rate in rates)}{where})")
     chosen = "images held out of the attacker's own; the test split picks nothing"

@@ -15,7 +15,6 @@ from torchvision.ops import StochasticDepth
 
 from dtlctl.attacks import features, tuning
 from dtlctl.attacks.attackers import Attacker, Frozen
-from dtlctl.attacks.logistic import Logistic
 from dtlctl.attacks.tuning import Setting, Trial
 from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batch, Batches, evaluation_batches
@@ -73,7 +72,7 @@ class Repetition:
             (x, y), (other, answers) = (self._known(attacker, setting, *p) for p in (("train", self.train), self.held))
             if not (np.isfinite(x).all() and np.isfinite(other).all()):
                 return Trial(setting, self.seed, [])
-            found = tuning.evaluate_probe(Logistic(x, y, setting.rate), other, answers)
+            found = tuning.evaluate_probe(attacker.fit(x, y, setting.rate), other, answers)
             return Trial(setting, self.seed, [found])
         model, (split, held) = self._prepared(attacker, self.train, setting.amount), self.held
         rows = self.own[held] if split == "train" else held
@@ -90,7 +89,7 @@ class Repetition:
         if isinstance(attacker, Frozen):
             parts: Any = ("train", everything), ("test", self.judges)
             (x, y), test = (self._known(attacker, setting, *part) for part in parts)
-            return Final(trial, tuning.evaluate_probe(Logistic(x, y, setting.rate), *test).accuracy)
+            return Final(trial, tuning.evaluate_probe(attacker.fit(x, y, setting.rate), *test).accuracy)
         model = self._prepared(attacker, everything, setting.amount)
         tuning.train(
             model, self._batches(everything, attacker.batch_size), setting,

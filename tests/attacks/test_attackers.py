@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from dtlctl.attacks import tuning
-from dtlctl.attacks.attackers import Full, LastBlock, Renorm
+from dtlctl.attacks import features, layers, tuning
+from dtlctl.attacks.attackers import Compressed, Full, LastBlock, Lora, Norms, Renorm
 from dtlctl.attacks.logistic import Logistic
 from dtlctl.attacks.tuning import Evaluation, Setting, Trial
 from dtlctl.errors import DataError, RecipeError
@@ -31,7 +31,8 @@ from dtlctl.storage.parts import Parts
 ATTACKERS = (
     'piggyback.attackers=[{kind="full", lr=[0.01, 0.1], steps=4}, {kind="full", optimizer="adam", lr=[0.01], steps=4}, '
     '{kind="probe", C=[0.1, 1.0]}, {kind="last-block", lr=[0.05], steps=4}, {kind="renorm", lr=[0.05], steps=4}, '
-    '{kind="renorm-probe", C=[1.0]}]'
+    '{kind="renorm-probe", C=[1.0]}, {kind="norms", lr=[0.05], steps=4}, {kind="lora", lr=[0.05], rank=[1], steps=4}, '
+    '{kind="compressed", bits=[4], prune=[], C=[1.0]}, {kind="knn", k=[1]}]'
 )
 
 
@@ -174,7 +175,7 @@ def test_a_renorm_probe_sees_through_running_statistics(recipe_file: Path):
 
 def test_what_a_late_stage_hides_an_early_one_gives_away(recipe_file: Path):
     """Late stages of zeros leave nothing in the embedding: one answer for all ten digits. The first stage is whole."""
-    table = '[{kind="probe"}, {kind="probe", stage="embedding"}]'
+    table = '[{kind="probe"}, {kind="probe", stage="embedding"}, {kind="knn"}, {kind="knn", stage="embedding"}]'
     changes = ("model.width=16", "data.piggyback.again.fraction=0.3", f"piggyback.attackers={table}")
     experiment = Experiment(load(recipe_file, list(changes)), recipe_file.parent, quiet=True)
     (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
@@ -195,9 +196,74 @@ def test_what_a_late_stage_hides_an_early_one_gives_away(recipe_file: Path):
         best = tuning.choose(tried)
         assert best
         found.append((best.setting.stage, repetition.finish(attacker, best).acc_pl))
-    (stage, accuracy), (last, hidden) = found
-    assert (stage, last) == ("stage1", "embedding")
-    assert accuracy > 40 and hidden < 12
+    for (stage, accuracy), (last, hidden) in (found[:2], found[2:]):
+        assert (stage, last) == ("stage1", "embedding")
+        assert accuracy > 40 and hidden < 12
+
+
+def test_rounding_and_pruning_by_hand():
+    """4 bits: a row's largest is 7 steps, 0.45 of it 3.15 of them. 8 bits: 57.15 of 127. Half: 3 of all 6 stay."""
+    layer = torch.nn.Linear(3, 2, bias=False)
+    rows = {4: [1, -3 / 7, 2 / 7], 8: [1, -57 / 127, 38 / 127], 0.5: [1, -0.45, 0.3]}
+    for amount, first in rows.items():
+        layer.weight.data = torch.tensor([[1.0, -0.45, 0.3], [0.02, 0.0, -0.0101]])
+        layers.compress(layer, amount)
+        assert layer.weight[0].tolist() == pytest.approx(first, abs=1e-6)
+        last = {4: -4 * 0.02 / 7, 8: -64 * 0.02 / 127, 0.5: 0}[amount]
+        assert layer.weight[1].tolist() == pytest.approx([0.02 * (amount > 1), 0, last], abs=1e-6)
+
+
+def test_compression_brings_back_what_a_small_weight_hides():
+    """One feature, 1 · signal + 0.01 · noise with a noise of 10,000: 4 bits or half of the weights leave the signal."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 200)
+    z = np.stack([np.where(y, 1.0, -1.0), rng.normal(0, 1e4, 200), np.zeros(200)], 1)
+    accuracies = {}
+    for amount in (None, *Compressed(prune=[0.67]).amounts()):
+        linear = torch.nn.Linear(3, 1, bias=False)
+        linear.weight.data = torch.tensor([[1.0, 0.01, 0.0]])
+        model = networks.Classifier(torch.nn.Sequential(torch.nn.Flatten(), linear), 1, {})
+        if amount:
+            Compressed().prepare(model, model, [], amount)
+        images = torch.from_numpy(z).float()[:, :, None, None] * model.std + model.mean
+        (found,) = features.read(model.eval(), [images]).values()
+        fitted = Compressed().fit(found[:100].astype(float), y[:100], 1.0)
+        accuracies[amount] = tuning.evaluate_probe(fitted, found[100:].astype(float), y[100:]).accuracy
+    assert accuracies[None] < 65 and accuracies[8] < 65
+    assert accuracies[4] == accuracies[0.67] == 100
+
+
+def test_the_nearest_by_cosine_by_hand():
+    """Standardised, (3, 0.1) points nearest to (1, 0), although (0, 1) is closer; of three neighbours two outvote."""
+    x, y = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]]), np.array([5, 6, 7, 8])
+    answer = features.Nearest(x, y, 1).logits(np.array([[3, 0.1], [0.1, -3], [0.02, 0.1]]))
+    assert features.Nearest(x, y, 1).classes[answer.argmax(1)].tolist() == [5, 8, 7]
+    # At 10, -10 and 0 degrees, with quarter turns: scales of one. At 4.9, 1 / 4.9² < 1 / 5.1² + 1 / 14.9².
+    angles = np.deg2rad(np.concatenate([np.array([10, -10, 0]) + turn for turn in (0, 90, 180, 270)]))
+    x, query = np.stack([np.cos(angles), np.sin(angles)], 1), np.array([[np.cos(0.0855), np.sin(0.0855)]])
+    near, more = (features.Nearest(x, np.array([0, 0, 1] + [2] * 9), k) for k in (1, 3))
+    assert (near.logits(query).argmax(), more.logits(query).argmax()) == (1, 0)
+
+
+def test_norms_and_lora_train_nothing_else_of_the_backbone():
+    """One step: convolutions stay, or change by a matrix of the rank; at first the network answers as it did."""
+    x, y = torch.rand(8, 3, 16, 16), torch.arange(8) % 4
+    for attacker, amount in ((Norms(), None), (Lora(rank=[2]), 2)):
+        start, old = pair()
+        before, answer = copy.deepcopy(old), old.eval()(x)
+        attacker.prepare(old, start, [x], amount)
+        assert torch.equal(old(x), answer)
+        optimizer = tuning.optimizer_of(old, Setting("", "sgd", 0.01))
+        for _ in range(2):
+            torch.nn.functional.cross_entropy(old(x), y).backward()
+            optimizer.step()
+        norms = [[m for m in one.modules() if isinstance(m, torch.nn.BatchNorm2d)] for one in (old, before)]
+        moved = [not torch.equal(ours.weight, theirs.weight) for ours, theirs in zip(*norms, strict=True)]
+        convolutions = zip(layers.weighted(old.backbone), layers.weighted(before.backbone), strict=True)
+        ranks = {int(torch.linalg.matrix_rank((a.weight - b.weight).flatten(1), atol=1e-5)) for a, b in convolutions}
+        assert ranks == ({2} if amount else {0})
+        assert any(moved) == (amount is None)
+        assert not torch.equal(old.heads["piggyback"].weight, before.heads["piggyback"].weight)
 
 
 def test_training_keeps_the_best_look_and_survives_divergence():
@@ -228,7 +294,7 @@ def test_a_linear_probe_separates_what_is_separable():
 
 
 def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file: Path):
-    """2 + 1 settings of full, 2 of probe on 3 stages, 2 of last-block, 1 of renorm, 3 of renorm-probe: 15 a seed."""
+    """2 + 1 settings of full, 2 of probe on 3 stages, 2 of last-block, 1 each of 3, 3 each of 3: 23 a seed."""
     documents = []
     for name, threads in (("one", 1), ("two", 2)):
         experiment = Experiment(
@@ -244,11 +310,11 @@ def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file:
         {k: v for k, v in d.items() if k not in ("trials_per_minute", "attack_seconds")} for d in documents
     )
     assert metrics == other
-    assert len(metrics["trials"]) == 30
+    assert len(metrics["trials"]) == 46
     stages = {t["stage"] for t in metrics["trials"] if t["kind"] == "probe"}
     assert stages == {"stage1", "stage2", "embedding"}  # the third stage's mean is the embedding
     assert {t["amount"] for t in metrics["trials"] if t["kind"] == "last-block"} == {1, 2}
-    kinds = ["full", "probe", "last-block", "renorm", "renorm-probe"]
+    kinds = ["full", "probe", "last-block", "renorm", "renorm-probe", "norms", "lora", "compressed", "knn"]
     assert [final["kind"] for final in metrics["attackers"]] == kinds * 2
     for seed in (0, 1):
         finals = [s for s in metrics["attackers"] if s["seed"] == seed]

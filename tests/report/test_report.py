@@ -333,7 +333,7 @@ def test_the_page_tells_what_every_kind_of_attacker_tries():
     tuned = [one.model_dump(mode="json") for one in attackers]
     said = files.who({"attackers": tuned, "choose_on": "own", "steps": 3, "epochs": None, "lr": 0.05})
     for one in attackers:
-        varied = "C" if isinstance(one, Frozen) else "sgd, learning rate"
+        varied = ("k" if one.kind == "knn" else "C") if isinstance(one, Frozen) else "sgd, learning rate"
         rates = dict.fromkeys(setting.rate for setting in one.grid())
         assert f"{one.kind} ({varied} {', '.join(f'{rate:g}' for rate in rates)})" in said
 
