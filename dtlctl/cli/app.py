@@ -54,6 +54,7 @@ for name, summary in running.STAGES.items():
 app.command()(running.check)
 app.command()(share.report)
 app.command()(share.export)
+app.command()(share.verify)
 app.command()(many.sweep)
 app.command()(many.compare)
 app.command()(schema)

@@ -1,72 +1,130 @@
-"""`dtlctl export`: a model as it is given away, with its target head alone and nothing of the run."""
+"""A model as it is given away: its target head alone, under its library's names of tensors, and nothing of the run."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-from dtlctl.errors import CheckpointError, RecipeError, suggest
+from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.model import networks
 from dtlctl.run.experiment import Experiment
 from dtlctl.storage import checkpoint
 
+SUFFIX = ".safetensors"
 
-def export(experiment: Experiment, model: str, to: Path) -> None:
-    """Write the backbone and the target head of a finished model as one safetensors file.
+
+def packed(experiment: Experiment, model: str) -> tuple[bytes, dict[str, Any]]:
+    """The backbone and the target head of a finished model as a safetensors file, and its description.
 
     Tensors have the names of the architecture's own library, so torchvision's networks load them as they are. The
-    header's `dtlctl` is a JSON object: arch, stem, width, image_size, the target's classes in the order of the logits,
-    and the mean and std [3] by which an image in [0, 1] is normalised. Raises RecipeError for a model without a target
-    head and for a place where the file cannot be or has another suffix, CheckpointError for a model that is not up to
-    date.
+    header's `dtlctl` is the description as JSON: arch, stem, width, image_size, the target's classes in the order of
+    the logits, and the mean and std [3] by which an image in [0, 1] is normalised. Raises CheckpointError for a model
+    that is not up to date.
     """
     from safetensors.torch import save
 
-    known = [job.model for job in experiment.jobs if job.stage in ("finetune", "dispose")]
-    if model not in known:
-        raise RecipeError(
-            f"--model {model}: {experiment.source} has no such model with a target head{suggest(model, known)}"
-        )
-    if os.path.isdir(to):
-        raise RecipeError(f"--to {to}: is a folder; name the file, as in --to {to / f'{model}.safetensors'}")
-    if to.suffix != ".safetensors":
-        raise RecipeError(f"--to {to}: the file is in safetensors; name it {to.with_suffix('.safetensors')}")
-    if Path(os.path.realpath(to)).is_relative_to(os.path.realpath(experiment.folder)):
-        raise RecipeError(f"--to {to}: within the run's folder, whose files are the run's own; choose another place")
     tensors = experiment.trainer.load_model(model).plain_state("target")
     described = {
         **experiment.recipe.model.model_dump(mode="json", exclude={"channels_last"}),
         "classes": experiment.data.classes("target"),
-        "mean": networks.MEAN,
-        "std": networks.STD,
     }
     # One key: several would be written in an order that differs from time to time.
     header = {"dtlctl": json.dumps(described, ensure_ascii=False)}
-    blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header)
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header), described
+
+
+def export(experiment: Experiment, model: str, to: Path) -> None:
+    """Write the model as one file. Raises RecipeError, too, for a place where the file cannot be."""
+    refuse(experiment, to)
+    blob, _ = packed(experiment, model)
     try:
         checkpoint.write(to, blob)
     except CheckpointError as error:
         raise RecipeError(f"--to {error}") from None
 
 
-def load(path: Path) -> networks.Classifier:
+def refuse(experiment: Experiment, to: Path) -> None:
+    """Raise RecipeError for a place in the run's folder, a file of another kind, and what is not ours to replace."""
+    if to.suffix[1:].isalpha() and to.suffix != SUFFIX:
+        other = "torch's exporter to ONNX needs packages that are not here; " * (to.suffix == ".onnx")
+        raise RecipeError(
+            f"--to {to}: {other}a file is in safetensors: name it {to.with_suffix(SUFFIX)}, or a folder without a dot"
+        )
+    if Path(os.path.realpath(to)).is_relative_to(os.path.realpath(experiment.folder)):
+        raise RecipeError(f"--to {to}: within the run's folder, whose files are the run's own; choose another place")
+    if to.suffix == SUFFIX and os.path.isdir(to):
+        raise RecipeError(f"--to {to}: is a folder; name the file, as in --to {to / f'model{SUFFIX}'}")
+    if to.suffix != SUFFIX and os.path.lexists(to) and (to.is_symlink() or not is_ours(to)):
+        example = to / "release" if os.path.isdir(to) else f"{to}-release"
+        raise RecipeError(f"--to {to}: is there, and not only an export; name a new folder, as in --to {example}")
+
+
+def load(path: Path | str) -> networks.Classifier:
     """An exported model, in eval mode: `load(path)(x, "target")` are logits [B, classes] of x [B, 3, H, W] in [0, 1].
 
-    Raises CheckpointError for a file that `export` did not write.
+    path: the file, or the folder. Raises CheckpointError for what `export` did not write.
     """
     from safetensors import SafetensorError, safe_open
 
+    path = Path(path)
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path / f"model{SUFFIX}" if path.is_dir() else path, "pt") as file:
             described: dict[str, Any] = json.loads((file.metadata() or {})["dtlctl"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        spec = {name: described[name] for name in ("arch", "stem", "width", "image_size")}
-        model = networks.build(heads={"target": len(described["classes"])}, **spec)
+        classes = described.pop("classes")
+        model = networks.build(heads={"target": len(classes)}, **described)
         model.to(tensors[f"{model.readout}.weight"].dtype)
         names = dict(zip(model.plain_state("target"), model.state_dict(), strict=True))
         checkpoint.fill(model, {names.get(name, name): tensor for name, tensor in tensors.items()})
-    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a model that dtlctl exported ({error})") from None
     return model.eval()
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds an export and nothing else."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return names == {"README.md", "config.json", f"model{SUFFIX}"} and described["made_by"] == "dtlctl"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def publish(files: dict[str, bytes], to: Path) -> str:
+    """Write a folder, whole or not at all, in place of an earlier export. Raises RecipeError where it cannot be.
+
+    For a place that `refuse` has let pass.
+    """
+    here = Path(os.path.abspath(to))
+    new, old = (here.with_name(f".{here.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        for name, blob in files.items():
+            checkpoint.write(new / name, blob)
+        if here.exists():
+            os.replace(here, old)
+        os.replace(new, here)
+        checkpoint.sync(here.parent)
+    except (OSError, CheckpointError) as error:
+        raise RecipeError(f"--to {to}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        for rest in (new, old):
+            shutil.rmtree(rest, ignore_errors=True)
+    return str(to)
+
+
+def push(files: dict[str, bytes], repository: str) -> str:
+    """Put a folder's files into a repository of the Hugging Face hub; returns its address. Raises RecipeError."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    try:
+        api = HfApi()
+        address = str(api.create_repo(repository, exist_ok=True))
+        operations = [CommitOperationAdd(name, blob) for name, blob in files.items()]
+        api.create_commit(repository, operations, commit_message="dtlctl export")
+    except Exception as error:  # of the name, the network, the login
+        raise RecipeError(f"--to hf:{repository}: {' '.join(str(error).split())[:300]}") from None
+    return address

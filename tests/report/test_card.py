@@ -1,0 +1,178 @@
+"""An exported folder: loaded by others, verified, replaced whole, and honest about what was not measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from PIL import Image
+
+import dtlctl
+from dtlctl.errors import CheckpointError
+from dtlctl.recipe.loading import load
+from dtlctl.report import card
+from dtlctl.report.summary import summarise
+from dtlctl.run import export
+from dtlctl.run.experiment import Experiment
+from dtlctl.stages import runner
+
+
+@pytest.fixture
+def experiment(recipe_file: Path) -> Experiment:
+    """The tiny recipe with TGT, TL and one attacked disposal; runs/tiny."""
+    recipe_file.write_text(recipe_file.read_text().replace('models = ["scratch", "TL", "gc"]', 'models = ["TL"]'))
+    experiment = Experiment(load(recipe_file), recipe_file.parent / "runs", source=str(recipe_file), quiet=True)
+    with experiment.results.opened():
+        runner.run(experiment, ("pretrain", "finetune", "dispose", "piggyback"), only=("pre", "TGT", "TL", "rand"))
+    return experiment
+
+
+def pieces(folder: Path) -> tuple[str, list[str]]:
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    return text, re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("model", ["stem = 'imagenet'\nimage_size = 16", "image_size = 8"])
+def test_plain_torchvision_has_the_reports_accuracy_to_the_digit(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+):
+    """By the card's own lines, and config.json for the preprocessing of the data's uint8 pixels; either stem."""
+    recipe_file.write_text(recipe_file.read_text().replace('arch = "resnet8"\nwidth = 4\nimage_size = 8', model))
+    experiment = Experiment(load(recipe_file), tmp_path / "runs", source=str(recipe_file), quiet=True)
+    with experiment.results.opened():
+        runner.run(experiment, ("finetune",), only=("TGT",))
+    document = summarise([experiment.folder])
+    export.publish(card.folder(experiment, "TGT", document), tmp_path / "release")
+    text, (load_it, picture_of_it) = pieces(tmp_path / "release")
+    monkeypatch.chdir(tmp_path / "release")
+    scope: dict[str, Any] = {}
+    exec(load_it, scope)
+    config = json.loads(Path("config.json").read_text())["preprocessing"]
+    images = experiment.data.images("target", "test")
+    x = torch.from_numpy(np.array(images.pixels)).float() / 255
+    x = (x - torch.tensor(config["mean"]).view(3, 1, 1)) / torch.tensor(config["std"]).view(3, 1, 1)
+    with torch.no_grad():
+        answers = torch.cat([scope["model"](part) for part in x.split(200)]).argmax(1).numpy()
+    accuracy = 100 * float((answers == images.labels).mean())
+    (row,) = [row for row in document["rows"] if row["model"] == "TGT"]
+    assert accuracy == row["acc_t"] == ModelCard(text).data.eval_results[0].metric_value
+    assert "**This model was never attacked" in text
+    Image.fromarray(np.array(images.pixels[0]).transpose(1, 2, 0)).save("photo.png")
+    exec(picture_of_it, scope)
+    assert card.verify(Path.cwd(), experiment)["acc_t"] == accuracy
+
+
+def test_a_folder_is_written_verified_and_replaced(experiment: Experiment, call):
+    code, out, err = call("export", experiment.source, "--model", "TL", "--to", "given/one", "-q")
+    assert (code, out, err) == (0, "given/one\n", "")
+    given = Path("given/one")
+    assert sorted(path.name for path in Path("given").iterdir()) == ["one"]
+    assert sorted(path.name for path in given.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    text, code_blocks = pieces(given)
+    assert "**It has not been disposed of" in text and "never attacked:" not in text and code_blocks == []
+    for private in ("pretrain/", str(experiment.folder), "builtin:"):
+        assert private not in text
+    x = torch.rand(4, 3, 8, 8)
+    own = experiment.trainer.load_model("TL").eval()
+    with torch.no_grad():
+        assert torch.equal(dtlctl.load("given/one")(x, "target"), own(x, "target"))
+    code, out, _ = call("verify", given, experiment.source, "--json")
+    sidecar = json.loads((experiment.folder / "finetune/model.json").read_text())
+    assert code == 0 and json.loads(out)["acc_t"] == sidecar["metrics"]["acc_t"]
+    code, out, err = call("export", experiment.source, "--model", "rand", "--to", "given/one", "--json")
+    assert code == 0 and json.loads(out) == {"model": "rand", "to": "given/one"}
+    assert "rand was never attacked" in err and "**This model was never attacked" in pieces(given)[0]
+    before = (given / "README.md").read_bytes()
+    (given / "mine.txt").write_text("")
+    code, _, err = call("export", experiment.source, "--model", "TL", "--to", "given/one", "-q")
+    assert code == 2 and "not only an export" in err and (given / "README.md").read_bytes() == before
+
+
+def test_without_a_name_it_is_what_the_verdict_recommends(experiment: Experiment, call):
+    """Nothing is known of scratch here, so there is no verdict and a name is asked for."""
+    code, _, err = call("export", experiment.source, "--to", "release")
+    assert code == 2 and "--model" in err and "TGT, TL, gc, rand" in err and err.count("\n") == 1
+    document = {"verdict": {"recommended": "TL", "sentences": []}}
+    assert card.known(experiment, None, document) == "TL"
+
+
+def test_a_run_of_another_recipe_is_no_evidence(experiment: Experiment, call):
+    code, _, err = call("export", experiment.source, "--model", "TL", "--to", "release", "--set", "audit.repeats=3")
+    assert code == 2 and "made from other settings; run: dtlctl run" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "words"),
+    [
+        ("config.json", b'"0"', b'"1"', "config.json: not the file of this card"),
+        ("README.md", b"weights: ", b"weights: 0", "model.safetensors: not the file of this card"),
+        ("README.md", b"value: ", b"value: 9", "Acc_t is"),
+        ("README.md", b"dtlctl:", b"others:", "not a folder that dtlctl exported"),
+        ("model.safetensors", b"dtlctl", b"dtlctx", "model.safetensors: not the file of this card"),
+    ],
+)
+def test_verify_finds_what_was_changed(
+    experiment: Experiment, tmp_path: Path, name: str, old: bytes, new: bytes, words: str
+):
+    export.publish(card.folder(experiment, "TL", summarise([experiment.folder])), tmp_path / "release")
+    file = tmp_path / "release" / name
+    file.write_bytes(file.read_bytes().replace(old, new, 1))
+    with pytest.raises(CheckpointError, match=words):
+        card.verify(tmp_path / "release", experiment)
+
+
+def test_verify_without_a_folder_is_told(call):
+    code, _, err = call("verify", "nowhere")
+    assert code == 4 and "not a folder that dtlctl exported" in err and err.count("\n") == 1
+
+
+def test_another_classes_order_is_a_mismatch(experiment: Experiment, tmp_path: Path, monkeypatch):
+    export.publish(card.folder(experiment, "TL", summarise([experiment.folder])), tmp_path / "release")
+    monkeypatch.setattr(experiment.data, "classes", lambda role: tuple("9876543210"))
+    with pytest.raises(CheckpointError, match="its classes are not those"):
+        card.verify(tmp_path / "release", experiment)
+
+
+def test_a_folder_that_cannot_be_written_leaves_nothing_and_the_old_one(experiment: Experiment, tmp_path, monkeypatch):
+    files = card.folder(experiment, "TL", summarise([experiment.folder]))
+    export.publish(files, tmp_path / "release")
+    monkeypatch.setattr(export.checkpoint, "write", lambda *_: (_ for _ in ()).throw(CheckpointError("disk full")))
+    with pytest.raises(dtlctl.errors.RecipeError, match="disk full"):
+        export.publish({**files, "README.md": b""}, tmp_path / "release")
+    assert (tmp_path / "release/README.md").read_bytes() == files["README.md"]
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".release")]
+
+
+def test_the_hub_gets_the_same_files(experiment: Experiment, call, monkeypatch: pytest.MonkeyPatch):
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: f"https://hub/{repo_id}")
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, repo_id, operations, **_: seen.update(
+        {one.path_in_repo: one.path_or_fileobj for one in operations}))  # fmt: skip
+    code, out, _ = call("export", experiment.source, "--model", "TL", "--to", "hf:me/mine", "-q")
+    assert (code, out) == (0, "https://hub/me/mine\n")
+    assert seen == card.folder(experiment, "TL", summarise([experiment.folder]))
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("offline\nnow")))
+    code, _, err = call("export", experiment.source, "--model", "TL", "--to", "hf:me/mine", "-q")
+    assert (code, err) == (2, "error: --to hf:me/mine: offline now\n")
+
+
+def test_an_exported_folder_is_adopted(experiment: Experiment, recipe_file: Path, tmp_path: Path):
+    """As TL of another run: by the class names of its header."""
+    export.publish(card.folder(experiment, "TL", summarise([experiment.folder])), tmp_path / "release")
+    again = Experiment(
+        load(recipe_file, [f"finetune.weights='{tmp_path / 'release'}'"]), tmp_path / "again", quiet=True
+    )
+    runner.run(again, ("finetune",), only=("TL",))
+    made, before = (json.loads((e.folder / "finetune/model.json").read_text()) for e in (again, experiment))
+    assert made["metrics"]["acc_t"] == before["metrics"]["acc_t"]
+    assert any("matched by name" in note["text"] for note in made["notes"]["weights"])
+    shutil.rmtree(tmp_path / "release")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Experiment(again.recipe, tmp_path / "again", quiet=True)
