@@ -221,6 +221,7 @@ def test_the_tutorial_shows_the_files_of_the_quickstart():
         "table.json",
         "report.html",
         "audit.md",
+        "verdict.json",
         *(f"{name}.{form}" for name in figures for form in ("png", "svg")),
     ]
     assert sorted(shown) == sorted(["recipe.json", *plan, *weights, *(f"report/{name}" for name in report)])

@@ -42,13 +42,30 @@ def compare(
     recipe: RecipeFile,
     overrides: Overrides = None,
     out: Out = RUNS,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write every λ that was reached into the recipe's file.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Find for every unlearning loss the λ that costs the same target accuracy, and attack them all at it."""
     from dtlctl.many import compare as comparison
+    from dtlctl.recipe.loading import load
+    from dtlctl.recipe.rewrite import write_lambdas
 
+    base = load(recipe, overrides)
+    if write:  # hours before it is needed
+        unlearning = [name for name, one in base.dispose.items() if one.unlearn.kind != "none"]
+        write_lambdas(recipe, dict.fromkeys(unlearning, 0.12345), dry=True)
     command = shlex.join(["dtlctl", "compare", str(recipe), *words(overrides, out)])
     document, folder = comparison.compare(recipe, overrides or [], out, command=command, quiet=quiet)
     print(json.dumps(document, ensure_ascii=False) + "\n" if as_json else comparison.markdown(document), end="")
+    if write:
+        reached = {name: one["lambda"] for name, one in document["variants"].items() if one["reached"] == "yes"}
+        write_lambdas(recipe, reached)
+        values = ", ".join(f"dispose.{name}.lambda = {lam:g}" for name, lam in reached.items())
+        say(f"written into {recipe}: {values or 'nothing, as no λ was reached'}", quiet)
+    again = shlex.join(["dtlctl", "run", str(recipe), *words(overrides, out)])
+    for text in comparison.advice(document, base.name, again, written=write):
+        say(text, quiet)
     say(f"report: {folder}", quiet)

@@ -10,7 +10,9 @@ trains, and where the measured interval is wider after all, no λ counts as reac
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -187,6 +189,34 @@ def validation(experiment: Experiment, model: str) -> np.ndarray:
 def held_back(experiment: Experiment) -> np.ndarray:
     """Sorted int64 rows of the target's train split that are not in the run's subset of it; possibly none."""
     return np.setdiff1d(experiment.data.whole("target").rows, experiment.data.index("target"))
+
+
+def advice(document: dict[str, Any], name: str, command: str, *, written: bool) -> list[str]:
+    """What to do next, in sentences: where no λ was reached, and for the final model, on all target images.
+
+    name: the run's. command: what does it, recipe and overrides. written: whether the λ stand in the recipe.
+    """
+    settings, said = document["compare"], list[str]()
+    for variant, one in document["variants"].items():
+        if one["reached"] == "no":
+            low, high = (f"{end(each['lambda'] for each in one['tried']):g}" for end in (min, max))
+            said.append(
+                f"{variant}: no λ tried, from {low} to {high}, costs {settings['target_drop']:g} ± "
+                f"{settings['tolerance']:g} points: set dispose.{variant}.lambda where to begin and compare.rounds "
+                f"higher, or give the disposal other steps or lr; λ = {one['lambda']:g} came nearest"
+            )
+        if one["reached"] == "not resolved":
+            half = math.ceil(5 * (one["high"] - one["low"])) / 10
+            said.append(
+                f"{variant}: the price at λ = {one['lambda']:g} is near enough, but known to ± {half:g} points only: "
+                f"lower data.target.fraction to hold more images back, or set compare.tolerance = {half:g}"
+            )
+    if reached := {variant: one["lambda"] for variant, one in document["variants"].items() if one["reached"] == "yes"}:
+        keys = {json.dumps(name) if "." in name else name: lam for name, lam in reached.items() if not written}
+        values = "".join(f" --set {shlex.quote(f'dispose.{key}.lambda={lam:g}')}" for key, lam in keys.items())
+        final = f"--set data.target.fraction=1 --set name={name}-final"
+        said.append(f"the final model, on all target images at this λ: {command}{values} {final}")
+    return said
 
 
 def markdown(document: dict[str, Any]) -> str:

@@ -283,3 +283,24 @@ def test_compare_is_one_process(recipe_file: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="compare: start it as one process"):
         comparison.compare(recipe_file, [], recipe_file.parent, command="x", quiet=True)
+
+
+def test_what_was_found_is_written_and_what_was_not_is_told_what_to_do(recipe_file: Path, call, monkeypatch):
+    """gc was matched at 0.25, rand nowhere: one line of the file changes. Without one to change nothing trains."""
+    found = {"drop": 2.0, "low": 1.0, "high": 3.0, "tried": [{"lambda": 0.1, "drop": 2.0}]}
+    document = {
+        "compare": Compare().model_dump(), "images": 980, "seeds": [0], "table": {"recipe": {"name": "matched-0"}},
+        "variants": {"gc": {**found, "lambda": 0.25, "reached": "yes"},
+                     "rand": {**found, "lambda": 0.1, "reached": "no"},
+                     "unif": {**found, "lambda": 0.1, "low": 0.0, "high": 4.1, "reached": "not resolved"}},
+    }  # fmt: skip
+    monkeypatch.setattr(comparison, "compare", lambda *_, **__: (document, recipe_file.parent))
+    code, _, said = call("compare", recipe_file, "--write", "--json")
+    assert code == 2 and "[dispose.gc] has no lambda" in said
+    text = recipe_file.read_text().replace("[dispose.gc]", "[dispose.gc]\nlambda = 0.5")
+    recipe_file.write_text(text := text.replace("[dispose.rand]", "[dispose.rand]\nlambda = 0.5"))
+    code, _, said = call("compare", recipe_file, "--json")
+    assert code == 0 and recipe_file.read_text() == text and "dispose.gc.lambda=0.25" in said
+    code, _, said = call("compare", recipe_file, "--write", "--json")
+    assert recipe_file.read_text() == text.replace("lambda = 0.5", "lambda = 0.25  # was 0.5", 1)
+    assert "compare.rounds" in said and "compare.tolerance = 2.1" in said and "name=tiny-final" in said
