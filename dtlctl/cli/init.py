@@ -24,11 +24,15 @@ def shipped() -> dict[str, str]:
 
 
 def init(
-    which: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A shipped recipe, to print.")] = None,
+    which: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A shipped recipe, to print.", autocompletion=lambda: [*shipped()]),
+    ] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the shipped recipes.")] = False,
     source: Annotated[str | None, typer.Option(metavar="PATH", help="Private data, as `path` in a recipe.")] = None,
     target: Annotated[str | None, typer.Option(metavar="PATH", help="Data of the task that you publish.")] = None,
     attacker: Annotated[str | None, typer.Option(metavar="PATH", help="Data that an attacker may have.")] = None,
+    weights: Annotated[str | None, typer.Option(metavar="FILE", help="A network trained on it already.")] = None,
     size: Annotated[int | None, typer.Option(min=8, max=1024, help="Pixels; default: by the images.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the run; default: by the folders.")] = None,
     quiet: Quiet = False,
@@ -38,13 +42,13 @@ def init(
         raise RecipeError("init: --source and --target go together")
     if [listed, which is not None, source is not None].count(True) != 1:
         raise RecipeError("init: give --source PATH --target PATH, or NAME of a shipped recipe, or --list")
-    if source is None and (attacker or size or name):
-        raise RecipeError("init: --attacker, --size and --name are for a recipe from --source and --target")
+    if source is None and (attacker or weights or size or name):
+        raise RecipeError("init: --attacker, --weights, --size and --name are for a recipe from --source and --target")
     if source is not None and target is not None:
         say("init: looking at the data, and measuring some steps of training", quiet)
         from dtlctl.stages import starter
 
-        print(starter.write(source, target, attacker, size, name), end="")
+        print(starter.write(source, target, attacker, weights, size, name), end="")
         return
     known = shipped()
     if which is not None and which not in known:

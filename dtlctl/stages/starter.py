@@ -18,7 +18,9 @@ from PIL import Image
 from dtlctl.console.machine import busy, cores
 from dtlctl.data import files, sources, subset
 from dtlctl.data.dataset import Dataset, Rows, Split, kind_of
-from dtlctl.errors import DataError, NoSplit, RecipeError
+from dtlctl.errors import CheckpointError, DataError, NoSplit, RecipeError
+from dtlctl.model import networks
+from dtlctl.model.weights import read
 from dtlctl.recipe.loading import validated
 from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.plan import jobs
@@ -48,8 +50,10 @@ class Seen(NamedTuple):
         return sum(self.counts)
 
 
-def write(source: str, target: str, attacker: str | None, size: int | None, name: str | None) -> str:
-    """The recipe as TOML. Raises DataError for what is no dataset, as the stages do, and RecipeError for a bad name."""
+def write(
+    source: str, target: str, attacker: str | None, weights: str | None, size: int | None, name: str | None
+) -> str:
+    """The recipe as TOML. Raises what the stages would for data and weights that they cannot use."""
     seen = {"source": look(source, "source"), "target": look(target, "target")}
     if attacker:
         seen["piggyback.attacker"] = look(attacker, "piggyback.attacker")
@@ -67,14 +71,15 @@ def write(source: str, target: str, attacker: str | None, size: int | None, name
         "each": min(each, *own.counts),
         "few": round(min(1.0, each * len(own.counts) / own.images), 6),
         "limit": MINUTES,
+        "weights": weights and json.dumps(weights, ensure_ascii=False),
     }
-    for arch, stem, side in _networks(max(own.side, seen["target"].side), size, gpu):
+    for arch, stem, side in _networks(max(own.side, seen["target"].side), size, gpu, weights):
         told |= {"arch": arch, "stem": stem, "size": side, "epochs": 1, "fraction": 1.0, "minutes": "?"}
         epoch, others = _seconds(_render(told), {role: found.counts for role, found in seen.items()})
         room = 60 * MINUTES - others.low  # by the quickest steps, or a busy moment decides
         if room >= EPOCHS[0] * epoch.low:
             break
-    fits = max(room, 15 * MINUTES) / epoch.low
+    fits = max(room, 15 * MINUTES) / (epoch.low or 1)
     told["epochs"] = int(max(EPOCHS[0], min(EPOCHS[1], fits)))
     if fits < EPOCHS[0]:
         told["fraction"] = float(f"{fits / EPOCHS[0]:.2g}")
@@ -138,16 +143,33 @@ def _picture(rows: Rows, row: int, role: str) -> tuple[tuple[int, int], str]:
         raise DataError(f"data.{role}.path: {rows.place(row)}: {reason}") from None
 
 
-def _networks(found: int, size: int | None, gpu: bool) -> Iterator[tuple[str, str, int]]:
+def _networks(found: int, size: int | None, gpu: bool, weights: str | None) -> Iterator[tuple[str, str, int]]:
     """(arch, stem, image size) from what one would like to what a slow machine can do; found: the images' side."""
     side = size or max(side for side in SIDES if side <= max(SIDES[0], min(found, 224 if gpu else 64)))
-    if gpu:
+    if weights:
+        yield *_network_of(weights, side), side
+    elif gpu:
         yield "resnet18", "small" if side <= 64 else "imagenet", side
-        return
-    yield "resnet20", "small", side
-    yield "resnet8", "small", side
-    if not size and side > 32:
-        yield "resnet8", "small", 32
+    else:
+        yield "resnet20", "small", side
+        yield "resnet8", "small", side
+        if not size and side > 32:
+            yield "resnet8", "small", 32
+
+
+def _network_of(weights: str, side: int) -> tuple[str, str]:
+    """The arch and stem that weights are of: a ResNet's. Raises CheckpointError for any others."""
+    usual = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152, 10)]
+    pairs = [*((arch, "imagenet") for arch in usual), *((arch, "small") for arch in (*usual, *networks.DEPTHS))]
+    image = {"width": None, "image_size": side, "mean": networks.MEAN, "std": networks.STD}
+    failures: list[CheckpointError] = []
+    for arch, stem in pairs:
+        try:
+            read(weights, {"arch": arch, "stem": stem, **image})
+            return arch, stem
+        except CheckpointError as error:
+            failures.append(error)
+    raise failures[0]
 
 
 def _render(told: dict[str, Any]) -> str:

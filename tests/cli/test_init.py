@@ -10,7 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import typer.main
 
+from dtlctl.cli.app import app
 from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.schema import json_schema
 
@@ -39,6 +41,23 @@ def test_a_call_for_no_recipe_is_told(call, arguments: tuple[str, ...]):
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: init: ")
     assert "'quickstart'" in err if arguments == ("quikstart",) else "--list" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"), [("dtlctl sc", "schema"), ("dtlctl init quickstart_", "quickstart_full")]
+)
+def test_the_shell_completes_commands_and_shipped_recipes(words: str, offered: str):
+    shell = {"_DTLCTL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    code = "from dtlctl.cli.app import main; main()"
+    environment = {**os.environ, **shell}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert said.stdout.split() == [offered]
+
+
+@pytest.mark.parametrize("command", [None, *typer.main.get_command(app).commands])
+def test_h_is_help_everywhere(call, command: str | None):
+    code, out, _ = call(*filter(None, (command, "-h")))
+    assert (code, "--help" in out) == (0, True)
 
 
 def test_recipes_are_in_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from dtlctl.errors import DataError, RecipeError
+from dtlctl.errors import CheckpointError, DataError, RecipeError
+from dtlctl.model import networks
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.schema import Recipe
+from dtlctl.report import figures
 from dtlctl.stages import starter
 from dtlctl.stages.preview import Seconds
 
@@ -47,14 +51,14 @@ def clock(monkeypatch: pytest.MonkeyPatch):
 
 
 def written(folder: Path, *arguments: object) -> Recipe:
-    options: dict[str, Any] = {"attacker": None, "size": None, "name": None}
+    options: dict[str, Any] = {"attacker": None, "weights": None, "size": None, "name": None}
     options |= dict(zip(options, arguments, strict=False))
     text = starter.write(str(folder / "s"), str(folder / "t"), **options)
     (folder / "recipe.toml").write_text(text)
     return load(folder / "recipe.toml")
 
 
-def test_what_init_prints_is_checked_and_run_as_it_is(call, clock, tmp_path: Path):
+def test_what_init_prints_is_checked_and_run_as_it_is(call, clock, tmp_path: Path, monkeypatch):
     images(tmp_path / "my photos", 3, 12, 7, split="valid")
     (tmp_path / "my photos/train/class0/notes.txt").write_text("x")
     images(tmp_path / "products", 2, 10, 4)
@@ -73,9 +77,25 @@ def test_what_init_prints_is_checked_and_run_as_it_is(call, clock, tmp_path: Pat
     code, plan, err = call("check", "mine.toml")
     assert (code, err) == (0, "")
     assert "36 images, 3 classes" in plan
+    monkeypatch.setattr(figures, "save", lambda *_: [])  # half of the time, and tested elsewhere
     code, table, err = call("run", "mine.toml", "--quiet")
-    assert code == 0, err
+    assert code == 5, err  # [publish]: noise cannot show that little is left
     assert "| gc " in table
+
+
+@pytest.mark.parametrize(("arch", "stem"), [("resnet18", "imagenet"), ("resnet34", "small"), ("resnet20", "small")])
+def test_weights_say_which_network_they_are_of(clock, tmp_path: Path, arch: str, stem: str):
+    images(tmp_path / "s", 2, 4, 1)
+    images(tmp_path / "t", 2, 4, 1)
+    file = tmp_path / "pre.safetensors"
+    with pytest.raises(CheckpointError, match="does not exist"):
+        written(tmp_path, None, str(file))
+    save_file(networks.build(arch, {}, stem=stem).backbone.state_dict(), file)
+    recipe = written(tmp_path, None, str(file))
+    assert (recipe.model.arch, recipe.model.stem, recipe.pretrain.weights) == (arch, stem, str(file))
+    save_file({"conv1.weight": torch.zeros(3)}, file)
+    with pytest.raises(CheckpointError, match="do not fit resnet18"):
+        written(tmp_path, None, str(file))
 
 
 def test_lengths_follow_the_machine(clock, tmp_path: Path):
@@ -111,18 +131,18 @@ def test_images_are_not_blown_up(clock, tmp_path: Path, size: tuple[int, int], a
     """The largest usual size that the median image has; 64 pixels at most where there is no GPU."""
     images(tmp_path / "s", 2, 4, 1, size)
     images(tmp_path / "t", 2, 4, 1, (8, 8))
-    assert written(tmp_path, None, asked).model.image_size == found
+    assert written(tmp_path, None, None, asked).model.image_size == found
 
 
 def test_an_attackers_images_are_a_dataset_of_their_own(clock, tmp_path: Path):
     images(tmp_path / "s", 2, 4, 1)
     images(tmp_path / "t", 2, 4, 1)
-    recipe = written(tmp_path, str(images(tmp_path / "his", 2, 4, 1)), None, "other")
+    recipe = written(tmp_path, str(images(tmp_path / "his", 2, 4, 1)), None, None, "other")
     assert recipe.name == "other"
     assert recipe.data.piggyback["attacker"].path == str(tmp_path / "his")
     assert set(recipe.data.piggyback) == {"source", "attacker"}
     with pytest.raises(RecipeError, match="name: a name is 1 to 64"):
-        written(tmp_path, None, None, "a/b")
+        written(tmp_path, None, None, None, "a/b")
 
 
 def test_what_is_no_dataset_is_told_as_a_run_would(clock, tmp_path: Path):
@@ -137,7 +157,7 @@ def test_what_is_no_dataset_is_told_as_a_run_would(clock, tmp_path: Path):
     with pytest.raises(DataError, match=r"data\.target\.path: .*class1/0\.png: it is no image"):
         written(tmp_path)
     with pytest.raises(DataError, match=r"data\.source\.path: typo is no folder"):
-        starter.write("typo", str(tmp_path / "t"), None, None, None)
+        starter.write("typo", str(tmp_path / "t"), None, None, None, None)
 
 
 def test_folders_without_a_test_split_have_a_part_held_out(clock, tmp_path: Path):
