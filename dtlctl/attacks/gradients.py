@@ -23,35 +23,48 @@ BLOCK = 2048
 """Numbers of each gradient that are looked at together: few enough to stay in a processor's cache."""
 
 
-def statistics(view: Observation) -> tuple[Tensor, Tensor]:
-    """Grad w and grad x: the statistics [n, 7] of the gradient by all parameters, and by the image's pixels in [0, 1].
+def grad_w(view: Observation) -> dict[str, Tensor]:
+    """The statistics [n, 7] of each image's gradient by all parameters."""
+    return {"grad-w": torch.cat([by_weights(view.module, x, y) for x, y in view.batches])}
 
-    From one pass over the images, which the view remembers, since both attacks ask for it.
+
+def grad_x(view: Observation) -> dict[str, Tensor]:
+    """The statistics [n, 7] of each image's gradient by its pixels in [0, 1]."""
+    return {"grad-x": torch.cat([by_pixels(view.module, x, y) for x, y in view.batches])}
+
+
+def by_pixels(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Statistics [B, 7] of each image's gradient by its pixels; x: [B, 3, S, S]; y: [B].
+
+    The model must be in eval mode: then no image's loss depends on another image, and one backward pass has all.
     """
-    if "gradients" not in view.memo:
-        parts = [per_image(view.module, x, y) for x, y in view.batches]
-        view.memo["gradients"] = tuple(torch.cat(part) for part in zip(*parts, strict=True))
-    return view.memo["gradients"]
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        (found,) = torch.autograd.grad(F.cross_entropy(_exact(model)(x), y, reduction="sum"), x)
+    return seven([found])
 
 
-def per_image(model: nn.Module, x: Tensor, y: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """Statistics [B, 7] of each image's gradient by the weights, and by its pixels. x: [B, 3, S, S]; y: [B].
+def by_weights(model: nn.Module, x: Tensor, y: Tensor, chunk: int | None = None) -> Tensor:
+    """Statistics [B, 7] of each image's gradient by the weights, of a model in eval mode; x and y as above.
 
-    The model must be in eval mode, and is not computed with in less precision than float32. The gradients of `chunk`
-    images exist at a time, by default as many as fit into 512 MiB and at most 64; of the others only the statistics
-    are left.
+    The gradients of `chunk` images exist at a time, by default as many as fit into 512 MiB and at most 64; of the
+    others only the statistics are left.
     """
-    if isinstance(model, Classifier):
-        model = copy.copy(model)  # of the same tensors
-        model.precision = "float32"  # under `vmap`, batch norm takes no bfloat16 beside statistics in float32
+    model = _exact(model)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     chunk = chunk or max(1, min(64, MEMORY // (2 * size)))
-    function = vmap(grad(partial(_loss, model), argnums=(0, 1)), in_dims=(None, 0, 0))
+    function = vmap(grad(partial(_loss, model)), in_dims=(None, 0, 0))
     found = (function(parameters, *part) for part in zip(x.split(chunk), y.split(chunk), strict=True))
-    rows = [(seven(list(by_weight.values())), seven([by_pixel])) for by_weight, by_pixel in found]
-    by_weights, by_pixels = zip(*rows, strict=True)
-    return torch.cat(by_weights), torch.cat(by_pixels)
+    return torch.cat([seven(list(by_weight.values())) for by_weight in found])
+
+
+def _exact(model: nn.Module) -> nn.Module:
+    """The model, of the same tensors, that computes with no less precision than float32."""
+    if isinstance(model, Classifier):
+        model = copy.copy(model)
+        model.precision = "float32"  # under `vmap`, batch norm takes no bfloat16 beside statistics in float32
+    return model
 
 
 def _loss(model: nn.Module, parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def judge(
     accuracies = (weights[0] @ hits / len(members) + weights[1] @ misses / len(others)) / 2
     low, high = np.quantile(np.stack([aucs, accuracies]), [0.025, 0.975], axis=1)
     return Verdict(
-        _auc(members, others),
+        auc(members, others),
         float(low[0]),
         float(high[0]),
         float((hits.mean() + misses.mean()) / 2),
@@ -125,6 +125,13 @@ def judge(
         tuple(tpr_at(members, others, rate, weights) for rate in RATES),
         tuple(float(_caught(members, others, int(rate * len(others) + 1e-9)).mean()) for rate in grid(len(others))),
     )
+
+
+def auc(members: np.ndarray, others: np.ndarray) -> float:
+    """The chance that a member scores above a non-member, ties counting half."""
+    ordered = np.sort(others)
+    below, not_above = np.searchsorted(ordered, members, "left"), np.searchsorted(ordered, members, "right")
+    return float((below + not_above).mean() / 2 / len(others))
 
 
 def tpr_at(
@@ -194,12 +201,6 @@ def _caught(members: np.ndarray, others: np.ndarray, allowed: int) -> np.ndarray
     if allowed >= len(others):
         return np.ones(len(members), bool)
     return members > np.sort(others)[len(others) - 1 - allowed]
-
-
-def _auc(members: np.ndarray, others: np.ndarray) -> float:
-    ordered = np.sort(others)
-    below, not_above = np.searchsorted(ordered, members, "left"), np.searchsorted(ordered, members, "right")
-    return float((below + not_above).mean() / 2 / len(others))
 
 
 def _resample(count: int, rounds: int, rng: np.random.Generator) -> np.ndarray:

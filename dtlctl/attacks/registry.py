@@ -23,14 +23,16 @@ class Attack(NamedTuple):
     """Raised whenever the attack computes something else: its earlier results are then made again."""
 
 
-# rmia is not here: its references are a matter of the whole run, which the stage knows.
+REFERENCED = {"rmia": 2, "lira": 1}
+"""Attacks with reference models, which are a matter of the whole run: the stage makes them. Their revisions."""
+
 ATTACKS: dict[str, Attack] = {
     "loss": Attack(lambda view, _: signals.loss(view), single),
     "entropy": Attack(lambda view, _: signals.entropy(view), single),
     "modified-entropy": Attack(lambda view, _: signals.modified_entropy(view), single),
     "max-softmax": Attack(lambda view, _: signals.max_softmax(view), single),
     "adv-dist": Attack(adversarial.distance, single),
-    "grad-w": Attack(lambda view, _: {"grad-w": gradients.statistics(view)[0]}, signals.logistic),
-    "grad-x": Attack(lambda view, _: {"grad-x": gradients.statistics(view)[1]}, signals.logistic),
+    "grad-w": Attack(lambda view, _: gradients.grad_w(view), signals.logistic),
+    "grad-x": Attack(lambda view, _: gradients.grad_x(view), signals.logistic),
     "wb": Attack(lambda view, _: whitebox.observe(view), whitebox.infer, slow=True),
 }

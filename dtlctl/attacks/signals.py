@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtlctl.attacks.logistic import Logistic
-from dtlctl.attacks.membership import Guess, Known
+from dtlctl.attacks.membership import Guess, Known, auc
 
 
 class Observation:
@@ -31,7 +30,6 @@ class Observation:
         if isinstance(batches, Iterator):
             raise TypeError("batches are read more than once: give a list or a DataLoader, not a generator")
         self.model, self.batches = model, batches
-        self.memo: dict[str, Any] = {}  # what several attacks would otherwise compute anew
 
     @property
     def module(self) -> nn.Module:
@@ -87,17 +85,53 @@ def modified_entropy(view: Observation) -> dict[str, Tensor]:
 
 OFFLINE = 0.3
 """The a of RMIA's paper: Pr(x) ≈ ½ ((1 + a) Pr_out(x) + 1 - a) stands in for models that have seen x."""
+FEW = 16
+"""Below so many models that never saw an image, LiRA takes one deviation for all images."""
 
 
-def rmia(view: Observation, out: Tensor) -> dict[str, Tensor]:
+def scaled(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logit of the true class's probability, log p / (1 - p), float64 [n], of logits [n, K]: about Gaussian."""
+    own = F.one_hot(labels, logits.shape[1]).bool()
+    logits = logits.double()
+    return logits[own] - logits.masked_fill(own, -torch.inf).logsumexp(1)
+
+
+def rmia(view: Observation, out: Tensor, a: float = OFFLINE) -> dict[str, Tensor]:
     """RMIA, offline (Zarifzadeh et al., arXiv:2312.03262): Pr(x | model) / Pr(x) of each image.
 
-    out: the mean confidence in the true class of reference models that never saw the image, [n]. The paper's score is
-    the share of other images z whose ratio is at most that of x, over γ. For one model that is the same increasing
-    function of this ratio for every x, so it ranks the images in the same way.
+    out: `scaled` answers of reference models that never saw the image, [n, R]. The paper's score is the share of other
+    images z whose ratio is at most that of x, over γ. For one model that is the same increasing function of this ratio
+    for every x, so it ranks the images in the same way.
     """
-    own = view.logits.softmax(1).gather(1, view.labels[:, None])[:, 0]
-    return {"rmia": own / (((1 + OFFLINE) * out.to(own) + 1 - OFFLINE) / 2)}
+    return {"rmia": _ratio(scaled(view.logits, view.labels), out.to(view.logits.device), a)}
+
+
+def _ratio(own: Tensor, out: Tensor, a: float) -> Tensor:
+    return own.sigmoid() / (((1 + a) * out.sigmoid().mean(1) + 1 - a) / 2)
+
+
+def offline_a(own: Tensor, out: Tensor, member: np.ndarray) -> float:
+    """The a of RMIA, of 0, 0.1 ... 1, with which it finds a reference model's own members best, by the AUC.
+
+    own, out: what that model says of N images, [N], and what others that never saw them say, [N, R], both `scaled`.
+    member: which of them it was trained on, [N]. The attacker has trained it, so he may look.
+    """
+    grid = [round(0.1 * step, 1) for step in range(11)]
+    scores = [_ratio(own, out, a).numpy() for a in grid]
+    return max(zip(grid, scores, strict=True), key=lambda pair: auc(pair[1][member], pair[1][~member]))[0]
+
+
+def lira(view: Observation, out: Tensor) -> dict[str, Tensor]:
+    """LiRA, offline (Carlini et al., arXiv:2112.03570): how far above the answers of strangers is the model's?
+
+    out: as for `rmia`. In deviations of the Gaussian of the image's own R answers; with few of them, of all images'
+    answers about their means. It ranks as the paper's 1 - Pr(Z > own) does, which would round to 1.
+    """
+    own, out = scaled(view.logits, view.labels), out.to(view.logits.device)
+    variance = out.var(1, unbiased=False)
+    if out.shape[1] < FEW:
+        variance = torch.full_like(variance, float(variance.mean()))
+    return {"lira": (own - out.mean(1)) / variance.sqrt().clamp(min=1e-6)}
 
 
 def blind(view: Observation, classes: int) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from dtlctl.attacks.registry import ATTACKS
+from dtlctl.attacks.registry import ATTACKS, REFERENCED
 from dtlctl.recipe.schema import Recipe
 from dtlctl.strict import Strict
 
@@ -60,7 +60,8 @@ class Job(Generic[Settings]):
         if self.stage == "piggyback":
             parts |= {attacker.kind: attacker.revision for attacker in settings.attackers}
         if self.stage == "audit":
-            parts |= {name: ATTACKS[name].revision for name in settings.attacks if name in ATTACKS}
+            known = {**{name: attack.revision for name, attack in ATTACKS.items()}, **REFERENCED}
+            parts |= {name: known[name] for name in settings.attacks}
         return parts
 
     def batches(self, images: dict[str, int], processes: int) -> dict[str, int]:

@@ -154,16 +154,20 @@ class Piggyback(Training):
         return self.model_copy(update={"attackers": chosen})
 
 
-AttackName = Literal["loss", "entropy", "modified-entropy", "max-softmax", "adv-dist", "grad-w", "grad-x", "wb", "rmia"]
+AttackName = Literal[
+    "loss", "entropy", "modified-entropy", "max-softmax", "adv-dist", "grad-w", "grad-x", "wb", "rmia", "lira"
+]
 
 
 class Audit(Algorithm):
     """Membership inference, and two readouts beside it."""
 
-    attacks: list[AttackName] = Field(["loss", "modified-entropy", "grad-w", "grad-x"], min_length=1)
-    """The attacks. The default ones cost seconds, `adv-dist` and `wb` minutes, `rmia` a pre-training a reference."""
-    modes: list[Literal["as-is", "reprobe"]] = Field(["as-is", "reprobe"], min_length=1)
-    """Attack the source head as it is, or one fitted anew on the features."""
+    attacks: list[AttackName] = Field(["loss", "modified-entropy", "grad-x"], min_length=1)
+    """The attacks. Defaults cost seconds, `grad-w`, `adv-dist` and `wb` minutes, `rmia` and `lira` a pre-training for
+    each reference."""
+    modes: list[Literal["as-is", "reprobe", "target"]] = Field(["as-is", "reprobe"], min_length=1)
+    """Attack the source head as it is, or one fitted anew on the features; or ask the target head who of the *target's*
+    images was trained on, which takes 20 and as many test images, and no `rmia` or `lira`."""
     images: int = Field(1000, ge=10, le=1_000_000)
     """At most as many members, and as many non-members, are attacked."""
     repeats: int = Field(20, ge=1, le=1000)
@@ -173,7 +177,7 @@ class Audit(Algorithm):
     adv_steps: int = Field(20, ge=1, le=10_000)
     """Steps of the search for an adversarial example."""
     references: int = Field(0, ge=0, le=1024)
-    """Reference models of `rmia`, trained in pairs: an even number; 0 without `rmia`."""
+    """Reference models of `rmia` and `lira`, trained in pairs: an even number; 0 without either. Better: 4 or more."""
     relearn_steps: int = Field(100, ge=0, le=1_000_000)
     """Budget of the relearning readout, in steps of 64 images; 0 leaves it out."""
     relearn_lr: float = Field(0.02, gt=0, le=100)
@@ -185,8 +189,10 @@ class Audit(Algorithm):
     def _references(self) -> Audit:
         if self.references % 2:
             raise ValueError(f"references = {self.references} is odd; they are trained in pairs")
-        if ("rmia" in self.attacks) != (self.references > 0):
-            raise ValueError('the attack "rmia" and references > 0 belong together; give both or neither')
+        if not {"rmia", "lira"}.isdisjoint(self.attacks) != (self.references > 0):
+            raise ValueError('"rmia" or "lira", and references > 0, belong together; give both or neither')
+        if self.modes == ["target"] and {"rmia", "lira"}.issuperset(self.attacks):
+            raise ValueError('mode "target" has no reference models; add an attack that needs none')
         return self
 
 

@@ -16,7 +16,11 @@ from dtlctl.report.figures import STYLE, Drawing
 from dtlctl.report.results import Row, recipe_of, results_of
 from dtlctl.report.tables import Table
 
-MODES = {"as-is": "Source head as it is", "reprobe": "Source head fitted anew on the features"}
+MODES = {
+    "as-is": "Source head as it is",
+    "reprobe": "Source head fitted anew on the features",
+    "target": "Target head, and the target's own images",
+}
 SMALL: Any = {
     "axes.titlesize": 8,
     "axes.labelsize": 7,
@@ -124,7 +128,7 @@ def figures(audits: Sequence[Audit], colours: Mapping[str, str]) -> dict[str, Dr
 
 def _results(metrics: Row, mode: str) -> dict[str, Row]:
     """Attacks on a model by name, in one mode."""
-    own = metrics if mode == "as-is" else metrics.get("reprobe", {})
+    own = metrics if mode == "as-is" else metrics.get(mode, {})
     return {n: v for n, v in own.items() if isinstance(v, dict) and "balanced_accuracy_std" in v and n != "blind"}
 
 

@@ -97,7 +97,7 @@ class Results:
         """What reference models said of the source's images, kept for the audits of all models."""
         pretrain = self.recipe.pretrain.model_copy(update={"weights": None, "classes": None})
         trained = replace(pretraining(self.recipe), settings=pretrain)
-        key = {"pre": self.key(trained), "seed": self.recipe.seed}
+        key = {"pre": self.key(trained), "seed": self.recipe.seed, "form": "scaled answers, of all images"}
         return Parts(self.references, checkpoint.key(key))
 
     def require(self, model: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,19 +38,23 @@ BLIND_LIMIT = 0.65
 """An attacker who never asks the model must not be surer than this (lower end of his AUC's interval)."""
 
 
-class Images:
-    """Images and labels of rows of the source, batch by batch, as often as they are asked for: none of them is kept."""
+Role = Literal["source", "target"]
 
-    def __init__(self, experiment: Experiment, split: Split, rows: np.ndarray):
-        self.experiment, self.split, self.rows = experiment, split, rows
+
+class Images:
+    """Images and labels of some rows, batch by batch, as often as they are asked for: none of them is kept."""
+
+    def __init__(self, experiment: Experiment, role: Role, split: Split, rows: np.ndarray):
+        self.experiment, self.role, self.split, self.rows = experiment, role, split, rows
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((batch.x, batch.y) for batch in self.experiment.trainer.split("source", self.split, self.rows))
+        return ((batch.x, batch.y) for batch in self.experiment.trainer.split(self.role, self.split, self.rows))
 
 
 class Groups(NamedTuple):
-    """Rows of the source's train split (members) and test split (others), all disjoint."""
+    """Rows of the train split (members) and test split (others) of the source, or of the target; all disjoint."""
 
+    role: Role
     members: np.ndarray
     others: np.ndarray
     head_members: np.ndarray
@@ -80,25 +84,32 @@ def audit(experiment: Experiment, job: Job[Audit]) -> None:
     if "reprobe" in settings.modes:
         _refit(experiment, model, groups)
         metrics["reprobe"], costs["reprobe"] = _attack(experiment, job, model, groups, "reprobe", finished)
+    if "target" in settings.modes and "target" in model.heads:
+        groups, matched = _groups(experiment, job, "target")
+        model = experiment.trainer.load_model(job.model).eval().requires_grad_(False)
+        metrics["target"] = {"members": len(groups.members), "others": len(groups.others), "matched": matched}
+        metrics["target"]["blind"] = _blind(experiment, job, groups, model)
+        found, costs["target"] = _attack(experiment, job, model, groups, "target", finished)
+        metrics["target"] |= found
     seconds, cpu = (_clocks() - started).tolist()
     metrics["cost"] = {**costs, "cpu_seconds": round(cpu, 1)}
     experiment.results.publish(job, metrics, History(seconds=seconds))
 
 
-def _groups(experiment: Experiment, job: Job[Audit]) -> tuple[Groups, dict[str, int]]:
+def _groups(experiment: Experiment, job: Job[Audit], role: Role = "source") -> tuple[Groups, dict[str, int]]:
     """As many members as others of every class, drawn at random; in reprobe mode a fifth is for the attacker's head.
 
     And what was left out: {"pairs", "members_left_out", "others_left_out", "classes_left_out", "copies"}: classes that
     one side lacks, and test images that are members. Raises DataError for too few pairs and too many copies.
     """
-    train, member_rows = experiment.data.images("source", "train"), experiment.data.index("source")
-    test = experiment.data.images("source", "test")
-    seen = [experiment.data.images(role, "train").hashes[experiment.data.index(role)] for role in job.roles]
+    train, member_rows = experiment.data.images(role, "train"), experiment.data.index(role)
+    test = experiment.data.images(role, "test")
+    seen = [experiment.data.images(name, "train").hashes[experiment.data.index(name)] for name in job.roles]
     rows = np.flatnonzero(~overlap.among(test.hashes, np.concatenate(seen)))
     if (copies := len(test.labels) - len(rows)) > COPIES * len(test.labels):
         raise DataError(
-            f"{job.title}: {', '.join(f'data.{role}' for role in job.roles)}: {copies:,} of {len(test.labels):,} "
-            "non-members are members: test images of the source that are trained on too\n"
+            f"{job.title}: {', '.join(f'data.{name}' for name in job.roles)}: {copies:,} of {len(test.labels):,} "
+            f"non-members are members: test images of the {role} that are trained on too\n"
             "take them out of one of the two splits, or every attack looks weaker than it is"
         )
     labels, answers = train.labels[member_rows], test.labels[rows]
@@ -108,18 +119,18 @@ def _groups(experiment: Experiment, job: Job[Audit]) -> tuple[Groups, dict[str, 
     if pairs < LEAST:
         raise DataError(
             f"{job.title}: {len(labels)} members and {len(answers)} non-members make {pairs} pairs of one class, too "
-            f"few; {LEAST} are needed: more source images, or a test split with the same classes"
+            f"few; {LEAST} are needed: more {role} images, or a test split with the same classes"
         )
     if alone or pairs < WORTH_SAYING * min(len(labels), len(answers)):
         experiment.processes.say(
             f"{job.title}: {pairs} members and as many non-members are matched by class, of {len(labels)} and "
             f"{len(answers)}: the splits hold their classes in other shares, {alone} in one alone"
         )
-    head = round(HEAD_SHARE * pairs) if "reprobe" in job.settings.modes else 0
+    head = round(HEAD_SHARE * pairs) if role == "source" and "reprobe" in job.settings.modes else 0
     attacked = slice(head, head + min(pairs - head, job.settings.images))
     parts = members[attacked], others[attacked], members[:head], others[:head]
     left_out = {"members_left_out": len(labels) - pairs, "others_left_out": len(answers) - pairs}
-    return Groups(*map(np.sort, parts)), {"pairs": pairs, **left_out, "classes_left_out": alone, "copies": copies}
+    return Groups(role, *map(np.sort, parts)), {"pairs": pairs, **left_out, "classes_left_out": alone, "copies": copies}
 
 
 def _head_state(experiment: Experiment, job: Job[Audit]) -> str:
@@ -133,14 +144,15 @@ def _head_state(experiment: Experiment, job: Job[Audit]) -> str:
 
 
 def _blind(experiment: Experiment, job: Job[Audit], groups: Groups, model: Classifier) -> dict[str, Any]:
-    classes = len(experiment.data.classes("source"))
+    classes = len(experiment.data.classes(groups.role))
     control = Attack(lambda view, _: signals.blind(view, classes), signals.logistic)
     seen = [_see(experiment, control, view, job.settings) for view in _views(experiment, model, groups)]
     verdict = _judge(experiment, job, control, "blind", seen)["blind"]
     if verdict["auc_low"] > BLIND_LIMIT:
         raise DataError(
-            f"{job.title}: data.source: train and test images differ without any model (AUC {verdict['auc']:.2f} on "
-            "pixel statistics and classes)\nprepare both splits in the same way, or every attack is credited with it"
+            f"{job.title}: data.{groups.role}: train and test images differ without any model "
+            f"(AUC {verdict['auc']:.2f} on pixel statistics and classes)\n"
+            "prepare both splits in the same way, or every attack is credited with it"
         )
     return verdict
 
@@ -155,10 +167,12 @@ def _attack(
 
     def attacked(name: str) -> tuple[dict[str, Any], dict[str, float]]:
         started = _clocks()
-        attack = ATTACKS.get(name) or _rmia(experiment, job)
+        attack = ATTACKS.get(name) or _referenced(experiment, job, name)
         seen = [_see(experiment, attack, view, job.settings) for view in views]
         observed = _clocks() - started
         results = _judge(experiment, job, attack, name, seen)
+        if name == "rmia":
+            results[name]["a"] = reference.answers(experiment, job.settings.references).a
         total, images = _clocks() - started, len(groups.members) + len(groups.others)
         cost = {"seconds": round(total[0], 3), "cpu_seconds": round(total[1], 3)}
         if observed[1] > 0.01:  # else all that it saw was on the account of an attack before it
@@ -166,7 +180,7 @@ def _attack(
         return results, cost
 
     form = tuple[dict[str, Any], dict[str, float]]
-    for name in job.settings.attacks:
+    for name in [name for name in job.settings.attacks if groups.role == "source" or name in ATTACKS]:
         results, costs[name] = finished.common(experiment.engine, f"{mode}-{name}", form, partial(attacked, name))
         found |= results
     return found, costs
@@ -199,19 +213,20 @@ def _see(experiment: Experiment, attack: Attack, view: Observation, settings: Au
 
 
 def _views(experiment: Experiment, model: Classifier, groups: Groups) -> tuple[Observation, Observation]:
-    sides = Images(experiment, "train", groups.members), Images(experiment, "test", groups.others)
-    first, second = (Observation(model.through("source"), side) for side in sides)
+    sides = (Images(experiment, groups.role, *p) for p in (("train", groups.members), ("test", groups.others)))
+    first, second = (Observation(model.through(groups.role), side) for side in sides)
     return first, second
 
 
-def _rmia(experiment: Experiment, job: Job[Audit]) -> Attack:
-    """The attack, with what the references said of each image, found by the image's split and row."""
-    known = reference.confidences(experiment, job.settings.references)
+def _referenced(experiment: Experiment, job: Job[Audit], name: str) -> Attack:
+    """RMIA or LiRA, with what the references said of each image, found by the image's split and row."""
+    known = reference.answers(experiment, job.settings.references)
+    score = partial(signals.rmia, a=known.a) if name == "rmia" else signals.lira
 
     def observe(view: Observation, _: int) -> dict[str, Tensor]:
         assert isinstance(view.batches, Images)
-        out = [known[view.batches.split][row] for row in view.batches.rows.tolist()]
-        return signals.rmia(view, experiment.engine.share.of(torch.tensor(out)))
+        out = np.stack([known.out[view.batches.split][row] for row in view.batches.rows.tolist()])
+        return score(view, experiment.engine.share.of(torch.from_numpy(out)))
 
     return Attack(observe, membership.single)
 
@@ -219,7 +234,7 @@ def _rmia(experiment: Experiment, job: Job[Audit]) -> Attack:
 @torch.no_grad()
 def _refit(experiment: Experiment, model: Classifier, groups: Groups) -> None:
     """Give the model a source head fitted on the attacker's own images: reprobe mode."""
-    sides = Images(experiment, "train", groups.head_members), Images(experiment, "test", groups.head_others)
+    sides = [Images(experiment, "source", *p) for p in (("train", groups.head_members), ("test", groups.head_others))]
     parts = [[(model.embed(x), y) for x, y in side] for side in sides]
     # Each side is gathered for itself, so that the rows are in the same order on any number of processes.
     features, labels = (

@@ -1,4 +1,4 @@
-"""Reference models for RMIA: is the model surer of this image than models that never saw it?
+"""Reference models for RMIA and LiRA: is the model surer of this image than models that never saw it?
 
 The attacker knows the model's source head, the images with their true labels, and how the model was pre-trained. He
 trains reference models himself, each on a random half of all images, members and non-members alike.
@@ -7,13 +7,14 @@ trains reference models himself, each on a random half of all images, members an
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from dtlctl.attacks import signals
 from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batches
 from dtlctl.objectives.supervised import cross_entropy
@@ -26,24 +27,36 @@ if TYPE_CHECKING:
 SPLITS: tuple[Split, Split] = ("train", "test")
 
 
-@lru_cache(maxsize=1)
-def confidences(experiment: Experiment, count: int) -> dict[Split, dict[int, float]]:
-    """The references' confidence in the true class, by row of the source's train subset and of its test split.
+class References(NamedTuple):
+    """What models that never saw an image said of it: `signals.scaled` answers, [references / 2]."""
 
-    `count` (even) models are trained as `pretrain` says, in pairs on complementary random halves, so that each
-    image is unknown to half of them; only those are averaged. What each said is kept in the run's folder, for other
-    models and later audits.
+    out: dict[Split, dict[int, np.ndarray]]
+    """By row of the source's train subset, and of its test split."""
+    a: float
+    """RMIA's, tuned on the first reference in the target's place; the paper's constant where there are but two."""
+
+
+@lru_cache(maxsize=1)
+def answers(experiment: Experiment, count: int) -> References:
+    """`count` (even) models are trained as `pretrain` says, in pairs on complementary random halves.
+
+    So each image is unknown to one of each pair. What each said is kept in the run's folder, for other models and later
+    audits.
     """
     rows, tested = experiment.data.index("source"), len(experiment.data.images("source", "test").labels)
-    done, sums = experiment.results.reference_answers(), np.zeros(len(rows) + tested)
+    done, images = experiment.results.reference_answers(), len(rows) + tested
+    said, inside = np.zeros((count, images)), np.zeros((count, images), bool)
     for number in range(count):
-        inside, outside = _halves(experiment, number, len(sums))
-        train_one = partial(_reference, experiment, number, count, inside, outside)
-        form = Annotated[list[float], Field(min_length=len(outside), max_length=len(outside))]
-        sums[outside] += done.common(experiment.engine, f"{number}", form, train_one)
-    means = sums / max(1, count // 2)
-    known = dict(zip(rows.tolist(), means[: len(rows)].tolist(), strict=True))
-    return {"train": known, "test": dict(enumerate(means[len(rows) :].tolist()))}
+        places = _half(experiment, number, images)
+        form = Annotated[list[float], Field(min_length=images, max_length=images)]
+        train_one = partial(_reference, experiment, number, count, places)
+        said[number], inside[number, places] = done.common(experiment.engine, f"{number}", form, train_one), True
+    out = np.where(inside[::2], said[1::2], said[::2]).T
+    a = signals.OFFLINE
+    if count > 2:  # of the first pair's own, one was trained on every image: the others are asked
+        a = signals.offline_a(torch.from_numpy(said[0]), torch.from_numpy(out[:, 1:]), inside[0])
+    known = dict(zip(rows.tolist(), out[: len(rows)], strict=True))
+    return References({"train": known, "test": dict(enumerate(out[len(rows) :]))}, a)
 
 
 def missing(experiment: Experiment, count: int) -> int:
@@ -52,17 +65,16 @@ def missing(experiment: Experiment, count: int) -> int:
     return sum(not done.has(f"{number}", list[float]) for number in range(count))
 
 
-def _halves(experiment: Experiment, number: int, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted places of the images that a reference is trained on, and of those that it never sees."""
+def _half(experiment: Experiment, number: int, images: int) -> np.ndarray:
+    """Sorted places of the images that a reference is trained on."""
     order = np.random.default_rng(experiment.recipe.stream(f"audit/references/{number // 2}")).permutation(images)
-    halves = [np.sort(half) for half in np.split(order, [images // 2])]
-    return halves[number % 2], halves[1 - number % 2]
+    return np.sort(np.split(order, [images // 2])[number % 2])
 
 
-def _reference(experiment: Experiment, number: int, count: int, inside: np.ndarray, outside: np.ndarray) -> list[float]:
-    """Train one reference; its confidence in the true class of the images that it never saw.
+def _reference(experiment: Experiment, number: int, count: int, inside: np.ndarray) -> list[float]:
+    """Train one reference; its answers for all images, in the order of places.
 
-    inside, outside: sorted places of images, those of the train subset first, then those of the test split.
+    inside: sorted places of the images it is trained on, those of the train subset first, then the test split's.
     """
     settings, tag = experiment.recipe.pretrain, f"audit/reference/{number}"
     train, test, rows = *(experiment.data.images("source", s) for s in SPLITS), experiment.data.index("source")
@@ -81,15 +93,15 @@ def _reference(experiment: Experiment, number: int, count: int, inside: np.ndarr
     with experiment.processes.progress(f"audit/reference {number + 1} of {count}", steps) as bar:
         objective = cross_entropy(model, "source", batches)
         experiment.engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
-    parts = rows[outside[outside < len(rows)]], outside[outside >= len(rows)] - len(rows)
-    found = torch.cat([_confidence(experiment, model.eval(), *side) for side in zip(SPLITS, parts, strict=True)])
+    parts = rows, np.arange(len(test.labels))
+    found = torch.cat([_answers(experiment, model.eval(), *side) for side in zip(SPLITS, parts, strict=True)])
     check_finite(found)
     return found.tolist()
 
 
 @torch.no_grad()
-def _confidence(experiment: Experiment, model: torch.nn.Module, split: Split, rows: np.ndarray) -> Tensor:
+def _answers(experiment: Experiment, model: torch.nn.Module, split: Split, rows: np.ndarray) -> Tensor:
     """Of these rows of a split of the source: float64 [n], on the CPU."""
     batches, engine = experiment.trainer.split("source", split, rows), experiment.engine
-    parts = [model(batch.x, "source").softmax(1).gather(1, batch.y[:, None])[:, 0] for batch in batches]
-    return engine.gather(torch.cat([torch.zeros(0, device=engine.device), *parts])).double().cpu()
+    parts = [signals.scaled(model(batch.x, "source"), batch.y) for batch in batches]
+    return engine.gather(torch.cat([torch.zeros(0, device=engine.device, dtype=torch.float64), *parts])).cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from dtlctl.attacks import gradients, logistic, membership, signals, whitebox
-from dtlctl.attacks.registry import ATTACKS, Attack
+from dtlctl.attacks.registry import ATTACKS, REFERENCED, Attack
 from dtlctl.attacks.signals import Observation
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks
@@ -92,25 +93,22 @@ def references() -> list[Classifier]:
     return found
 
 
-def rmia(images) -> Attack:
+def referenced(images, score: Callable[[Observation, Tensor], dict[str, Tensor]]) -> Attack:
     """Every image here is unknown to all references."""
-    out = [torch.zeros(EACH), torch.zeros(EACH)]
-    for model in references():
-        for place, batch in enumerate(images):
-            out[place] += model(batch.x, "source").softmax(1).gather(1, batch.y[:, None])[:, 0] / 8
+    out = [torch.stack([signals.scaled(m(b.x, "source"), b.y) for m in references()], 1) for b in images]
 
     def observe(view: Observation, _: Audit) -> dict[str, Tensor]:
         whose = next(i for i, batch in enumerate(images) if batch.x is next(iter(view.batches))[0])
-        return signals.rmia(view, out[whose])
+        return score(view, out[whose])
 
     return Attack(observe, membership.single)
 
 
 def chosen(name: str, images) -> Attack:
-    return rmia(images) if name == "rmia" else ATTACKS[name]
+    return ATTACKS.get(name) or referenced(images, {"rmia": signals.rmia, "lira": signals.lira}[name])
 
 
-@pytest.mark.parametrize("name", [*ATTACKS, "rmia"])
+@pytest.mark.parametrize("name", [*ATTACKS, *REFERENCED])
 def test_a_network_that_knows_its_images_by_heart_is_caught(name, images, overfitted):
     for result, numbers in results(chosen(name, images), name, overfitted, images).items():
         assert numbers["auc"] > 0.9, (result, numbers)
@@ -118,7 +116,7 @@ def test_a_network_that_knows_its_images_by_heart_is_caught(name, images, overfi
         assert numbers["auc_low"] > 0.5, (result, numbers)
 
 
-@pytest.mark.parametrize("name", [*ATTACKS, "rmia"])
+@pytest.mark.parametrize("name", [*ATTACKS, *REFERENCED])
 def test_a_network_that_never_saw_an_image_gives_none_away(name):
     """Intervals of 95 % cover 0.5 in at least eight of ten draws: seven are fewer than 1.2 % would give by chance."""
     covered: Counter[str] = Counter()
@@ -129,11 +127,13 @@ def test_a_network_that_never_saw_an_image_gives_none_away(name):
     assert min(covered.values()) >= 8, covered
 
 
-@pytest.mark.parametrize("name", [n for n, attack in ATTACKS.items() if attack.attacker is membership.single])
+@pytest.mark.parametrize(
+    "name", [*(n for n, attack in ATTACKS.items() if attack.attacker is membership.single), *REFERENCED]
+)
 def test_a_score_with_its_sign_flipped_catches_nobody(name, images, overfitted):
     """The mirror image of being caught: the AUC is one minus what it was, and no threshold helps."""
-    straight = results(ATTACKS[name], name, overfitted, images)
-    for result, numbers in results(ATTACKS[name], name, overfitted, images, sign=-1).items():
+    straight = results(chosen(name, images), name, overfitted, images)
+    for result, numbers in results(chosen(name, images), name, overfitted, images, sign=-1).items():
         assert numbers["auc"] == pytest.approx(1 - straight[result]["auc"])
         assert numbers["auc"] < 0.1
 
@@ -193,7 +193,8 @@ def test_the_new_head_is_scikit_learns_logistic_regression(images, overfitted):
 def test_per_image_gradients_are_those_of_a_loop(images, overfitted):
     """Statistics of both gradients, in chunks that do not divide the batch, against one backward pass an image."""
     batch = part(images[1], slice(0, 7))
-    by_weights, by_pixels = gradients.per_image(overfitted.through("source"), batch.x, batch.y, chunk=3)
+    seen = overfitted.through("source")
+    by_weights, by_pixels = gradients.by_weights(seen, batch.x, batch.y, 3), gradients.by_pixels(seen, batch.x, batch.y)
     model = network()
     model.load_state_dict(overfitted.state_dict())
     model.eval()
@@ -214,9 +215,8 @@ def test_per_image_gradients_are_not_rounded_to_bfloat16(images, overfitted):
     model.load_state_dict(overfitted.state_dict())
     model.eval().precision = "bfloat16"
     before = model(batch.x, "source")
-    for ours, exact in zip(
-        *(gradients.per_image(m.through("source"), batch.x, batch.y) for m in (model, overfitted)), strict=True
-    ):
+    for statistics in (gradients.by_weights, gradients.by_pixels):
+        ours, exact = (statistics(m.through("source"), batch.x, batch.y) for m in (model, overfitted))
         assert torch.equal(ours, exact)
     assert torch.equal(model(batch.x, "source"), before) and not torch.equal(before, overfitted(batch.x, "source"))
 

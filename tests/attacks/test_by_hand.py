@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -86,7 +87,11 @@ def test_per_image_gradients_are_faster_than_a_loop_over_images():
         work()
         return time.process_time() - started
 
-    ours = [cost(lambda: gradients.per_image(model.through("source"), x, y)) for _ in range(4)]
+    def at_once() -> None:
+        for statistics in (gradients.by_weights, gradients.by_pixels):
+            statistics(model.through("source"), x, y)
+
+    ours = [cost(at_once) for _ in range(4)]
     assert min(cost(loop) for _ in range(2)) / min(ours) > 3.5
 
 
@@ -117,10 +122,46 @@ def test_adversarial_distance_of_a_linear_model_is_the_distance_to_its_plane():
     assert model.w.requires_grad
 
 
+def answering(*confidences: float) -> Observation:
+    """A model that gives the true class, 0 of two, these probabilities."""
+    logits = torch.tensor([[p, 1 - p] for p in confidences], dtype=torch.float64).log()
+    zeros = torch.zeros(len(confidences), dtype=torch.int64)
+    return Observation(lambda x: logits, [(torch.zeros(len(confidences), 3, 2, 2), zeros)])
+
+
 def test_the_rmia_ratio_by_hand():
-    """a = 0.3: own 0.9, out 0.5 gives 0.9 / (½ (1.3 · 0.5 + 0.7)) = 0.9 / 0.675."""
-    view = Observation(lambda x: torch.tensor([[0.9, 0.1]]).log(), [(torch.zeros(1, 3, 2, 2), torch.tensor([0]))])
-    assert signals.rmia(view, torch.tensor([0.5]))["rmia"].item() == pytest.approx(0.9 / 0.675)
+    """a = 0.3: own 0.9, out 0.5 gives 0.9 / (½ (1.3 · 0.5 + 0.7)) = 0.9 / 0.675. a = 1: 0.9 / 0.5."""
+    out = torch.tensor([0.4, 0.6], dtype=torch.float64).logit()[None]
+    assert signals.rmia(answering(0.9), out)["rmia"].item() == pytest.approx(0.9 / 0.675)
+    assert signals.rmia(answering(0.9), out, 1.0)["rmia"].item() == pytest.approx(1.8)
+
+
+def test_the_scaled_answer_is_the_logit_of_the_probability_however_sure():
+    """Of three logits 3, 1, 1: 3 - log(2e). Of 800 and 0 it is 800, where p rounds to 1."""
+    found = signals.scaled(torch.tensor([[3.0, 1, 1], [800, 0, -torch.inf]]), torch.tensor([0, 0]))
+    assert found.tolist() == pytest.approx([2 - math.log(2), 800])
+
+
+def test_lira_by_hand(monkeypatch: pytest.MonkeyPatch):
+    """Four references say 0, 2, 0, 2 of one image (mean 1, variance 1), and 1, 1, 5, 5 of the other (3, 4).
+
+    The model says 4 of both: with a deviation of each image's own 3 and 0.5, with one for all 3 and 1 over √2.5.
+    """
+    view = answering(*torch.tensor([4.0, 4.0], dtype=torch.float64).sigmoid().tolist())
+    out = torch.tensor([[0.0, 2, 0, 2], [1, 1, 5, 5]], dtype=torch.float64)
+    assert signals.lira(view, out)["lira"].tolist() == pytest.approx([3 / 2.5**0.5, 1 / 2.5**0.5])
+    monkeypatch.setattr(signals, "FEW", 4)
+    assert signals.lira(view, out)["lira"].tolist() == pytest.approx([3, 0.5])
+
+
+def test_the_a_of_rmia_is_the_one_that_finds_a_references_own_members():
+    """Own 0.9 and 0.5 where strangers have 0.9 and 0.1: 1 / a + 1 falls from 0.9 / 0.95 and 0.5 / 0.55 as a grows.
+
+    If the hard image is the member, a = 1 ranks it first (5 against 1). If the easy one is, a = 0 does, 0.95 > 0.91.
+    """
+    own, out = (torch.tensor(p, dtype=torch.float64).logit() for p in ([0.9, 0.5], [[0.9], [0.1]]))
+    assert signals.offline_a(own, out, np.array([True, False])) == 0
+    assert signals.offline_a(own, out, np.array([False, True])) > 0
 
 
 @pytest.mark.parametrize("name", ATTACKS)

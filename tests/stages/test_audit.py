@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dtlctl.attacks import membership
 from dtlctl.errors import DataError
 from dtlctl.recipe.loading import load
 from dtlctl.report import audit, files, summary, tables
@@ -20,7 +21,7 @@ from dtlctl.stages.runner import run
 
 EVERYTHING = (
     'audit={attacks=["loss", "entropy", "modified-entropy", "max-softmax", "adv-dist", "grad-w", "grad-x", "wb", '
-    '"rmia"], modes=["as-is", "reprobe"], repeats=2, '
+    '"rmia", "lira"], modes=["as-is", "reprobe"], repeats=2, '
     " wb_repeats=1, adv_steps=2, references=2, relearn_steps=4, images=40}"
 )
 
@@ -167,18 +168,62 @@ def test_rmia_finds_the_references_by_split_and_row(recipe_file: Path):
     (job,) = [job for job in experiment.jobs if job.title == "audit/pre"]
     groups, _ = auditing._groups(experiment, job)
     model = experiment.trainer.load_model("pre").eval()
-    attack = auditing._rmia(experiment, job)
+    attack = auditing._referenced(experiment, job, "rmia")
     first, second = (
         [attack.observe(view, 0)["rmia"] for view in order(auditing._views(experiment, model, groups))]
         for order in (tuple, lambda views: tuple(reversed(views)))
     )
     assert all((one == other).all() for one, other in zip(first, reversed(second), strict=True))
-    known = reference.confidences(experiment, 2)
+    known = reference.answers(experiment, 2)
     images = experiment.data.images("source", "test")
     row = int(groups.others[5])
     x = torch.from_numpy(np.array(images.pixels[row : row + 1])) / 255
-    own = float(model(x, "source").softmax(1)[0, images.labels[row]])
-    assert float(first[1][5]) == pytest.approx(own / ((1.3 * known["test"][row] + 0.7) / 2), rel=1e-4)
+    own = float(model(x, "source").detach().softmax(1)[0, images.labels[row]])
+    (out,) = 1 / (1 + np.exp(-known.out["test"][row]))
+    assert known.a == 0.3
+    assert float(first[1][5]) == pytest.approx(own / ((1.3 * out + 0.7) / 2), rel=1e-4)
+
+
+def test_answers_come_from_the_one_of_a_pair_that_never_saw_the_image(recipe_file: Path, monkeypatch):
+    """Reference n says n of every image: of each pair the one counts whose half it is not in. a is the first one's."""
+    experiment = pretrained(recipe_file, EVERYTHING.replace("references=2", "references=4"))
+    monkeypatch.setattr(reference, "_reference", lambda _, number, *rest: [float(number)] * (100 + 797))
+    seen = []
+    monkeypatch.setattr(reference.signals, "offline_a", lambda *given: seen.append(given) or 0.7)
+    reference.answers.cache_clear()
+    found = reference.answers(experiment, 4)
+    reference.answers.cache_clear()
+    halves = [set(reference._half(experiment, number, 897).tolist()) for number in range(4)]
+    for place, row in enumerate(experiment.data.index("source").tolist()):
+        assert found.out["train"][row].tolist() == [n for n in range(4) if place not in halves[n]]
+    assert found.out["test"][7].tolist() == [n for n in range(4) if 107 not in halves[n]]
+    ((own, out, member),) = seen
+    assert found.a == 0.7 and set(own.tolist()) == {0.0} and set(out.flatten().tolist()) == {2.0, 3.0}
+    assert set(np.flatnonzero(member).tolist()) == halves[0]
+
+
+def test_who_of_the_targets_images_was_trained_on_is_asked_through_the_target_head(recipe_file: Path):
+    """20 target images are members, as many of its test images are not; `pre` has no target head to ask."""
+    change = 'audit={attacks=["loss", "rmia"], references=2, modes=["target"], repeats=2, relearn_steps=0}'
+    experiment = new_experiment(recipe_file, change)
+    with experiment.results.opened():
+        run(experiment, ("pretrain", "finetune", "audit"), only=("pre", "TL"))
+    assert "target" not in metrics(experiment, "pre")
+    (job,) = [job for job in experiment.jobs if job.title == "audit/TL"]
+    groups, _ = auditing._groups(experiment, job, "target")
+    assert groups.members.tolist() == sorted(experiment.data.index("target").tolist()) and len(groups.others) == 20
+    model, scores = experiment.trainer.load_model("TL").eval(), []
+    for split, rows in (("train", groups.members), ("test", groups.others)):
+        images = experiment.data.images("target", split)
+        x, y = torch.from_numpy(images.pixels[rows]) / 255, torch.from_numpy(images.labels[rows])
+        scores.append(-torch.nn.functional.cross_entropy(model(x, "target"), y, reduction="none").detach().numpy())
+    found = metrics(experiment, "TL")["target"]
+    assert found["loss"]["auc"] == pytest.approx(membership.auc(*scores))
+    assert "rmia" not in found and "loss" not in metrics(experiment, "TL")
+    (table,) = [
+        t for t in audit.tables(audit.read([experiment.folder])) if t.note.startswith("Target head") and "AUC" in t.note
+    ]
+    assert [row[0] for row in table.rows] == ["pre", "TL"] and table.rows[0][1] == "–"
 
 
 def test_splits_that_were_prepared_differently_are_refused(recipe_file: Path, monkeypatch):
