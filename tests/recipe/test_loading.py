@@ -187,7 +187,7 @@ MISTAKES = {
     "dispose.tl={steps=5}": "dispose.tl: the name belongs to a reference model; choose another",
     "audit.attacks=['los']": "audit.attacks.0: 'los' is not valid; did you mean 'loss'?",
     "audit.modes=['reprob']": "audit.modes.0: 'reprob' is not valid; did you mean 'reprobe'?",
-    "audit.attacks=['rmia']": 'audit: the attack "rmia" and references > 0 belong together; give both or neither',
+    "audit.attacks=['rmia']": 'audit: "rmia" or "lira", and references > 0, belong together; give both or neither',
     "dispose.rand={init='fresh', fresh_stages=2}": 'dispose.rand: init = "fresh" starts everything anew; fresh_stages',
     "compare.seeds=[6, 5, 6]": "compare.seeds: 6 is there twice",
     "piggyback.attackers=[{kind='full', lrr=[0.1]}]": "attackers.0.lrr: unknown key; did you mean 'lr'?",

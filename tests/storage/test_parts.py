@@ -129,8 +129,8 @@ def test_a_reference_must_have_said_something_finite_of_every_image(recipe_file:
     with pytest.raises(CheckpointError, match=r"references/1.json: cannot be used: .*; delete it to make it again"):
         run(new_experiment(recipe_file, RMIA), ("audit",), only=("pre",))
     path.unlink()
-    confidence = reference._confidence
-    monkeypatch.setattr(reference, "_confidence", lambda *given: confidence(*given) * float("nan"))
+    answers = reference._answers
+    monkeypatch.setattr(reference, "_answers", lambda *given: answers(*given) * float("nan"))
     with pytest.raises(DivergedError, match="are not finite"):
         run(new_experiment(recipe_file, RMIA), ("audit",), only=("pre",))
     assert not path.exists()
@@ -168,11 +168,10 @@ def test_an_audit_goes_on_where_it_was_stopped(recipe_file: Path, monkeypatch: p
 def test_every_image_is_unknown_to_one_reference_of_each_pair(recipe_file: Path):
     """Five images: halves of two and three, the other way round for the second; the next pair draws anew."""
     experiment = new_experiment(recipe_file)
-    pairs = [[reference._halves(experiment, 2 * pair + n, 5) for n in range(2)] for pair in range(4)]
+    pairs = [[reference._half(experiment, 2 * pair + n, 5) for n in range(2)] for pair in range(4)]
     for first, second in pairs:
-        assert [list(half) for half in first] == [list(half) for half in reversed(second)]
-        assert sorted([*first[0], *first[1]]) == list(range(5)) and len(first[0]) == 2
-    assert len({tuple(first[0]) for first, _ in pairs}) > 1
+        assert sorted([*first, *second]) == list(range(5)) and len(first) == 2
+    assert len({tuple(first) for first, _ in pairs}) > 1
 
 
 def test_references_of_other_runs_are_taken_over_if_they_fit(recipe_file: Path):
