@@ -28,7 +28,7 @@ from dtlctl.console.machine import cores
 from dtlctl.data import entry as entries
 from dtlctl.data.dataset import Dataset, Split, where
 from dtlctl.data.entry import Entry, Images, Wanted
-from dtlctl.data.pixels import Depth, Rule, decide, decode
+from dtlctl.data.pixels import Depth, Rule, dark, decide, decode
 from dtlctl.data.sources import Rows, identity, rows
 from dtlctl.errors import DataError
 from dtlctl.storage.checkpoint import sync, write
@@ -205,6 +205,8 @@ def _decode(
             entry.write(decoded(np.setdiff1d(left, [*depths]), None))
         rule, notes = decide(depths.values(), len(kept), entry.name, train(wide) if train else None)
         if wide:
+            if rule.full:
+                notes += dark(entry.name, depths, entry.labels, entry.classes, rule.full)
             write(entry.place / entries.RULE, json.dumps({"rule": rule, "notes": notes}, indent=1).encode())
             entry.write(decoded(np.array(sorted(depths)), rule))
 
@@ -224,7 +226,7 @@ def _batch(
     for place, number in enumerate(rows.tolist()):
         try:
             picture = read[place] if read else source.pictures([number])[0]
-            image, depth = decode(picture, size, source.place(number), rule and rule.full)
+            image, depth, frames = decode(picture, size, source.place(number), rule and rule.full)
         except DataError as error:
             if needed[place]:
                 raise
@@ -234,7 +236,7 @@ def _batch(
         if depth is not None:
             depths[place] = depth
         if image is not None and (rule or depth is None):
-            pixels[place], states[place] = image, entries.DECODED
+            pixels[place], states[place] = image, entries.FRAMES if frames else entries.DECODED
     digests = b"".join(hashlib.blake2b(image.data, digest_size=entries.HASH.itemsize).digest() for image in pixels)
     return pixels, np.frombuffer(digests, entries.HASH), states, depths, broken
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,23 +27,23 @@ def align(own: Rows, train: tuple[str, ...], place: str, train_name: str) -> Row
     number = {name: index for index, name in enumerate(train)}
     if strange := [name for name in own.classes if name not in number]:
         raise DataError(
-            f"{place}: class {_some(strange)} is none of the {len(train)} classes of split {train_name!r}"
-            + (_alike_hint(strange[0], train) or nearest(strange[0], train) or f" ({_some(train)})")
+            f"{place}: class {some(strange)} is none of the {len(train)} classes of split {train_name!r}"
+            + (_alike_hint(strange[0], train) or nearest(strange[0], train) or f" ({some(train)})")
         )
     new = [number[name] for name in own.classes]
     if new != sorted(new):
-        ours, theirs = _some(own.classes), _some([name for name in train if name in own.classes])
+        ours, theirs = some(own.classes), some([name for name in train if name in own.classes])
         text = f"{place}: classes stand in another order than in split {train_name!r}, and are matched by name"
         notes.append(Note("reordered", len(new), f"{text}: {ours}; there {theirs}"))
     labels = np.array([*new, -1], np.int64)[own.labels]
     counts = np.bincount(labels[labels >= 0], minlength=len(train))
     if counts.any() and (empty := [name for name, images in zip(train, counts, strict=True) if not images]):
-        notes.append(Note("empty-classes", len(empty), f"{place}: no image of class {_some(empty)}"))
+        notes.append(Note("empty-classes", len(empty), f"{place}: no image of class {some(empty)}"))
     if dropped := int((labels < 0).sum()):
         text = f"{place}: {dropped} of {len(labels)} rows have no label (nothing, nan or below 0) and were dropped"
         notes.append(Note("unlabelled", dropped, text))
     if own.classes is train and (alike := _alike(train)):  # once: not for the test split again
-        text = f"{place}: class names that look alike are different classes: {_some(alike)}"
+        text = f"{place}: class names that look alike are different classes: {some(alike)}"
         notes.append(Note("alike", len(alike), text))
     return own._replace(labels=labels, classes=train, notes=tuple(notes))
 
@@ -52,14 +53,16 @@ def show(name: str) -> str:
     return repr(name) if name.isascii() else f"{name!r} ({ascii(name)[1:-1]})"
 
 
-def _some(names: Sequence[str], most: int = 6) -> str:
+def some(names: Sequence[str], most: int = 6) -> str:
+    """Class names in quotes; of many, the first."""
     return ", ".join(map(show, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _skeleton(name: str) -> str:
-    """The same for names that differ in Unicode form, case, blanks, invisible characters or twin letters only."""
+    """The same for names that differ in Unicode form, case, blanks, twin letters or zeros of a number."""
     folded = unicodedata.normalize("NFKC", name).casefold().translate(_TWINS)
-    return " ".join("".join(c for c in folded if unicodedata.category(c) != "Cf").split())
+    plain = " ".join("".join(c for c in folded if unicodedata.category(c) != "Cf").split())
+    return f"{float(plain):g}" if re.fullmatch(r"[+-]?\d+(\.\d*)?", plain) else plain
 
 
 def _alike(names: Sequence[str]) -> list[str]:

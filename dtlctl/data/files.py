@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -23,7 +24,7 @@ from dtlctl.errors import DataError, NoSplit
 LISTS = (".csv", ".tsv", ".jsonl")
 _COLUMNS = {"image": ("file_name", "filename", "file", "path", "image"), "label": ("label", "class")}  # of a list
 _SYSTEM = {".ds_store", "thumbs.db", "desktop.ini"}  # an operating system's own, never a user's
-_HINTS = dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"), "unpack it")
+_HINTS = dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"), _UNPACK := "unpack it")
 _HINTS |= dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif") | {".avif": "pip install -U pillow"}
 
 
@@ -105,6 +106,7 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
             + f"move images of each class to {name}/CLASS/ and the rest to {dataset.train}/CLASS/"
         )
     if "" not in splits:
+        _check_layout(dataset, split, role, tree, splits)
         check_split(dataset, split, role, splits)
     here = splits.get("") or splits[name]
     images, guessed, unread = _sort(tree, here.folder)
@@ -146,7 +148,11 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
         return os.path.join(dataset.path, images[row])
 
     numbers = np.array([number[label] for label in labels], np.int64)
-    return Rows(numbers, tuple(classes), lambda rows: [read(row) for row in rows], path, tuple(notes), (*splits,))
+    holding = {file.split("/")[0] for file in tree.files if _suffix(file) in suffixes()}
+    if here.list:  # a folder beside lists is where their images are
+        holding = {folder for folder in holding if folder.casefold() in sum(USUAL.values(), ())}
+    others = tuple(other for other, place in splits.items() if place.list or other in holding)
+    return Rows(numbers, tuple(classes), lambda rows: [read(row) for row in rows], path, tuple(notes), others)
 
 
 def _splits(dataset: Dataset, tree: Tree) -> dict[str, _Place]:
@@ -164,6 +170,22 @@ def _splits(dataset: Dataset, tree: Tree) -> dict[str, _Place]:
         inner = _lists(tree, name)
         splits[name] = _Place(name, lists.get(name) or (inner[0] if len(inner) == 1 else ""))
     return splits
+
+
+def _check_layout(dataset: Dataset, split: Split, role: str, tree: Tree, splits: dict[str, _Place]) -> None:
+    """Raise DataError where a split is missing because it is packed, or because splits lie inside the classes."""
+    name, usual = getattr(dataset, split), {dataset.train, dataset.test, *USUAL["train"], *USUAL["test"]}
+    if name in splits:
+        return
+    packed = [file for file in tree.files if file.startswith(f"{name}.") and _HINTS.get(_suffix(file)) == _UNPACK]
+    if packed:
+        raise DataError(f"data.{role}.{split}: {os.path.join(dataset.path, packed[0])} is an archive; unpack it")
+    inner = [folder for folder in tree.folders if folder.count("/") == 1 and not _hidden(folder)]
+    if inner and all(folder.split("/")[1] in usual for folder in inner):
+        raise DataError(
+            f"data.{role}.path: {dataset.path} holds CLASS/SPLIT/image, as in {inner[0]}; move the splits to the top: "
+            "SPLIT/CLASS/image"
+        )
 
 
 def _check_folders(place: str, images: list[str], depth: int, classes: set[str], unread: list[str]) -> None:
@@ -201,7 +223,10 @@ def _named(dataset: Dataset, role: str, tree: Tree, place: _Place) -> dict[str, 
     if twins := [start + other for other in LISTS if other != end and start + other in tree.files]:
         raise DataError(f"{name}: {twins[0]} is a list of the same split; move one of the two out of the way")
     try:
-        text = (tree.root / place.list).read_text("utf-8-sig")
+        blob = (tree.root / place.list).read_bytes()
+        if blob[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(f"{name}: it is UTF-16; save it as UTF-8")
+        text = blob.decode("utf-8-sig")
         if place.list.lower().endswith(".jsonl"):
             rows = [dict(json.loads(line)) for line in text.splitlines() if line.strip()]
         else:
@@ -214,6 +239,7 @@ def _named(dataset: Dataset, role: str, tree: Tree, place: _Place) -> dict[str, 
     image = _column(dataset, role, name, "image", rows[0])
     label = _column(dataset, role, name, "label", rows[0])
     files, found = set(tree.files), {}
+    kinds_of: dict[str, type] = {}
     for row in rows:
         written, value = str(row.get(image) or ""), row.get(label)
         inside = written.replace("\\", "/").removeprefix(f"{tree.root}/")
@@ -227,6 +253,8 @@ def _named(dataset: Dataset, role: str, tree: Tree, place: _Place) -> dict[str, 
             raise DataError(f"{name}: the row of {written!r} has more fields than the header")
         if isinstance(value, bool | float | list | dict):
             raise DataError(f"{name}: {written!r} has the label {value!r}, which is neither text nor an integer")
+        if kinds_of.setdefault(str(value), type(value)) is not type(value):
+            raise DataError(f"{name}: the label {value} is there as a number and as text; write it in one way")
         found[file] = None if unlabelled(value) else str(value)
     return found
 
@@ -237,6 +265,9 @@ def _column(dataset: Dataset, role: str, name: str, key: str, known: Iterable[An
     found = [column for column in known if (column == wanted if wanted else str(column).casefold() in _COLUMNS[key])]
     if len(found) != 1:
         columns = ", ".join(map(str, known))
+        names = (wanted,) if wanted else _COLUMNS[key]
+        if blank := [column for column in known if str(column) != (bare := str(column).strip()) and bare in names]:
+            raise DataError(f"{name}: the column {blank[0]!r} has blanks around its name; remove them")
         say = f"has no column {wanted!r}" if wanted else f"has no single column named {' or '.join(_COLUMNS[key])}"
         raise DataError(f"{name} {say}; set data.{role}.{key} (columns: {columns})")
     return found[0]

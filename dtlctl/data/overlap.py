@@ -65,6 +65,13 @@ def across(data: Mapping[str, tuple[Images, Images]]) -> dict[str, list[Note]]:
                 if both := int(among(images.known, train.known).sum()):
                     text = f"{both:,} of {len(images.rows):,} {name} images are training images of data.{other}"
                     found[role].append(Note(f"{name}-in-{other}", both, text))
+    scales = {role: train.rule.full or 255 for role, (train, _) in data.items()}
+    for role, full in scales.items():
+        others = [other for other, scale in scales.items() if max(scale, 255) != full]
+        if full > 255 and others:
+            text = f"images are read by 0-{full}, as their values suggest, data.{others[0]} by 0-{scales[others[0]]}"
+            text += "; if both were made alike, convert them to 8 bits"
+            found[role].append(Note("other-scale", len(others), text))
     return found
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dtlctl.data import files
+from dtlctl.data.classes import some
 from dtlctl.data.dataset import Note
 from dtlctl.errors import DataError
 
@@ -21,6 +23,8 @@ _SCALES = {1: "shares of 1", 255: "8-bit values", 1023: "10-bit values", 4095: "
 _CERTAIN = (1, 255, 65535)
 # PIL's decoders. Of a grey PPM file it scales values by the maximum that the file states, which is 65535 by default.
 _STATED = re.compile(r"'ppm\w*'.*'L', (?!65535\b)|I;12")
+DARK = 1 / 16
+"""Of the full scale: where no value is above it, the images are probably of another depth."""
 _COLOUR = re.compile(r";16[BLN]|'ppm\w*'.*'RGB', 65535\b")
 
 
@@ -45,23 +49,26 @@ class Rule(NamedTuple):
 
 def decode(
     picture: bytes | Image.Image, size: int, place: str, full: int | None = None
-) -> tuple[np.ndarray | None, Depth | None]:
-    """uint8 [3, size, size] of an image file's bytes or of a picture, and its depth where it has more than 8 bits.
+) -> tuple[np.ndarray | None, Depth | None, bool]:
+    """uint8 [3, size, size] of an image file's bytes or of a picture, its depth where it has more than 8 bits, and
+    whether it has more frames or pages than the first, which is read.
 
     Values of wide modes (I;16, I, F) are divided by full / 255; without `full` such an image gives its depth alone.
     A picture that is not square is cut to its centre; EXIF orientation is applied; transparency becomes white. Raises
     DataError, naming `place`.
     """
-    depth = None
+    depth, frames = None, False
     try:
         if isinstance(picture, bytes):
             opened = Image.open(io.BytesIO(picture), formats=files.formats())
             decoder = str(opened.tile[:1])  # gone once the pixels are loaded
             picture = ImageOps.exif_transpose(opened)
+            with suppress(Exception):  # a second frame may be broken; a photograph's is its preview (MPO)
+                frames = opened.format != "MPO" and getattr(opened, "is_animated", False)
             if opened.mode.startswith(("I", "F")):
                 values, depth = _wide(picture, decoder)
                 if full is None:
-                    return None, depth
+                    return None, depth, frames
                 picture = _narrow(values, full, opened)
             elif _COLOUR.search(decoder):
                 depth = Depth("colour", float(np.asarray(picture)[..., :3].max()))
@@ -74,7 +81,7 @@ def decode(
         raise DataError(f"{place}: the image cannot be decoded: {files.reason(picture)}") from error
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DataError(f"{place}: the image cannot be decoded: {error}") from error
-    return np.asarray(fitted).transpose(2, 0, 1), depth
+    return np.asarray(fitted).transpose(2, 0, 1), depth, frames
 
 
 def decide(depths: Iterable[Depth], images: int, name: str, train: Rule | None = None) -> tuple[Rule, list[Note]]:
@@ -125,6 +132,27 @@ def decide(depths: Iterable[Depth], images: int, name: str, train: Rule | None =
         text = f"{name}: {sum(counts.values())} images of more than 8 bits hold {how} became 0-255"
         notes.append(Note("more-than-8-bits", sum(counts.values()), text))
     return rule._replace(full=full if highs else None), notes
+
+
+def dark(name: str, depths: Mapping[int, Depth], labels: np.ndarray, classes: Sequence[str], full: int) -> list[Note]:
+    """What is to be said of a split, or of classes, whose images of more than 8 bits stay in the dark of the scale.
+
+    depths: by place in `labels`.
+    """
+    highs = {place: depth.high for place, depth in depths.items() if depth.kind != "colour"}
+    wide = np.array([*highs], np.int64)
+    values, kinds = np.array([*highs.values()]), labels[wide]
+    highest = {label: float(values[kinds == label].max()) for label in np.unique(kinds).tolist()}
+    low = [classes[label] for label, high in highest.items() if high <= full * DARK]
+    if not low:
+        return []
+    who = "all images of more than 8 bits" if len(low) == len(highest) else f"those of class {some(low)}"
+    high = max(highest[label] for label in highest if classes[label] in low)
+    text = (
+        f"{name}: {who} hold values up to {high:g} of 0-{full}, so they come out nearly black; if they are of another "
+        "depth, convert all images to 8 bits, each by its own full scale"
+    )
+    return [Note("dark", len(low), text)]
 
 
 def _said_of_colour(high: float, images: int, name: str, train: Rule | None) -> Note:

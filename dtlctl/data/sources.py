@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from dtlctl.data import builtin, files, subset, tables
-from dtlctl.data.classes import align
-from dtlctl.data.dataset import USUAL, Dataset, Rows, Split, builtin_name, kind_of, where
+from dtlctl.data.classes import align, some
+from dtlctl.data.dataset import USUAL, Dataset, Note, Rows, Split, builtin_name, kind_of, where
+from dtlctl.data.shards import files_in
 from dtlctl.errors import DataError
 
 
@@ -64,6 +65,10 @@ def _named(dataset: Dataset, split: Split, image_size: int, role: str, scratch: 
     else:
         own = tables.opened(dataset, split, role, source)
         train = own.classes if split == "train" else tables.labels(dataset, "train", role, source)[1]
+    unused = sorted({*own.splits} - {dataset.train, dataset.test, ""})
+    if unused and split == "train":
+        text = f"{dataset.path}: not used, as neither split of the recipe: {some(unused)}"
+        own = own._replace(notes=(*own.notes, Note("unused", len(unused), text)))
     return align(own, train, where(dataset, split), dataset.train)
 
 
@@ -79,8 +84,8 @@ def by_names(dataset: Dataset, split: Split, role: str) -> Rows | None:
 def identity(dataset: Dataset, role: str) -> dict[str, Any]:
     """What tells this dataset's content from another's without reading it: JSON values. Raises DataError.
 
-    A local dataset is its location, the size and time of every file, and the image formats that can be read. A hub id
-    without a revision is taken for the same whenever it is asked for.
+    A local dataset is its location, the size and time of every file, of those too that its tables name, and the image
+    formats that can be read. A hub id without a revision is taken for the same whenever it is asked for.
     """
     kind = kind_of(dataset.path)
     if kind == "builtin":
@@ -92,6 +97,9 @@ def identity(dataset: Dataset, role: str) -> dict[str, Any]:
     names = files.walk(root, role).files if root.is_dir() else [""]
     try:
         stats = [(name, (s := os.stat(root / name)).st_size, s.st_mtime_ns) for name in names]
+        rows_in = [(root / name, time) for name, _, time in stats if str(root / name).lower().endswith(tables.SUFFIXES)]
+        named = {path for table, time in rows_in for path in files_in(table, dataset.image, time)}
+        stats += [(path, (s := os.stat(path)).st_size, s.st_mtime_ns) for path in sorted(named)]
     except OSError as error:
         raise DataError(f"data.{role}.path: {error.filename}: {error.strerror}") from error
     return {"local": str(root), "files": stats, "formats": files.formats(), **columns}

@@ -16,8 +16,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dtlctl.console import stop
+from dtlctl.data.classes import some
 from dtlctl.data.dataset import Dataset, Note, Rows, Split, check_split, unlabelled, where
 from dtlctl.data.files import LISTS, Tree, kinds, suffixes
+from dtlctl.data.shards import check_shards
 from dtlctl.errors import DataError, DtlError, nearest
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -31,6 +33,7 @@ class Source(NamedTuple):
     tables: Mapping[str, Any]  # a `datasets.Dataset` a split
     files: Mapping[str, list[str]] = {}  # the local files of a split, in the order of its rows
     notes: tuple[Note, ...] = ()
+    others: tuple[str, ...] = ()  # files and folders of tables or images that belong to no split of the recipe
 
 
 def from_hub(dataset: Dataset, role: str) -> Source:
@@ -70,7 +73,14 @@ def from_folder(dataset: Dataset, split: Split, role: str, tree: Tree, scratch: 
     read = {os.path.realpath(file) for names in source.files.values() for file in names}
     unread = [f for f in inside if Path(f).suffix.lower() in known and os.path.realpath(root / f) not in read]
     text = f"{dataset.path}: not read beside the tables{kinds(unread)}"
-    return source._replace(notes=(Note("unread", len(unread), text),) if unread else ())
+    notes = [Note("unread", len(unread), text)] if unread else []
+    for name in map(str, (dataset.train, dataset.test)):
+        parts = [Path(file).name for file in source.files.get(name, ())]
+        if len(parts) > 1 and not all(re.search(r"\d$", Path(part).stem) for part in parts):
+            text = f"{dataset.path}: split {name!r} is all that {len(parts)} files hold: {some(parts)}"
+            notes.append(Note("merged-files", len(parts), text))
+    others = [f for f in tree.files if f not in {*inside} and not f.startswith(".") and Path(f).suffix.lower() in known]
+    return source._replace(notes=tuple(notes), others=(*dict.fromkeys(file.split("/")[0] for file in others),))
 
 
 def _by_split(dataset: Dataset, split: Split, role: str, files: Mapping[str, list[str]], scratch: Path) -> Source:
@@ -80,36 +90,10 @@ def _by_split(dataset: Dataset, split: Split, role: str, files: Mapping[str, lis
         check_split(dataset, which, role, files)
         name = getattr(dataset, which)
         if name not in tables:
-            _check_shards(role, files[name])
+            check_shards(role, files[name])
             kind = _BUILDERS[Path(files[name][0]).suffix.lower()]
             tables |= _build(dataset, role, "", path=kind, data_files={name: files[name]}, cache_dir=str(scratch))
     return Source(tables, files)
-
-
-def _check_shards(role: str, files: Sequence[str]) -> None:
-    """Raise DataError unless all files of a split name their classes alike: the library takes the first one's names."""
-    import pyarrow
-    from datasets import ClassLabel, Features
-    from pyarrow import parquet
-
-    first = None
-    for file in files:
-        try:
-            if file.lower().endswith(".parquet"):
-                schema = parquet.read_schema(file)
-            else:
-                with pyarrow.memory_map(file) as source:
-                    schema = pyarrow.ipc.open_stream(source).schema
-            names = {c: f.names for c, f in Features.from_arrow_schema(schema).items() if isinstance(f, ClassLabel)}
-        except Exception as error:  # pyarrow raises OSError, ValueError and its own
-            reason = " ".join(str(error).split())[:300]
-            raise DataError(f"data.{role}.path: {file} could not be loaded: {reason}") from error
-        if first is None:
-            first = names
-        elif names != first:
-            raise DataError(
-                f"{file}: other class names, or in another order, than in {files[0]}: {names}, there {first}"
-            )
 
 
 def opened(dataset: Dataset, split: Split, role: str, source: Source) -> Rows:
@@ -119,8 +103,8 @@ def opened(dataset: Dataset, split: Split, role: str, source: Source) -> Rows:
     numbers, classes = labels(dataset, split, role, source)
     table, place = source.tables[name], _place(dataset, split, source.files.get(name, []))
     pictures = _reader(dataset, role, table, _columns(dataset, role, table.features)[0], place)
-    notes = source.notes if split == "train" else ()
-    return Rows(numbers, classes, pictures, place, notes, (*{**source.tables, **source.files},))
+    splits = *map(str, source.tables), *map(str, source.files), *source.others
+    return Rows(numbers, classes, pictures, place, source.notes if split == "train" else (), splits)
 
 
 def labels(dataset: Dataset, split: Split, role: str, source: Source) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -228,7 +228,7 @@ def test_two_lists_share_a_folder_of_images(tmp_path):
         (b"id,label\n0.png,a\n", "has no single column named file_name or filename or"),
         (b"file_name,label\n", "has no rows"),
         (b"file_name,label\n0.png,a,b\n", "the row of '0.png' has more fields than the header"),
-        (b"\xff\xfe\x00", "cannot be read: "),
+        (b"\xff\xfe\x00", "it is UTF-16; save it as UTF-8"),
     ],
 )
 def test_a_wrong_list_is_named(tmp_path, text, says):
@@ -356,3 +356,45 @@ def test_a_list_of_the_same_classes_or_of_none_is_said_beside_class_folders(tmp_
 def test_two_lists_of_one_split_are_refused(tmp_path):
     lists = {"train.csv": b"file_name,label\n0.png,a\n1.png,b\n", "train.jsonl": b"{}"}
     assert " is a list of the same split; move" in refused(folder(tmp_path / "photos", "0.png", "1.png", **lists))
+
+
+def test_a_label_as_number_and_as_text_is_refused(tmp_path):
+    rows = (
+        '"file_name": "0.png", "label": 1',
+        '"file_name": "1.png", "label": "1"',
+        '"file_name": "2.png", "label": 2',
+    )
+    content = "\n".join(f"{{{row}}}" for row in rows).encode()
+    dataset = folder(tmp_path / "d", "0.png", "1.png", "2.png", **{"train.jsonl": content})
+    assert "train.jsonl: the label 1 is there as a number and as text; write it in one way" in refused(dataset)
+
+
+def test_numbers_that_are_written_otherwise_are_classes_that_look_alike(tmp_path):
+    rows = b"file_name,label\n0.png,1\n1.png,01\n2.png,1.0\n3.png,10\n"
+    dataset = folder(tmp_path / "d", *(f"{n}.png" for n in range(4)), **{"train.csv": rows})
+    number, text = notes(load(dataset))["alike"]
+    assert number == 3 and "'01', '1', '1.0'" in text
+
+
+def test_splits_that_the_recipe_does_not_use_are_named(tmp_path):
+    """Folders and a list; a folder of images that lists name is none, and neither is one without images."""
+    dataset = folder(tmp_path / "d", *BASE, "train2/cat/7.png", "val/cat/8.png", **{"docs/x.txt": b"x"})
+    number, text = notes(load(dataset))["unused"]
+    assert number == 2 and text.endswith(": not used, as neither split of the recipe: 'train2', 'val'")
+    lists = {f"{name}.csv": b"file_name,label\nimg/0.png,a\nimg/1.png,b\n" for name in ("train", "old")}
+    number, text = notes(load(folder(tmp_path / "e", "img/0.png", "img/1.png", **lists)))["unused"]
+    assert number == 1 and text.endswith(": 'old'")
+
+
+@pytest.mark.parametrize(
+    ("paths", "more", "says"),
+    [
+        (["test/a/0.png", "test/b/0.png"], {"train.zip": b"PK"}, "/d/train.zip is an archive; unpack it"),
+        (["test/a/0.png"], {"train.tar.gz": b"x"}, "/d/train.tar.gz is an archive; unpack it"),
+        (["cat/train/0.png", "cat/test/1.png", "dog/train/2.png"], {}, "holds CLASS/SPLIT/image, as in cat/test; move"),
+        ([], {"train.csv": "file_name,label\n0.png,a\n".encode("utf-16")}, "train.csv: it is UTF-16; save it as UTF-8"),
+        (["0.png"], {"train.csv": b"file_name, label\n0.png,a\n"}, "the column ' label' has blanks around its name"),
+    ],
+)
+def test_what_is_nearly_right_is_told_in_a_line(tmp_path, paths, more, says):
+    assert says in refused(folder(tmp_path / "d", *paths, **more))

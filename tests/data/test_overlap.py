@@ -65,6 +65,20 @@ def test_training_images_of_two_roles_are_told_of_the_later():
     assert found == {"source": [], "target": [("train-in-source", 2)]}
 
 
+def test_roles_on_different_guessed_scales_are_told():
+    """A source of 12 bits beside a target of 8; two roles of 16 bits agree, and so do shares of 1 and bytes."""
+
+    def scales(**full: int | None) -> list[tuple[str, str]]:
+        data = {}
+        for role, scale in full.items():
+            train = images(role.encode(), fingerprint=role)._replace(rule=Rule(scale))
+            data[role] = train, images(role.upper().encode())
+        return [(role, note.kind) for role, notes in overlap.across(data).items() for note in notes]
+
+    assert scales(source=4095, target=None) == [("source", "other-scale")]
+    assert scales(source=65535, target=65535) == scales(source=1, target=None) == []
+
+
 def test_test_images_of_one_role_are_looked_for_among_the_training_images_of_others():
     """The attacker's copy of the source is passed over; his own images that the source was trained on are told."""
     source = images(b"1", b"2", b"3", fingerprint="s"), images(b"4", b"5")

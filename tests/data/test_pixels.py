@@ -53,10 +53,13 @@ WIDE = {
 
 @pytest.mark.parametrize("case", WIDE)
 def test_the_full_scale_is_the_smallest_that_holds_the_split(tmp_path: Path, case: str):
-    """value * 255 / full, rounded: 2048 * 255 / 4095 = 127.5, 512 * 255 / 1023 = 127.6, 0.5 * 255 = 127.5."""
+    """value * 255 / full, rounded: 2048 * 255 / 4095 = 127.5, 512 * 255 / 1023 = 127.6, 0.5 * 255 = 127.5.
+
+    A class of 0 and 257 of 65535 is said to be dark.
+    """
     form, values, expected = WIDE[case]
     found, notes = seen(folder(tmp_path / "d", form, values))
-    assert np.allclose(found, expected, atol=1) and notes == ["more-than-8-bits"]
+    assert np.allclose(found, expected, atol=1) and notes == ["more-than-8-bits"] + ["dark"] * (case == "16 bits")
 
 
 def test_the_test_split_is_read_as_the_train_split_was(tmp_path: Path):
@@ -115,6 +118,47 @@ def test_16_bit_colours_are_read_at_their_upper_bits_or_refused(tmp_path: Path, 
             seen(dataset)
     else:
         assert seen(dataset) == ([expected] * 2, ["16-bit-colour"])
+
+
+@pytest.mark.parametrize(
+    ("values", "test", "said"),
+    [
+        (
+            [np.uint16(65535), np.uint16(4095), np.uint16(9000), np.uint16(100)],
+            None,
+            "those of class 'b' hold values up",
+        ),
+        ([np.uint16(65535), np.uint16(4096), np.uint16(9000), np.uint16(100)], None, ""),
+        ([np.float32(0.01), np.float32(0.005)], None, "all images of more than 8 bits hold values up to 0.01 of 0-1"),
+        (
+            [np.uint16(65535)] * 2,
+            [np.uint16(4000), np.uint16(3000)],
+            "all images of more than 8 bits hold values up to 40",
+        ),
+    ],
+)
+def test_what_stays_dark_on_the_scale_of_all_is_said(tmp_path: Path, values: list, test: list | None, said: str):
+    """A 16th of 65535 is 4095.9: class b is probably of 12 bits. Floats of 0 to 0.01 are no shares of 1."""
+    dataset = folder(tmp_path / "d", "tif" if isinstance(values[0], np.float32) else "png", values, test or values)
+    images = cache.load(dataset, "test" if test else "train", 4, role="source")  # type: ignore[arg-type]
+    texts = [note.text for note in images.notes if note.kind == "dark"]
+    assert len(texts) == bool(said) and all(said in text for text in texts)
+
+
+def test_more_frames_than_the_first_are_said(tmp_path: Path):
+    """An animated GIF, and a TIFF of two pages; the others have one frame. The first is what is read."""
+    frames = [Image.new("L", (4, 4), value) for value in (9, 200)]
+    for number, (name, more) in enumerate((("a.gif", 1), ("b.tif", 1), ("c.gif", 0), ("d.png", 0))):
+        for split in ("train", "test"):
+            path = tmp_path / "d" / split / "ab"[number % 2] / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if more:
+                frames[0].save(path, save_all=True, append_images=frames[1:])
+            else:
+                frames[0].save(path)
+    images = cache.load(Dataset(path=str(tmp_path / "d")), "train", 4)
+    assert images.pixels[:, 0, 0, 0].tolist() == [9] * 4
+    assert [(note.kind, note.number) for note in images.notes] == [("frames", 2)]
 
 
 @pytest.mark.parametrize("narrow", ["train", "test"])

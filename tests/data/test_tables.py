@@ -246,3 +246,48 @@ def test_pictures_in_plain_columns(tmp_path):
     images = load(dataset)
     assert (levels(images), images.labels.tolist()) == ([5, 6], [1, 0])
     assert np.ptp(images.pixels[0]) == 0
+
+
+@pytest.mark.parametrize("kind", ["cells", "text", "arrow"])
+def test_images_that_a_table_names_are_known_by_their_files(tmp_path, kind):
+    """Rewritten, they are decoded again; a table whose cells hold their images names none."""
+    paths = [str(tmp_path / f"{n}.png") for n in range(2)]
+    for level, path in enumerate(paths):
+        Path(path).write_bytes(png(level)["bytes"])
+    feature = datasets.Value("string") if kind == "text" else datasets.Image()
+    features = Features({"image": feature, "label": ClassLabel(names=["cat", "dog"])})
+    cells = paths if kind == "text" else [{"bytes": None, "path": path} for path in paths]
+    rows = datasets.Dataset.from_dict({"image": cells, "label": [0, 1]}, features=features)
+    if kind == "arrow":
+        import pyarrow as pa
+
+        rows = rows.data.table
+        with pa.OSFile(str(tmp_path / "train.arrow"), "wb") as file, pa.ipc.new_stream(file, rows.schema) as stream:
+            stream.write_table(rows)
+        dataset = Dataset(path=str(tmp_path / "train.arrow"))
+    else:
+        dataset = parquet(tmp_path / "d", rows, rows, image="image")
+    assert levels(load(dataset)) == [0, 1]
+    Path(paths[0]).write_bytes(png(9)["bytes"])
+    assert levels(load(dataset)) == [9, 1]
+
+
+def test_a_table_that_holds_its_images_is_not_read_for_its_key(tmp_path, monkeypatch):
+    from pyarrow import parquet as files
+
+    dataset = parquet(tmp_path / "d", table([0, 1]), table([0, 1]))
+    monkeypatch.setattr(files, "ParquetFile", lambda *_, **__: pytest.fail("the table is read"))
+    assert cache.cached(dataset, "train", 4) is None
+
+
+def test_tables_that_make_up_one_split_unasked_are_named(tmp_path):
+    """Two files in train/ that no number sorts; numbered ones are shards. A validation split is not used."""
+    dataset = parquet(tmp_path / "d", table([0, 1]), table([0, 1]), ("train/a.parquet", "test/a.parquet"))
+    table([1, 0]).to_parquet(str(tmp_path / "d/train/b.parquet"))
+    table([1, 0]).to_parquet(str(tmp_path / "d/validation.parquet"))
+    notes = {note.kind: note.text for note in load(dataset).notes}
+    assert "split 'train' is all that 2 files hold: 'a.parquet', 'b.parquet'" in notes["merged-files"]
+    assert notes["unused"].endswith(": 'validation.parquet'")
+    shards = parquet(tmp_path / "e", table([0, 1]), table([0, 1]), ("train/a-1.parquet", "test/a.parquet"))
+    table([1, 0]).to_parquet(str(tmp_path / "e/train/a-2.parquet"))
+    assert load(shards).notes == ()
