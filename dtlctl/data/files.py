@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
-import json
 import os
 import posixpath
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from dtlctl.data.dataset import USUAL, Dataset, Note, Rows, Split, check_split, unlabelled, where
+from dtlctl.data.dataset import USUAL, Dataset, Note, Rows, Split, check_split, where
+from dtlctl.data.lists import LISTS, Place, read_list
 from dtlctl.errors import DataError, NoSplit
 
-LISTS = (".csv", ".tsv", ".jsonl")
-_COLUMNS = {"image": ("file_name", "filename", "file", "path", "image"), "label": ("label", "class")}  # of a list
 _SYSTEM = {".ds_store", "thumbs.db", "desktop.ini"}  # an operating system's own, never a user's
 _HINTS = dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"), _UNPACK := "unpack it")
 _HINTS |= dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif") | {".avif": "pip install -U pillow"}
@@ -83,13 +78,6 @@ def reason(blob: bytes) -> str:
     return f"it is no image of a known format (it begins with {blob[:12]!r})"
 
 
-class _Place(NamedTuple):
-    """Where a split lies: a folder relative to the root, and a list of its images, or "" if there is none."""
-
-    folder: str
-    list: str
-
-
 def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
     """A split of a folder of images, its labels numbered by its own classes. Raises DataError.
 
@@ -113,9 +101,10 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
     inner = [_inside(file, here.folder).split("/") for file in images]
     labels: list[str | None]
     if here.list and (any(len(parts) == 1 for parts in inner) or len({parts[0] for parts in inner}) < 2):
-        named = _named(dataset, role, tree, here)
+        named = read_list(dataset, role, tree.root, tree.files, here)
         lists = [splits[other] for other in (dataset.train, dataset.test) if other in splits]
-        known = {file for other in lists if other.list for file in (other.list, *_named(dataset, role, tree, other))}
+        found = {other.list: read_list(dataset, role, tree.root, tree.files, other) for other in lists if other.list}
+        known = {file for name, files in found.items() for file in (name, *files)}
         known |= {here.list, *named}
         unread = [file for file in (*unread, *images) if file not in known]
         images, labels, guessed = list(named), list(named.values()), []
@@ -148,14 +137,11 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
         return os.path.join(dataset.path, images[row])
 
     numbers = np.array([number[label] for label in labels], np.int64)
-    holding = {file.split("/")[0] for file in tree.files if _suffix(file) in suffixes()}
-    if here.list:  # a folder beside lists is where their images are
-        holding = {folder for folder in holding if folder.casefold() in sum(USUAL.values(), ())}
-    others = tuple(other for other, place in splits.items() if place.list or other in holding)
-    return Rows(numbers, tuple(classes), lambda rows: [read(row) for row in rows], path, tuple(notes), others)
+    known = _held(tree, splits, bool(here.list))
+    return Rows(numbers, tuple(classes), lambda rows: [read(row) for row in rows], path, tuple(notes), known)
 
 
-def _splits(dataset: Dataset, tree: Tree) -> dict[str, _Place]:
+def _splits(dataset: Dataset, tree: Tree) -> dict[str, Place]:
     """By name. A folder in which nothing is named as a split usually is, is one split: ""."""
     folders = [folder for folder in tree.folders if "/" not in folder and not _hidden(folder)]
     lists = {posixpath.splitext(file)[0]: file for file in _lists(tree, "")}
@@ -164,15 +150,23 @@ def _splits(dataset: Dataset, tree: Tree) -> dict[str, _Place]:
         images = _sort(tree, "")[0]
         only = next(iter(lists.values())) if len(lists) == 1 else ""
         if only or any(image.count("/") < 2 for image in images):
-            return {"": _Place("", only)}
-    splits = {name: _Place("", file) for name, file in lists.items()}
+            return {"": Place("", only)}
+    splits = {name: Place("", file) for name, file in lists.items()}
     for name in folders:
         inner = _lists(tree, name)
-        splits[name] = _Place(name, lists.get(name) or (inner[0] if len(inner) == 1 else ""))
+        splits[name] = Place(name, lists.get(name) or (inner[0] if len(inner) == 1 else ""))
     return splits
 
 
-def _check_layout(dataset: Dataset, split: Split, role: str, tree: Tree, splits: dict[str, _Place]) -> None:
+def _held(tree: Tree, splits: dict[str, Place], listed: bool) -> tuple[str, ...]:
+    """The names of splits that are there. listed: by lists, beside which a folder is where their images are."""
+    holding = {file.split("/")[0] for file in tree.files if _suffix(file) in suffixes()}
+    if listed:
+        holding = {folder for folder in holding if folder.casefold() in sum(USUAL.values(), ())}
+    return tuple(name for name, place in splits.items() if place.list or name in holding)
+
+
+def _check_layout(dataset: Dataset, split: Split, role: str, tree: Tree, splits: dict[str, Place]) -> None:
     """Raise DataError where a split is missing because it is packed, or because splits lie inside the classes."""
     name, usual = getattr(dataset, split), {dataset.train, dataset.test, *USUAL["train"], *USUAL["test"]}
     if name in splits:
@@ -202,10 +196,10 @@ def _check_folders(place: str, images: list[str], depth: int, classes: set[str],
         raise DataError(f"{place}: class folder {empty[0]!r} has no image that can be read{lost}; or remove it")
 
 
-def _check_same(dataset: Dataset, role: str, tree: Tree, place: _Place, folders: dict[str, str | None]) -> None:
+def _check_same(dataset: Dataset, role: str, tree: Tree, place: Place, folders: dict[str, str | None]) -> None:
     """Raise DataError for a list whose classes are others than the folders, however named; it may be no such list."""
     try:
-        named = _named(dataset, role, tree, place)
+        named = read_list(dataset, role, tree.root, tree.files, place)
     except DataError:
         return
     pairs = {(folders[file], label) for file, label in named.items() if label is not None and file in folders}
@@ -214,63 +208,6 @@ def _check_same(dataset: Dataset, role: str, tree: Tree, place: _Place, folders:
             f"{os.path.join(dataset.path, place.list)}: its labels divide the images otherwise than the class folders "
             "beside it; move the one that is not meant out of the way"
         )
-
-
-def _named(dataset: Dataset, role: str, tree: Tree, place: _Place) -> dict[str, str | None]:
-    """The images of a list, and their classes; None for a row without one. Raises DataError."""
-    name = os.path.join(dataset.path, place.list)
-    start, end = posixpath.splitext(place.list)
-    if twins := [start + other for other in LISTS if other != end and start + other in tree.files]:
-        raise DataError(f"{name}: {twins[0]} is a list of the same split; move one of the two out of the way")
-    try:
-        blob = (tree.root / place.list).read_bytes()
-        if blob[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise DataError(f"{name}: it is UTF-16; save it as UTF-8")
-        text = blob.decode("utf-8-sig")
-        if place.list.lower().endswith(".jsonl"):
-            rows = [dict(json.loads(line)) for line in text.splitlines() if line.strip()]
-        else:
-            delimiter = max(",;\t", key=text.partition("\n")[0].count)
-            rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True))
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{name}: cannot be read: {error}") from error
-    if not rows:
-        raise DataError(f"{name}: has no rows")
-    image = _column(dataset, role, name, "image", rows[0])
-    label = _column(dataset, role, name, "label", rows[0])
-    files, found = set(tree.files), {}
-    kinds_of: dict[str, type] = {}
-    for row in rows:
-        written, value = str(row.get(image) or ""), row.get(label)
-        inside = written.replace("\\", "/").removeprefix(f"{tree.root}/")
-        starts = (posixpath.dirname(place.list), place.folder)
-        file = next((p for s in starts if (p := posixpath.normpath(posixpath.join(s, inside))) in files), None)
-        if file is None:
-            raise DataError(f"{name}: {written!r} is no file in {dataset.path}")
-        if file in found:
-            raise DataError(f"{name}: {written!r} is named twice")
-        if None in row:
-            raise DataError(f"{name}: the row of {written!r} has more fields than the header")
-        if isinstance(value, bool | float | list | dict):
-            raise DataError(f"{name}: {written!r} has the label {value!r}, which is neither text nor an integer")
-        if kinds_of.setdefault(str(value), type(value)) is not type(value):
-            raise DataError(f"{name}: the label {value} is there as a number and as text; write it in one way")
-        found[file] = None if unlabelled(value) else str(value)
-    return found
-
-
-def _column(dataset: Dataset, role: str, name: str, key: str, known: Iterable[Any]) -> str:
-    """The recipe's, or the only one with a usual name."""
-    wanted = getattr(dataset, key)
-    found = [column for column in known if (column == wanted if wanted else str(column).casefold() in _COLUMNS[key])]
-    if len(found) != 1:
-        columns = ", ".join(map(str, known))
-        names = (wanted,) if wanted else _COLUMNS[key]
-        if blank := [column for column in known if str(column) != (bare := str(column).strip()) and bare in names]:
-            raise DataError(f"{name}: the column {blank[0]!r} has blanks around its name; remove them")
-        say = f"has no column {wanted!r}" if wanted else f"has no single column named {' or '.join(_COLUMNS[key])}"
-        raise DataError(f"{name} {say}; set data.{role}.{key} (columns: {columns})")
-    return found[0]
 
 
 def _lists(tree: Tree, folder: str) -> list[str]:

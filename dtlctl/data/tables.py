@@ -18,7 +18,8 @@ import numpy as np
 from dtlctl.console import stop
 from dtlctl.data.classes import some
 from dtlctl.data.dataset import Dataset, Note, Rows, Split, check_split, unlabelled, where
-from dtlctl.data.files import LISTS, Tree, kinds, suffixes
+from dtlctl.data.files import Tree, kinds, suffixes
+from dtlctl.data.lists import LISTS
 from dtlctl.data.shards import check_shards
 from dtlctl.errors import DataError, DtlError, nearest
 

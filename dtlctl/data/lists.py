@@ -1,0 +1,83 @@
+"""Lists that name the images of a split and their classes: CSV, TSV, JSON lines."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import os
+import posixpath
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dtlctl.data.dataset import Dataset, unlabelled
+from dtlctl.errors import DataError
+
+LISTS = (".csv", ".tsv", ".jsonl")
+_COLUMNS = {"image": ("file_name", "filename", "file", "path", "image"), "label": ("label", "class")}  # of a list
+
+
+class Place(NamedTuple):
+    """Where a split lies: a folder relative to the root, and a list of its images, or "" if there is none."""
+
+    folder: str
+    list: str
+
+
+def read_list(dataset: Dataset, role: str, root: Path, files: Collection[str], place: Place) -> dict[str, str | None]:
+    """The images of a list, and their classes; None for a row without one. Raises DataError."""
+    name = os.path.join(dataset.path, place.list)
+    start, end = posixpath.splitext(place.list)
+    if twins := [start + other for other in LISTS if other != end and start + other in files]:
+        raise DataError(f"{name}: {twins[0]} is a list of the same split; move one of the two out of the way")
+    try:
+        blob = (root / place.list).read_bytes()
+        if blob[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(f"{name}: it is UTF-16; save it as UTF-8")
+        text = blob.decode("utf-8-sig")
+        if place.list.lower().endswith(".jsonl"):
+            rows = [dict(json.loads(line)) for line in text.splitlines() if line.strip()]
+        else:
+            delimiter = max(",;\t", key=text.partition("\n")[0].count)
+            rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True))
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise DataError(f"{name}: cannot be read: {error}") from error
+    if not rows:
+        raise DataError(f"{name}: has no rows")
+    image = _column(dataset, role, name, "image", rows[0])
+    label = _column(dataset, role, name, "label", rows[0])
+    files, found = set(files), {}
+    kinds_of: dict[str, type] = {}
+    for row in rows:
+        written, value = str(row.get(image) or ""), row.get(label)
+        inside = written.replace("\\", "/").removeprefix(f"{root}/")
+        starts = (posixpath.dirname(place.list), place.folder)
+        file = next((p for s in starts if (p := posixpath.normpath(posixpath.join(s, inside))) in files), None)
+        if file is None:
+            raise DataError(f"{name}: {written!r} is no file in {dataset.path}")
+        if file in found:
+            raise DataError(f"{name}: {written!r} is named twice")
+        if None in row:
+            raise DataError(f"{name}: the row of {written!r} has more fields than the header")
+        if isinstance(value, bool | float | list | dict):
+            raise DataError(f"{name}: {written!r} has the label {value!r}, which is neither text nor an integer")
+        if kinds_of.setdefault(str(value), type(value)) is not type(value):
+            raise DataError(f"{name}: the label {value} is there as a number and as text; write it in one way")
+        found[file] = None if unlabelled(value) else str(value)
+    return found
+
+
+def _column(dataset: Dataset, role: str, name: str, key: str, known: Iterable[Any]) -> str:
+    """The recipe's, or the only one with a usual name."""
+    wanted = getattr(dataset, key)
+    found = [column for column in known if (column == wanted if wanted else str(column).casefold() in _COLUMNS[key])]
+    if len(found) != 1:
+        columns = ", ".join(map(str, known))
+        names = (wanted,) if wanted else _COLUMNS[key]
+        if blank := [column for column in known if str(column) != (bare := str(column).strip()) and bare in names]:
+            raise DataError(f"{name}: the column {blank[0]!r} has blanks around its name; remove them")
+        say = f"has no column {wanted!r}" if wanted else f"has no single column named {' or '.join(_COLUMNS[key])}"
+        raise DataError(f"{name} {say}; set data.{role}.{key} (columns: {columns})")
+    return found[0]
