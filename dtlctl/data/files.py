@@ -103,9 +103,9 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
     if here.list and (any(len(parts) == 1 for parts in inner) or len({parts[0] for parts in inner}) < 2):
         named = read_list(dataset, role, tree.root, tree.files, here)
         lists = [splits[other] for other in (dataset.train, dataset.test) if other in splits]
-        found = {other.list: read_list(dataset, role, tree.root, tree.files, other) for other in lists if other.list}
-        known = {file for name, files in found.items() for file in (name, *files)}
-        known |= {here.list, *named}
+        known = {here.list, *named}
+        for other in (one for one in lists if one.list):
+            known |= {other.list, *read_list(dataset, role, tree.root, tree.files, other)}
         unread = [file for file in (*unread, *images) if file not in known]
         images, labels, guessed = list(named), list(named.values()), []
         classes = sorted({label for label in labels if label is not None})
@@ -122,8 +122,7 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
     number: dict[str | None, int] = {None: -1, **{label: index for index, label in enumerate(classes)}}
     notes = []
     if guessed:
-        text = f"{place}: read as images by content alone{kinds(guessed)}"
-        notes.append(Note("by-content", len(guessed), text))
+        notes.append(Note("by-content", len(guessed), f"{place}: read as images by content alone{kinds(guessed)}"))
     if unread:
         notes.append(Note("unread", len(unread), f"{place}: not read{kinds(unread)}"))
 
@@ -137,8 +136,8 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
         return os.path.join(dataset.path, images[row])
 
     numbers = np.array([number[label] for label in labels], np.int64)
-    known = _held(tree, splits, bool(here.list))
-    return Rows(numbers, tuple(classes), lambda rows: [read(row) for row in rows], path, tuple(notes), known)
+    there = _held(tree, splits, bool(here.list))
+    return Rows(numbers, tuple(classes), lambda rows: [read(row) for row in rows], path, tuple(notes), there)
 
 
 def _splits(dataset: Dataset, tree: Tree) -> dict[str, Place]:
