@@ -42,6 +42,10 @@ class Job(Generic[Settings]):
             # Without tuned attackers there is nothing that these keys could have changed.
             for name in ("attackers", "attack_seeds", "held_out", "choose_on"):
                 del settings[name]
+        if not settings.get("cka", True):
+            del settings["cka"]
+        elif self.stage == "audit":  # the others that it is compared with made this one
+            settings["compared"] = (recipe.target_only or recipe.finetune).model_dump(mode="json")
         own_seed = settings.pop("seed", None)
         return {
             "settings": settings,

@@ -182,6 +182,8 @@ class Audit(Algorithm):
     """Budget of the relearning readout, in steps of 64 images; 0 leaves it out."""
     relearn_lr: float = Field(0.02, gt=0, le=100)
     """Learning rate of the relearning readout, constant."""
+    cka: bool = False
+    """Also compare every stage of `TL` and the variants with that of `TL`, `TGT`, `pre` and a new network."""
     models: list[str] | None = Field(None, min_length=1)
     """Whom to attack; without it `pre`, `TL` and all variants. `scratch` and `TGT` never saw the source."""
 

@@ -94,7 +94,16 @@ def tables(audits: Sequence[Audit]) -> list[Table]:
             heading = ""
     lines = [[*own, *_readouts(one.metrics)] for own, one in zip(first, audits, strict=True)]
     columns += ["AUC without the model", "Source head", "Entropy / log K", "Steps to relearn"]
-    return [*found, Table("Control and readouts.", columns, lines, "Control and readouts")] if audits else []
+    found += [Table("Control and readouts.", columns, lines, "Control and readouts")] if audits else []
+    compared = [(own, one.metrics["cka"]) for own, one in zip(first, audits, strict=True) if "cka" in one.metrics]
+    if compared:
+        stages = list(next(iter(compared[0][1].values())))
+        rows = [
+            [*own, other, *(f"{v:.2f}" for v in by.values())] for own, all_ in compared for other, by in all_.items()
+        ]
+        note = "Linear CKA of each stage with the same one of another model, on test images of the source; 1: the same."
+        found.append(Table(note, [*columns[:-4], "Compared with", *stages], rows, "Where the source still is"))
+    return found
 
 
 @matplotlib.rc_context({**STYLE, **SMALL})

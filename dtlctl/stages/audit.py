@@ -78,6 +78,8 @@ def audit(experiment: Experiment, job: Job[Audit]) -> None:
     relearn = partial(readout.relearning, experiment, job.model, settings)
     steps = settings.relearn_steps
     metrics["relearning"] = finished.common(experiment.engine, "relearning", dict[str, Any], relearn) if steps else None
+    if settings.cka and "target" in job.roles:
+        metrics["cka"] = readout.similarity(experiment, job.model)
     if "as-is" in settings.modes:
         found, costs["as-is"] = _attack(experiment, job, model, groups, "as-is", finished)
         metrics.update(found)

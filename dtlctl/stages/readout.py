@@ -1,18 +1,23 @@
-"""Two readouts of forgetting (section 2.3 of the paper): how unsure the source head is, and how fast it relearns.
+"""Readouts of forgetting: how unsure the source head is, how fast it relearns (section 2.3), where the source still is.
 
-Neither is an attack: the owner takes them, with all of his source data. A high entropy may come from a ruined head,
+None is an attack: the owner takes them, with all of his source data. A high entropy may come from a ruined head,
 so the steps that it takes to come back stand beside it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from dtlctl.attacks import features
 from dtlctl.attacks.signals import Observation, entropy
+from dtlctl.attacks.similarity import by_stage
+from dtlctl.data.tensors import evaluation_batches
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.settings import Audit, Training
 from dtlctl.training.finite import check_finite
@@ -71,3 +76,28 @@ def relearning(experiment: Experiment, name: str, settings: Audit) -> dict[str, 
         curve += [[int(row["step"]), row["acc_s"]] for row in history.rows]
     reached = [step for step, value in curve if value >= goal]
     return {"goal": goal, "steps": reached[0] if reached else None, "budget": settings.relearn_steps, "curve": curve}
+
+
+def similarity(experiment: Experiment, name: str) -> dict[str, dict[str, float]]:
+    """Linear CKA of each stage with that of `TL`, `TGT`, `pre` and a new network, by model and stage.
+
+    Of the means of stages' maps and of the embedding, on at most 1,000 test images of the source, the same for all.
+    Raises CheckpointError where one of them has yet to be made.
+    """
+    images = experiment.data.images("source", "test")
+    order = np.random.default_rng(experiment.recipe.stream("audit/cka")).permutation(len(images.labels))
+    rows, device = np.sort(order[:1000]), experiment.engine.device
+
+    def read(model: Classifier) -> dict[str, np.ndarray]:
+        # Whole on every process: shares would have to be put back into order.
+        batches = evaluation_batches(images.pixels, images.labels, rows, device=device)
+        return features.read(model.eval(), (batch.x for batch in batches))
+
+    known, load, own = (
+        experiment.recipe.references,
+        experiment.trainer.load_model,
+        read(experiment.trainer.load_model(name)),
+    )
+    others: dict[str, Callable[[], Classifier]] = {m: partial(load, m) for m in ("TL", "TGT", "pre") if m in known}
+    others["scratch"] = partial(experiment.trainer.new_model, {}, "audit/cka/scratch")
+    return {model: by_stage(own, read(make())) for model, make in others.items() if model != name}

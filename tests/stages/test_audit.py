@@ -226,6 +226,24 @@ def test_who_of_the_targets_images_was_trained_on_is_asked_through_the_target_he
     assert [row[0] for row in table.rows] == ["pre", "TL"] and table.rows[0][1] == "–"
 
 
+def test_cka_shows_the_stages_that_a_variant_kept(recipe_file: Path):
+    """One tiny step from TL changes hardly more than batch statistics; a new network is like it in no stage."""
+    experiment = new_experiment(recipe_file, "audit.cka=true", "dispose.rand.steps=1", "dispose.rand.lr=1e-9")
+    with experiment.results.opened():
+        run(experiment, ("pretrain", "finetune", "dispose", "audit"), only=("pre", "TGT", "TL", "rand"))
+    assert "cka" not in metrics(experiment, "pre") and set(metrics(experiment, "TL")["cka"]) == {
+        "TGT",
+        "pre",
+        "scratch",
+    }
+    found = metrics(experiment, "rand")["cka"]
+    assert list(found["TL"]) == ["stage1", "stage2", "stage3", "embedding"]
+    assert min(found["TL"].values()) > 0.97 > max(found["scratch"].values()) > 0
+    (table,) = [t for t in audit.tables(audit.read([experiment.folder])) if t.heading == "Where the source still is"]
+    assert table.columns == ["Model", "Compared with", "stage1", "stage2", "stage3", "embedding"]
+    assert [row[:2] for row in table.rows[3:]] == [["rand", other] for other in ("TL", "TGT", "pre", "scratch")]
+
+
 def test_splits_that_were_prepared_differently_are_refused(recipe_file: Path, monkeypatch):
     """Test images a third darker than training images: no attack on the model is needed to tell them apart."""
     experiment = pretrained(recipe_file)
