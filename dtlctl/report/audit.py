@@ -106,6 +106,23 @@ def tables(audits: Sequence[Audit]) -> list[Table]:
     return found
 
 
+def conclusion(audits: Sequence[Audit]) -> str:
+    """One sentence: how well the strongest attack on each model tells the source's training images from others."""
+    found: dict[str, list[Row]] = {}
+    for one in audits:
+        modes = [mode for mode in MODES if mode != "as-is" or one.metrics["source_head"] == "trained"]
+        attacks = [attack for mode in modes for attack in _results(one.metrics, mode).values()]
+        found.setdefault(one.model, []).extend(attack for attack in attacks if "auc_low" in attack)
+    best = [(model, max(attacks, key=lambda attack: attack["auc"])) for model, attacks in found.items() if attacks]
+    said = [f"{one['auc']:.3f} [{one['auc_low']:.3f}, {one['auc_high']:.3f}] on {model}" for model, one in best]
+    return (
+        f"Who was a training image of the source: the strongest membership attack has an AUC of {', '.join(said)}; "
+        "0.5 is chance, 1 knows all."
+        if said
+        else ""
+    )
+
+
 @matplotlib.rc_context({**STYLE, **SMALL})
 def figures(audits: Sequence[Audit], colours: Mapping[str, str]) -> dict[str, Drawing]:
     """The ROC curves of the first run, by the figure's name; nothing where there was no audit. colours: by model.

@@ -12,9 +12,8 @@ import jinja2
 from dtlctl.errors import CheckpointError
 from dtlctl.report import audit, figures, tables
 from dtlctl.report.figures import Drawing
-from dtlctl.report.results import Row
-from dtlctl.report.summary import NEVER_SAW_THE_SOURCE
 from dtlctl.report.tables import Table
+from dtlctl.report.verdict import WORDS, percent, points, shared
 from dtlctl.storage import checkpoint
 
 
@@ -25,18 +24,20 @@ def write(
 
     command: what makes it again. before: tables to stand before its own. Raises CheckpointError where that cannot be.
     """
-    audits, recipe, seeds = audit.read(runs), document["recipe"], document["seeds"]
+    audits, recipe, seeds, verdict = audit.read(runs), document["recipe"], document["seeds"], document["verdict"]
     colours = figures.colours_of([*(row["model"] for row in document["rows"]), *(one.model for one in audits)])
     drawings = {**figures.of_table(document), **audit.figures(audits, colours)}
     shown = [*before, *tables.of_report(document)]
     page = {
-        "title": f"What is left to piggyback on: {recipe['name']}",
-        "subtitle": f"Accuracies in %, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. "
-        + ("± and lines: 95 % interval over seeds." if len(seeds) > 1 else "One seed has no interval."),
-        "cards": cards(document["rows"]),
+        "title": f"May it be published? {recipe['name']}",
+        "subtitle": f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}.",
+        "verdict": [text for text in verdict["sentences"] if text not in verdict["caveats"]],
+        "cards": cards(document),
         "attackers": [who(recipe["piggyback"])],
+        "audited": audit.conclusion(audits),
     }
-    publish(document, folder, command, shown, document["caveats"], drawings, page, audit.tables(audits))
+    caveats = [*verdict["caveats"], *document["caveats"]]
+    publish(document, folder, command, shown, caveats, drawings, page, audit.tables(audits))
 
 
 def publish(
@@ -52,9 +53,12 @@ def publish(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         drawn = figures.save(drawings, folder)
-        html = template.render(**page, command=command, caveats=caveats, figures=drawn, tables=[*shown, *audited])
+        html = template.render(
+            **{"verdict": [], "cards": [], "audited": "", **page}, command=command, caveats=caveats, figures=drawn,
+            tables=shown, audits=audited,
+        )  # fmt: skip
         checkpoint.write(folder / "report.html", html.encode())
-        checkpoint.write(folder / "table.md", tables.render(shown, caveats).encode())
+        checkpoint.write(folder / "table.md", tables.render(shown, [*page.get("verdict", []), *caveats]).encode())
         for name, text in (
             ("audit.md", tables.render(audited) if audited else ""),
             ("verdict.json", dump(document["verdict"]) if "verdict" in document else ""),
@@ -89,23 +93,41 @@ def dump(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
-def cards(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """What to see first: TL and every variant, with its accuracy on the target and what is recovered of each dataset.
+def cards(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """What to see first of every model that could be published: what it keeps, and what attackers get from it.
 
-    By the tuned attacker, where there is one, else by the one setting.
+    Beside that what they get from the references, which gives the number its meaning.
     """
-    found = []
-    for row in rows:
-        if row["model"] not in (*NEVER_SAW_THE_SOURCE, "pre") and "acc_t" in row:
-            shares = {
-                name: (share, by)
-                for kind, by in (("recovered", "one setting"), ("recovered_worst", "tuned attacker"))
-                for name, share in row.get(kind, {}).items()
+    found, rows = document["evidence"], {row["model"]: row for row in document["rows"]}
+    shown = []
+    for model, own in found.items():
+        if "acc_t" not in own:
+            continue
+        lines = [f"price {points(own.get('price'))}"] if model not in ("TL", "TGT") else []
+        for name, one in own["attacks"].items():
+            others = {
+                other: found[other]["attacks"] for other in ("TGT", "scratch") if other in found and other != model
             }
-            said = [f"{share['share']:.0%} of {name} ({by})" for name, (share, by) in shares.items() if share]
-            known = f"recovered: {', '.join(said)}" if said and row["model"] != "TL" else ""
-            found.append((row["model"], tables.number(row, "acc_t"), known))
-    return found
+            beside = [
+                f"{other} {each[name]['accuracy']['value']:.1f}" for other, each in others.items() if name in each
+            ]
+            lines.append(f"{name}: attackers get {percent(one['accuracy'])}" + f" ({', '.join(beside)})" * bool(beside))
+            lines += [shared(one)] if one["recovered"] and model != "TL" else []
+        name, _, words = (WORDS.get(model) or f"{model}, {disposal(document, model)}").partition(", ")
+        chosen = model == document["verdict"]["recommended"]
+        shown.append({
+            "name": name, "words": words, "accuracy": tables.number(rows[model], "acc_t"), "chosen": chosen,
+            "lines": lines if own["attacks"] else [*lines, "never attacked"],
+        })  # fmt: skip
+    return sorted(shown, key=lambda card: not card["chosen"])
+
+
+def disposal(document: dict[str, Any], model: str) -> str:
+    """A variant in words."""
+    settings = document["recipe"]["dispose"][model]
+    start = {"fresh": "a new network that learned TL's answers"}.get(settings["init"], "TL, trained on")
+    loss = settings["unlearn"]["kind"]
+    return f"{start}; no unlearning loss" if loss == "none" else f"{start}; {loss}, λ = {settings['lambda']:g}"
 
 
 def who(piggyback: dict[str, Any]) -> str:

@@ -44,7 +44,6 @@ def write(document: dict[str, Any], folder: Path, command: str, name: str, runs:
     page = {
         "title": f"{name}: {', '.join(document['over'])}",
         "subtitle": "",
-        "cards": [],
         "attackers": list(dict.fromkeys(files.who(point["table"]["recipe"]["piggyback"]) for point in found)),
     }
     files.publish(document, folder, command, [_table(found)], _caveats(found), draw(document), page)
@@ -81,11 +80,11 @@ def _table(found: Sequence[Point]) -> Table:
 
 
 def _caveats(found: Sequence[Point]) -> list[str]:
-    """The caveats of the points' tables, each once, with the points that it is of where these are not all."""
+    """The caveats of the points' tables and their verdicts' first sentences, each once, with the points it is of."""
     places: dict[str, list[str]] = {}
     for point in found:
         place = ", ".join(f"{key} = {value}" for key, value in point["values"].items())
-        for sentence in point["table"]["caveats"]:
+        for sentence in (*point["table"]["caveats"], *point["table"]["verdict"]["sentences"][:1]):
             places.setdefault(sentence, []).append(place)
     return [text if len(at) == len(found) else f"At {'; '.join(at)}: {text}" for text, at in places.items()]
 

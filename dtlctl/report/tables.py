@@ -37,7 +37,7 @@ def of_report(document: dict[str, Any]) -> list[Table]:
     """Accuracies in the form of the paper's Table 3, differences in that of Table 1, then tuned attackers."""
     rows = document["rows"]
     sets = piggyback_sets(rows)
-    tables = [Table(accuracies_note(document["seeds"]), *accuracies(rows), "Accuracies, as in Table 3 of the paper")]
+    tables = [Table(accuracies_note(document["seeds"]), *accuracies(rows), "Accuracies")]
     if any(row["model"] == "TL" for row in rows):
         tables.append(_differences(document, sets))
     if any(row.get("piggyback_worst") for row in rows):
@@ -96,7 +96,7 @@ def _differences(document: dict[str, Any], sets: list[str]) -> Table:
     note = "Differences in points (higher Acc_t is better, lower PL is better)."
     if len(document["seeds"]) > 1:
         note += " Taken seed by seed: ± is of the difference."
-    return Table(note, columns, lines, "Against TGT and TL, as in Table 1 of the paper")
+    return Table(note, columns, lines, "Against TGT and TL")
 
 
 def _tuned(document: dict[str, Any]) -> Table:

@@ -114,7 +114,7 @@ def _against(found: dict[str, Evidence], model: str, limits: Publish | None) -> 
         return [f"shown to be better on the target: {', '.join(better)}"] if better else []
     if model == "TL":
         return ["it was not disposed of"] if leaks else ["what it gives away is not shown, nor shown to be nothing"]
-    why = [] if _positive(own["gain"]) else [f"not shown to be better on the target than TGT ({_points(own['gain'])})"]
+    why = [] if _positive(own["gain"]) else [f"not shown to be better on the target than TGT ({points(own['gain'])})"]
     why += [] if leaks else ["no attack shows anything to dispose of"]
     for name in leaks:
         if name not in own["attacks"]:
@@ -123,8 +123,10 @@ def _against(found: dict[str, Evidence], model: str, limits: Publish | None) -> 
             why.append(f"attackers of {name} are not shown to get less than from TL")
         elif limits and limits.recovered is not None and own["attacks"][name]["recovered"]["value"] > limits.recovered:
             why.append(f"more than {limits.recovered:.0%} is recovered on {name}")
+    limited = limits is not None and limits.price is not None
     most = limits.price if limits and limits.price is not None else YARDSTICK
-    return [*why, f"it costs more than {most:g} points"] if own["price"]["value"] > most else why
+    text = f"it costs more than {most:g} points" + ("" if limited else ", the yardstick where [publish] has no price")
+    return [*why, text] if own["price"]["value"] > most else why
 
 
 def _chosen(found: dict[str, Evidence], against: dict[str, list[str]]) -> str | None:
@@ -144,7 +146,7 @@ def _held(found: dict[str, Evidence], model: str, limits: Publish | None) -> lis
     if limits and limits.price is not None:
         figure = {"value": 0.0, "low": 0.0, "high": 0.0} if model == "TL" else own.get("price")
         state, why = _state(figure, limits.price, own.get("images"))
-        held.append((state, f"price of {model}, at most {limits.price:g}: {_points(figure)}: {why}."))
+        held.append((state, f"price of {model}, at most {limits.price:g}: {points(figure)}: {why}."))
     if limits and limits.recovered is not None:
         if model in ("TGT", "scratch"):
             return [*held, ("met", f"from {model}, which never saw the source, nothing can be recovered: met.")]
@@ -153,7 +155,7 @@ def _held(found: dict[str, Evidence], model: str, limits: Publish | None) -> lis
         for name in dict.fromkeys([*leaks, *more]):
             one = own["attacks"].get(name, {})
             state, why = _state(one.get("recovered"), limits.recovered, one.get("images"))
-            held.append((state, f"from {model} on {name}, at most {limits.recovered:.0%}: {_share(one)}: {why}."))
+            held.append((state, f"from {model} on {name}, at most {limits.recovered:.0%}: {shared(one)}: {why}."))
         if not leaks:
             held.append(("not resolved", "no attack shows anything to recover: not resolved."))
     return held
@@ -189,19 +191,17 @@ def _told(found: dict[str, Evidence], model: str, reasons: list[str]) -> str:
     own = found[model]
     parts = [f"{WORDS.get(model, model)}: {own['acc_t']:.1f} % on the target"]
     if model == "TL":
-        parts.append(f"the source brings {_points(own['gain'])} over TGT")
+        parts.append(f"the source brings {points(own['gain'])} over TGT")
     elif model != "TGT":
-        parts.append(f"price {_points(own['price'])}, over TGT {_points(own['gain'])}")
+        parts.append(f"price {points(own['price'])}, over TGT {points(own['gain'])}")
     for name, one in own["attacks"].items():
-        text = f"{name}: attackers get {_percent(one['accuracy'])} ({one['attacker']})"
+        text = f"{name}: attackers get {percent(one['accuracy'])} ({one['attacker']})"
         if model == "TL":
             others = {other: found.get(other, {"attacks": {}})["attacks"].get(name) for other in ("scratch", "TGT")}
-            text += "".join(f", from {other} {_percent(two['accuracy'])}" for other, two in others.items() if two)
+            text += "".join(f", from {other} {percent(two['accuracy'])}" for other, two in others.items() if two)
             text += "" if name in _leaks(found) else ": nothing to dispose of is shown"
         elif model != "TGT":
-            text += f", {_share(one)}" + (
-                f", {_points(one['above']['TGT'])} above TGT" if "TGT" in one["above"] else ""
-            )
+            text += f", {shared(one)}" + (f", {points(one['above']['TGT'])} above TGT" if "TGT" in one["above"] else "")
         parts.append(text)
     return "; ".join(parts) + "." + (f" Against it: {'; '.join(reasons)}." if reasons else "")
 
@@ -233,16 +233,18 @@ def _span(one: Figure, form: str, unit: str) -> str:
     return value + (" (no interval)" if one["low"] is None else f" [{one['low']:{form}}, {one['high']:{form}}]")
 
 
-def _points(one: Figure | None) -> str:
+def points(one: Figure | None) -> str:
+    """Points of accuracy, with their interval."""
     return "not measured" if one is None else _span(one, "+.1f", " points")
 
 
-def _percent(one: Figure) -> str:
+def percent(one: Figure) -> str:
+    """An accuracy, with its interval."""
     return _span(one, ".1f", " %")
 
 
-def _share(attack: dict[str, Any]) -> str:
-    """How much is recovered, in words."""
+def shared(attack: dict[str, Any]) -> str:
+    """How much an attack recovers, with its interval."""
     if not attack:
         return "never attacked"
     return f"{_span(attack['recovered'], '.0%', '')} recovered" if attack["recovered"] else "no share recovered"

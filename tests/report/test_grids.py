@@ -27,7 +27,8 @@ def point(values: dict[str, Any], lam: float, gc: dict[str, Any]) -> dict[str, A
     rows = [*fixed, {"model": "gc", **gc}]
     piggyback = {"choose_on": "own", "attackers": [], "steps": 3, "epochs": None, "lr": 0.05}
     recipe = {"dispose": dispose, "piggyback": piggyback}
-    return {"values": values, "table": {"recipe": recipe, "seeds": [0], "rows": rows, "caveats": []}}
+    return {"values": values, "table": {"recipe": recipe, "seeds": [0], "rows": rows, "caveats": [],
+                                        "verdict": {"sentences": []}}}  # fmt: skip
 
 
 def captured(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:

@@ -166,11 +166,12 @@ def test_a_table_is_shown_as_text_whatever_is_in_it():
     """Nothing in a cell, a sentence or a name becomes markup of the page."""
     evil = "<i>&|x"
     found = tables.Table(evil, [evil, "n"], [[evil, "1"]], evil)
-    page = {"title": evil, "subtitle": evil, "cards": [(evil, evil, evil)], "attackers": [evil]}
+    card = {"name": evil, "words": evil, "accuracy": evil, "lines": [evil], "chosen": False}
+    page = {"title": evil, "subtitle": evil, "cards": [card], "attackers": [evil], "verdict": [evil, evil]}
     text = files.environment().get_template("page.html.j2").render(
-        **page, command=evil, caveats=[evil], figures=[], tables=[found]
+        **page, command=evil, caveats=[evil], figures=[], tables=[found], audits=[found], audited=evil
     )  # fmt: skip
-    assert "<i>" not in text and text.count("&lt;i&gt;&amp;|x") == 13
+    assert "<i>" not in text and text.count("&lt;i&gt;&amp;|x") == 21
 
 
 def test_a_dataset_that_is_named_as_an_interval_keeps_its_number(recipe_file: Path):
@@ -345,17 +346,32 @@ def test_a_model_has_one_colour_in_every_figure():
     assert [line.get_color() for line in figure.axes[0].lines[:2]] == ["#000002", "#000001"]
 
 
-def test_a_card_tells_what_is_recovered_of_every_dataset():
-    """By the tuned attacker where there is one, by the one setting elsewhere."""
-    shares = {"recovered": {"letters": {"share": 0.5}, "greek": {"share": 0.9}},
-              "recovered_worst": {"letters": {"share": 0.6}}}  # fmt: skip
-    assert files.cards([{"model": "gc", "acc_t": 1.0, "piggyback": {}, **shares}]) == [
-        ("gc", "1.0", "recovered: 60% of letters (tuned attacker), 90% of greek (one setting)")
-    ]
-    shares["recovered_worst"]["letters"] = None  # where he gets nothing from TL either
-    assert files.cards([{"model": "gc", "acc_t": 1.0, "piggyback": {}, **shares}]) == [
-        ("gc", "1.0", "recovered: 90% of greek (one setting)")
-    ]
+def test_a_card_has_the_references_beside_every_number(recipe_file: Path):
+    """Tuned, 10 from scratch, 70 from TL, 25 from gc: a quarter is recovered; rand was never attacked."""
+    run = fake_run(recipe_file, "cards", 0, 70.0, *TUNED)
+    for model, worst in {"scratch": 10.0, "TL": 70.0, "gc": 25.0}.items():
+        attack(run, model, worst - 1, worst, images=1000)
+    table = summary.summarise([run])
+    found = {card["name"]: card for card in files.cards(table)}
+    assert list(found) == ["TGT", "TL", "gc", "rand"]
+    said = {name: " ".join(card["lines"]) for name, card in found.items()}
+    assert "25.0 %" in said["gc"] and "scratch 10.0" in said["gc"] and "25% [" in said["gc"]
+    assert "70.0 %" in said["TL"] and "recovered" not in said["TL"] + said["TGT"]
+    assert "never attacked" in said["rand"] and "random-labels" in found["rand"]["words"]
+    assert not any(card["chosen"] for card in found.values())
+    text = html(table, run / "report")
+    assert text.index(table["verdict"]["sentences"][0]) < text.index("<svg")
+    assert re.search(r"<details><summary>[^<]*0\.750", text) is None  # no interval, no conclusion
+
+
+def test_an_audit_is_folded_away_under_one_sentence_with_its_interval():
+    """Of each model the strongest attack by AUC; through a head that nothing trained it is not one."""
+    row = {"balanced_accuracy_std": 0.0, "auc_low": 0.5, "auc_high": 0.75}
+    strong = {"loss": {**row, "auc": 0.6}, "grad-x": {**row, "auc": 0.7}, "source_head": "trained"}
+    weak = {**strong, "source_head": "never trained", "reprobe": {"loss": {**row, "auc": 0.55}}}
+    said = audit.conclusion([audit.Audit("", "TL", strong), audit.Audit("", "gc", weak)])
+    assert "0.700 [0.500, 0.750] on TL" in said and "0.550 [0.500, 0.750] on gc" in said
+    assert audit.conclusion([]) == ""
 
 
 SEEDS = ([40.0, 30.0, 35.0], [10.0, 10.0, 10.0], [70.0, 80.0, 90.0])
@@ -363,7 +379,10 @@ SEEDS = ([40.0, 30.0, 35.0], [10.0, 10.0, 10.0], [70.0, 80.0, 90.0])
 TUNED = ('piggyback.attackers=[{kind="full"}]',)
 
 
-def attack(folder: Path, model: str, single: float, worst: float, who: tuple[str, str | None] = ("full", None)) -> None:
+def attack(
+    folder: Path, model: str, single: float, worst: float, who: tuple[str, str | None] = ("full", None), images: int = 0
+) -> None:
+    """images: how many judge it, where that matters."""
     path = folder / f"piggyback/{model}/again.json"
     document = json.loads(path.read_text())
     document["metrics"] = {"acc_pl": single, "acc_pl_worst": worst, "acc_pl_max": worst + 5}
@@ -373,6 +392,8 @@ def attack(folder: Path, model: str, single: float, worst: float, who: tuple[str
         {"step": 20, "acc_pl": single / 2},
         {"step": 30, "acc_pl": single},
     ]
+    if images:
+        document["data"] = {"piggyback.again": {"test_images": images}}
     path.write_text(json.dumps(document))
 
 
@@ -574,7 +595,7 @@ def test_nothing_is_recovered_from_who_never_saw_the_source(recipe_file: Path):
     assert {line[0]: line[-2] for line in tables.of_report(table)[-1].rows} == {
         "scratch": "–", "TGT": "–", "pre": "110%", "TL": "100%", "gc": "25%", "rand": "–"
     }  # fmt: skip
-    assert [card[0] for card in files.cards(table["rows"])] == ["TL", "gc", "rand"]
+    assert not [card for card in files.cards(table) if card["name"] == "TGT" and "recovered" in " ".join(card["lines"])]
     assert "48%" not in html(table, run / "report") + files.dump(table)
 
 
