@@ -54,7 +54,7 @@ def init(
     if which is not None and which not in known:
         raise RecipeError(f"init: no shipped recipe {which!r}{suggest(which, known)}")
     if which:
-        print(known[which], end="")
+        print(f"#:schema ./dtlctl.schema.json\n{known[which]}", end="")  # Taplo's and Tombi's word for it
         return
     for title, text in known.items():
         print(f"{title:<18}{text.partition(chr(10))[0].lstrip('# ')}")

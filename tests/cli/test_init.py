@@ -32,7 +32,7 @@ def test_shipped_recipes_are_listed_and_printed(call):
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()] == [path.stem for path in RECIPES]
     code, out, err = call("init", "quickstart")
-    assert (code, out, err) == (0, PARTS["quickstart"], "")
+    assert (code, out, err) == (0, "#:schema ./dtlctl.schema.json\n" + PARTS["quickstart"], "")
 
 
 @pytest.mark.parametrize("arguments", [(), ("quickstart", "--list"), ("quikstart",)])

@@ -134,6 +134,13 @@ def test_images_are_not_blown_up(clock, tmp_path: Path, size: tuple[int, int], a
     assert written(tmp_path, None, None, asked).model.image_size == found
 
 
+def test_a_gpu_gets_a_larger_network_and_the_stem_for_its_images():
+    assert [*starter._networks(500, None, True, None)] == [("resnet18", "imagenet", 224)]
+    assert [*starter._networks(40, None, True, None)] == [("resnet18", "small", 32)]
+    slower = [*starter._networks(500, None, False, None)]
+    assert slower == [("resnet20", "small", 64), ("resnet8", "small", 64), ("resnet8", "small", 32)]
+
+
 def test_an_attackers_images_are_a_dataset_of_their_own(clock, tmp_path: Path):
     images(tmp_path / "s", 2, 4, 1)
     images(tmp_path / "t", 2, 4, 1)
