@@ -23,6 +23,9 @@ _KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet15
 # Families that pad every convolution: an image of one pixel would do.
 _ANY_SIZE = ("resnet", "resnext", "wide_resnet", "regnet")
 
+TIMM = "timm:"
+"""Before the names of timm's networks."""
+
 # ImageNet statistics: what every torchvision classifier expects.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -131,7 +134,7 @@ def build(
 ) -> Classifier:
     """A freshly initialised classifier.
 
-    `arch`: a torchvision classifier's name, `resnet10`, or a CIFAR ResNet (`resnet8`, `resnet20`, ...).
+    `arch`: a torchvision classifier's name, `resnet10`, a CIFAR ResNet (`resnet8`, `resnet20`, ...), or `timm:NAME`.
     `stem`: "imagenet" is torchvision's own first layers; "small" is a 3x3 stride-1 convolution without max-pool, for
     32-pixel images (ResNets only). `width`: channels of a CIFAR ResNet's first stage (He et al.: 16). `mean`, `std`:
     [3], by which it normalises images.
@@ -147,8 +150,8 @@ def build(
 @lru_cache(maxsize=8)
 def outline(arch: str, stem: str, width: int | None, image_size: int) -> Classifier:
     """The network that `build` would make, without heads, to be looked at: it holds no numbers and draws none."""
-    # RegNet computes with tensors while it is built, which the meta device cannot.
-    device = "cpu" if arch.startswith("regnet") else "meta"
+    # RegNet and timm's compute with tensors while they are built, which the meta device cannot.
+    device = "cpu" if arch.startswith(("regnet", TIMM)) else "meta"
     with torch.random.fork_rng(devices=[]), torch.device(device):
         return _assemble(arch, {}, stem, width, image_size).eval()
 
@@ -157,8 +160,11 @@ def _assemble(arch: str, heads: dict[str, int], stem: str, width: int | None, im
     if arch in DEPTHS:
         width = width or 16
         return Classifier(CifarResNet(DEPTHS[arch], width), 4 * width, heads)
-    backbone = _torchvision(arch, image_size)
-    features, readout = _behead(backbone)
+    if arch.startswith(TIMM):
+        backbone, features, readout = _timm(arch, image_size)
+    else:
+        backbone = _torchvision(arch, image_size)
+        features, readout = _behead(backbone)
     if stem == "small":
         _shrink_stem(backbone, arch)
     if image_size <= (16 if stem == "small" else 64):  # a network halves the sides 3 times, or 5: to 2 or less
@@ -168,10 +174,12 @@ def _assemble(arch: str, heads: dict[str, int], stem: str, width: int | None, im
 
 def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None:
     """Raise ValueError, with the nearest valid name, unless `build` can make this model."""
-    if arch not in _KNOWN and arch not in (names := architectures()):
+    if arch.startswith(TIMM):
+        _check_timm(arch)
+    elif arch not in _KNOWN and arch not in (names := architectures()):
         raise ValueError(
             f"unknown architecture {arch!r}{nearest(arch, names)}"
-            " (any torchvision classifier, resnet10, or a CIFAR ResNet: resnet8, resnet20, resnet32, ...)"
+            " (any torchvision classifier, resnet10, a CIFAR ResNet: resnet8, resnet20, resnet32, ..., or timm:NAME)"
         )
     if width is not None and arch not in DEPTHS:
         raise ValueError(f"width belongs to the CIFAR ResNets (resnet8, resnet20, ...), not to {arch}")
@@ -183,8 +191,12 @@ def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None
         raise ValueError(f'{arch} is a CIFAR ResNet and has only stem = "small"')
     if not arch.startswith(_ANY_SIZE):
         try:
-            outline(arch, stem, width, image_size).embed(torch.empty(1, 3, image_size, image_size, device="meta"))
-        except RuntimeError:
+            like = outline(arch, stem, width, image_size)
+            found = like.embed(torch.zeros(1, 3, image_size, image_size, device=next(like.parameters()).device))
+            patch = getattr(getattr(like.backbone, "patch_embed", None), "patch_size", ())  # timm cuts the rest off
+            if found.shape != (1, like.features) or any(image_size % side for side in patch):
+                raise RuntimeError
+        except (AssertionError, RuntimeError):
             raise ValueError(
                 f"{arch} cannot take images of {image_size} pixels; set image_size, 224 for example"
             ) from None
@@ -209,6 +221,38 @@ def _torchvision(arch: str, image_size: int) -> nn.Module:
     # Only vision transformers are built for one image size.
     size = {"image_size": image_size} if arch.startswith("vit_") else {}
     return torchvision.models.get_model(arch, weights=None, **size)
+
+
+def _timm(arch: str, image_size: int) -> tuple[nn.Module, int, str]:
+    """A backbone of timm, the width of its features, and what timm calls its last linear layer."""
+    import timm
+
+    options = timm_options(arch, image_size)
+    backbone: Any = timm.create_model(arch.removeprefix(TIMM), pretrained=False, num_classes=0, **options)
+    width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+    return backbone, int(width), backbone.default_cfg["classifier"]
+
+
+def timm_options(arch: str, image_size: int) -> dict[str, int]:
+    """What timm has to be told besides the name: the image's size, where a network is built for one."""
+    import timm
+
+    told = timm.get_pretrained_cfg(arch.removeprefix(TIMM))
+    return {"img_size": image_size} if told and told.fixed_input_size else {}
+
+
+def _check_timm(arch: str) -> None:
+    """Raise ValueError where timm is not there, or has no such network with one linear layer at its end."""
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f"{arch} needs the package timm: pip install 'dtlctl[timm]'") from None
+    name = arch.removeprefix(TIMM)
+    if not timm.is_model(name):  # neither a name of the hub, which would be fetched
+        raise ValueError(f"timm has no network {name!r}{nearest(name, timm.list_models())}")
+    told = timm.get_pretrained_cfg(name)
+    if not told or not isinstance(told.classifier, str):
+        raise ValueError(f"{arch} has more than one linear layer at its end, or none that is known")
 
 
 def _behead(backbone: nn.Module) -> tuple[int, str]:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from dtlctl.model.cifar import CifarResNet
 
-# Where torchvision's classifiers keep their blocks, by path: the children of these are taken one by one.
-_CONTAINERS = {"features", "layers", "blocks", "trunk_output", "encoder", "encoder.layers", "classifier"}
+# Where torchvision's and timm's classifiers keep their blocks, by path: the children of these are taken one by one.
+_CONTAINERS = {"features", "layers", "blocks", "trunk_output", "encoder", "encoder.layers", "classifier", "stages"}
 # Paths of which a backbone has one, if its modules are registered in forward order and can be told apart like this.
-_LANDMARKS = ("features", "layers", "blocks", "trunk_output", "encoder.layers", "layer4", "stage4")
+_LANDMARKS = ("features", "layers", "blocks", "trunk_output", "encoder.layers", "layer4", "stage4", "stages")
 LEAST_LAST = 0.01
 """Share of the weights that a last stage has at least: a smaller end of the network belongs to the block before it."""
 
@@ -32,7 +32,7 @@ class Stage(NamedTuple):
 
 
 def stages(backbone: nn.Module) -> list[Stage]:
-    """The stages of a torchvision classifier's or CIFAR ResNet's backbone, first stage first; empty for others.
+    """The stages of a torchvision or timm classifier's or CIFAR ResNet's backbone, first stage first; empty for others.
 
     A stage is a block with a weight matrix or convolution, with the normalisations behind it. The first such block is
     the stem and in no stage, and so are parameters without a module (the tokens and positions of a transformer).
@@ -49,7 +49,7 @@ def stages(backbone: nn.Module) -> list[Stage]:
         if any(p.dim() > 1 for p in block.parameters()):
             found.append(Stage(path, [block], block, share))
         elif share and found:
-            pooled = path.startswith("classifier")
+            pooled = path.startswith(("classifier", "head"))
             found[-1] = _joined(found[-1], Stage(path, [block], found[-1].output if pooled else block, share))
     while len(found) > 2 and found[-1].share < LEAST_LAST:
         last = found.pop()

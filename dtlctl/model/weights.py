@@ -154,7 +154,7 @@ def _compared(said: dict[str, Any], network: dict[str, Any]) -> list[str]:
 
 
 def _from_file(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and the header that `dtlctl export` writes, if there is one."""
+    """Tensors by name, and what `dtlctl export` or timm says of them, if anything."""
     from safetensors import SafetensorError, safe_open
 
     path = _file(weights)
@@ -162,11 +162,25 @@ def _from_file(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             said = json.loads((file.metadata() or {}).get("dtlctl", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        config = path.with_name("config.json")
+        if not said and os.path.isdir(weights) and config.is_file():
+            said = _of_timm(json.loads(config.read_text(encoding="utf-8")))
         if not isinstance(said, dict):
             raise ValueError("its header is not one of ours")
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{weights}: not a safetensors file that can be read ({_line(error)})") from None
     return tensors, said
+
+
+def _of_timm(config: dict[str, Any]) -> dict[str, Any]:
+    """What timm's config.json, in a folder from the hub, says of classes and preprocessing."""
+    told = config.get("pretrained_cfg", {})
+    said = {name: told[name] for name in ("mean", "std") if name in told}
+    if names := config.get("label_names"):
+        said["classes"] = names
+    if size := told.get("input_size"):
+        said["resize"] = f"{size[-1]} pixels (crop_pct {told.get('crop_pct')}, {told.get('interpolation')})"
+    return said
 
 
 def _file(weights: str) -> Path:

@@ -35,7 +35,7 @@ class Model(Strict):
     """The one network of all stages. Its weights start from random numbers, unless a stage names `weights`."""
 
     arch: str = "resnet18"
-    """A classifier of torchvision, `resnet10`, or a CIFAR ResNet: `resnet8`, `20`, `32`, `44`, `56` or `110`."""
+    """A classifier of torchvision, `resnet10`, a CIFAR ResNet (`resnet8`, `20`, `32`, ... `110`), `timm:NAME`."""
     stem: Literal["small", "imagenet"] = "small"
     """`small`: a 3×3 stride-1 convolution, no max-pool, ResNets only. `imagenet`: torchvision's own first layers."""
     width: int | None = Field(None, ge=4, le=1024)

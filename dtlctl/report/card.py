@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from dtlctl.errors import CheckpointError, RecipeError, suggest
-from dtlctl.model.networks import precision
+from dtlctl.model.networks import TIMM, precision, timm_options
 from dtlctl.report import files as pages
 from dtlctl.report.intervals import accuracy
 from dtlctl.report.results import recipe_of, results_of
@@ -34,6 +34,9 @@ picture = ImageOps.fit(picture, (config["size"], config["size"]), Image.Resampli
 x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
 x = (x - torch.tensor(config["mean"]).view(3, 1, 1)) / torch.tensor(config["std"]).view(3, 1, 1)
 print(json.load(open("config.json"))["classes"][model(x).argmax()])"""
+LOADING = (
+    "from safetensors.torch import load_file", f'model.load_state_dict(load_file("{WEIGHTS}"))', "model.eval()"
+)  # fmt: skip
 UNMEASURED = (
     "Attackers with other data, more of it, or other methods than those above.",
     "Anything but accuracy on the target's test split: calibration, robustness, fairness.",
@@ -129,7 +132,7 @@ def _card(
                                   task_type="image-classification", dataset_type="piggyback"))  # fmt: skip
     data = ModelCardData(
         model_name=f"{recipe.name}-{model}",
-        library_name="torchvision" if code else "dtlctl",
+        library_name="timm" if described["arch"].startswith(TIMM) else "torchvision" if code else "dtlctl",
         pipeline_tag="image-classification",
         tags=["disposable-transfer-learning"],
         eval_results=results,
@@ -190,21 +193,25 @@ def _shown(value: float, low: float | None, high: float | None) -> str:
 
 
 def _code(described: dict[str, Any]) -> str:
-    """How plain torchvision loads it; nothing where it cannot."""
+    """How plain torchvision or timm loads it; nothing where neither can."""
     arch, count = described["arch"], len(described["classes"])
     if described["width"] or (arch.startswith("resnet") and arch[6:] not in ("10", "18", "34", "50", "101", "152")):
         return ""
+    if arch.startswith(TIMM):
+        options = "".join(f", {name}={value}" for name, value in timm_options(arch, described["image_size"]).items())
+        made = f'timm.create_model("{arch.removeprefix(TIMM)}", num_classes={count}{options})'
+        return "\n".join(["import timm, torch", LOADING[0], f"model = {made}", *LOADING[1:]])
     size = f", image_size={described['image_size']}" if arch.startswith("vit_") else ""
     made = f'torchvision.models.get_model("{arch}", num_classes={count}{size})'
     if arch == "resnet10":
         made = f"torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes={count})"
-    lines = ["import torch, torchvision", "from safetensors.torch import load_file", f"model = {made}"]
+    lines = ["import torch, torchvision", LOADING[0], f"model = {made}"]
     if described["stem"] == "small":
         lines += [
             "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)",
             "model.maxpool = torch.nn.Identity()",
         ]
-    return "\n".join([*lines, f'model.load_state_dict(load_file("{WEIGHTS}"))', "model.eval()"])
+    return "\n".join([*lines, *LOADING[1:]])
 
 
 def _lineage(experiment: Experiment, sidecars: dict[str, Any], model: str, hashes: dict[str, str]) -> dict[str, str]:
