@@ -193,8 +193,9 @@ def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None
         try:
             like = outline(arch, stem, width, image_size)
             found = like.embed(torch.zeros(1, 3, image_size, image_size, device=next(like.parameters()).device))
-            patch = getattr(getattr(like.backbone, "patch_embed", None), "patch_size", ())  # timm cuts the rest off
-            if found.shape != (1, like.features) or any(image_size % side for side in patch):
+            patches: Any = getattr(like.backbone, "patch_embed", None)
+            sides = getattr(patches, "patch_size", None) or ()  # of what is no multiple timm cuts the rest off
+            if found.shape != (1, like.features) or any(image_size % side for side in sides):
                 raise RuntimeError
         except (AssertionError, RuntimeError):
             raise ValueError(
