@@ -18,7 +18,7 @@ from PIL import Image
 from dtlctl.console.machine import busy, cores
 from dtlctl.data import files, sources, subset
 from dtlctl.data.dataset import Dataset, Rows, Split, kind_of
-from dtlctl.errors import CheckpointError, DataError, NoSplit, RecipeError
+from dtlctl.errors import CheckpointError, DataError, NoSplit, RecipeError, one_line
 from dtlctl.model import networks
 from dtlctl.model.weights import read
 from dtlctl.recipe.loading import validated
@@ -118,7 +118,7 @@ def look(path: str, role: str) -> Seen:
     notes = [note.text for rows in found.values() for note in rows.notes]
     keys = dataset.model_dump(include={"path", "train", "test"}, exclude_defaults=True)
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
-    return Seen(counts, sides[len(sides) // 2], "\n# ".join([said, *notes]), "\n".join(lines))
+    return Seen(counts, sides[len(sides) // 2], "\n# ".join(map(one_line, [said, *notes])), "\n".join(lines))
 
 
 def _opened(dataset: Dataset, split: Split, role: str, scratch: Path) -> tuple[Dataset, Rows]:
@@ -179,9 +179,9 @@ def _render(told: dict[str, Any]) -> str:
     text = jinja2.Environment(loader=here, **options).get_template("starter.toml.j2").render(told)
     aligned = re.sub(r"^((?!path)[^#\n]+)  # ", lambda found: f"{found[1]:<39} # ", text, flags=re.MULTILINE)
     try:
-        validated(tomllib.loads(aligned), "init")
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"init: a name or path cannot be written as TOML: {error}") from None
+        validated(tomllib.loads(aligned.encode().decode()), "init")
+    except ValueError as error:  # bytes that are no text, or a control character
+        raise RecipeError(f"init: a name or path cannot be written as TOML: {one_line(error)}") from None
     return aligned + "\n"
 
 

@@ -152,6 +152,22 @@ def test_an_attackers_images_are_a_dataset_of_their_own(clock, tmp_path: Path):
         written(tmp_path, None, None, None, "a/b")
 
 
+def test_a_file_name_cannot_write_into_the_recipe(clock, tmp_path: Path):
+    """What the data room says quotes file names, and it stands in comments."""
+    images(tmp_path / "s", 2, 4, 1)
+    (tmp_path / "s/train/class0/x\nseed = 7\n#.txt").write_text("x")
+    images(tmp_path / "t", 2, 4, 1)
+    assert written(tmp_path).seed == 0
+    assert "seed = 7" in (tmp_path / "recipe.toml").read_text()
+    for name in ('a "b" # c', "\N{GRINNING FACE} 'q'  # x"):
+        images(tmp_path / name, 2, 4, 1)
+        assert written(tmp_path, str(tmp_path / name)).data.piggyback["attacker"].path == str(tmp_path / name)
+    for name in ("a\x7fb", "a\udce9b"):  # a control character, a byte that is no UTF-8
+        images(tmp_path / name, 2, 4, 1)
+        with pytest.raises(RecipeError, match="cannot be written as TOML"):
+            written(tmp_path, str(tmp_path / name))
+
+
 def test_what_is_no_dataset_is_told_as_a_run_would(clock, tmp_path: Path):
     images(tmp_path / "s", 2, 4, 1)
     with pytest.raises(DataError, match=r"data\.target\.path: .* does not exist"):
