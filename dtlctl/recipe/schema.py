@@ -152,8 +152,8 @@ class Recipe(Strict):
     def _weights(self) -> Recipe:
         if self.finetune.weights and self.pretrain.weights:
             raise ValueError("pretrain.weights: TL is finetune.weights, and needs no pre; leave one of them out")
-        if self.pretrain.weights and "rmia" in self.audit.attacks and not (self.pretrain.epochs or self.pretrain.steps):
-            raise ValueError("pretrain: rmia trains its references as this table says; give epochs beside weights")
+        if self.pretrain.weights and self.audit.references and not (self.pretrain.epochs or self.pretrain.steps):
+            raise ValueError("pretrain: audit.references are trained as this table says; give epochs beside weights")
         return self
 
     @property

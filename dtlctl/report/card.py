@@ -161,7 +161,6 @@ def _card(
         code=code,
         preprocessing=PICTURE,
         lineage=_lineage(experiment, sidecars, model, hashes),
-        notes=[note["text"] for one in sidecars.values() for note in one["notes"].get("weights", [])],
         gaps=[*gaps, *UNMEASURED],
     )
 
@@ -221,6 +220,11 @@ def _lineage(experiment: Experiment, sidecars: dict[str, Any], model: str, hashe
     found = {f"SHA-256 of {name}": digest for name, digest in zip((WEIGHTS, CONFIG), hashes.values(), strict=True)}
     found |= {"SHA-256 of the recipe, every setting": _hash(recipe), "key of the result": own["key"]}
     found |= {f"SHA-256 of the weights of {parent}": digest for parent, digest in own["parent"].items()}
+    for adopted, one in sidecars.items():
+        if "weights" in one and adopted in (model, "TL", "pre"):
+            found[f"weights from outside that {adopted} is"] = (
+                one["weights"].get("sha256") or one["weights"]["torchvision"]
+            )
     for role, one in own["data"].items():
         found |= {f"images of the {role}, {split}": one[split] for split in ("train", "test")}
     return found

@@ -30,11 +30,14 @@ def adopt(experiment: Experiment, job: Job[Any]) -> None:
     started, where = time.perf_counter(), job.weights or ""
     network = experiment.recipe.model.model_dump(exclude={"channels_last"})
     read = lambda: weights.read(where, network, getattr(job.settings, "classes", None))  # noqa: E731
-    experiment.processes.by_main(read)  # one process downloads what all read
+    if where.startswith(weights.REGISTRY):
+        experiment.processes.by_main(read)  # one process downloads what all read
     given = read()
     model = experiment.trainer.new_model({}, "load")
     weights.fill(model, given)
     said, metrics = list(given.notes), dict[str, Any]()
+    if roles := " and ".join(f"data.{role}" for role in job.roles):
+        said.append(f"taken as trained on the train split of {roles}, and not on the test split: audits rest on that")
     for head in HEADS.get(job.model, ()):
         try:
             said.append(_head(experiment, job, model, given, head))

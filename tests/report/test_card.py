@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -173,6 +174,11 @@ def test_an_exported_folder_is_adopted(experiment: Experiment, recipe_file: Path
     made, before = (json.loads((e.folder / "finetune/model.json").read_text()) for e in (again, experiment))
     assert made["metrics"]["acc_t"] == before["metrics"]["acc_t"]
     assert any("matched by name" in note["text"] for note in made["notes"]["weights"])
+    sha = hashlib.sha256((tmp_path / "release/model.safetensors").read_bytes()).hexdigest()
+    assert made["weights"] == {"sha256": sha}
+    with again.results.opened():
+        text = card.folder(again, "TL", summarise([again.folder]))["README.md"].decode()
+    assert f"weights from outside that TL is: `{sha}`" in text and "matched by name" not in text
     shutil.rmtree(tmp_path / "release")
     with pytest.raises(CheckpointError, match="does not exist"):
         Experiment(again.recipe, tmp_path / "again", quiet=True)
