@@ -7,7 +7,9 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from dtlctl.cli.options import RUNS, Force, Json, Only, Out, Overrides, Quiet, RecipeFile, is_main, say, words
 from dtlctl.console import stop
@@ -75,12 +77,19 @@ def stage(name: Stage) -> Callable[..., None]:
     return command
 
 
-def check(recipe: RecipeFile, overrides: Overrides = None, out: Out = RUNS, as_json: Json = False) -> None:
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = RUNS,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode what a run would, to know all of it.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
     """Validate the recipe and show its plan: stages, steps, data, what is cached. Nothing is trained or fetched."""
     from dtlctl.recipe.loading import load
     from dtlctl.stages import preview
 
-    document = preview.plan(load(recipe, overrides), out, str(recipe))
+    document = preview.plan(load(recipe, overrides), out, str(recipe), decode=decode, quiet=quiet or not decode)
     print(json.dumps(document, indent=1, ensure_ascii=False) if as_json else preview.text(document))
 
 

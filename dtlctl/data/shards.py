@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -12,21 +12,44 @@ from typing import Any
 from dtlctl.errors import DataError
 
 
+def read_features(file: str) -> Mapping[str, Any]:
+    """The columns of a file, as the library describes them."""
+    from datasets import Features
+    from pyarrow import parquet
+
+    if file.lower().endswith(".parquet"):
+        return Features.from_arrow_schema(parquet.read_schema(file))
+    return Features.from_arrow_schema(_mapped(file).schema)
+
+
+def read_column(files: Sequence[str], column: str) -> Any:
+    """An arrow table of one column of these files."""
+    import pyarrow
+    from pyarrow import parquet
+
+    parts = [
+        parquet.ParquetFile(file).read(columns=[column])
+        if file.lower().endswith(".parquet")
+        else _mapped(file).read_all().select([column])
+        for file in files
+    ]
+    return pyarrow.concat_tables(parts)
+
+
+def _mapped(file: str) -> Any:
+    import pyarrow
+
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(file))
+
+
 def check_shards(role: str, files: Sequence[str]) -> None:
     """Raise DataError unless all files of a split name their classes alike: the library takes the first one's names."""
-    import pyarrow
-    from datasets import ClassLabel, Features
-    from pyarrow import parquet
+    from datasets import ClassLabel
 
     first = None
     for file in files:
         try:
-            if file.lower().endswith(".parquet"):
-                schema = parquet.read_schema(file)
-            else:
-                with pyarrow.memory_map(file) as source:
-                    schema = pyarrow.ipc.open_stream(source).schema
-            names = {c: f.names for c, f in Features.from_arrow_schema(schema).items() if isinstance(f, ClassLabel)}
+            names = {c: f.names for c, f in read_features(file).items() if isinstance(f, ClassLabel)}
         except Exception as error:  # pyarrow raises OSError, ValueError and its own
             reason = " ".join(str(error).split())[:300]
             raise DataError(f"data.{role}.path: {file} could not be loaded: {reason}") from error
@@ -50,7 +73,7 @@ def files_in(table: Path, image: str | None, changed: int) -> tuple[str, ...]:
     found: set[str] = set()
     with suppress(OSError, pyarrow.ArrowException):  # told when it is opened
         packed = table.suffix.lower() == ".parquet"
-        whole = None if packed else pyarrow.ipc.open_stream(pyarrow.memory_map(str(table))).read_all()
+        whole = None if packed else _mapped(str(table)).read_all()
         for field in whole.schema if whole else parquet.read_schema(table):
             cells = pyarrow.types.is_struct(field.type) and {"bytes", "path"} <= {part.name for part in field.type}
             if not cells and (field.name != image or str(field.type) not in ("string", "large_string")):

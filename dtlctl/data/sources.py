@@ -19,10 +19,11 @@ from dtlctl.data.shards import files_in
 from dtlctl.errors import DataError
 
 
-def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Path, seed: int = 0) -> Rows:
+def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Path | None, seed: int = 0) -> Rows:
     """Open a split. `role` is the name of the dataset's table under `[data]`; `scratch` is an existing folder that
-    has to live as long as the rows do. The classes are those of the train split, and the test split's labels are
-    matched to them by name. `seed` draws what `test` holds out, where it is a share. Raises DataError.
+    has to live as long as the rows do; without it no image of a table can be read. The classes are those of the train
+    split, and the test split's labels are matched to them by name. `seed` draws what `test` holds out, where it is a
+    share. Raises DataError.
     """
     share = dataset.test
     if isinstance(share, str):
@@ -44,7 +45,7 @@ def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Pa
     )
 
 
-def _named(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Path) -> Rows:
+def _named(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Path | None) -> Rows:
     """A split that the dataset has by name."""
     kind = kind_of(dataset.path)
     if kind == "builtin":
@@ -72,13 +73,11 @@ def _named(dataset: Dataset, split: Split, image_size: int, role: str, scratch: 
     return align(own, train, where(dataset, split), dataset.train)
 
 
-def by_names(dataset: Dataset, split: Split, role: str) -> Rows | None:
-    """As `rows` of a local folder of images, which are known by the names of its files alone; None of anything else."""
-    if kind_of(dataset.path) != "local" or not (root := _local(dataset, role)).is_dir():
+def listed(dataset: Dataset, split: Split, role: str) -> Rows | None:
+    """As `rows` of local data, of which names of files and columns of labels are read and no image is; else None."""
+    if kind_of(dataset.path) != "local":
         return None
-    if any(file.lower().endswith(tables.SUFFIXES) for file in files.walk(root, role).files):
-        return None
-    return rows(dataset, split, 0, role, root)
+    return rows(dataset, split, 0, role, None)
 
 
 def identity(dataset: Dataset, role: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from dtlctl.data.classes import some
 from dtlctl.data.dataset import Dataset, Note, Rows, Split, check_split, unlabelled, where
 from dtlctl.data.files import Tree, kinds, suffixes
 from dtlctl.data.lists import LISTS
-from dtlctl.data.shards import check_shards
+from dtlctl.data.shards import check_shards, read_column, read_features
 from dtlctl.errors import DataError, DtlError, nearest
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -37,21 +38,28 @@ class Source(NamedTuple):
     others: tuple[str, ...] = ()  # files and folders of tables or images that belong to no split of the recipe
 
 
+class Labels(NamedTuple):
+    """What stands for a table of which no image is wanted: its features, and an arrow table of its labels alone."""
+
+    features: Mapping[str, Any]
+    data: Any
+
+
 def from_hub(dataset: Dataset, role: str) -> Source:
     """Raises DataError, as all here do."""
     hint = "; check the id, config and revision, the network, and HF_HUB_OFFLINE and HF_HOME"
     return Source(_build(dataset, role, hint, path=dataset.path, name=dataset.config, revision=dataset.revision))
 
 
-def from_file(dataset: Dataset, split: Split, role: str, root: Path, scratch: Path) -> Source:
-    """A parquet or arrow file: the split "train". It is converted inside `scratch`: nothing is left elsewhere."""
+def from_file(dataset: Dataset, split: Split, role: str, root: Path, scratch: Path | None) -> Source:
+    """A parquet or arrow file: the split "train" converted in `scratch`. Without it only labels are read; so below."""
     if root.suffix.lower() not in _BUILDERS:
         hint = "; write the folder that holds it" if root.suffix.lower() in LISTS else kinds([root.name])
         raise DataError(f"data.{role}.path: {root} is neither a folder nor a .parquet or .arrow file{hint}")
     return _by_split(dataset, split, role, {"train": [str(root)]}, scratch)
 
 
-def from_folder(dataset: Dataset, split: Split, role: str, tree: Tree, scratch: Path) -> Source | None:
+def from_folder(dataset: Dataset, split: Split, role: str, tree: Tree, scratch: Path | None) -> Source | None:
     """What `save_to_disk` wrote, or parquet and arrow files; None of a folder that has neither."""
     root, top = tree.root, [folder for folder in tree.folders if "/" not in folder]
     if saved := [name for name in ("", *top) if {"state.json", "dataset_info.json"} <= {*os.listdir(root / name)}]:
@@ -68,30 +76,39 @@ def from_folder(dataset: Dataset, split: Split, role: str, tree: Tree, scratch: 
         check_split(dataset, split, role, top)
         # Left to itself, `datasets` also puts train/test-0.parquet into the test split.
         data_files = {"data_files": {name: f"{name}/**" for name in splits}}
-    found = _load(dataset, role, lambda: _builder(dataset, path=str(root), cache_dir=str(scratch), **data_files))
+    with tempfile.TemporaryDirectory() as aside:
+        found = _load(dataset, role, lambda: _builder(dataset, path=str(root), cache_dir=aside, **data_files))
     source = _by_split(dataset, split, role, found.config.data_files, scratch)
     known = {*_BUILDERS, *suffixes()}
     read = {os.path.realpath(file) for names in source.files.values() for file in names}
     unread = [f for f in inside if Path(f).suffix.lower() in known and os.path.realpath(root / f) not in read]
-    text = f"{dataset.path}: not read beside the tables{kinds(unread)}"
-    notes = [Note("unread", len(unread), text)] if unread else []
+    said = f"{dataset.path}: not read beside the tables{kinds(unread)}"
+    notes = [Note("unread", len(unread), said)] if unread else []
     for name in map(str, (dataset.train, dataset.test)):
         parts = [Path(file).name for file in source.files.get(name, ())]
         if len(parts) > 1 and not all(re.search(r"\d$", Path(part).stem) for part in parts):
             text = f"{dataset.path}: split {name!r} is all that {len(parts)} files hold: {some(parts)}"
             notes.append(Note("merged-files", len(parts), text))
-    others = [f for f in tree.files if f not in {*inside} and not f.startswith(".") and Path(f).suffix.lower() in known]
-    return source._replace(notes=tuple(notes), others=(*dict.fromkeys(file.split("/")[0] for file in others),))
+    outside = [
+        file for file in tree.files if not file.startswith((*starts, ".")) and Path(file).suffix.lower() in known
+    ]
+    return source._replace(notes=tuple(notes), others=(*dict.fromkeys(file.split("/")[0] for file in outside),))
 
 
-def _by_split(dataset: Dataset, split: Split, role: str, files: Mapping[str, list[str]], scratch: Path) -> Source:
+def _by_split(
+    dataset: Dataset, split: Split, role: str, files: Mapping[str, list[str]], scratch: Path | None
+) -> Source:
     """The train split and `split`, each built alone: together, the library takes one's class names for the other's."""
     tables: dict[str, Any] = {}
     for which in {"train": None, split: None}:
         check_split(dataset, which, role, files)
         name = getattr(dataset, which)
-        if name not in tables:
-            check_shards(role, files[name])
+        check_shards(role, files[name])
+        if scratch is None:
+            features = read_features(files[name][0])
+            column = _columns(dataset, role, features)[1]
+            tables[name] = Labels(features, _load(dataset, role, partial(read_column, files[name], column)))
+        else:
             kind = _BUILDERS[Path(files[name][0]).suffix.lower()]
             tables |= _build(dataset, role, "", path=kind, data_files={name: files[name]}, cache_dir=str(scratch))
     return Source(tables, files)
@@ -103,7 +120,8 @@ def opened(dataset: Dataset, split: Split, role: str, source: Source) -> Rows:
     name = getattr(dataset, split)
     numbers, classes = labels(dataset, split, role, source)
     table, place = source.tables[name], _place(dataset, split, source.files.get(name, []))
-    pictures = _reader(dataset, role, table, _columns(dataset, role, table.features)[0], place)
+    image = _columns(dataset, role, table.features)[0]
+    pictures = (lambda rows: []) if isinstance(table, Labels) else _reader(dataset, role, table, image, place)
     splits = *map(str, source.tables), *map(str, source.files), *source.others
     return Rows(numbers, classes, pictures, place, source.notes if split == "train" else (), splits)
 

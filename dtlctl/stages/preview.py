@@ -19,7 +19,7 @@ from dtlctl.console.machine import busy
 from dtlctl.data import overlap, subset
 from dtlctl.data.dataset import Rows, Split, is_hub
 from dtlctl.data.entry import Images
-from dtlctl.data.sources import by_names
+from dtlctl.data.sources import listed
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import CheckpointError, DataError
 from dtlctl.model import networks
@@ -38,16 +38,22 @@ MOST = 64
 """Images of a step that is timed: larger batches take as long an image, and `check` should be quick."""
 
 
-def plan(recipe: Recipe, out: Path, source: str = "RECIPE") -> dict[str, Any]:
-    """{"recipe", "parameters", "stages", "data", "jobs", "minutes"}: counts are None where data is not decoded.
+def plan(
+    recipe: Recipe, out: Path, source: str = "RECIPE", *, decode: bool = False, quiet: bool = True
+) -> dict[str, Any]:
+    """{"recipe", "parameters", "stages", "data", "jobs", "minutes"}: counts are None where nothing cheap tells them.
 
+    decode: what a run would decode, first, with progress unless `quiet`; then all is known.
     Every job has a state: "to do"; "done"; "stale", made from other settings, data or parents; "unreadable"; or "not
     checked", a sidecar that is there while the data it was made from is not decoded. Times are pairs of seconds,
     from the quickest and the slowest of a few real steps on this machine, for what is not done. Of an audit they have
     the training of rmia's references alone. Raises RecipeError and DataError, naming the recipe's file `source`, where
     the network or decoded data lacks what the recipe asks for.
     """
-    experiment = Experiment(recipe, out, source=source, quiet=True)
+    experiment = Experiment(recipe, out, source=source, quiet=quiet)
+    if decode:
+        for role in _roles(recipe):
+            experiment.data.identity(role)
     data = {role: _describe(experiment, role) for role in _roles(recipe)}
     _overlaps(experiment, data)
     decoded = {role for role, row in data.items() if row["decoded"]}
@@ -83,6 +89,8 @@ def text(document: dict[str, Any]) -> str:
         fresh = [note for note in row["notes"] if note not in said]  # roles that share a dataset share its notes
         lines += [f"  {'':<24} note: {note}" for note in fresh]
         said.update(fresh)
+    if not all(row["decoded"] for row in document["data"]):
+        lines.append("  no image of what is not decoded yet was looked at; --decode tells what is wrong with any")
     lines += ["", "stages"]
     for row in document["jobs"]:
         steps = "?" if row["steps"] is None else row["steps"]
@@ -94,7 +102,7 @@ def text(document: dict[str, Any]) -> str:
             work = "attack" + (f"; the references of rmia{cost}" if cost else "")
         lines.append(f"  {row['title']:<32} " + ("done" if row["state"] == "done" else NOTES[row["state"]] + work))
     total = document["minutes"]
-    rough = "known once data is decoded" if total is None else f"{words(total, 'min')} on this machine"
+    rough = "known once data is decoded (--decode)" if total is None else f"{words(total, 'min')} on this machine"
     if total is not None and any(row["stage"] == "audit" and row["state"] != "done" for row in document["jobs"]):
         rough += ", without the attacks of the audit themselves"
     if total and any(total) and (note := busy()):
@@ -121,7 +129,7 @@ def _describe(experiment: Experiment, role: str) -> dict[str, Any]:
     found: dict[Split, Images | Rows] = {}
     try:
         for split in SPLITS:
-            if opened := experiment.data.cached(role, split) or by_names(dataset, split, role):
+            if opened := experiment.data.cached(role, split) or listed(dataset, split, role):
                 found[split] = opened
     except DataError as error:
         told["notes"].append(str(error))

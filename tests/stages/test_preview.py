@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
+from PIL import Image
 
 from dtlctl.data import cache
+from dtlctl.errors import DataError
 from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import preview
@@ -137,3 +141,40 @@ def test_the_steps_that_are_timed_are_those_of_the_recipe(recipe_file: Path, mon
     assert clock.image("gc") == (2 / 8, 4 / 8)
     assert clock.image() == (2 / 20, 4 / 20)
     assert (sizes, chunks) == ([8, 20], [2])
+
+
+def test_counts_are_known_by_labels_alone_and_what_was_not_looked_at_is_said(
+    recipe_file: Path, tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch
+):
+    """A parquet file of 6 images of two classes, one of them broken: rows and classes without decoding, which ends
+    with its place; mended, everything is known, as `run` will have it."""
+    monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "cache"))
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "png")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+
+    def table(split: str, last: bytes, count: int) -> None:
+        cells = [{"bytes": blob, "path": None} for blob in [*[file.getvalue()] * (count - 1), last]]
+        rows = {"image": cells, "label": [0, 1] * (count // 2)}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "d" / f"{split}.parquet"))
+
+    (tmp_path / "d").mkdir()
+    table("train", b"broken", 6)
+    table("test", file.getvalue(), 2)
+    change = f"data.source={{path='{tmp_path / 'd'}', fraction=1.0}}"
+    code, out, err = call("check", recipe_file, "--set", change)
+    assert code == 0, err
+    assert f"{tmp_path / 'd'}: 6 images, 2 classes, not decoded yet" in out
+    assert out.count("no image of what is not decoded yet was looked at") == 1
+    code, out, err = call("check", recipe_file, "--decode", "--quiet", "--set", change)
+    assert (code, out) == (4, "") and "train.parquet, row 5: the image cannot be decoded" in err
+    table("train", file.getvalue(), 6)
+    recipe = load(recipe_file, [change])
+    with pytest.raises(DataError, match="2 of 2 test images are in the train split too"):
+        preview.plan(recipe, tmp_path, decode=True)
+
+
+def test_check_decodes_on_request_and_then_knows_all(call, recipe_file: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "cache"))
+    code, out, err = call("check", recipe_file, "--decode", "-q")
+    assert (code, err) == (0, "") and "?" not in out and "decoded" not in out and "min on this machine" in out
