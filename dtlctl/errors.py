@@ -9,13 +9,14 @@ from collections.abc import Iterable
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """What a message adds to an unknown word: the closest known one, or nothing."""
-    near = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    names = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(word.casefold(), names, 1, 0.5)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """The closest known one, and all of them."""
-    return f"{nearest(word, known := list(known))} (valid: {', '.join(known)})"
+    return f"{nearest(word, known := list(known))} (valid: {', '.join(known) or 'none'})"
 
 
 def one_line(text: object, longest: int = 300) -> str:

@@ -94,7 +94,7 @@ def _explain(path: Path | str, raw: dict[str, Any], error: ValidationError) -> s
     places = [_place(raw, e["loc"]) for e in errors]
     reason = one_line(_reason(errors[0]), 500)
     message = f"{path}: {places[0]}: {reason}" if places[0] else f"{path}: {reason}"
-    others = list(dict.fromkeys(places[1:]))
+    others = [place for place in dict.fromkeys(places) if place != places[0]]
     return message + (f"\nalso wrong: {', '.join(others[:6])}" + (", ..." if len(others) > 6 else "") if others else "")
 
 
@@ -136,7 +136,7 @@ def _place(raw: Any, loc: tuple[int | str, ...]) -> str:
     parts: list[str] = []
     for depth, part in enumerate(loc):
         known = (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int))
-        if known or depth == len(loc) - 1:
+        if known or (depth == len(loc) - 1 and isinstance(raw, dict)):
             raw = raw[part] if known else None
             if part != "[key]":
                 bare = isinstance(part, int) or re.fullmatch(r"[\w-]+", part)
