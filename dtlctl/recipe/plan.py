@@ -38,6 +38,9 @@ class Job(Generic[Settings]):
         outside = {name: settings.pop(name, None) for name in ("weights", "classes")}
         if self.weights:
             settings = outside
+        for name, usual in (("optimizer", "sgd"), ("label_smoothing", 0.0)):
+            if settings.get(name) == usual:  # as if there were no choice
+                del settings[name]
         if not settings.get("attackers", True):
             # Without tuned attackers there is nothing that these keys could have changed.
             for name in ("attackers", "attack_seeds", "held_out", "choose_on"):

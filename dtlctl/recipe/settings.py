@@ -47,13 +47,24 @@ class Training(Algorithm):
 
 
 class Adoptable(Training):
-    """Training of a model, or instead of it a network that exists."""
+    """Training of a model from labels, or instead of it a network that exists."""
 
     weights: str | None = None
     """A network that exists, adopted and never trained: a `.safetensors` file with torchvision's names of tensors, an
     exported folder, or `torchvision:NAME`. Its keys of training are then for others (`rmia`, `TGT`)."""
     classes: list[str] | None = Field(None, min_length=1)
     """Of `weights`: the names of its head's outputs, in order. Without: those that the file names, or the data's."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """`adamw`, for networks that SGD does not train well, such as transformers. It has no `momentum`."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of a label that is spread over all classes."""
+
+    @model_validator(mode="after")
+    def _small_steps(self) -> Adoptable:
+        if self.optimizer == "adamw" and self.lr > 0.01:
+            raise ValueError(f"lr = {self.lr:g} is a step for SGD; adamw needs 0.01 or less, such as 0.001")
+        return self
 
     @model_validator(mode="after")
     def _of_weights(self) -> Adoptable:

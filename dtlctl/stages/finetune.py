@@ -18,6 +18,6 @@ def finetune(experiment: Experiment, job: Job[Finetune]) -> None:
     else:
         model = experiment.trainer.new_model({"target": classes}, "target-only/init")
     batches = experiment.trainer.batches("target", job.settings.batch_size, "finetune/batches")
-    objective = cross_entropy(model, "target", batches)
+    objective = cross_entropy(model, "target", batches, job.settings.label_smoothing)
     history, metrics = experiment.trainer.train(job, model, objective, batches, measures)
     experiment.results.publish(job, metrics, history, model)

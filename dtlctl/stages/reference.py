@@ -91,7 +91,7 @@ def _reference(experiment: Experiment, number: int, count: int, inside: np.ndarr
     )
     steps = settings.total_steps(batches.images)
     with experiment.processes.progress(f"audit/reference {number + 1} of {count}", steps) as bar:
-        objective = cross_entropy(model, "source", batches)
+        objective = cross_entropy(model, "source", batches, settings.label_smoothing)
         experiment.engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
     parts = rows, np.arange(len(test.labels))
     found = torch.cat([_answers(experiment, model.eval(), *side) for side in zip(SPLITS, parts, strict=True)])

@@ -89,7 +89,7 @@ class Engine(Collectives):
         memory: StateFile | None = None,
         state: State | None = None,
     ) -> History:
-        """Minimise `objective` over `steps` steps of SGD with momentum, as `plan` says.
+        """Minimise `objective` over `steps` steps of SGD with momentum or AdamW, as `plan` says.
 
         At each of `reports` even intervals, after each number of steps in `also` and at the end, the means of what the
         objective reported since the row before, and what `evaluate(steps done)` returns, go into the history. With a
@@ -98,7 +98,7 @@ class Engine(Collectives):
         gradient never reaches the weights; the run stops at once, or on an accelerator at the next report or save.
         """
         weights = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(weights, plan.lr, plan.momentum, weight_decay=plan.weight_decay, fused=True)
+        optimizer = _optimizer(weights, plan)
         schedule = _schedule(optimizer, plan, steps)
         state = state or State()
         self._draw_apart()
@@ -220,6 +220,12 @@ class Engine(Collectives):
 def _precision(model: nn.Module) -> AbstractContextManager[None]:
     """The precision that the model is of; float32 for one that does not say."""
     return networks.precision(getattr(model, "precision", "float32"))
+
+
+def _optimizer(weights: list[nn.Parameter], plan: Training) -> torch.optim.Optimizer:
+    if getattr(plan, "optimizer", "sgd") == "adamw":
+        return torch.optim.AdamW(weights, plan.lr, weight_decay=plan.weight_decay, fused=True)
+    return torch.optim.SGD(weights, plan.lr, plan.momentum, weight_decay=plan.weight_decay, fused=True)
 
 
 def _schedule(optimizer: torch.optim.Optimizer, plan: Training, steps: int) -> LRScheduler:

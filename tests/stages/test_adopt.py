@@ -132,6 +132,7 @@ def test_nothing_is_trained_before_all_weights_fit(recipe_file: Path):
         (["reference.a={weights='a'}", "audit.models=['a']"], "a never saw the source"),
         (["pretrain={weights='a', epochs=1, steps=2}"], "not both"),
         (["model.mean=[0.5]"], "model.mean"),
+        (["pretrain.optimizer='adamw'"], "lr = 0.1 is a step for SGD"),
     ],
 )
 def test_contradictions_in_the_recipe(recipe_file: Path, changes: list[str], words: str):
@@ -161,6 +162,9 @@ def test_keys_of_what_is_trained_are_those_of_a_recipe_without_weights(recipe_fi
     """No weights, and no other mean and std: the same description as if these keys did not exist."""
     recipe = load(recipe_file)
     described = jobs(recipe)[0].described(recipe)
-    assert not {"weights", "classes"} & described["settings"].keys() and "mean" not in described["architecture"]
+    assert (
+        not {"weights", "classes", "optimizer", "label_smoothing"} & described["settings"].keys()
+        and "mean" not in described["architecture"]
+    )
     recipe = load(recipe_file, ["model.mean=[0.5, 0.5, 0.5]"])
     assert jobs(recipe)[0].described(recipe)["architecture"]["mean"] == [0.5, 0.5, 0.5]

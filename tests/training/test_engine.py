@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,8 +11,9 @@ from torch import Tensor, nn
 from dtlctl.console.progress import Progress
 from dtlctl.data.tensors import Batch, Share
 from dtlctl.errors import DivergedError
-from dtlctl.recipe.settings import Training
+from dtlctl.recipe.settings import Pretrain, Training
 from dtlctl.training.engine import Engine
+from dtlctl.training.resume import StateFile
 
 
 def dropped(rank: int) -> Tensor:
@@ -64,3 +67,40 @@ def test_which_images_are_right_is_told_in_their_order():
     ]
     assert Engine().correct(Answers(), "target", batches).tolist() == [True, False, True, False]
     assert Engine().accuracy(Answers(), "target", batches) == 50
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_optimizer_is_the_one_that_the_plan_names(name: str):
+    """One step from 1 at a gradient of 2 and lr 0.01, no decay: SGD goes 0.02, AdamW lr, whatever the gradient."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    plan = Pretrain(steps=1, batch_size=2, lr=0.01, weight_decay=0, schedule="constant", optimizer=name)
+    objective = lambda step: (loss := 2 * model.weight.sum(), {"loss": loss.detach()})  # noqa: E731
+    Engine().train(model, objective, plan, 1, 2, Progress("", 1, enabled=False), lambda _: {})
+    assert model.weight.item() == pytest.approx(0.98 if name == "sgd" else 0.99, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_training_goes_on_with_the_state_of_its_optimizer(name: str, tmp_path: Path):
+    """Six steps, and six of which the fourth failed at first: the same weights to the bit."""
+    plan = Pretrain(steps=6, batch_size=2, lr=0.01, optimizer=name)
+
+    def trained(file: Path, fails: bool = False) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+
+        def objective(step: int):
+            if fails and step == 3:
+                raise RuntimeError
+            loss = (model(torch.full((2, 3), step + 1.0)) ** 2).sum()
+            return loss, {"loss": loss.detach()}
+
+        bar = Progress("", 6, enabled=False)
+        Engine().train(model, objective, plan, 6, 2, bar, lambda _: {}, memory=StateFile(file, "key", 0))
+        return model.weight.detach()
+
+    whole = trained(tmp_path / "a.safetensors")
+    with pytest.raises(RuntimeError):
+        trained(tmp_path / "b.safetensors", fails=True)
+    assert (tmp_path / "b.safetensors").exists()
+    assert torch.equal(trained(tmp_path / "b.safetensors"), whole)
