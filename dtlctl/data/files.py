@@ -159,7 +159,8 @@ def _splits(dataset: Dataset, tree: Tree) -> dict[str, Place]:
 
 def _held(tree: Tree, splits: dict[str, Place], listed: bool) -> tuple[str, ...]:
     """The names of splits that are there. listed: by lists, beside which a folder is where their images are."""
-    holding = {file.split("/")[0] for file in tree.files if _suffix(file) in suffixes()}
+    known = tuple(suffixes())
+    holding = {file.split("/", 1)[0] for file in tree.files if file.lower().endswith(known)}
     if listed:
         holding = {folder for folder in holding if folder.casefold() in sum(USUAL.values(), ())}
     return tuple(name for name, place in splits.items() if place.list or name in holding)
@@ -210,7 +211,8 @@ def _check_same(dataset: Dataset, role: str, tree: Tree, place: Place, folders: 
 
 
 def _lists(tree: Tree, folder: str) -> list[str]:
-    return [f for f in tree.files if posixpath.dirname(f) == folder and f.lower().endswith(LISTS) and not _hidden(f)]
+    lists = [file for file in tree.files if file.lower().endswith(LISTS)]
+    return [file for file in lists if posixpath.dirname(file) == folder and not _hidden(file)]
 
 
 def _sort(tree: Tree, folder: str) -> tuple[list[str], list[str], list[str]]:

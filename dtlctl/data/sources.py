@@ -95,9 +95,13 @@ def identity(dataset: Dataset, role: str) -> dict[str, Any]:
     root = _local(dataset, role)
     names = files.walk(root, role).files if root.is_dir() else [""]
     try:
-        stats = [(name, (s := os.stat(root / name)).st_size, s.st_mtime_ns) for name in names]
-        rows_in = [(root / name, time) for name, _, time in stats if str(root / name).lower().endswith(tables.SUFFIXES)]
-        named = {path for table, time in rows_in for path in files_in(table, dataset.image, time)}
+        # Of as many files as there may be, paths of pathlib would take longer than the rest.
+        paths = [os.path.join(root, name) if name else str(root) for name in names]
+        stats = [(name, (s := os.stat(path)).st_size, s.st_mtime_ns) for name, path in zip(names, paths, strict=True)]
+        packed = [
+            (path, stat[2]) for path, stat in zip(paths, stats, strict=True) if path.lower().endswith(tables.SUFFIXES)
+        ]
+        named = {path for table, time in packed for path in files_in(Path(table), dataset.image, time)}
         stats += [(path, (s := os.stat(path)).st_size, s.st_mtime_ns) for path in sorted(named)]
     except OSError as error:
         raise DataError(f"data.{role}.path: {error.filename}: {error.strerror}") from error

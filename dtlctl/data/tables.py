@@ -67,7 +67,7 @@ def from_folder(dataset: Dataset, split: Split, role: str, tree: Tree, scratch: 
     splits = [name for name in (dataset.train, dataset.test) if name in top]
     starts = tuple(f"{name}/" for name in splits) or ("",)
     inside = [file for file in tree.files if file.startswith(starts)]
-    if not any(Path(file).suffix.lower() in _BUILDERS for file in inside):
+    if not any(file.lower().endswith(SUFFIXES) for file in inside):
         return None
     if glob := set(str(root)) & set("*?[]"):
         raise DataError(f"data.{role}.path: {root} holds {min(glob)!r}, which reads as a pattern; rename the folder")
