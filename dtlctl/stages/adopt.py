@@ -17,6 +17,7 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.training.engine import History
 from dtlctl.training.finite import check_finite
 
+FITTED = "one was fitted on its frozen features"
 HEADS = {"pre": ("source",), "TGT": ("target",), "TL": ("target", "source")}
 """What each needs, that of its own task first. A reference is attacked through its features alone."""
 
@@ -44,7 +45,7 @@ def adopt(experiment: Experiment, job: Job[Any]) -> None:
         except ValueError as error:
             raise CheckpointError(f"{experiment.source}: {job.title}: {where}: {error}") from None
         metrics |= experiment.trainer.measured(model, {f"acc_{head[0]}": (head, head)})
-    notes = [Note("weights", 1, text) for text in said]
+    notes = [Note("fitted-head" if FITTED in text else "weights", 1, text) for text in said]
     for note in notes:
         experiment.processes.say(f"{job.title}: {note.text}")
     history = History(seconds=time.perf_counter() - started)
@@ -65,7 +66,7 @@ def _head(experiment: Experiment, job: Job[Any], model: Classifier, given: weigh
         other = ""
     features, labels = _features(experiment, model)
     logistic.refit(model, head, features, labels, len(classes))
-    return f"no head for the {head} in it{other}: one was fitted on its frozen features of {len(labels):,} images"
+    return f"no head for the {head} in it{other}: {FITTED} of {len(labels):,} images"
 
 
 @torch.no_grad()

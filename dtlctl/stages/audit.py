@@ -136,13 +136,27 @@ def _groups(experiment: Experiment, job: Job[Audit], role: Role = "source") -> t
 
 
 def _head_state(experiment: Experiment, job: Job[Audit]) -> str:
-    """What as-is attacks look through: a source head that was "trained", or "never trained"."""
+    """What as-is attacks look through: a source head that was "trained", "never trained", or "fitted here".
+
+    A head that was fitted on the members, for a network from outside that had none, tells of this fit and not of it.
+    """
     variant = experiment.recipe.dispose.get(job.model)
+    if not (variant and variant.new_heads) and _fitted_here(experiment, job.model):
+        if "as-is" in job.settings.modes:
+            experiment.processes.say(f"{job.title}: the source head was fitted here; as-is attacks see that fit")
+        return "fitted here"
     if not variant or not variant.new_heads or (variant.unlearn.trains_source_head and variant.lam):
         return "trained"
     if "as-is" in job.settings.modes:
         experiment.processes.say(f"{job.title}: the source head was never trained; as-is attacks see noise")
     return "never trained"
+
+
+def _fitted_here(experiment: Experiment, model: str) -> bool:
+    """Whether the model's source head goes back to one that was fitted when `pre` or TL was adopted."""
+    before = [name for name in ("pre", "TL") if name in experiment.recipe.references and (name, model) != ("TL", "pre")]
+    made = [experiment.results.require(name) for name in before]
+    return any(note["kind"] == "fitted-head" for one in made for note in one["notes"].get("weights", []))
 
 
 def _blind(experiment: Experiment, job: Job[Audit], groups: Groups, model: Classifier) -> dict[str, Any]:

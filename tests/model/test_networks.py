@@ -118,7 +118,7 @@ def test_small_images_give_finite_logits_that_train_every_weight(arch, stem):
     [
         ("resnet19", "small", None, "unknown architecture 'resnet19'; did you mean 'resnet18'?"),
         ("mobilenet_v3_smal", "imagenet", None, "did you mean 'mobilenet_v3_small'?"),
-        ("zzz", "small", None, "unknown architecture 'zzz' (any torchvision classifier, resnet10, or a CIFAR ResNet"),
+        ("zzz", "small", None, "unknown architecture 'zzz' (any torchvision classifier, resnet10, a CIFAR ResNet"),
         ("squeezenet1_0", "imagenet", None, "unknown architecture 'squeezenet1_0'"),
         ("resnet18", "small", 32, "width belongs to the CIFAR ResNets (resnet8, resnet20, ...), not to resnet18"),
         ("vgg11_bn", "small", None, 'stem = "small" is for ResNets; vgg11_bn needs stem = "imagenet"'),

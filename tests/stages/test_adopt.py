@@ -68,6 +68,9 @@ def test_an_adopted_tl_needs_no_pre(trained: Experiment, recipe_file: Path, call
     assert not (experiment.folder / "pretrain").exists() and not (experiment.folder / "audit/pre.json").exists()
     made, before = sidecar(experiment, "finetune/model.json"), sidecar(trained, "finetune/model.json")
     assert made["metrics"]["acc_t"] == before["metrics"]["acc_t"] and made["metrics"]["acc_s"] > 30
+    assert sidecar(experiment, "audit/TL.json")["metrics"]["source_head"] == "fitted here"
+    assert sidecar(experiment, "audit/gc.json")["metrics"]["source_head"] == "fitted here"
+    assert not any("audit_auc" in row for row in table["rows"])
     assert made["heads"] == {"target": 10, "source": 10} and made["parent"] == {}
     assert any("fitted on its frozen features" in note["text"] for note in made["notes"]["weights"])
     tensors, own = load_file(file), experiment.trainer.load_model("TL").plain_state("target")
