@@ -19,8 +19,8 @@ from dtlctl.model.networks import Classifier
 
 MEMORY = 512 * 2**20
 """Bytes that the gradients of one chunk may take."""
-BLOCK = 2048
-"""Numbers of each gradient that are looked at together: few enough to stay in a processor's cache."""
+BLOCK = 2**18
+"""Numbers of all gradients together that are looked at at once: few for a cache, many for the cost of a call."""
 
 
 def grad_w(view: Observation) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ def seven(parts: list[Tensor]) -> Tensor:
     Skewness and excess kurtosis are those of scipy.stats (biased); both are 0 for a constant vector.
     """
     count = sum(part[0].numel() for part in parts)
-    blocks = [block for part in parts for block in part.flatten(1).split(BLOCK, dim=1)]
+    blocks = [block for part in parts for block in part.flatten(1).split(max(1, BLOCK // len(part)), dim=1)]
     total, l1, most, least = (torch.stack(found) for found in zip(*map(_sums, blocks), strict=True))
     mean = total.sum(0) / count
     # Moments about the mean, in a second pass: raw moments lose what is small beside the mean. In float64: fourth
