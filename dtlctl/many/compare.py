@@ -34,8 +34,8 @@ from dtlctl.stages import data_demands
 from dtlctl.storage import checkpoint
 from dtlctl.training.price import Price, images_for, mean_price, price, resolution
 
-LOW, HIGH = 0.0005, 0.9995
-"""λ is looked for between these."""
+LOW, FIRST, HIGH = 0.0005, 0.1, 0.9995
+"""λ is looked for between the outer two, from the recipe's own on; from the middle one where that has a price."""
 
 
 def compare(
@@ -67,7 +67,7 @@ def compare(
         def prices(lam: float, variant: str = variant) -> list[Price]:
             name = folder_name(f"{variant}-{lam:.4g}", {variant: lam})
             try:
-                disposed = made("search", {name: base.dispose[variant].model_copy(update={"lam": lam})}, "dispose")
+                disposed = made("search", {name: base.dispose[variant].model_copy(update={"lam": lam, "price": None})}, "dispose")
             except DivergedError as error:
                 raise DivergedError(f"dispose.{name}: {error}") from None
             found = [price(before, validation(one, name)) for before, one in zip(tl, disposed, strict=True)]
@@ -76,9 +76,9 @@ def compare(
                 say(f"{name}: {by_seed} points below TL, by seed")
             return found
 
-        found = search(prices, base.dispose[variant].lam, settings)
+        found = search(prices, base.dispose[variant].lam or FIRST, settings)
         document["variants"][variant] = found
-        matched[variant] = base.dispose[variant].model_copy(update={"lam": found["lambda"]})
+        matched[variant] = base.dispose[variant].model_copy(update={"lam": found["lambda"], "price": None})
         if not quiet:
             say(f"{variant}: λ = {found['lambda']:g}, {_points(found)} points below TL; reached: {found['reached']}")
     final = made("matched", matched, "dispose", "piggyback")
@@ -97,7 +97,7 @@ def _comparable(experiment: Experiment, settings: Compare) -> tuple[list[str], i
     if not variants:
         raise RecipeError(f"{experiment.source}: compare needs a [dispose.NAME] table with an unlearning loss")
     fraction, tolerance, share = experiment.recipe.data.target.fraction, settings.tolerance, settings.disagreement
-    if fraction == 1 or not (images := len(held_back(experiment))):
+    if fraction == 1 or not (images := len(experiment.data.held_back("target"))):
         where = f"{experiment.source}: data.target.fraction = {fraction:g}"
         raise RecipeError(f"{where} leaves no target images to validate λ on; lower it")
     if (finest := resolution(images, share)) > tolerance:
@@ -182,13 +182,8 @@ def logit(lam: float) -> float:
 
 def validation(experiment: Experiment, model: str) -> np.ndarray:
     """bool [n]: which target images of the train split that nothing was trained on the model answers rightly."""
-    images = experiment.trainer.split("target", "train", held_back(experiment))
+    images = experiment.trainer.split("target", "train", experiment.data.held_back("target"))
     return experiment.engine.correct(experiment.trainer.load_model(model), "target", images)
-
-
-def held_back(experiment: Experiment) -> np.ndarray:
-    """Sorted int64 rows of the target's train split that are not in the run's subset of it; possibly none."""
-    return np.setdiff1d(experiment.data.whole("target").rows, experiment.data.index("target"))
 
 
 def advice(document: dict[str, Any], name: str, command: str, *, written: bool) -> list[str]:

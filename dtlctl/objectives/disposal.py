@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -74,6 +75,24 @@ class Disposal:
         train_mode(model, self.batch_norm)
         pairs = zip(batch.x.chunk(self.chunks), batch.y.chunk(self.chunks), strict=True)
         return torch.stack([F.cross_entropy(model(x, "source"), y) for x, y in pairs]).mean()
+
+    def norms(self, source: Batch, target: Batch | None) -> tuple[float, float]:
+        """Norms of the gradients of the retaining and of the unlearning loss on a global batch.
+
+        The student is left as it is, and so are the random numbers.
+        """
+        probe = copy.copy(self)
+        probe.student = copy.deepcopy(self.student)
+        with torch.random.fork_rng([source.x.device] if source.x.device.type == "cuda" else []):
+            step = probe._look(source, target)
+            keep = self.retain.loss(step)
+            drive = self.retain.guard(self.unlearn.loss(step)[0], keep, step)
+            found = [
+                torch.autograd.grad(scalar, step.parameters, retain_graph=True, materialize_grads=True)
+                for scalar in (keep, drive)
+            ]
+        whole = [nn.utils.get_total_norm(self.all_reduce(list(grads))) / self.processes for grads in found]
+        return float(whole[0]), float(whole[1])
 
     def cosine_to_float64(self, source: Batch) -> float:
         """Cosine of the unlearning loss's gradient on a batch, as computed here, to the same in float64."""

@@ -124,7 +124,8 @@ def _resolve_odds(raw: dict[str, Any], changes: dict[str, Any]) -> None:
             )
         if name not in variants:
             raise ValueError(f"dispose.{name}.odds: {name} has no unlearning loss" + suggest(name, variants))
-        lam = variants[name].get("lambda", Dispose.model_fields["lam"].default)
+        if (lam := variants[name].get("lambda")) is None:
+            raise ValueError(f"dispose.{name}.odds: {name} has a price and no lambda; give it one")
         if type(lam) in (int, float) and 0 <= lam <= 1:  # any other is told when the recipe is validated
             change["lambda"] = float(f"{factor * lam / (1 - lam + factor * lam):g}")
             if not 0 < change["lambda"] < 1:
@@ -152,9 +153,10 @@ def parse_value(text: str) -> list[Any]:
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
-    # One length in two units: whoever sets the one means to replace the other.
-    if ("epochs" in changes) != ("steps" in changes):
-        base.pop("steps" if "epochs" in changes else "epochs", None)
+    # One length in two units, one weight by two measures: whoever sets the one means to replace the other.
+    for one, other in (("epochs", "steps"), ("lambda", "price")):
+        if (one in changes) != (other in changes):
+            base.pop(other if one in changes else one, None)
     # Another kind has other keys: those of the old one go with it.
     if changes.get("kind", base.get("kind")) != base.get("kind"):
         base.clear()

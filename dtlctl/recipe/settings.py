@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -94,14 +94,21 @@ class Reference(Algorithm):
     """A `.safetensors` file, an exported folder or `torchvision:NAME`, of the recipe's architecture."""
 
 
+PRICE = 1.0
+"""Points of target accuracy that a disposal may cost that names neither price nor λ."""
+
+
 class Dispose(Training):
     """One variant: starts from `TL` and minimises `(1 − lambda) · retain + lambda · unlearn` (Eq. 1).
 
     An epoch is one of the source.
     """
 
-    lam: float = Field(0.1, ge=0, le=1, alias="lambda")
-    """λ, the weight of the unlearning loss."""
+    lam: float | None = Field(None, ge=0, le=1, alias="lambda")
+    """λ, the weight of the unlearning loss; default: the run finds it, by `price`."""
+    price: float | None = Field(None, gt=0, le=100)
+    """Points of target accuracy that the disposal may cost, instead of `lambda`: the run finds λ. It is measured on the
+    target images that `data.target.fraction` leaves out. Default, where there is no `lambda`: 1."""
     unlearn: Unlearn = GradientCollision()
     """The unlearning loss: what drives the source out."""
     retain: Retain = Distill()
@@ -122,6 +129,24 @@ class Dispose(Training):
             raise ValueError(f"unlearn.chunks = {chunks} does not divide batch_size = {size} (rest {size % chunks})")
         if self.batch_size // self.unlearn.chunks < 2:
             raise ValueError(f"a chunk would hold {self.batch_size // self.unlearn.chunks} image; 2 are needed")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_price(cls, table: Any) -> Any:
+        """With neither λ nor a price, the default price; without an unlearning loss, λ = 0."""
+        if not isinstance(table, dict) or {"lambda", "price"} & table.keys():
+            return table
+        loss = table.get("unlearn")
+        kind = loss.get("kind") if isinstance(loss, dict) else getattr(loss, "kind", None)
+        return {**table, **({"lambda": 0.0} if kind == "none" else {"price": PRICE})}
+
+    @model_validator(mode="after")
+    def _one_weight(self) -> Dispose:
+        if self.unlearn.kind == "none" and self.price is not None:
+            raise ValueError('price: unlearn = { kind = "none" } has no lambda to find; leave it out')
+        if self.lam is not None and self.price is not None:
+            raise ValueError(f"price = {self.price:g} finds lambda, and lambda = {self.lam:g} is given; leave one out")
         return self
 
     @model_validator(mode="after")

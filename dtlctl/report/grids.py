@@ -99,7 +99,7 @@ def _heading(key: str) -> str:
 def _values(point: Point, model: str) -> list[str]:
     """The values of the swept keys: of a variant's for that variant alone, and of a factor of its odds the λ."""
     dispose = point["table"]["recipe"]["dispose"]
-    lam = str(dispose.get(model, {}).get("lambda", "–"))
+    lam = str(dispose.get(model, {}).get("lambda") or "–")
     shown = {key: lam if key.endswith(".odds") else str(value) for key, value in point["values"].items()}
     return [shown[key] if _is_of(key, model, dispose) else "–" for key in shown]
 

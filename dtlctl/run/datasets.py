@@ -32,6 +32,10 @@ class Datasets:
     def classes(self, role: str) -> tuple[str, ...]:
         return self.images(role, "train").classes
 
+    def held_back(self, role: str) -> np.ndarray:
+        """Sorted int64 rows of the train split that are not in the run's subset of it; possibly none."""
+        return np.setdiff1d(self.whole(role).rows, self.index(role))
+
     def identity(self, role: str) -> dict[str, Any]:
         """What the role's data is, by content: for keys and sidecars."""
         train, test = self.images(role, "train"), self.images(role, "test")

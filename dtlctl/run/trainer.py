@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,20 +98,26 @@ class Trainer:
         measures: dict[str, tuple[str, str]],
         part: str = "",
         also: Collection[int] = (),
+        state: State | None = None,
+        check: Callable[[int], dict[str, float]] = lambda step: {},
     ) -> tuple[History, dict[str, Any]]:
         """Train as the job's settings say, measuring {name: (head, role)} accuracies on the way and at the end.
 
         The metrics are those of the end, as `measured` has them. On the way only as often as no more images are tested
         than trained on. State is saved in the job's scratch folder and taken up from there; a job that trains more than
         once names its `part`s, each a plain file name. After `also` so many steps there is a row in the history besides
-        those at even intervals.
+        those at even intervals; each has what `check` returns too. `state` is where the training stands, for those who
+        read the rows on the way.
         """
         steps = job.settings.total_steps(batches.images)
         tested = sum(len(self.data.images(role, "test").labels) for _, role in measures.values())
-        state = State()
+        state = state or State()
         metrics: dict[str, Any] = {}
 
         def evaluate(step: int) -> dict[str, float]:
+            return {**check(step), **tests(step)}
+
+        def tests(step: int) -> dict[str, float]:
             last = next((row["step"] for row in reversed(state.rows) if measures.keys() <= row.keys()), 0)
             if step < steps and (step - last) * batches.batch_size < tested:
                 return {}

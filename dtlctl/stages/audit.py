@@ -145,7 +145,7 @@ def _head_state(experiment: Experiment, job: Job[Audit]) -> str:
         if "as-is" in job.settings.modes:
             experiment.processes.say(f"{job.title}: the source head was fitted here; as-is attacks see that fit")
         return "fitted here"
-    if not variant or not variant.new_heads or (variant.unlearn.trains_source_head and variant.lam):
+    if not variant or not variant.new_heads or (variant.unlearn.trains_source_head and variant.lam != 0):
         return "trained"
     if "as-is" in job.settings.modes:
         experiment.processes.say(f"{job.title}: the source head was never trained; as-is attacks see noise")

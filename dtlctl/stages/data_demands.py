@@ -12,6 +12,7 @@ from dtlctl.objectives.unlearn import NullSpace
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Dispose, Piggyback
 from dtlctl.run.experiment import Experiment
+from dtlctl.training.price import EXPECTED, images_for, resolution
 
 
 def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
@@ -36,6 +37,8 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
                 equal_parts(experiment, job, "target", processes)
             if isinstance(job.settings.unlearn, NullSpace):
                 _batch_for_null_space(experiment, job, size)
+            if job.settings.price is not None:
+                _images_for_a_price(experiment, job)
         if job.stage == "piggyback" and job.settings.attackers:
             _images_to_hold_out(experiment, job)
 
@@ -85,6 +88,21 @@ def _batch_for_null_space(experiment: Experiment, job: Job[Dispose], size: int) 
         raise RecipeError(
             f"{experiment.source}: {key}: {size} images a step are too few for null-space; "
             f"{classes} target classes need {least} or more"
+        )
+
+
+def _images_for_a_price(experiment: Experiment, job: Job[Dispose]) -> None:
+    """Raise RecipeError without images; say where they are so few that the price on them is known but roughly."""
+    count, allowed = len(experiment.data.held_back("target")), job.settings.price
+    if not count:
+        raise RecipeError(
+            f"{experiment.source}: dispose.{job.model}.price: measured on target images that nothing trains on, and "
+            "data.target.fraction leaves none out; set it to 0.8, say, or give lambda instead"
+        )
+    if allowed is not None and (half := resolution(count, EXPECTED)) > allowed:
+        experiment.processes.say(
+            f"{job.title}: {count:,} target images held back tell a price to about ± {half:.1f} points; lambda is kept "
+            f"low enough for {allowed:g} nevertheless; {images_for(allowed, EXPECTED):,} images would tell it"
         )
 
 

@@ -16,6 +16,8 @@ from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Dispose
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands
+from dtlctl.stages.price_in_run import PriceInRun
+from dtlctl.training.resume import State
 
 PROBED = 8
 """Batches on which TL's source loss is measured before the disposal."""
@@ -29,7 +31,7 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
     teacher = experiment.trainer.load_model("TL", global_batch_norm=not own_statistics).eval().requires_grad_(False)
     student = _student(experiment, job, teacher.classes, global_batch_norm=not own_statistics)
     disposal = Disposal(
-        settings.lam,
+        settings.lam or 0.0,
         settings.unlearn,
         settings.retain,
         student,
@@ -43,16 +45,25 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
     )
     source = _batches(experiment, "source", job)
     target = _batches(experiment, "target", job) if settings.retain.needs_target else None
-    repair_from = round(settings.total_steps(source.images) * (1 - settings.repair))
+    steps = settings.total_steps(source.images)
+    repair_from = round(steps * (1 - settings.repair))
+    state = State()
+    price = PriceInRun(experiment, job, disposal, source, target, state) if settings.price is not None else None
 
     def objective(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if price:
+            disposal.lam = price.lam()
         return disposal(source[step], target[step] if target else None, step < repair_from)
 
     exactness = _exactness(experiment, job, disposal, source)
     before = _source_loss_of_tl(experiment, disposal, source)
     measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
-    history, metrics = experiment.trainer.train(job, student, objective, source, measures, also=(repair_from,))
-    metrics |= diagnose(history.rows, before) | exactness
+    also = {repair_from, *(price.steps if price else ())}
+    check = price.check if price else lambda step: {}
+    history, metrics = experiment.trainer.train(
+        job, student, objective, source, measures, also=also, state=state, check=check
+    )
+    metrics |= diagnose(history.rows, before) | exactness | (price.found() if price else {})
     after = metrics.get("source_loss_unlearned", before)
     if settings.unlearn.kind == "gradient-collision" and after < before:
         say(  # however quiet: nothing may have been disposed of

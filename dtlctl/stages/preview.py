@@ -213,7 +213,7 @@ class Clock:
         settings, batch = self.recipe.dispose[variant], self._noise(size)
         student, teacher = self._network(), self._network().eval().requires_grad_(False)
         disposal = Disposal(
-            settings.lam,
+            settings.lam or 0.5,
             settings.unlearn,
             settings.retain,
             student,

@@ -12,6 +12,9 @@ import numpy as np
 Z = NormalDist().inv_cdf(0.975)
 """Half widths of 95 % intervals are so many standard errors: 1.96."""
 
+EXPECTED = 0.2
+"""The share of images that one of TL and a variant alone answers rightly, where none was measured yet."""
+
 
 @dataclass(frozen=True)
 class Price:

@@ -1,0 +1,46 @@
+"""λ from a price: a disposal that may cost so many points of target accuracy finds its λ as it runs.
+
+What a λ does depends on how steep the two losses are, which differs between data, networks and losses by factors of
+ten, and changes as a network forms. So λ follows from a ratio r of what the two terms of Eq. 1 weigh in a step,
+λ |∇unlearn| = r (1 - λ) |∇retain|, and r follows from the price: it stays where it starts while the network forms, and
+from then on goes up where the price so far is below the allowed one, and down where it is above.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+START = 1.0
+"""The first ratio: both terms weigh the same."""
+CHECKS = 40
+"""How often a run looks at its price and its gradients."""
+FORMED = 0.5
+"""The share of the steps after which the price steers: before, it tells how far the network has come."""
+GAIN, FULL = 0.5, 3.0
+"""A check changes log r by at most GAIN, where the price is FULL points or more away from the allowed one."""
+SMOOTH = 0.5
+"""The share that a check has in log-odds of λ: a norm on one batch is noisy."""
+LEAST, MOST = 1e-4, 1 - 1e-4
+"""λ stays between these."""
+
+
+def aim(allowed: float, half_width: float) -> float:
+    """The price to steer at, in points: the allowed one, or less by what the images cannot resolve of it."""
+    return min(allowed, 2 * allowed - half_width)
+
+
+def ratio(rows: Sequence[Mapping[str, float]], share: float, price: float, wanted: float) -> float:
+    """The ratio after a check at this share of the run. rows: the history so far; price and wanted: in points."""
+    last = next((row["ratio"] for row in reversed(rows) if "ratio" in row), START)
+    if share < FORMED:
+        return last
+    return last * math.exp(GAIN * min(1.0, max(-1.0, (wanted - price) / FULL)))
+
+
+def lam(rows: Sequence[Mapping[str, float]], ratio: float, retain: float, unlearn: float) -> float:
+    """λ for a ratio and the norms of the two gradients, smoothed over the checks of the history."""
+    log_odds = math.log(ratio * max(retain, 1e-12) / max(unlearn, 1e-12))
+    if last := next((row["lambda"] for row in reversed(rows) if "lambda" in row), None):
+        log_odds = (1 - SMOOTH) * math.log(last / (1 - last)) + SMOOTH * log_odds
+    return min(MOST, max(LEAST, 1 / (1 + math.exp(-log_odds))))
