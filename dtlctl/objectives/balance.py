@@ -15,8 +15,9 @@ START = 1.0
 """The first ratio: both terms weigh the same."""
 CHECKS = 40
 """How often a run looks at its price and its gradients."""
-FORMED = 0.5
-"""The share of the steps after which the price steers: before, it tells how far the network has come."""
+FORMED = 0.7
+"""The share of the steps after which the price steers: before, it tells how far the network has come, and how large
+the steps are."""
 GAIN, FULL = 0.5, 3.0
 """A check changes log r by at most GAIN, where the price is FULL points or more away from the allowed one."""
 SMOOTH = 0.5

@@ -305,6 +305,27 @@ def test_a_disposal_mixes_as_equation_1_and_then_repairs():
             torch.testing.assert_close(parts, {"retain": retain.detach(), "source_loss": -unlearn.detach()})
 
 
+def test_norms_are_those_of_the_two_gradients_and_leave_everything_as_it_is():
+    """Against a backward pass of each term alone, λ = 0 and λ = 1; weights, statistics and random numbers stay."""
+    more = {"chunks": 2, "batch_norm": "train", "images": 8, "label_seed": 0}
+    teacher = student().eval()
+    nn.init.ones_(teacher.heads["target"].weight[:1])
+    disposal = Disposal(0.5, GradientCollision(chunks=2), Distill(), student().train(), teacher, **more)
+    source = batches(3, seed=1)[0]
+    before = {name: value.clone() for name, value in disposal.student.state_dict().items()}
+    drawn = torch.random.get_rng_state()
+    norms = disposal.norms(source, None)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert all(torch.equal(value, before[name]) for name, value in disposal.student.state_dict().items())
+    for lam, norm in zip((0.0, 1.0), norms, strict=True):
+        disposal.lam = lam
+        disposal.student.zero_grad()
+        disposal(source, None, True)[0].backward()
+        grads = [p.grad for p in disposal.student.parameters() if p.grad is not None]
+        assert norm > 0
+        assert float(torch.nn.utils.get_total_norm(grads)) == pytest.approx(norm, rel=1e-4)
+
+
 def test_chunks_are_the_batch_in_order_each_with_its_own_batch_statistics():
     model = student().train()
     x, y, rows = torch.rand(6, 3, 2, 2), torch.arange(6) % 3, torch.arange(6)
