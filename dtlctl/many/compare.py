@@ -67,7 +67,9 @@ def compare(
         def prices(lam: float, variant: str = variant) -> list[Price]:
             name = folder_name(f"{variant}-{lam:.4g}", {variant: lam})
             try:
-                disposed = made("search", {name: base.dispose[variant].model_copy(update={"lam": lam, "price": None})}, "dispose")
+                disposed = made(
+                    "search", {name: base.dispose[variant].model_copy(update={"lam": lam, "price": None})}, "dispose"
+                )
             except DivergedError as error:
                 raise DivergedError(f"dispose.{name}: {error}") from None
             found = [price(before, validation(one, name)) for before, one in zip(tl, disposed, strict=True)]

@@ -11,7 +11,6 @@ from typing import Any, get_origin
 
 from dtlctl.errors import RecipeError, one_line, suggest
 from dtlctl.recipe.schema import Recipe, within
-from dtlctl.recipe.settings import Dispose
 
 if sys.version_info >= (3, 11):
     import tomllib
