@@ -37,12 +37,14 @@ batch_size = 20
 steps = 4
 batch_size = 10
 [dispose.gc]
+lambda = 0.1
 steps = 6
 batch_size = 8
 lr = 0.02
 repair = 0.5
 unlearn = { kind = "gradient-collision", chunks = 2 }
 [dispose.rand]
+lambda = 0.1
 steps = 4
 batch_size = 8
 lr = 0.02
@@ -96,7 +98,9 @@ def opened(recipe_file: Path):
     from dtlctl.run.experiment import Experiment
 
     def new_experiment(*changes: str) -> Experiment:
-        recipe_file.write_text(recipe_file.read_text() + "[dispose.one]\nsteps = 3\nbatch_size = 32\nclip = 1.0\n")
+        recipe_file.write_text(
+            recipe_file.read_text() + "[dispose.one]\nlambda = 0.1\nsteps = 3\nbatch_size = 32\nclip = 1.0\n"
+        )
         return Experiment(load(recipe_file, list(changes)), recipe_file.parent / "runs", quiet=True)
 
     return new_experiment

@@ -67,9 +67,7 @@ def compare(
         def prices(lam: float, variant: str = variant) -> list[Price]:
             name = folder_name(f"{variant}-{lam:.4g}", {variant: lam})
             try:
-                disposed = made(
-                    "search", {name: base.dispose[variant].model_copy(update={"lam": lam, "price": None})}, "dispose"
-                )
+                disposed = made("search", {name: _at(base.dispose[variant], lam)}, "dispose")
             except DivergedError as error:
                 raise DivergedError(f"dispose.{name}: {error}") from None
             found = [price(before, validation(one, name)) for before, one in zip(tl, disposed, strict=True)]
@@ -80,7 +78,7 @@ def compare(
 
         found = search(prices, base.dispose[variant].lam or FIRST, settings)
         document["variants"][variant] = found
-        matched[variant] = base.dispose[variant].model_copy(update={"lam": found["lambda"], "price": None})
+        matched[variant] = _at(base.dispose[variant], found["lambda"])
         if not quiet:
             say(f"{variant}: λ = {found['lambda']:g}, {_points(found)} points below TL; reached: {found['reached']}")
     final = made("matched", matched, "dispose", "piggyback")
@@ -170,6 +168,10 @@ def following(tried: Sequence[tuple[float, float | None]], wanted: float) -> flo
         step = 2.0 ** (len(tried) - 1) * (min(1, abs(math.log(drop / wanted))) if drop and drop > 0 else 1)
         middle = outermost + step if cheap else outermost - step
     return 1 / (1 + math.exp(-middle))
+
+
+def _at(settings: Dispose, lam: float) -> Dispose:
+    return settings.model_copy(update={"lam": lam, "price": None})
 
 
 def rounded(lam: float) -> float:

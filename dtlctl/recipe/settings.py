@@ -147,6 +147,8 @@ class Dispose(Training):
             raise ValueError('price: unlearn = { kind = "none" } has no lambda to find; leave it out')
         if self.lam is not None and self.price is not None:
             raise ValueError(f"price = {self.price:g} finds lambda, and lambda = {self.lam:g} is given; leave one out")
+        if self.price is not None and self.repair:
+            raise ValueError(f"repair = {self.repair:g} is for a given lambda; a price lowers lambda where it must")
         return self
 
     @model_validator(mode="after")

@@ -133,7 +133,7 @@ class Trainer:
                 model, objective, job.settings, steps, size, bar, evaluate, also=also, memory=memory, state=state
             )
         if not metrics:  # a signal came after the last row
-            evaluate(steps)
+            tests(steps)
         return history, metrics
 
 

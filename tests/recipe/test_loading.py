@@ -97,11 +97,11 @@ def test_tables_that_a_star_sets_are_each_variants_own(recipe_file: Path):
 def test_a_factor_multiplies_the_odds_of_lambda(recipe_file: Path):
     """λ / (1 − λ): 1/4 and 3/1 at λ = 0.2 and 0.75; twice that is 1/2 and 6/1, so λ = 1/3 and 6/7.
 
-    rand has the default of 0.1, 1/9: twice that is 2/9, λ = 2/11. Four times 1/4 is 1, λ = 0.5.
+    rand has the recipe's 0.1, 1/9: twice that is 2/9, λ = 2/11. Four times 1/4 is 1, λ = 0.5.
     """
     assert lambdas(load(recipe_file, [THREE, "dispose.*.odds=1"])) == lambdas(load(recipe_file, [THREE]))
     assert lambdas(load(recipe_file, [THREE, "dispose.*.odds=2"])) == pytest.approx(
-        {"gc": 1 / 3, "rand": 2 / 11, "r.v2": 6 / 7, "none": 0.1}, abs=1e-6
+        {"gc": 1 / 3, "rand": 2 / 11, "r.v2": 6 / 7, "none": 0.0}, abs=1e-6
     )
     for name in ('"r.v2"', "'r.v2'"):
         assert load(recipe_file, [THREE, f"dispose.{name}.odds=2"]).dispose["r.v2"].lam == pytest.approx(

@@ -1,0 +1,99 @@
+"""A disposal with a price: what its run looks at, keeps and resumes from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dtlctl.console import stop
+from dtlctl.errors import RecipeError, Stopped
+from dtlctl.objectives import balance
+from dtlctl.recipe.loading import load
+from dtlctl.run.experiment import Experiment
+from dtlctl.stages.runner import run
+from dtlctl.training.price import price
+
+STAGES = ("pretrain", "finetune", "dispose")
+PRICED = "dispose={gc={price=2.0, repair=0.0, steps=24, batch_size=8, lr=0.02, unlearn={kind='gradient-collision'}}}"
+
+
+def experiment(file: Path, out: str = "runs", *changes: str) -> Experiment:
+    return Experiment(load(file, [PRICED, *changes]), file.parent / out, quiet=True)
+
+
+def sidecar(one: Experiment, path: str) -> dict:
+    return json.loads((one.folder / path / "model.json").read_text())
+
+
+def test_a_price_is_measured_on_target_images_that_nothing_trains_on(recipe_file: Path):
+    """The metric is the paired price of TL and the variant on the rows that the fraction leaves out, made anew here."""
+    one = experiment(recipe_file)
+    run(one, STAGES)
+    found = sidecar(one, "dispose/gc")["metrics"]
+    held = one.data.held_back("target")
+    assert len(held) and not np.isin(held, one.data.index("target")).any()
+    right = [
+        one.engine.correct(one.trainer.load_model(name), "target", one.trainer.split("target", "train", held))
+        for name in ("TL", "gc")
+    ]
+    cost = price(*right)
+    assert (found["price"], found["price_low"], found["price_high"]) == (cost.points, cost.low, cost.high)
+    assert found["price_images"] == len(held)
+
+
+def test_every_row_has_the_lambda_that_its_ratio_and_the_gradients_give(recipe_file: Path):
+    one = experiment(recipe_file)
+    run(one, STAGES)
+    rows = [row for row in sidecar(one, "dispose/gc")["history"] if "lambda" in row]
+    assert len(rows) == 24
+    before = [row for row in rows if row["step"] < 24 * balance.FORMED]
+    assert {row["ratio"] for row in before} == {balance.START}
+    assert len({row["ratio"] for row in rows}) > 1
+    assert all(balance.LEAST <= row["lambda"] <= balance.MOST for row in rows)
+
+
+def test_a_priced_disposal_that_is_stopped_goes_on_to_the_same_weights(recipe_file: Path, monkeypatch):
+    whole, cut = experiment(recipe_file, "whole"), experiment(recipe_file, "cut")
+    run(whole, STAGES)
+    run(cut, STAGES[:2])
+    steps = iter([0] * 11 + [143])
+    monkeypatch.setattr(stop, "pending", lambda: next(steps, 0))
+    with pytest.raises(Stopped):
+        run(cut, STAGES)
+    again = experiment(recipe_file, "cut")
+    run(again, STAGES)
+    ours, theirs = (sidecar(one, "dispose/gc") for one in (whole, again))
+    assert ours["weights_sha256"] == theirs["weights_sha256"]
+    assert ours["history"] == theirs["history"]
+
+
+def test_without_images_to_measure_a_price_on_nothing_trains(recipe_file: Path):
+    one = experiment(recipe_file, "runs", "data.target.fraction=1.0")
+    with pytest.raises(RecipeError, match=r"dispose.gc.price: .* nothing trains on, .*data.target.fraction .* 0.8"):
+        run(one, STAGES)
+    assert not one.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("{price=1.0, lambda=0.1, steps=4}", "leave one out"),
+        ("{price=1.0, repair=0.5, steps=4}", "repair"),
+        ("{price=1.0, steps=4, unlearn={kind='none'}}", "no lambda to find"),
+        ("{price=0, steps=4}", "greater than 0"),
+    ],
+)
+def test_a_price_that_contradicts_the_rest_is_refused(recipe_file: Path, table: str, message: str):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load(recipe_file, [f"dispose={{gc={table}}}"])
+
+
+def test_who_says_neither_price_nor_lambda_gets_the_default_price(recipe_file: Path):
+    gc = ["dispose.gc.price=3.0", "dispose.gc.repair=0.0"]
+    recipe = load(recipe_file, ["dispose.other={steps=4, batch_size=8}", *gc])
+    assert (recipe.dispose["other"].price, recipe.dispose["other"].lam) == (1.0, None)
+    assert (recipe.dispose["gc"].price, recipe.dispose["gc"].lam) == (3.0, None)
