@@ -96,12 +96,25 @@ class Reference(Algorithm):
 
 PRICE = 1.0
 """Points of target accuracy that a disposal may cost that names neither price nor λ."""
+RECOMMENDED: dict[str, Any] = {
+    "epochs": 10,
+    "batch_size": 64,
+    "lr": 0.1,
+    "clip": 10.0,
+    "init": "fresh",
+    "unlearn": {"kind": "gradient-collision", "chunks": 4},
+    "retain": {"kind": "distill", "on": "both", "temperature": 4.0},
+}
+"""The disposal of a table that gives no length: a new network that learns from TL's answers on all images, and whose
+gradients on the source are kept from agreeing while it forms. What the table names takes the place of what is here."""
 
 
 class Dispose(Training):
-    """One variant: starts from `TL` and minimises `(1 − lambda) · retain + lambda · unlearn` (Eq. 1).
+    """One variant: minimises `(1 − lambda) · retain + lambda · unlearn` (Eq. 1). An epoch is one of the source.
 
-    An epoch is one of the source.
+    A table that gives no length is the recommended disposal: `epochs = 10`, `batch_size = 64`, `lr = 0.1`,
+    `clip = 10.0`, `init = "fresh"`, gradient collision with `chunks = 4`, `retain` on both datasets at temperature 4.
+    What it names takes the place of these.
     """
 
     lam: float | None = Field(None, ge=0, le=1, alias="lambda")
@@ -133,9 +146,13 @@ class Dispose(Training):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_price(cls, table: Any) -> Any:
-        """With neither λ nor a price, the default price; without an unlearning loss, λ = 0."""
-        if not isinstance(table, dict) or {"lambda", "price"} & table.keys():
+    def _filled(cls, table: Any) -> Any:
+        """Without a length the recommended disposal; with neither λ nor a price, the default price, or λ = 0."""
+        if not isinstance(table, dict):
+            return table
+        if not {"epochs", "steps"} & table.keys():
+            table = {**RECOMMENDED, **({"init": "TL"} if table.get("fresh_stages") else {}), **table}
+        if {"lambda", "price"} & table.keys():
             return table
         loss = table.get("unlearn")
         kind = loss.get("kind") if isinstance(loss, dict) else getattr(loss, "kind", None)
