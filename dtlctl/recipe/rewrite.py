@@ -39,7 +39,7 @@ def with_lambda(text: str, variant: str, lam: float) -> str:
     wanted = tomllib.loads(text.removeprefix("\ufeff"))
     table = wanted.get("dispose", {}).get(variant, {})
     if "lambda" not in table:
-        raise ValueError(f"[dispose.{variant}] has no lambda to change; write lambda = {lam:g} into it")
+        raise ValueError(f"[dispose.{variant}] has no lambda to change; write lambda = {lam:g} into it, in the place of a price")
     if table["lambda"] == lam:
         return text
     table["lambda"] = lam

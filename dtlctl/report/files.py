@@ -127,7 +127,10 @@ def disposal(document: dict[str, Any], model: str) -> str:
     settings = document["recipe"]["dispose"][model]
     start = {"fresh": "a new network that learned TL's answers"}.get(settings["init"], "TL, trained on")
     loss = settings["unlearn"]["kind"]
-    return f"{start}; no unlearning loss" if loss == "none" else f"{start}; {loss}, λ = {settings['lambda']:g}"
+    if loss == "none":
+        return f"{start}; no unlearning loss"
+    lam, price = settings["lambda"], settings["price"]
+    return f"{start}; {loss}, " + (f"λ = {lam:g}" if price is None else f"for a price of {price:g}")
 
 
 def who(piggyback: dict[str, Any]) -> str:

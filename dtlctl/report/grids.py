@@ -17,7 +17,7 @@ from dtlctl.storage import checkpoint
 Point = dict[str, Any]
 """{"values": {swept key: value}, "table": a document of `summary.summarise`}."""
 
-ALONG_A_CURVE = (".lambda", ".odds")
+ALONG_A_CURVE = (".lambda", ".odds", ".price")
 """Ends of the swept keys whose values are points of one curve."""
 
 
@@ -153,7 +153,8 @@ def _along_lambda(found: Sequence[Point], rows: Sequence[dict[str, Row]], name: 
         for variant, settings in dispose.items():
             others = [value for key, value in swept.items() if _is_of(key, variant, dispose)]
             if place := _place(row.get(variant, {}), name, kind):
-                places.setdefault(" ".join([variant, *others]), {})[settings["lambda"]] = place
+                along = settings["lambda"] if settings["price"] is None else settings["price"]
+                places.setdefault(" ".join([variant, *others]), {})[along] = place
     return {label: [at[lam] for lam in sorted(at)] for label, at in places.items() if len(at) > 1}
 
 
