@@ -39,7 +39,9 @@ def with_lambda(text: str, variant: str, lam: float) -> str:
     wanted = tomllib.loads(text.removeprefix("\ufeff"))
     table = wanted.get("dispose", {}).get(variant, {})
     if "lambda" not in table:
-        raise ValueError(f"[dispose.{variant}] has no lambda to change; write lambda = {lam:g} into it, in the place of a price")
+        raise ValueError(
+            f"[dispose.{variant}] has no lambda to change; write lambda = {lam:g} into it, instead of a price"
+        )
     if table["lambda"] == lam:
         return text
     table["lambda"] = lam
