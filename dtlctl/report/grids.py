@@ -153,7 +153,7 @@ def _along_lambda(found: Sequence[Point], rows: Sequence[dict[str, Row]], name: 
         for variant, settings in dispose.items():
             others = [value for key, value in swept.items() if _is_of(key, variant, dispose)]
             if place := _place(row.get(variant, {}), name, kind):
-                along = settings["lambda"] if settings["price"] is None else settings["price"]
+                along = settings["price"] if settings["lambda"] is None else settings["lambda"]
                 places.setdefault(" ".join([variant, *others]), {})[along] = place
     return {label: [at[lam] for lam in sorted(at)] for label, at in places.items() if len(at) > 1}
 
