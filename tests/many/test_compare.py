@@ -295,10 +295,11 @@ def test_what_was_found_is_written_and_what_was_not_is_told_what_to_do(recipe_fi
                      "unif": {**found, "lambda": 0.1, "low": 0.0, "high": 4.1, "reached": "not resolved"}},
     }  # fmt: skip
     monkeypatch.setattr(comparison, "compare", lambda *_, **__: (document, recipe_file.parent))
+    text = recipe_file.read_text()
+    recipe_file.write_text(text.replace("lambda = 0.1\n", ""))
     code, _, said = call("compare", recipe_file, "--write", "--json")
     assert code == 2 and "[dispose.gc] has no lambda" in said
-    text = recipe_file.read_text().replace("[dispose.gc]", "[dispose.gc]\nlambda = 0.5")
-    recipe_file.write_text(text := text.replace("[dispose.rand]", "[dispose.rand]\nlambda = 0.5"))
+    recipe_file.write_text(text := text.replace("lambda = 0.1", "lambda = 0.5"))
     code, _, said = call("compare", recipe_file, "--json")
     assert code == 0 and recipe_file.read_text() == text and "dispose.gc.lambda=0.25" in said
     code, _, said = call("compare", recipe_file, "--write", "--json")
