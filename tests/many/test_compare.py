@@ -296,7 +296,7 @@ def test_what_was_found_is_written_and_what_was_not_is_told_what_to_do(recipe_fi
     }  # fmt: skip
     monkeypatch.setattr(comparison, "compare", lambda *_, **__: (document, recipe_file.parent))
     text = recipe_file.read_text()
-    recipe_file.write_text(text.replace("lambda = 0.1\n", ""))
+    recipe_file.write_text(text.replace("lambda = 0.1\n", "").replace("repair = 0.5\n", ""))
     code, _, said = call("compare", recipe_file, "--write", "--json")
     assert code == 2 and "[dispose.gc] has no lambda" in said
     recipe_file.write_text(text := text.replace("lambda = 0.1", "lambda = 0.5"))
