@@ -20,6 +20,7 @@ from dtlctl.model import batchnorm, networks
 from dtlctl.objectives import unlearn
 from dtlctl.run.experiment import Experiment
 from dtlctl.run.results import Results
+from dtlctl.run.trainer import Trainer
 from dtlctl.stages import dispose as disposal
 from dtlctl.stages.runner import run
 from dtlctl.training import engine as engine_module
@@ -104,6 +105,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[Experiment], None]:
         monkeypatch.setattr(disposal, "_source_loss_of_tl", lambda *_: 0.0)
         monkeypatch.setattr(Engine, "_report", report)
         monkeypatch.setattr(Results, "publish", lambda *_: None)
+        monkeypatch.setattr(Trainer, "measured", lambda *_: dict.fromkeys(("acc_s", "acc_t", "acc_pl"), 0.0))
         experiment.engine.device = META
 
     return move
