@@ -9,7 +9,6 @@ from PIL import Image
 
 from dtlctl.data import entry
 from dtlctl.errors import CheckpointError
-from dtlctl.many.compare import held_back
 from dtlctl.recipe.loading import load
 from dtlctl.report.results import refuse_other_images
 from dtlctl.run.experiment import Experiment
@@ -32,7 +31,7 @@ def test_a_large_split_is_decoded_as_far_as_it_is_drawn(
     assert images.rows.tolist() == first.data.index("target").tolist()
     drawn = {row for experiment in (first, second) for row in experiment.data.index("target").tolist()}
     assert not any(images.pixels[row].any() for row in range(1000) if row not in drawn)
-    assert len(held_back(first)) == 980 and all(images.pixels[row].any() for row in held_back(first))
+    assert len(first.data.held_back("target")) == 980 and all(images.pixels[row].any() for row in held_back(first))
     assert Experiment(first.recipe, tmp_path, quiet=True).data.identity("target") == one
 
 
