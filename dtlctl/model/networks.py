@@ -228,7 +228,7 @@ def _timm(arch: str, image_size: int) -> tuple[nn.Module, int, str]:
     """A backbone of timm, the width of its features, and what timm calls its last linear layer."""
     import timm
 
-    options = timm_options(arch, image_size)
+    options: dict[str, Any] = {**timm_options(arch, image_size)}
     backbone: Any = timm.create_model(arch.removeprefix(TIMM), pretrained=False, num_classes=0, **options)
     width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     return backbone, int(width), backbone.default_cfg["classifier"]

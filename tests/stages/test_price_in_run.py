@@ -52,7 +52,7 @@ def test_every_row_has_the_lambda_that_its_ratio_and_the_gradients_give(recipe_f
     assert len(rows) == 24
     before = [row for row in rows if row["step"] < 24 * balance.FORMED]
     assert {row["ratio"] for row in before} == {balance.START}
-    assert len({row["ratio"] for row in rows}) > 1
+    assert len({row["ratio"] for row in rows}) > 1 and len({row["lambda"] for row in rows}) > 20
     assert all(balance.LEAST <= row["lambda"] <= balance.MOST for row in rows)
 
 

@@ -17,8 +17,8 @@ from dtlctl.stages.data_demands import local_chunks
 
 # Retaining losses that need target batches, beside the tiny recipe's own two variants.
 MORE = """dispose={
-    kd = {steps=4, batch_size=8, lr=0.02, retain={kind="distill", on="target"}},
-    gem = {steps=4, batch_size=8, lr=0.02, retain={kind="a-gem"}}
+    kd = {lambda=0.1, steps=4, batch_size=8, lr=0.02, retain={kind="distill", on="target"}},
+    gem = {lambda=0.1, steps=4, batch_size=8, lr=0.02, retain={kind="a-gem"}}
 }""".replace("\n", "")
 
 
