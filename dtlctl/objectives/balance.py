@@ -41,7 +41,8 @@ def ratio(rows: Sequence[Mapping[str, float]], share: float, price: float, wante
 
 def lam(rows: Sequence[Mapping[str, float]], ratio: float, retain: float, unlearn: float) -> float:
     """λ for a ratio and the norms of the two gradients, smoothed over the checks of the history."""
-    log_odds = math.log(ratio * max(retain, 1e-12) / max(unlearn, 1e-12))
+    log_odds = math.log(ratio) + math.log(max(retain, 1e-12)) - math.log(max(unlearn, 1e-12))
+    log_odds = min(20.0, max(-20.0, log_odds))  # norms that are no numbers make λ as small as it gets
     if last := next((row["lambda"] for row in reversed(rows) if "lambda" in row), None):
         log_odds = (1 - SMOOTH) * math.log(last / (1 - last)) + SMOOTH * log_odds
     return min(MOST, max(LEAST, 1 / (1 + math.exp(-log_odds))))

@@ -22,8 +22,10 @@ def test_lambda_is_smoothed_over_checks():
     assert balance.lam(rows, 1.0, retain=5.0, unlearn=5.0) == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize(("retain", "unlearn", "lam"), [(0.0, 1.0, balance.LEAST), (1.0, 0.0, balance.MOST)])
-def test_lambda_stays_between_its_bounds_where_a_gradient_vanishes(retain: float, unlearn: float, lam: float):
+@pytest.mark.parametrize(("retain", "unlearn", "lam"), [
+    (0.0, 1e9, balance.LEAST), (1e9, 0.0, balance.MOST), (1.0, math.inf, balance.LEAST), (1.0, math.nan, balance.LEAST),
+    (math.inf, math.inf, balance.LEAST), (1e300, 1e-300, balance.MOST)])  # fmt: skip
+def test_lambda_stays_between_its_bounds_where_a_gradient_vanishes_or_bursts(retain: float, unlearn: float, lam: float):
     assert balance.lam([], 1.0, retain, unlearn) == pytest.approx(lam)
 
 
