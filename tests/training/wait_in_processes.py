@@ -30,7 +30,7 @@ if __name__ == "__main__":
     except RuntimeError as error:
         from dtlctl.training.failures import is_loss
 
-        print(f"{who} waited in vain: {is_loss(error)}", flush=True)
+        print(f"{who} waited in vain: {is_loss(error)}\n", end="", flush=True)
     else:
-        print(f"{who} goes on", flush=True)
+        print(f"{who} goes on\n", end="", flush=True)
     os._exit(0)  # torch may abort as it takes a group down whose peer is gone; what was to be seen is printed
