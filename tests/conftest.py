@@ -37,18 +37,22 @@ batch_size = 20
 steps = 4
 batch_size = 10
 [dispose.gc]
+init = "TL"
 lambda = 0.1
 steps = 6
 batch_size = 8
 lr = 0.02
 repair = 0.5
 unlearn = { kind = "gradient-collision", chunks = 2 }
+retain = { kind = "distill", on = "source" }
 [dispose.rand]
+init = "TL"
 lambda = 0.1
 steps = 4
 batch_size = 8
 lr = 0.02
 unlearn = { kind = "random-labels" }
+retain = { kind = "distill", on = "source" }
 [piggyback]
 steps = 3
 batch_size = 10
@@ -99,7 +103,8 @@ def opened(recipe_file: Path):
 
     def new_experiment(*changes: str) -> Experiment:
         recipe_file.write_text(
-            recipe_file.read_text() + "[dispose.one]\nlambda = 0.1\nsteps = 3\nbatch_size = 32\nclip = 1.0\n"
+            recipe_file.read_text()
+            + '[dispose.one]\ninit = "TL"\nlambda = 0.1\nsteps = 3\nbatch_size = 32\nclip = 1.0\n'
         )
         return Experiment(load(recipe_file, list(changes)), recipe_file.parent / "runs", quiet=True)
 

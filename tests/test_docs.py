@@ -62,6 +62,16 @@ def everywhere(language: str) -> list[Any]:
     return [pytest.param(b, id=f"{p.stem}-{n}") for p in PAGES for n, b in enumerate(blocks(page(p), language))]
 
 
+LIMITS = {"README.md": 700, "docs/tutorial.md": 2000, "docs/recipe.md": 10**6}
+"""Words of a page, code and tables too; 1,200 for any other. The reference is written from the schema."""
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_pages_keep_to_their_words(path: Path):
+    most = LIMITS.get(str(path.relative_to(ROOT)), 800 if path.parent.name == "results" else 1200)
+    assert len(path.read_text(encoding="utf-8").split()) <= most
+
+
 # The recipe --------------------------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,7 @@ def read(weights: str, network: dict[str, Any], classes: Sequence[str] | None = 
     network: arguments of `networks.build` but for the heads. classes: names that the recipe gives the head's outputs,
     in place of those that the file has. Raises CheckpointError where they do not fit, and where they cannot be fetched.
     """
-    tensors, said = _from_registry(weights, network) if weights.startswith(REGISTRY) else _from_file(weights)
+    tensors, said = _from_registry(weights, network) if weights.startswith(REGISTRY) else tensors_of(weights)
     try:
         notes = _compared(said, network)
         backbone, head = _fitted(tensors, network, notes)
@@ -153,7 +153,7 @@ def _compared(said: dict[str, Any], network: dict[str, Any]) -> list[str]:
     return []
 
 
-def _from_file(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def tensors_of(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, and what `dtlctl export` or timm says of them, if anything."""
     from safetensors import SafetensorError, safe_open
 

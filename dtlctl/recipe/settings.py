@@ -94,42 +94,33 @@ class Reference(Algorithm):
     """A `.safetensors` file, an exported folder or `torchvision:NAME`, of the recipe's architecture."""
 
 
-PRICE = 1.0
-"""Points of target accuracy that a disposal may cost that names neither price nor λ."""
-RECOMMENDED: dict[str, Any] = {
-    "epochs": 10,
-    "batch_size": 64,
-    "lr": 0.1,
-    "clip": 10.0,
-    "init": "fresh",
-    "unlearn": {"kind": "gradient-collision", "chunks": 4},
-    "retain": {"kind": "distill", "on": "both", "temperature": 4.0},
-}
-"""The disposal of a table that gives no length: a new network that learns from TL's answers on all images, and whose
-gradients on the source are kept from agreeing while it forms. What the table names takes the place of what is here."""
+PRICE, PASSES = 1.0, 10
+"""Of a disposal that says neither price nor λ, and no length: points of target accuracy, passes over the source."""
 
 
 class Dispose(Training):
     """One variant: minimises `(1 − lambda) · retain + lambda · unlearn` (Eq. 1). An epoch is one of the source.
 
-    A table that gives no length is the recommended disposal: `epochs = 10`, `batch_size = 64`, `lr = 0.1`,
-    `clip = 10.0`, `init = "fresh"`, gradient collision with `chunks = 4`, `retain` on both datasets at temperature 4.
-    What it names takes the place of these.
+    An empty table is the recommended disposal; without a length it has 10 epochs.
     """
 
+    batch_size: int = Field(64, ge=2, le=65_536)
+    """Images a step."""
+    clip: float | None = Field(10.0, gt=0)
+    """Largest norm of a gradient; a longer one is scaled down."""
     lam: float | None = Field(None, ge=0, le=1, alias="lambda")
     """λ, the weight of the unlearning loss; default: the run finds it, by `price`."""
     price: float | None = Field(None, gt=0, le=100)
     """Points of target accuracy that the disposal may cost, instead of `lambda`: the run finds λ. It is measured on the
     target images that `data.target.fraction` leaves out. Default, where there is no `lambda`: 1."""
-    unlearn: Unlearn = GradientCollision()
+    unlearn: Unlearn = GradientCollision(chunks=4)
     """The unlearning loss: what drives the source out."""
-    retain: Retain = Distill()
+    retain: Retain = Distill(on="both", temperature=4.0)
     """The retaining loss: what keeps the target."""
     repair: float = Field(0.0, ge=0, lt=1)
     """The last share of the steps trains on the retaining loss alone."""
-    init: Literal["TL", "fresh"] = "TL"
-    """Where it starts: from `TL`, or from a new network (`fresh`), as a reference."""
+    init: Literal["TL", "fresh"] = "fresh"
+    """Where it starts: from a new network (`fresh`), or from `TL`, which is the default beside `fresh_stages`."""
     fresh_stages: int = Field(0, ge=0)
     """So many of the last stages of `TL`, and both heads, start anew."""
     batch_norm: Literal["train", "frozen"] = "train"
@@ -147,16 +138,17 @@ class Dispose(Training):
     @model_validator(mode="before")
     @classmethod
     def _filled(cls, table: Any) -> Any:
-        """Without a length the recommended disposal; with neither λ nor a price, the default price, or λ = 0."""
+        """With the defaults that depend on what else the table says."""
         if not isinstance(table, dict):
             return table
-        if not {"epochs", "steps"} & table.keys():
-            table = {**RECOMMENDED, **({"init": "TL"} if table.get("fresh_stages") else {}), **table}
-        if {"lambda", "price"} & table.keys():
-            return table
-        loss = table.get("unlearn")
-        kind = loss.get("kind") if isinstance(loss, dict) else getattr(loss, "kind", None)
-        return {**table, **({"lambda": 0.0} if kind == "none" else {"price": PRICE})}
+        filled = {} if {"epochs", "steps"} & table.keys() else {"epochs": PASSES}
+        if table.get("fresh_stages"):
+            filled["init"] = "TL"
+        if not {"lambda", "price"} & table.keys():
+            loss = table.get("unlearn")
+            kind = loss.get("kind") if isinstance(loss, dict) else getattr(loss, "kind", None)
+            filled |= {"lambda": 0.0} if kind == "none" else {"price": PRICE}
+        return {**filled, **table}
 
     @model_validator(mode="after")
     def _one_weight(self) -> Dispose:

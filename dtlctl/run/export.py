@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dtlctl.errors import CheckpointError, RecipeError
-from dtlctl.model import networks
+from dtlctl.model import networks, weights
 from dtlctl.run.experiment import Experiment
 from dtlctl.storage import checkpoint
 
@@ -67,19 +67,14 @@ def load(path: Path | str) -> networks.Classifier:
 
     path: the file, or the folder. Raises CheckpointError for what `export` did not write.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
+    tensors, described = weights.tensors_of(str(path))
     try:
-        with safe_open(path / f"model{SUFFIX}" if path.is_dir() else path, "pt") as file:
-            described: dict[str, Any] = json.loads((file.metadata() or {})["dtlctl"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         classes = described.pop("classes")
         model = networks.build(heads={"target": len(classes)}, **described)
         model.to(tensors[f"{model.readout}.weight"].dtype)
         names = dict(zip(model.plain_state("target"), model.state_dict(), strict=True))
         checkpoint.fill(model, {names.get(name, name): tensor for name, tensor in tensors.items()})
-    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a model that dtlctl exported ({error})") from None
     return model.eval()
 
