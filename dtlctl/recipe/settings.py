@@ -141,7 +141,7 @@ class Dispose(Training):
         """With the defaults that depend on what else the table says."""
         if not isinstance(table, dict):
             return table
-        filled = {} if {"epochs", "steps"} & table.keys() else {"epochs": PASSES}
+        filled: dict[str, Any] = {} if {"epochs", "steps"} & table.keys() else {"epochs": PASSES}
         if table.get("fresh_stages"):
             filled["init"] = "TL"
         if not {"lambda", "price"} & table.keys():

@@ -44,7 +44,7 @@ def test_a_call_for_no_recipe_is_told(call, arguments: tuple[str, ...]):
 
 
 @pytest.mark.parametrize(
-    ("words", "offered"), [("dtlctl sc", "schema"), ("dtlctl init quickstart_", "quickstart_full")]
+    ("words", "offered"), [("dtlctl sc", "schema"), ("dtlctl init quickstart_f", "quickstart_full")]
 )
 def test_the_shell_completes_commands_and_shipped_recipes(words: str, offered: str):
     shell = {"_DTLCTL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}

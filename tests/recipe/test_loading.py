@@ -155,7 +155,7 @@ MISTAKES = {
     "dispose.gc.unlearn.chunks=8": "dispose.gc: a chunk would hold 1 image; 2 are needed",
     "dispose.gc.unlearn.chunks=1": "dispose.gc.unlearn.chunks: Input should be greater than or equal to 2 (it is 1)",
     "dispose.gc.unlearn.kind='uniformm'": "dispose.gc.unlearn: unknown kind 'uniformm'; did you mean 'uniform'?",
-    "dispose.rand.retain={on='target'}": "dispose.rand.retain: the table needs a kind",
+    "dispose.new={retain={on='target'}}": "dispose.new.retain: the table needs a kind",
     "model.channels_last=true": "model: channels_last needs a width of 16 or more, not 4: torch crashes on narrower",
     "model.stem='smal'": "model.stem: 'smal' is not valid; did you mean 'small'?",
     "model.arch='resnet9'": "model: unknown architecture 'resnet9'; did you mean",

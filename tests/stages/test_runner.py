@@ -129,7 +129,8 @@ def test_a_row_of_the_history_is_of_unlearning_or_of_repair(recipe_file: Path):
 
 def test_lambda_zero_and_no_unlearning_are_the_same(recipe_file: Path):
     """Eq. 1 at lambda = 0 is the retaining loss, whatever the unlearning loss; chunks = 1 on both sides."""
-    changes = 'dispose={rand={lambda=0.0}, none={steps=4, batch_size=8, lr=0.02, lambda=0.0, unlearn={kind="none"}}}'
+    none = 'none={init="TL", steps=4, batch_size=8, lr=0.02, unlearn={kind="none"}, retain={kind="distill"}}'
+    changes = f"dispose={{rand={{lambda=0.0}}, {none}}}"
     experiment = new_experiment(recipe_file, changes)
     run(experiment, ("pretrain", "finetune", "dispose"))
     assert weights(experiment, "dispose/rand") == weights(experiment, "dispose/none")
