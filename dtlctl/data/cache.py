@@ -34,7 +34,7 @@ from dtlctl.errors import DataError
 from dtlctl.storage.checkpoint import sync, write
 
 # Changing how images are chosen, decoded, resized or stored must change this number: it is part of the key.
-_FORMAT = 5
+_FORMAT = 6
 _BATCH = 64  # images a task
 
 Progress = Callable[[int, int], None]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from dtlctl.data.classes import some
 from dtlctl.data.dataset import USUAL, Dataset, Note, Rows, Split, check_split, where
 from dtlctl.data.lists import LISTS, Place, read_list
 from dtlctl.errors import DataError, NoSplit
@@ -115,12 +116,17 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
         for key in ("image", "label"):
             if (column := getattr(dataset, key)) not in (None, key):
                 raise DataError(f"data.{role}.{key}: {dataset.path} has class folders, and no column {column!r}")
-        _check_folders(place, images, 2 if here.folder else 1, {*classes} if split == "train" else set(), unread)
+        _check_folders(place, images, 2 if here.folder else 1, unread)
         if here.list:
             _check_same(dataset, role, tree, here, dict(zip(images, labels, strict=True)))
             unread = sorted({*unread, here.list})
-    number: dict[str | None, int] = {None: -1, **{label: index for index, label in enumerate(classes)}}
     notes = []
+    if empty := [name for name in classes if name not in labels]:
+        # Images of such a class in the other split alone are refused, as of any class that training lacks.
+        classes = [name for name in classes if name in labels]
+        said = f"{place}: class folders without an image that can be read: {some(empty)}"
+        notes.append(Note("empty-folders", len(empty), said))
+    number: dict[str | None, int] = {None: -1, **{label: index for index, label in enumerate(classes)}}
     if guessed:
         notes.append(Note("by-content", len(guessed), f"{place}: read as images by content alone{kinds(guessed)}"))
     if unread:
@@ -182,8 +188,8 @@ def _check_layout(dataset: Dataset, split: Split, role: str, tree: Tree, splits:
         )
 
 
-def _check_folders(place: str, images: list[str], depth: int, classes: set[str], unread: list[str]) -> None:
-    """Raise DataError unless every image lies in a class folder, and every one of `classes` has an image."""
+def _check_folders(place: str, images: list[str], depth: int, unread: list[str]) -> None:
+    """Raise DataError unless there are images, and every one lies in a class folder."""
     if not images:
         raise DataError(f"{place}: no image can be read{kinds(unread)}")
     if wrong := next((file for file in images if file.count("/") != depth), None):
@@ -191,9 +197,6 @@ def _check_folders(place: str, images: list[str], depth: int, classes: set[str],
             f"{place}: {wrong} has no class: every image must lie at SPLIT/CLASS/image, neither above nor below, or be "
             "named in SPLIT.csv with the columns file_name and label"
         )
-    if empty := sorted(classes - {file.split("/")[-2] for file in images}):
-        lost = kinds([file for file in unread if f"/{empty[0]}/" in f"/{file}"])
-        raise DataError(f"{place}: class folder {empty[0]!r} has no image that can be read{lost}; or remove it")
 
 
 def _check_same(dataset: Dataset, role: str, tree: Tree, place: Place, folders: dict[str, str | None]) -> None:

@@ -102,12 +102,19 @@ def test_an_image_by_content_is_read_and_said(tmp_path, name):
     assert number == 1 and f"(train/dog/{name})" in text
 
 
-def test_a_class_whose_files_cannot_be_read_is_refused(tmp_path):
-    dataset = folder(tmp_path / "d", *BASE, **{"train/emu/1.heic": b"no image"})
-    text = refused(dataset)
-    assert "class folder 'emu' has no image that can be read: 1 .heic (train/emu/1.heic; pip install" in text
-    (tmp_path / "e/train/fox").mkdir(parents=True)
-    assert "class folder 'fox' has no image that can be read" in refused(folder(tmp_path / "e", *BASE))
+def test_class_folders_whose_files_cannot_be_read_are_said_and_left_out(tmp_path):
+    """In either split or both; a class that the test split alone has images of is refused."""
+    lost = {"train/emu/1.heic": b"no image", "test/emu/1.heic": b"no image"}
+    (tmp_path / "d/train/fox").mkdir(parents=True)
+    dataset = folder(tmp_path / "d", *BASE, **lost)
+    for split, names in (("train", "'emu', 'fox'"), ("test", "'emu'")):
+        images = load(dataset, split)
+        assert images.classes == ("cat", "dog")
+        number, text = notes(images)["empty-folders"]
+        assert number == len(names.split(",")) and text.endswith(f"image that can be read: {names}")
+        assert f"{split}/emu/1.heic; pip install" in notes(images)["unread"][1]
+    dataset = folder(tmp_path / "e", *BASE, **{"train/emu/1.heic": b"no image", "test/emu/1.png": picture()})
+    assert "class 'emu' is none of the 2 classes" in refused(dataset, "test")
 
 
 def test_a_class_folder_without_test_images_is_said(tmp_path):
