@@ -120,12 +120,7 @@ def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
         if here.list:
             _check_same(dataset, role, tree, here, dict(zip(images, labels, strict=True)))
             unread = sorted({*unread, here.list})
-    notes = []
-    if empty := [name for name in classes if name not in labels]:
-        # Images of such a class in the other split alone are refused, as of any class that training lacks.
-        classes = [name for name in classes if name in labels]
-        said = f"{place}: class folders without an image that can be read: {some(empty)}"
-        notes.append(Note("empty-folders", len(empty), said))
+    classes, notes = _filled(classes, labels, place)
     number: dict[str | None, int] = {None: -1, **{label: index for index, label in enumerate(classes)}}
     if guessed:
         notes.append(Note("by-content", len(guessed), f"{place}: read as images by content alone{kinds(guessed)}"))
@@ -197,6 +192,17 @@ def _check_folders(place: str, images: list[str], depth: int, unread: list[str])
             f"{place}: {wrong} has no class: every image must lie at SPLIT/CLASS/image, neither above nor below, or be "
             "named in SPLIT.csv with the columns file_name and label"
         )
+
+
+def _filled(classes: list[str], labels: list[str | None], place: str) -> tuple[list[str], list[Note]]:
+    """The classes that have an image, and what is to be said of the others.
+
+    Images of such a class in the other split alone are refused, as of any class that training lacks.
+    """
+    used = {*labels}
+    empty = [name for name in classes if name not in used]
+    said = f"{place}: class folders without an image that can be read: {some(empty)}"
+    return [name for name in classes if name in used], [Note("empty-folders", len(empty), said)] if empty else []
 
 
 def _check_same(dataset: Dataset, role: str, tree: Tree, place: Place, folders: dict[str, str | None]) -> None:
