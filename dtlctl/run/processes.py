@@ -35,6 +35,8 @@ class Processes:
         engine = Engine(self.precision)
         if not self.quiet:
             count = f"{engine.processes} process" + ("es" if engine.processes > 1 else "")
+            if (machines := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:  # as launchers by torchrun tell
+                count += f" of {machines} machines"
             say(f"dtlctl {__version__}: {self.title} on {count}, {engine.device.type}")
         return engine
 

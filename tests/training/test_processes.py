@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,29 @@ def test_two_processes_take_a_step_in_bfloat16_as_one_does(recipe_file: Path, dt
     assert done.returncode == 0, done.stderr
     for name, difference in differences(recipe_file.parent / "runs", "pretrain").items():
         assert difference < (1e-5 if "running" in name else 1e-3), f"{name} differs by {difference:.1e}"
+
+
+def test_two_machines_over_loopback_do_what_one_does(recipe_file: Path, call):
+    """Each "machine" is a launcher of its own that knows the other by an address alone, as under SLURM."""
+    changes = ("--set", 'precision="float64"')
+    code, _, err = call("pretrain", recipe_file, *changes, "--set", "name=one", "--quiet")
+    assert code == 0, err
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "-m", "dtlctl", "pretrain"]
+    machines = [
+        subprocess.Popen(
+            [*launcher, recipe_file, *changes, "--set", "name=two"], cwd=recipe_file.parent, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = "".join(machine.communicate(timeout=300)[1] for machine in machines)
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert said.count("on 2 processes of 2 machines") == 1
+    assert max(differences(recipe_file.parent / "runs", "pretrain").values()) < 1e-10
 
 
 def test_chunks_that_processes_cannot_share_are_refused_before_anything_trains(recipe_file: Path, dtlctl):
