@@ -19,6 +19,7 @@ def sweep(
     overrides: Overrides = None,
     out: Out = RUNS,
     jobs: Annotated[int, typer.Option("--jobs", min=1, max=256, help="Runs at a time, each a process.")] = 1,
+    plan: Annotated[bool, typer.Option("--plan", help="Print a shell line for every run instead.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -26,6 +27,14 @@ def sweep(
     from dtlctl.many import sweep as sweeps
     from dtlctl.report import grids
 
+    if plan:
+        first, lines = sweeps.plan(recipe, over, overrides or [], out)
+        say(
+            f"{len(first)} lines first, one after the other; then {len(lines)} in any order; then this sweep again",
+            quiet,
+        )
+        print("\n".join([*first, *lines]))
+        return
     done = sweeps.run(recipe, over, overrides or [], out, jobs=jobs, quiet=quiet)
     document = grids.summarise([(point.values, experiment.folder) for point, experiment in done])
     axes = [word for text in over for word in ("--over", text)]

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -24,6 +25,7 @@ from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, R
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.overrides import parse_value
 from dtlctl.recipe.plan import STAGES, Job, Stage
+from dtlctl.recipe.schema import Recipe
 from dtlctl.run.earlier import Earlier, relatives
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands, runner
@@ -76,19 +78,51 @@ def run(
 ) -> list[tuple[Point, Experiment]]:
     """Do all points' stages under OUT/<name>-sweep; what is up to date there or in OUT/<name> is not done again."""
     one_process("sweep: start it as one process; --jobs N works on N points at a time")
+    base, grid, calls, experiments = _opened(recipe, over, overrides, out, quiet=quiet or jobs > 1)
+    perform(experiments, STAGES, relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
+    return list(zip(grid, experiments, strict=True))
+
+
+def plan(recipe: Path, over: Sequence[str], overrides: Sequence[str], out: Path) -> tuple[list[str], list[str]]:
+    """The sweep as lines for a shell: what comes first, and then the points, in any order and at the same time.
+
+    First comes the pre-training of every network that several points share. The same sweep afterwards finds all done
+    and makes the table.
+    """
+    _, _, calls, experiments = _opened(recipe, over, overrides, out, quiet=True)
+    lines: dict[Path, list[str]] = {}
+    shared: dict[str, list[list[str]]] = {}
+    for call, experiment in zip(calls.values(), experiments, strict=True):
+        words = [
+            str(recipe),
+            *(word for text in call for word in ("--set", text)),
+            "--out",
+            str(experiment.folder.parent),
+        ]
+        lines[experiment.folder] = words
+        for job in experiment.chosen(("pretrain",)):
+            shared.setdefault(experiment.results.key(job), []).append(words)
+    first = [shlex.join(["dtlctl", "pretrain", *some[0]]) for some in shared.values() if len(some) > 1]
+    return first, [shlex.join(["dtlctl", "run", *words]) for words in lines.values()]
+
+
+def _opened(
+    recipe: Path, over: Sequence[str], overrides: Sequence[str], out: Path, *, quiet: bool
+) -> tuple[Recipe, list[Point], dict[str, list[str]], list[Experiment]]:
+    """The recipe, its points, the `--set` texts of every point by its name, and the points' runs, with data that fits.
+
+    Raises RecipeError for two points that are one, and as `points`, `load` and `data_demands.check` do.
+    """
     base = load(recipe, list(overrides))
-    folder = out / f"{base.name}-sweep"
     grid = points(over)
     calls = {point.name: [*overrides, *point.overrides, f"name={point.name}"] for point in grid}
     if len(calls) < len(grid):
         raise RecipeError("sweep: two points have the same values")
-    experiments = [
-        Experiment(load(recipe, call), folder, source=str(recipe), quiet=quiet or jobs > 1) for call in calls.values()
-    ]
+    folder = out / f"{base.name}-sweep"
+    experiments = [Experiment(load(recipe, call), folder, source=str(recipe), quiet=quiet) for call in calls.values()]
     for experiment in experiments:
         data_demands.check(experiment, experiment.jobs)
-    perform(experiments, STAGES, relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
-    return list(zip(grid, experiments, strict=True))
+    return base, grid, calls, experiments
 
 
 def one_process(otherwise: str) -> None:

@@ -19,7 +19,13 @@ FORMS = ("pretrain/*.json", "target-only/*.json", "finetune/*.json", "dispose/*/
 
 
 def relatives(out: Path, name: str) -> list[Path]:
-    """Folders of the recipe's runs, plain, swept or compared: what is done there need not be done again."""
+    """Folders of the recipe's runs, plain, swept or compared: what is done there need not be done again.
+
+    out: where runs are, or the folder of a sweep, whose points may be run one by one, each under its own name.
+    """
+    base, kind, rest = out.name.rpartition("-sweep")
+    if kind and not rest:
+        out, name = out.parent, base
     return [out / name, *(path for kind in ("sweep", "compare") for path in sorted(out.glob(f"{name}-{kind}/*/")))]
 
 

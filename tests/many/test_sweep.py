@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -104,6 +105,24 @@ def test_a_run_takes_over_what_a_sweep_has_made(recipe_file: Path, call):
     assert not (run / gc).samefile(point / gc) and (run / gc).read_bytes() == (point / gc).read_bytes()
     code, _, said = call("dispose", recipe_file, "--only", "gc")
     assert code == 0 and "taken over" not in said
+
+
+def test_the_lines_of_a_plan_make_the_sweep(recipe_file: Path, call):
+    """Each is a command of its own, for a cluster; the pre-training that the points share is made by the first."""
+    words = ["sweep", recipe_file, "--over", "dispose.gc.lambda=0.1,0.5"]
+    code, planned, _ = call(*words, "--plan")
+    assert code == 0
+    lines = [shlex.split(line) for line in planned.splitlines()]
+    assert [line[:2] for line in lines] == [["dtlctl", "pretrain"], ["dtlctl", "run"], ["dtlctl", "run"]]
+    folder = recipe_file.parent / "runs" / "tiny-sweep"
+    assert not folder.exists()
+    for line in (lines[0], lines[2], lines[1]):
+        assert call(*line[1:])[0] == 0
+    a, b = (folder / f"gc.lambda-{lam}" for lam in ("0.1", "0.5"))
+    assert (a / "pretrain/model.safetensors").samefile(b / "pretrain/model.safetensors")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
+    assert call(*words)[0] == 0
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
 
 
 def test_only_whole_checkpoints_are_taken_over(tmp_path: Path):
