@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,29 @@ def recipe_file(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(TINY)
     return path
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory: pytest.TempPathFactory, _cache: None) -> Path:
+    """The folder of the tiny recipe's finished run, without a report; made once, for whoever copies it."""
+    from dtlctl.recipe.loading import load
+    from dtlctl.recipe.plan import STAGES
+    from dtlctl.run.experiment import Experiment
+    from dtlctl.stages import runner
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.toml").write_text(TINY)
+    experiment = Experiment(load(folder / "tiny.toml"), folder, quiet=True)
+    with experiment.results.opened():
+        runner.run(experiment, STAGES)
+    return experiment.folder
+
+
+@pytest.fixture
+def finished(_finished: Path, recipe_file: Path) -> Path:
+    """The tiny recipe as a file, and its finished run in `runs/tiny` beside it: what a test changes is made anew."""
+    shutil.copytree(_finished, recipe_file.parent / "runs" / "tiny")
+    return recipe_file
 
 
 COLLISION = '{kind="gradient-collision", chunks=2, memory="%s"}'

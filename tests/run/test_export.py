@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from dtlctl.errors import CheckpointError
 from dtlctl.model import networks
 from dtlctl.recipe.loading import load
-from dtlctl.recipe.plan import STAGES
 from dtlctl.run import export
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import runner
@@ -26,11 +26,10 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.2
 
 
 @pytest.fixture
-def experiment(recipe_file: Path) -> Experiment:
-    """The tiny recipe, up to one disposal."""
-    experiment = Experiment(load(recipe_file), recipe_file.parent / "runs", source=str(recipe_file), quiet=True)
-    runner.run(experiment, STAGES[:3], only=("pre", "TL", "rand"))
-    return experiment
+def experiment(finished: Path) -> Experiment:
+    """The tiny recipe's finished run, but for one disposal, that somebody has taken away."""
+    shutil.rmtree(finished.parent / "runs/tiny/dispose/gc")
+    return Experiment(load(finished), finished.parent / "runs", source=str(finished), quiet=True)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "vgg11", "densenet121"])
