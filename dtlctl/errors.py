@@ -20,8 +20,12 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def one_line(text: object, longest: int = 300) -> str:
-    """What a stranger's file may put on the terminal: one line, of printable characters, not too long."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    """What a stranger's file may put on the terminal: one line, of printable characters, not too long.
+
+    Of an error that says nothing, its class.
+    """
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(text).split()))
+    line = line or type(text).__name__ * isinstance(text, Exception)
     return line if len(line) <= longest else line[:longest] + "..."
 
 

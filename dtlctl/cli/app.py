@@ -10,11 +10,9 @@ from typing import Annotated
 import typer
 
 from dtlctl import __version__
-from dtlctl.cli import many, share
-from dtlctl.cli import run as running
+from dtlctl.cli import commands
 from dtlctl.cli.bench import bench
 from dtlctl.cli.init import init, schema
-from dtlctl.cli.options import is_main
 from dtlctl.console import stop
 from dtlctl.errors import DtlError
 
@@ -48,17 +46,12 @@ def _top(
 
 
 app.command()(init)
-app.command()(running.run)
-for name, summary in running.STAGES.items():
-    app.command(name, help=summary)(running.stage(name))
-app.command()(running.check)
-app.command()(share.report)
-app.command()(share.export)
-app.command()(share.verify)
-app.command()(many.sweep)
-app.command()(many.compare)
-app.command()(schema)
-app.command()(bench)
+app.command()(commands.run)
+for name, summary in commands.STAGES.items():
+    app.command(name, help=summary)(commands.stage(name))
+for command in (commands.check, commands.report, commands.export, commands.verify, commands.sweep, commands.compare,
+                schema, bench):  # fmt: skip
+    app.command()(command)
 
 
 def main() -> None:
@@ -71,7 +64,7 @@ def main() -> None:
     except DtlError as error:
         if os.environ.get("DTLCTL_DEBUG"):
             raise
-        where = "" if is_main() else f"[process {os.environ['RANK']}] "
+        where = f"[process {rank}] " if (rank := os.environ.get("RANK", "0")) != "0" else ""
         print(f"{where}error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     finally:

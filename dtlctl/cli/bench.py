@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dtlctl.cli.options import Json, Quiet
+from dtlctl.cli.commands import Json, Quiet
 from dtlctl.errors import RecipeError
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dtlctl.cli.options import Quiet, say
+from dtlctl.cli.commands import Quiet, say
 from dtlctl.errors import RecipeError, suggest
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dtlctl.errors import CheckpointError, suggest
+from dtlctl.errors import CheckpointError, one_line, suggest
 from dtlctl.model.networks import Classifier, outline
 
 REGISTRY = "torchvision:"
@@ -54,7 +54,7 @@ def read(weights: str, network: dict[str, Any], classes: Sequence[str] | None = 
     network: arguments of `networks.build` but for the heads. classes: names that the recipe gives the head's outputs,
     in place of those that the file has. Raises CheckpointError where they do not fit, and where they cannot be fetched.
     """
-    tensors, said = _from_registry(weights, network) if weights.startswith(REGISTRY) else tensors_of(weights)
+    tensors, said = _from_registry(weights, network["arch"]) if weights.startswith(REGISTRY) else tensors_of(weights)
     try:
         notes = _compared(said, network)
         backbone, head = _fitted(tensors, network, notes)
@@ -64,14 +64,8 @@ def read(weights: str, network: dict[str, Any], classes: Sequence[str] | None = 
         if names and (twice := [name for name in names if names.count(name) > 1]):
             raise ValueError(f"class {twice[0]!r} is named twice")
     except (AttributeError, TypeError, ValueError) as error:  # a header may hold anything
-        raise CheckpointError(f"{weights}: {_line(error)}") from None
+        raise CheckpointError(f"{weights}: {one_line(error, 500)}") from None
     return Given(backbone, head, names, notes)
-
-
-def fill(model: Classifier, given: Given) -> None:
-    """Put the backbone's tensors into the model, in the model's type and place."""
-    kept = {name: tensor for name, tensor in model.backbone.state_dict().items() if name.endswith(COUNT)}
-    model.backbone.load_state_dict({**kept, **given.backbone})
 
 
 def fill_head(model: Classifier, name: str, given: Given, classes: Sequence[str]) -> str:
@@ -130,11 +124,7 @@ def _fitted(
 
 
 def _three(names: Sequence[str]) -> str:
-    return ", ".join(ascii(name)[1:-1][:120] for name in names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
+    return ", ".join(ascii(name)[1:-1][:120] for name in names[:3]) + ", ..." * (len(names) > 3)
 
 
 def _compared(said: dict[str, Any], network: dict[str, Any]) -> list[str]:
@@ -168,7 +158,7 @@ def tensors_of(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(said, dict):
             raise ValueError("its header is not one of ours")
     except (OSError, SafetensorError, ValueError, RecursionError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{weights}: not a safetensors file that can be read ({_line(error)})") from None
+        raise CheckpointError(f"{weights}: not a safetensors file that can be read ({one_line(error)})") from None
     return tensors, said
 
 
@@ -217,13 +207,13 @@ def _entry(weights: str, arch: str) -> Any:
     return entries[last]
 
 
-def _from_registry(weights: str, network: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _from_registry(weights: str, arch: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, fetched unless they are in torch's cache, and how the registry says images are prepared."""
-    entry = _entry(weights, network["arch"])
+    entry = _entry(weights, arch)
     try:
         tensors = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # urllib's, the disk's, a hash that is wrong
-        raise CheckpointError(f"{weights}: {entry.url} could not be downloaded ({_line(error)})") from None
+        raise CheckpointError(f"{weights}: {entry.url} could not be downloaded ({one_line(error)})") from None
     prepared = entry.transforms()
     resize = f"{prepared.crop_size[0]} pixels, cut from {prepared.resize_size[0]} ({prepared.interpolation.value})"
     return tensors, {"classes": entry.meta["categories"], "mean": prepared.mean, "std": prepared.std, "resize": resize}

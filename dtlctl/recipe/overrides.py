@@ -1,16 +1,20 @@
-"""Changes to a recipe on the command line: `--set KEY.PATH=VALUE`, and the values of `--over`."""
+"""Changes to a recipe: `--set KEY.PATH=VALUE`, the values of `--over`, and a λ that is written into its file."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, get_origin
 
 from dtlctl.errors import RecipeError, one_line, suggest
 from dtlctl.recipe.schema import Recipe, within
+from dtlctl.storage import checkpoint
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,27 +37,22 @@ def apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _parse_override(text: str) -> dict[str, Any]:
-    """`a.b=1` as TOML; a value that is not TOML is a string, so that quotes may be left out in the shell."""
+    """`a.b=1` as TOML; what is not TOML, in a list or table too, is text: quotes may be left out in the shell."""
     key, equals, value = text.partition("=")
     if "\n" in text or "\r" in text:
         raise RecipeError(f"--set {one_line(text)}: one key and one line each; repeat --set for another key")
     if not equals or not key.strip():
         raise RecipeError(f"--set {one_line(text)}: write key.path=value, for example --set finetune.lr=0.02")
-    plain_word = not value.strip().startswith(("{", "[", '"', "'"))
-    for candidate in (value, json.dumps(value, ensure_ascii=False)) if plain_word else (value,):
+    if value.strip().startswith(("{", "[", '"', "'")):
+        words = re.sub(r"""\"[^"]*"|'[^']*'|[^][{}=,"']+(?!\s*=)(?=[],}])""", _quoted, value)
+    else:
+        words = json.dumps(value, ensure_ascii=False)
+    for candidate in (value, words):
         try:
             return tomllib.loads(f"{key.strip()} = {candidate}")
         except (ValueError, RecursionError) as failure:
-            reason = failure
-    quoted = re.sub(r"""\"[^"]*"|'[^']*'|[^][{}=,"']+(?!\s*=)(?=[],}])""", _quoted, value)
-    try:
-        tomllib.loads(f"{key.strip()} = {quoted}")
-    except (ValueError, RecursionError):
-        raise RecipeError(f"--set {one_line(text)}: not valid TOML: {one_line(reason)}") from None
-    call = one_line(shlex.quote(f"{key}={quoted}"))
-    raise RecipeError(
-        f"--set {one_line(text)}: text in a list or table needs quotes, and they need others: --set {call}"
-    )
+            reason = one_line(failure)
+    raise RecipeError(f"--set {one_line(text)}: not valid TOML: {reason}")
 
 
 def _quoted(found: re.Match[str]) -> str:
@@ -164,3 +163,51 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
             _merge(base[key], value)
         else:
             base[key] = value
+
+
+def write_lambdas(path: Path, lambdas: Mapping[str, float], *, dry: bool = False) -> None:
+    """Set λ of these variants in the file; a comment on the line keeps what it was. dry: only see whether that goes.
+
+    Raises RecipeError, the file untouched, where a λ is not one number in the file, and CheckpointError where the file
+    cannot be written.
+    """
+    where = Path(os.path.realpath(path))  # a link stays one
+    try:
+        text, mode = where.read_bytes().decode(), where.stat().st_mode
+        for variant, lam in lambdas.items():
+            text = with_lambda(text, variant, lam)
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: λ cannot be written into it: {getattr(error, 'strerror', None) or error}") from None
+    if not dry:
+        checkpoint.write(where, text.encode())
+        where.chmod(mode)
+
+
+def with_lambda(text: str, variant: str, lam: float) -> str:
+    """The recipe with another λ of one variant. Raises ValueError where there is not exactly one number to change.
+
+    It is the one whose change makes the file say just what it should: so it may stand in a table, in an inline one or
+    behind a dotted key, and what only looks like it, in a comment or in a text, is left alone.
+    """
+    wanted = tomllib.loads(text.removeprefix("\ufeff"))
+    table = wanted.get("dispose", {}).get(variant, {})
+    if "lambda" not in table:
+        raise ValueError(
+            f"[dispose.{variant}] has no lambda to change; write lambda = {lam:g} into it, instead of a price"
+        )
+    if table["lambda"] == lam:
+        return text
+    table["lambda"] = lam
+    found = []
+    for at in re.finditer(r"""lambda["']?[ \t]*=[ \t]*([+-]?\d[\w.+-]*)""", text):
+        line = re.match(r"([^\r\n]*?)(?:[ \t]*# was [^\s#]+)?(\r?\n|$)", text[at.end(1) :])
+        assert line is not None
+        comment = f"{line[1]}  # was {at[1]}{line[2]}"
+        changed = f"{text[: at.start(1)]}{lam:g}{comment}{text[at.end(1) + line.end() :]}"
+        try:
+            found += [changed] if tomllib.loads(changed.removeprefix("\ufeff")) == wanted else []
+        except ValueError:
+            continue
+    if len(found) != 1:
+        raise ValueError(f"dispose.{variant}.lambda is not on a line of its own there; write {lam:g} by hand")
+    return found[0]

@@ -61,13 +61,9 @@ class Adoptable(Training):
     """Share of a label that is spread over all classes."""
 
     @model_validator(mode="after")
-    def _small_steps(self) -> Adoptable:
+    def _adoptable(self) -> Adoptable:
         if self.optimizer == "adamw" and self.lr > 0.01:
             raise ValueError(f"lr = {self.lr:g} is a step for SGD; adamw needs 0.01 or less, such as 0.001")
-        return self
-
-    @model_validator(mode="after")
-    def _of_weights(self) -> Adoptable:
         if self.classes and not self.weights:
             raise ValueError("classes name the outputs of weights; give weights too")
         return self
@@ -126,15 +122,6 @@ class Dispose(Training):
     batch_norm: Literal["train", "frozen"] = "train"
     """Batch normalisation takes a batch's statistics, or (`frozen`) the running ones of the start."""
 
-    @model_validator(mode="after")
-    def _chunks_divide(self) -> Dispose:
-        if self.batch_size % self.unlearn.chunks:
-            size, chunks = self.batch_size, self.unlearn.chunks
-            raise ValueError(f"unlearn.chunks = {chunks} does not divide batch_size = {size} (rest {size % chunks})")
-        if self.batch_size // self.unlearn.chunks < 2:
-            raise ValueError(f"a chunk would hold {self.batch_size // self.unlearn.chunks} image; 2 are needed")
-        return self
-
     @model_validator(mode="before")
     @classmethod
     def _filled(cls, table: Any) -> Any:
@@ -151,17 +138,18 @@ class Dispose(Training):
         return {**filled, **table}
 
     @model_validator(mode="after")
-    def _one_weight(self) -> Dispose:
+    def _belong_together(self) -> Dispose:
+        size, chunks = self.batch_size, self.unlearn.chunks
+        if size % chunks:
+            raise ValueError(f"unlearn.chunks = {chunks} does not divide batch_size = {size} (rest {size % chunks})")
+        if size // chunks < 2:
+            raise ValueError(f"a chunk would hold {size // chunks} image; 2 are needed")
         if self.unlearn.kind == "none" and self.price is not None:
             raise ValueError('price: unlearn = { kind = "none" } has no lambda to find; leave it out')
         if self.lam is not None and self.price is not None:
             raise ValueError(f"price = {self.price:g} finds lambda, and lambda = {self.lam:g} is given; leave one out")
         if self.price is not None and self.repair:
             raise ValueError(f"repair = {self.repair:g} is for a given lambda; a price lowers lambda where it must")
-        return self
-
-    @model_validator(mode="after")
-    def _one_start(self) -> Dispose:
         if self.init == "fresh" and self.fresh_stages:
             raise ValueError(f'init = "fresh" starts everything anew; fresh_stages = {self.fresh_stages} is for TL')
         return self

@@ -62,7 +62,7 @@ class Results:
             say(taken_over)
         for folder in [self.folder, self.references, *folders]:
             checkpoint.settle(folder)
-        checkpoint.renew_json(self.folder / "recipe.json", self.recipe.resolved())
+        checkpoint.publish_json(self.folder / "recipe.json", self.recipe.resolved())
 
     def path(self, job: Job[Any]) -> Path:
         """The job's sidecar."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dtlctl.errors import CheckpointError
+from dtlctl.errors import CheckpointError, one_line
 
 FORMAT = 1
 
@@ -49,16 +49,15 @@ def dump(document: dict[str, Any]) -> str:
 
 
 def publish_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a JSON document atomically. Raises CheckpointError where the folder cannot be written."""
-    write(path, dump(document).encode())
+    """Write a JSON document atomically; a file that says the same already is left alone, however old it is.
 
-
-def renew_json(path: Path, document: dict[str, Any]) -> None:
-    """As `publish_json`, but a file that says the same already is left alone, however old it is."""
+    Raises CheckpointError where the folder cannot be written.
+    """
+    blob = dump(document).encode()
     with suppress(OSError):  # none, or none to be read: writing will tell whether it can be replaced
-        if path.read_bytes() == dump(document).encode():
+        if path.read_bytes() == blob:
             return
-    publish_json(path, document)
+    write(path, blob)
 
 
 def publish(folder: Path, model: Any, sidecar: dict[str, Any]) -> None:
@@ -117,7 +116,10 @@ def settle(folder: Path) -> None:
         if sidecar.exists():
             here = weights if weights.exists() else folder / "model.safetensors"
             # The hash is for a disk that did not keep what it had said was safe.
-            if _hash(here) == _said(sidecar):
+            said = None
+            with suppress(CheckpointError):
+                said = (read_sidecar(sidecar) or {}).get("weights_sha256")
+            if here.exists() and hashlib.sha256(here.read_bytes()).hexdigest() == said:
                 if here == weights:
                     os.replace(weights, folder / "model.safetensors")
                     sync(folder)
@@ -170,8 +172,8 @@ def load_weights(folder: Path, sidecar: dict[str, Any], model: Any) -> None:
     try:
         fill(model, load(blob))
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: does not fit the model that model.json describes: {reason[:200]}") from None
+        reason = one_line(error, 200)
+        raise CheckpointError(f"{path}: does not fit the model that model.json describes: {reason}") from None
 
 
 def fill(model: Any, tensors: dict[str, Any]) -> None:
@@ -216,16 +218,6 @@ def _cannot_write(path: Path, error: OSError) -> NoReturn:
 def refuse(constant: str) -> NoReturn:
     """NaN and Infinity, which Python's JSON would take."""
     raise ValueError(f"{constant} is not JSON")
-
-
-def _said(path: Path) -> str | None:
-    with suppress(CheckpointError):
-        return (read_sidecar(path) or {}).get("weights_sha256")
-    return None
-
-
-def _hash(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def sync(path: Path) -> None:

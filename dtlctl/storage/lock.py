@@ -12,12 +12,10 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dtlctl.errors import CheckpointError
-
-NAME = ".lock"
 
 
 @contextmanager
@@ -26,7 +24,8 @@ def held(folder: Path) -> Iterator[str | None]:
 
     Raises CheckpointError where another process owns it, or where nothing can be written.
     """
-    path = folder / NAME
+    path = folder / ".lock"
+    me = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _take(path)
@@ -35,7 +34,7 @@ def held(folder: Path) -> Iterator[str | None]:
     try:
         left = _owner(handle)
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(_me()).encode(), 0)
+        os.pwrite(handle, json.dumps(me).encode(), 0)
         yield left and f"{path}: {left} ended without letting go of the folder; taken over"
     finally:
         path.unlink(missing_ok=True)  # while it is still ours
@@ -55,25 +54,16 @@ def _take(path: Path) -> int:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last owner may have removed the file between our two calls: then we hold nothing.
-            if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
-                return handle
         except BlockingIOError:
             owner = _owner(handle) or "another process"
             os.close(handle)
-            raise CheckpointError(
-                f"{path.parent}: in use by {owner}; wait for it, or choose another name or --out"
-            ) from None
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(handle)
-            raise
+            other = f"{path.parent}: in use by {owner}; wait for it, or choose another name or --out"
+            raise CheckpointError(other) from None
+        # Its last owner may have removed the file between our two calls: then we hold nothing.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
         os.close(handle)
-
-
-def _me() -> dict[str, str | int]:
-    return {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
 def _owner(handle: int) -> str | None:

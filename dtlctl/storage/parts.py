@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter
 
-from dtlctl.errors import CheckpointError, DivergedError
+from dtlctl.errors import CheckpointError, DivergedError, one_line
 from dtlctl.storage import checkpoint
 
 Part = TypeVar("Part")
@@ -98,5 +98,5 @@ class Parts:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            reason = one_line(error, 200)
             raise CheckpointError(f"{self._path(name)}: cannot be used: {reason}; delete it to make it again") from None

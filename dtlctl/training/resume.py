@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dtlctl.errors import CheckpointError
+from dtlctl.errors import CheckpointError, one_line
 from dtlctl.storage import checkpoint
 from dtlctl.storage.parts import ProcessGroup
 from dtlctl.strict import Strict
@@ -172,7 +172,7 @@ class StateFile:
         _set_random(tensors["random"][rank % document.processes], group.device)
 
     def _unusable(self, error: Exception) -> CheckpointError:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = one_line(error, 200)
         return CheckpointError(
             f"{self.path}: the saved state cannot be used: {reason}\ndelete it to start this stage from its beginning"
         )

@@ -58,7 +58,7 @@ def test_a_folder_from_the_hub_brings_classes_and_normalisation(timm: Any, tmp_p
     given = weights.read(str(tmp_path), {**network, "mean": told["mean"], "std": told["std"]})
     assert given.classes == ["b", "a", "c"] and "224 pixels" in given.notes[0]
     model = networks.build(heads={}, **{"arch": "timm:resnet18", **SPEC})
-    weights.fill(model, given)
+    model.backbone.load_state_dict(given.backbone, strict=False)
     assert "reordered" in weights.fill_head(model, "target", given, ("a", "b", "c"))
     assert torch.equal(model.heads["target"].bias, theirs.state_dict()["fc.bias"][[1, 0, 2]])
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from dtlctl.errors import RecipeError
-from dtlctl.recipe.overrides import tomllib
-from dtlctl.recipe.rewrite import with_lambda, write_lambdas
+from dtlctl.recipe.overrides import tomllib, with_lambda, write_lambdas
 
 
 @pytest.mark.parametrize(
