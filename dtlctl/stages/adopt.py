@@ -15,7 +15,7 @@ from dtlctl.model.networks import Classifier
 from dtlctl.recipe.plan import Job
 from dtlctl.run.experiment import Experiment
 from dtlctl.training.engine import History
-from dtlctl.training.finite import check_finite
+from dtlctl.training.failures import check_finite
 
 FITTED = "one was fitted on its frozen features"
 HEADS = {"pre": ("source",), "TGT": ("target",), "TL": ("target", "source")}

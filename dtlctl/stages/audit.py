@@ -24,7 +24,7 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.stages import readout, reference
 from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import History
-from dtlctl.training.finite import check_finite
+from dtlctl.training.failures import check_finite
 
 LEAST = 20
 """Members, and non-members, that can be split three ways."""

@@ -20,7 +20,7 @@ from dtlctl.attacks.similarity import by_stage
 from dtlctl.data.tensors import evaluation_batches
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.settings import Audit, Training
-from dtlctl.training.finite import check_finite
+from dtlctl.training.failures import check_finite
 
 if TYPE_CHECKING:
     from dtlctl.model.networks import Classifier

@@ -18,7 +18,7 @@ from dtlctl.attacks import signals
 from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batches
 from dtlctl.objectives.supervised import cross_entropy
-from dtlctl.training.finite import check_finite
+from dtlctl.training.failures import check_finite
 
 if TYPE_CHECKING:
     from dtlctl.run.experiment import Experiment

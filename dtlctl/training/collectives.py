@@ -92,19 +92,10 @@ class Collectives:
         """All processes' values [n, ...], one after the other; their lengths may differ."""
         if self.processes == 1:
             return values
-        lengths = self._collect(torch.tensor([len(values)], device=values.device))
-        padded = values.new_zeros(int(torch.stack(lengths).max()), *values.shape[1:])
-        padded[: len(values)] = values
-        return torch.cat([part[: int(n)] for part, n in zip(self._collect(padded), lengths, strict=True)])
-
-    def _collect(self, tensor: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(tensor) for _ in range(self.processes)]
-        same = tensor.device.type == self.device.type  # an accelerator's backend may not know CPU memory
-        torch.distributed.all_gather(parts, tensor, group=None if same else self._control)
-        return parts
+        return torch.cat(self.gather_objects([values.cpu()])).to(values.device)
 
     def gather_objects(self, values: list[Any]) -> list[Any]:
-        """All processes' lists, one after the other, however long the others take; plain numbers and tuples only."""
+        """All processes' lists, one after the other, however long the others take."""
         if self.processes == 1:
             return values
         self.agree(0, patient=True)

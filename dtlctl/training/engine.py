@@ -30,7 +30,7 @@ from dtlctl.model.networks import Precision
 from dtlctl.recipe.settings import Training
 from dtlctl.training import surroundings
 from dtlctl.training.collectives import TIMEOUT, Collectives
-from dtlctl.training.finite import check_answers, check_reports, check_weights
+from dtlctl.training.failures import check_answers, check_reports, check_weights
 from dtlctl.training.resume import State, StateFile
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -1,13 +1,56 @@
-"""What some of the errors that torch raises mean to whoever started the command."""
+"""Diverged training is stopped, and named, before anything of it is kept; what torch's errors mean to a user."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+
+from dtlctl.errors import DivergedError
 
 if TYPE_CHECKING:
     from dtlctl.recipe.plan import Job
+    from dtlctl.training.resume import State
+
+_REMEDY = "nothing was published; try a smaller lr, clip = 1.0, or another lambda"
+
+
+def check_reports(state: State, step: int) -> None:
+    """Raise DivergedError if anything that was reported since the last row is not finite."""
+    if all(math.isfinite(value) for value in state.sums.values()):
+        return
+    last = ", ".join(f"{k} {v:.4g}" for k, v in state.rows[-1].items()) if state.rows else "none yet"
+    norm = float(state.sums["gradient_norm"])
+    raise DivergedError(
+        f"training diverged at step {step}: the gradient norm is {norm}; last finite report: {last}\n{_REMEDY}"
+    )
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """Raise DivergedError if the last step, of that number, left a weight or a buffer that is not finite."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise DivergedError(f"training diverged at step {step}, the last: {name} is not finite\n{_REMEDY}")
+
+
+def check_finite(values: Tensor) -> None:
+    """Raise DivergedError if what a published model makes of some of n images, [n, ...], is not finite."""
+    bad = int((~values.isfinite()).reshape(len(values), -1).any(1).sum())
+    if bad:
+        raise DivergedError(
+            f"the model's answers to {bad} of {len(values)} images are not finite; no attack can read them\n"
+            "make it again with a smaller lr, clip = 1.0, or another lambda"
+        )
+
+
+def check_answers(bad: int, total: int, head: str) -> None:
+    """Raise DivergedError if a head's logits of some of `total` images are not finite, though all weights may be."""
+    if bad:
+        raise DivergedError(
+            f"training diverged: the {head} head's answers to {bad} of {total} images are not finite\n{_REMEDY}"
+        )
 
 
 def is_loss(error: RuntimeError) -> bool:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -23,8 +24,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dtlctl.errors import CheckpointError, one_line
 from dtlctl.storage import checkpoint
-from dtlctl.storage.parts import ProcessGroup
 from dtlctl.strict import Strict
+from dtlctl.training.collectives import Collectives
 
 _CUDA = 16  # bytes of the random state of an accelerator
 
@@ -45,14 +46,15 @@ class State:
 class Document(Strict):
     """The JSON part. Strict: a file that says anything else is refused."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     key: str
     sha256: str
-    processes: int = Field(ge=1)
+    """Of the tensors, in a file of their own."""
     step: int = Field(ge=0)
     lrs: list[float]
     rows: list[dict[str, int | float]]
-    sums: list[str]
+    sums: list[dict[str, float]] = Field(min_length=1)
+    """Of every process."""
     seconds: float = Field(ge=0)
     saved: str
     """When, in local time."""
@@ -72,21 +74,24 @@ class StateFile:
     def due(self) -> bool:
         return time.monotonic() - self._saved >= 60 * self.minutes
 
-    def save(self, group: ProcessGroup, state: State, model: nn.Module, optimizer: Optimizer) -> None:
+    def save(self, group: Collectives, state: State, model: nn.Module, optimizer: Optimizer) -> None:
         """Called by all processes, written by the main one. Raises CheckpointError; the earlier state is intact."""
-        names = list(state.sums)
-        sums = torch.stack([state.sums[name] for name in names]) if names else torch.zeros(0, device=group.device)
         tensors = {
             "random": group.gather(_random(group.device)[None]),
-            "sums": group.gather(sums.double()[None]),
             **{f"model/{name}": tensor for name, tensor in model.state_dict().items()},
-            **{f"optimizer/{name}": tensor for name, tensor in _flatten(optimizer).items()},
+            **{
+                f"optimizer/{number}/{name}": value
+                for number, weight in enumerate(_weights(optimizer))
+                for name, value in optimizer.state.get(weight, {}).items()
+                if isinstance(value, Tensor)  # what else it keeps for a weight it makes again
+            },
         }
-        group.by_main(lambda: self._write(tensors, state, names, optimizer, group.processes))
+        sums = group.gather_objects([{name: float(value) for name, value in state.sums.items()}])
+        group.by_main(lambda: self._write(tensors, sums, state, optimizer))
         self._saved = time.monotonic()
 
     def restore(
-        self, group: ProcessGroup, state: State, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler
+        self, group: Collectives, state: State, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler
     ) -> str | None:
         """Take up the state if there is one for this key; returns when it was saved, or None.
 
@@ -100,7 +105,18 @@ class StateFile:
             return None
         document, tensors = found
         try:
-            self._fill(document, tensors, group, state, model, optimizer, schedule)
+            checkpoint.fill(model, _under("model/", tensors))
+            _fill(optimizer, _under("optimizer/", tensors))
+            for options, lr in zip(optimizer.param_groups, document.lrs, strict=True):
+                options["lr"] = lr
+            schedule.load_state_dict({"last_epoch": step, "_step_count": step + 1, "_last_lr": list(document.lrs)})
+            state.step, state.rows[:], state.seconds = step, document.rows, document.seconds
+            rank, processes = group.share.rank, len(document.sums)
+            own = document.sums[rank % processes]
+            if processes != group.processes:  # only the mean over processes matters
+                own = {name: fmean(each[name] for each in document.sums) for name in own}
+            state.sums = {n: torch.tensor(v, dtype=torch.float64, device=group.device) for n, v in own.items()}
+            _set_random(tensors["random"][rank % processes], group.device)
         except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
             raise self._unusable(error) from None
         return document.saved
@@ -109,19 +125,18 @@ class StateFile:
         self.path.unlink(missing_ok=True)
 
     def _write(
-        self, tensors: dict[str, Tensor], state: State, names: list[str], optimizer: Optimizer, processes: int
+        self, tensors: dict[str, Tensor], sums: list[dict[str, float]], state: State, optimizer: Optimizer
     ) -> None:
         from safetensors.torch import save
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         document = Document(
             key=self.key,
-            sha256=_digest(tensors),
-            processes=processes,
+            sha256=hashlib.sha256(save(tensors)).hexdigest(),
             step=state.step,
             lrs=[float(options["lr"]) for options in optimizer.param_groups],
             rows=state.rows,
-            sums=names,
+            sums=sums,
             seconds=state.seconds,
             saved=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
@@ -130,46 +145,22 @@ class StateFile:
     def _read(self) -> tuple[Document, dict[str, Tensor]] | None:
         """What the file says, if it is for our key."""
         from safetensors import SafetensorError
-        from safetensors.torch import load
+        from safetensors.torch import load, save
 
         try:
             blob = self.path.read_bytes()
             tensors = load(blob)
             length = int.from_bytes(blob[:8], "little")  # of the header, which `load` has checked
             document = Document.model_validate_json(json.loads(blob[8 : 8 + length])["__metadata__"]["dtlctl"])
-            if document.key == self.key and document.sha256 != (found := _digest(tensors)):
+            if document.key != self.key:
+                return None
+            if document.sha256 != (found := hashlib.sha256(save(tensors)).hexdigest()):
                 raise ValueError(f"SHA-256 {found} where it says {document.sha256}")
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise self._unusable(error) from None
-        return (document, tensors) if document.key == self.key else None
-
-    def _fill(
-        self,
-        document: Document,
-        tensors: dict[str, Tensor],
-        group: ProcessGroup,
-        state: State,
-        model: nn.Module,
-        optimizer: Optimizer,
-        schedule: LRScheduler,
-    ) -> None:
-        checkpoint.fill(model, _under("model/", tensors))
-        saved = optimizer.state_dict()
-        for options, lr in zip(saved["param_groups"], document.lrs, strict=True):
-            options["lr"] = lr
-        saved["state"] = _unflatten(_under("optimizer/", tensors), optimizer)
-        optimizer.load_state_dict(saved)
-        clock = {"last_epoch": document.step, "_step_count": document.step + 1, "_last_lr": list(document.lrs)}
-        schedule.load_state_dict({**schedule.state_dict(), **clock})
-        state.step, state.rows[:], state.seconds = document.step, document.rows, document.seconds
-        rank, sums = group.share.rank, tensors["sums"]
-        if document.processes != group.processes:  # only the mean over processes matters
-            sums = sums.mean(0, keepdim=True).expand(group.processes, -1)
-        own = sums[rank].to(group.device)
-        state.sums = dict(zip(document.sums, own.unbind(), strict=True))
-        _set_random(tensors["random"][rank % document.processes], group.device)
+        return document, tensors
 
     def _unusable(self, error: Exception) -> CheckpointError:
         reason = one_line(error, 200)
@@ -191,38 +182,20 @@ def _set_random(state: Tensor, device: torch.device) -> None:
         torch.cuda.set_rng_state(cuda.clone(), device)
 
 
-def _flatten(optimizer: Optimizer) -> dict[str, Tensor]:
-    """ "INDEX/NAME" -> tensor; what an optimiser keeps for a weight besides tensors it makes again."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}/{name}": value
-        for index, values in state.items()
-        for name, value in values.items()
-        if isinstance(value, Tensor)
-    }
+def _weights(optimizer: Optimizer) -> list[Tensor]:
+    return [weight for options in optimizer.param_groups for weight in options["params"]]
 
 
-def _unflatten(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
-    """The reverse. Raises ValueError for a tensor that is not shaped like its weight, or not finite."""
-    parameters = [p for options in optimizer.param_groups for p in options["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+def _fill(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put "NUMBER/NAME" back. Raises ValueError for a tensor that is not shaped like its weight, or not finite."""
+    weights = _weights(optimizer)
     for place, tensor in tensors.items():
-        index, _, name = place.partition("/")
-        if (tensor.dim() and tensor.shape != parameters[int(index)].shape) or not tensor.isfinite().all():
+        number, _, name = place.partition("/")
+        weight = weights[int(number)]
+        if (tensor.dim() and tensor.shape != weight.shape) or not tensor.isfinite().all():
             raise ValueError(f"optimizer/{place} does not fit its weight")
-        state.setdefault(int(index), {})[name] = tensor
-    return state
+        optimizer.state[weight][name] = tensor.to(weight.device)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hex, of all tensors by name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
