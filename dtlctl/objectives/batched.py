@@ -16,7 +16,8 @@ that to pay, g_m is formed, with small weights. The result is exact, at a cost t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,23 +44,20 @@ class Call(NamedTuple):
     """Images times positions of the output: how many vectors the layer saw."""
 
 
+@dataclass
 class Tape:
     """What one forward pass of all chunks left behind, by module."""
 
-    def __init__(self, chunks: int):
-        self.chunks = chunks
-        self.calls: dict[Layer, list[Call]] = {}
-        self.spread: list[tuple[Tensor, Tensor]] = []
-        """(parameter [C], its copy by chunk [c, C], of which the network was computed)."""
+    chunks: int
+    calls: dict[Layer, list[Call]] = field(default_factory=dict)
+    spread: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """(parameter [C], its copy by chunk [c, C], of which the network was computed)."""
 
 
 def batchable(model: nn.Module) -> bool:
     """Whether every parameter belongs to a layer that `record` knows."""
-    known: set[Tensor] = set()
-    for module in model.modules():
-        if _known(module):
-            known.update(module.parameters(recurse=False))
-    return known == set(model.parameters())
+    has_own = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d) or [*m.parameters(recurse=False)])
+    return all(_known(module) for module in has_own)
 
 
 def _known(module: nn.Module) -> bool:
@@ -78,21 +76,16 @@ def record(model: nn.Module, chunks: int) -> Iterator[Tape]:
     Batch norms in train mode take each chunk's own statistics; their running statistics move once, by the mean over
     chunks of where each chunk alone would have moved them. One forward pass a tape. Needs `batchable(model)`.
     """
-    tape, hooks, norms = Tape(chunks), [], []
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            norms.append(module)
-            module.__dict__["forward"] = partial(_batch_norm, module, tape)
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            tape.calls[module] = []
-            hooks.append(module.register_forward_hook(partial(_remember, tape)))
-    try:
+    tape = Tape(chunks)
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.__dict__["forward"] = partial(_batch_norm, module, tape)
+                stack.callback(module.__dict__.pop, "forward")
+            elif isinstance(module, nn.Conv2d | nn.Linear):
+                tape.calls[module] = []
+                stack.enter_context(module.register_forward_hook(partial(_remember, tape)))
         yield tape
-    finally:
-        for norm in norms:
-            del norm.__dict__["forward"]
-        for hook in hooks:
-            hook.remove()
 
 
 def collide_batched(
@@ -102,7 +95,7 @@ def collide_batched(
     *,
     self_pairs: bool = False,
     processes: int = 1,
-    all_reduce: AllReduce | None = None,
+    all_reduce: AllReduce = list,
 ) -> Collision:
     """What `collision.collide` returns, from the chunk losses of one forward pass under `record`.
 

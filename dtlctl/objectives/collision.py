@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Tensors = Sequence[Tensor]
 AllReduce = Callable[[Tensors], Tensors]
@@ -38,7 +38,7 @@ def collide(
     self_pairs: bool = False,
     recompute: bool = False,
     processes: int = 1,
-    all_reduce: AllReduce | None = None,
+    all_reduce: AllReduce = list,
 ) -> Collision:
     """The gradient-collision loss of the chunks and a surrogate to back-propagate (Eq. 8, Eq. 10).
 
@@ -69,7 +69,7 @@ def collide(
 
 
 def assemble(
-    whole: Tensors, squares: Tensor, self_pairs: bool, pairs: float, processes: int, all_reduce: AllReduce | None
+    whole: Tensors, squares: Tensor, self_pairs: bool, pairs: float, processes: int, all_reduce: AllReduce
 ) -> Collision:
     """The collision of gradients that carry their graphs.
 
@@ -77,14 +77,16 @@ def assemble(
     (<G, stop_grad(G)> - sum_m |g_m|^2 / 2) / C(c,2), with the gradient sum_m H_m (G - g_m) / C(c,2): the derivative
     of |g_m|^2 / 2 is H_m g_m, since the Hessian is symmetric.
     """
-    *total, all_squares = [g.detach() for g in (*whole, squares)]
-    if all_reduce is not None:
-        *total, all_squares = all_reduce([*total, all_squares])
-    surrogate, norm = dot(whole, total), dot(total, total)
-    if self_pairs:
-        return Collision(norm / (2 * pairs), surrogate * (processes / pairs))
-    surrogate = surrogate - (squares + squares.detach()) / 2  # so that on one process its value is 2 L_gc
-    return Collision((norm - all_squares) / (2 * pairs), surrogate * (processes / pairs))
+    *total, all_squares = all_reduce([g.detach() for g in (*whole, squares)])
+    surrogate = dot(whole, total)
+    if not self_pairs:
+        surrogate = surrogate - (squares + squares.detach()) / 2  # so that on one process its value is 2 L_gc
+    return Collision(_value(total, all_squares, self_pairs, pairs), surrogate * (processes / pairs))
+
+
+def _value(total: Tensors, squares: Tensor, self_pairs: bool, pairs: float) -> Tensor:
+    """L_gc from G and the sum of |g_m|^2, of all processes."""
+    return (dot(total, total) - (0 if self_pairs else squares)) / (2 * pairs)
 
 
 def _one_at_a_time(
@@ -94,7 +96,7 @@ def _one_at_a_time(
     self_pairs: bool,
     pairs: float,
     processes: int,
-    all_reduce: AllReduce | None,
+    all_reduce: AllReduce,
 ) -> Collision:
     """As `collide`, holding one chunk's graph at a time: first all g_m to sum them, then each again for its product."""
     total = [torch.zeros_like(p) for p in parameters]
@@ -103,8 +105,7 @@ def _one_at_a_time(
         own = torch.autograd.grad(loss(chunk), parameters, materialize_grads=True)
         torch._foreach_add_(total, own)
         squares = squares + dot(own, own)
-    if all_reduce is not None:
-        *total, squares = all_reduce([*total, squares])
+    *total, squares = all_reduce([*total, squares])
     result = [torch.zeros_like(p) for p in parameters]
     for chunk in chunks:
         grads = gradient(loss(chunk), parameters)
@@ -113,9 +114,7 @@ def _one_at_a_time(
         torch._foreach_add_(result, product)
         del grads, against, product  # or the next chunk's graph is built beside this one
     torch._foreach_mul_(result, processes / pairs)
-    norm = dot(total, total)
-    value = (norm if self_pairs else norm - squares) / (2 * pairs)
-    return Collision(value, _Known.apply(result, *parameters))
+    return Collision(_value(total, squares, self_pairs, pairs), _Known.apply(result, *parameters))
 
 
 class _Known(torch.autograd.Function):
@@ -160,17 +159,13 @@ def refuse_sharded(parameters: Sequence[Tensor]) -> None:
             )
 
 
-def refuse(model: nn.Module) -> None:
-    """Raise ValueError, naming the module, for what has no (or a silently wrong) second derivative in torch."""
-    for name, module in model.named_modules():
-        where = f"{name or 'the model'} ({type(module).__name__})"
-        if isinstance(module, nn.SyncBatchNorm):
-            raise ValueError(f"{where} has no second derivative; use BatchNorm2d: chunks have their own statistics")
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise ValueError(f"{where} does not support torch.autograd.grad; pass its .module, and `all_reduce`")
-        if hasattr(module, "_orig_mod"):
-            raise ValueError(f"{where} is compiled, and torch.compile has no double backward; pass its ._orig_mod")
-    refuse_sharded(list(model.parameters()))
+_ONCE = {
+    "ScaledDotProduct": "fused attention has no second derivative; run the forward pass under "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+    "CompiledFunction": "torch.compile has no double backward; run the forward pass uncompiled",
+    "SyncBatchNorm": "SyncBatchNorm has no second derivative; use BatchNorm2d: chunks have their own statistics",
+}
+"""What can be differentiated once, by how the names of its graph's nodes begin, and what to do."""
 
 
 def refuse_graph(loss: Tensor) -> None:
@@ -182,10 +177,6 @@ def refuse_graph(loss: Tensor) -> None:
             continue
         seen.add(node)
         waiting.extend(parent for parent, _ in node.next_functions)
-        if node.name().startswith("ScaledDotProduct"):
-            raise ValueError(
-                "fused attention has no second derivative; run the forward pass under "
-                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-            )
-        if node.name().startswith("CompiledFunction"):
-            raise ValueError("torch.compile has no double backward; run the forward pass uncompiled")
+        for name, remedy in _ONCE.items():
+            if node.name().startswith(name):
+                raise ValueError(remedy)

@@ -43,8 +43,9 @@ class Disposal:
         all_reduce: Callable[[Sequence[Tensor]], list[Tensor]] = list,
     ):
         self.lam, self.unlearn, self.retain, self.student, self.teacher = lam, unlearn, retain, student, teacher
-        self.chunks, self.batch_norm, self.images, self.label_seed = chunks, batch_norm, images, label_seed
-        self.processes, self.all_reduce = processes, all_reduce
+        self.chunks, self.batch_norm, self.processes, self.all_reduce = chunks, batch_norm, processes, all_reduce
+        more: Any = {"images": images, "seed": label_seed, "processes": processes, "all_reduce": all_reduce}
+        self._step = partial(Step, teacher=self._answers, **more)
         self.mode: forward.GraphMode | None = None if unlearn.memory == "auto" else unlearn.memory
 
     def __call__(self, source: Batch, target: Batch | None, unlearning: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -97,8 +98,8 @@ class Disposal:
     def cosine_to_float64(self, source: Batch) -> float:
         """Cosine of the unlearning loss's gradient on a batch, as computed here, to the same in float64."""
         train_mode(self.student, self.batch_norm)
-        step, mode = partial(self._step, target=()), self._mode(source)
-        return forward.cosine_to_float64(self.student, source, self.chunks, mode, self.unlearn.loss, step)
+        mode, make = self._mode(source), partial(self._step, target=())
+        return forward.cosine_to_float64(self.student, source, self.chunks, mode, self.unlearn.loss, make)
 
     def _look(self, source: Batch, target: Batch | None) -> Step:
         train_mode(self.student, self.batch_norm)
@@ -111,16 +112,6 @@ class Disposal:
         """How the chunks' graphs are held; without collisions there is one chunk, and nothing to choose."""
         self.mode = self.mode or forward.choose(self.student, source.x, self.chunks)
         return self.mode
-
-    def _step(self, **seen: Any) -> Step:
-        return Step(
-            teacher=self._answers,
-            images=self.images,
-            seed=self.label_seed,
-            processes=self.processes,
-            all_reduce=self.all_reduce,
-            **seen,
-        )
 
     @torch.no_grad()
     def _answers(self, x: Tensor) -> Tensor:

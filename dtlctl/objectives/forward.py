@@ -132,19 +132,16 @@ def _chunk(batch: Batch, number: int, chunks: int) -> Batch:
 
 def _saved_bytes(student: Classifier, x: Tensor) -> int:
     """What a forward pass keeps for its backward pass, weights aside."""
+    student = copy.deepcopy(student)  # its batch norms move
     sizes = {p.data_ptr(): 0 for p in student.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
         sizes.setdefault(tensor.data_ptr(), tensor.nbytes)
         return tensor
 
-    saving = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    counted = [buffer.clone() for buffer in student.buffers()]  # batch norms count their forward passes
-    with saving, sdpa_kernel(SDPBackend.MATH), _momenta(student, 0.0):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), sdpa_kernel(SDPBackend.MATH):
         features = student.embed(x)  # held meanwhile: freed memory would be used, and counted, again
     del features
-    for buffer, before in zip(student.buffers(), counted, strict=True):
-        buffer.copy_(before)
     return sum(sizes.values())
 
 

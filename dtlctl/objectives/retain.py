@@ -51,27 +51,28 @@ class Distill(_Retain):
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * t**2
 
 
-class TargetCrossEntropy(_Retain):
-    """TGT-CE: cross-entropy on the target's training images."""
+class _OnTarget(_Retain):
+    """Cross-entropy on the target's training images."""
 
-    kind: Literal["target-ce"] = "target-ce"
     needs_target: ClassVar[bool] = True
 
     def loss(self, step: Step) -> Tensor:
-        return _target_cross_entropy(step)
+        return torch.stack([F.cross_entropy(seen.target, seen.y) for seen in step.target]).mean()
 
 
-class AveragedGem(_Retain):
+class TargetCrossEntropy(_OnTarget):
+    """TGT-CE: cross-entropy on the target's training images."""
+
+    kind: Literal["target-ce"] = "target-ce"
+
+
+class AveragedGem(_OnTarget):
     """TGT-A-GEM (Chaudhry et al., arXiv:1812.00420): the unlearning gradient g may not oppose the target's, g_ref.
 
     Where <g, g_ref> < 0, g is replaced by g - (<g, g_ref> / |g_ref|^2) g_ref. The loss is the target's cross-entropy.
     """
 
     kind: Literal["a-gem"] = "a-gem"
-    needs_target: ClassVar[bool] = True
-
-    def loss(self, step: Step) -> Tensor:
-        return _target_cross_entropy(step)
 
     def guard(self, unlearn: Tensor, retain: Tensor, step: Step) -> Tensor:
         # Subtracting a constant times the target loss subtracts that constant times its gradient: the projection.
@@ -83,10 +84,6 @@ class AveragedGem(_Retain):
     def _global_gradient(scalar: Tensor, step: Step) -> list[Tensor]:
         grads = torch.autograd.grad(scalar, step.parameters, retain_graph=True, materialize_grads=True)
         return [g / step.processes for g in step.all_reduce(grads)]
-
-
-def _target_cross_entropy(step: Step) -> Tensor:
-    return torch.stack([F.cross_entropy(seen.target, seen.y) for seen in step.target]).mean()
 
 
 Retain = Annotated[Distill | TargetCrossEntropy | AveragedGem, Field(discriminator="kind")]

@@ -65,7 +65,8 @@ def relearning(experiment: Experiment, name: str, settings: Audit) -> dict[str, 
     rows = np.sort(np.random.default_rng(experiment.recipe.stream("audit/relearn/test")).permutation(test)[:500])
 
     def accuracy(step: int) -> dict[str, float]:
-        return {"acc_s": experiment.engine.accuracy(model, "source", experiment.trainer.split("source", "test", rows))}
+        right = experiment.engine.correct(model, "source", experiment.trainer.split("source", "test", rows))
+        return {"acc_s": 100 * float(right.mean())}
 
     curve = [[0, accuracy(0)["acc_s"]]]
     if curve[0][1] < goal:

@@ -185,10 +185,6 @@ class Engine(Collectives):
         if code:
             save()
 
-    def accuracy(self, model: nn.Module, head: str, batches: Iterable[Batch]) -> float:
-        """Test accuracy in %, over all processes' shares; raises what `correct` does."""
-        return 100 * float(self.correct(model, head, batches).mean())
-
     @torch.no_grad()
     def correct(self, model: nn.Module, head: str, batches: Iterable[Batch]) -> np.ndarray:
         """bool [n]: whether the head is right about each image, over all processes' shares in order. The mode is kept.
