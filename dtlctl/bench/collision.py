@@ -19,7 +19,8 @@ from dtlctl.console.progress import Progress
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import RecipeError
 from dtlctl.model import networks
-from dtlctl.objectives import batched, collision, forward
+from dtlctl.objectives import batched, collision
+from dtlctl.objectives.step import together
 
 WAYS = ("ce-chunked", "gc-batched", "gc-keep", "gc-recompute", "gc-pairwise")
 """Beside "ce", one step of cross-entropy on the whole batch."""
@@ -60,7 +61,7 @@ class Bench:
             for pair in pairs:
                 self._loss(pair).backward()
         elif way == "gc-batched":
-            seen, tape = forward.together(self.model, Batch(self.x, self.y, torch.arange(len(self.y))), chunks)
+            seen, tape = together(self.model, Batch(self.x, self.y, torch.arange(len(self.y))), chunks)
             losses = [F.cross_entropy(chunk.source, chunk.y) for chunk in seen]
             batched.collide_batched(losses, self.parameters, tape).surrogate.backward()
         elif way == "gc-pairwise":

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torchvision.ops import StochasticDepth
 
 from dtlctl.data.tensors import Batch
+from dtlctl.model import networks
 from dtlctl.model.networks import Classifier
-from dtlctl.objectives import forward
 from dtlctl.objectives.retain import Retain
-from dtlctl.objectives.step import ChunkOutputs, Step
+from dtlctl.objectives.step import ChunkOutputs, GraphMode, Step, apart, choose, outputs
 from dtlctl.objectives.unlearn import Unlearn
 
 
@@ -46,7 +49,7 @@ class Disposal:
         self.chunks, self.batch_norm, self.processes, self.all_reduce = chunks, batch_norm, processes, all_reduce
         more: Any = {"images": images, "seed": label_seed, "processes": processes, "all_reduce": all_reduce}
         self._step = partial(Step, teacher=self._answers, **more)
-        self.mode: forward.GraphMode | None = None if unlearn.memory == "auto" else unlearn.memory
+        self.mode: GraphMode | None = None if unlearn.memory == "auto" else unlearn.memory
 
     def __call__(self, source: Batch, target: Batch | None, unlearning: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """A scalar whose gradient, averaged over processes, is that of Eq. 1, and numbers to report, detached.
@@ -54,6 +57,7 @@ class Disposal:
         target: a batch of the target, for a retaining loss that needs one. unlearning: whether the unlearning loss is
         on; without it the scalar is the retaining loss, with weight one.
         """
+        train_mode(self.student, self.batch_norm)
         step = self._look(source, target)
         keep = self.retain.loss(step)
         parts = {
@@ -82,8 +86,7 @@ class Disposal:
 
         The student is left as it is, and so are the random numbers.
         """
-        probe = copy.copy(self)
-        probe.student = copy.deepcopy(self.student)
+        probe = self._probe()
         with torch.random.fork_rng([source.x.device] if source.x.device.type == "cuda" else []):
             step = probe._look(source, target)
             keep = self.retain.loss(step)
@@ -96,21 +99,42 @@ class Disposal:
         return float(whole[0]), float(whole[1])
 
     def cosine_to_float64(self, source: Batch) -> float:
-        """Cosine of the unlearning loss's gradient on a batch, as computed here, to the same in float64."""
-        train_mode(self.student, self.batch_norm)
-        mode, make = self._mode(source), partial(self._step, target=())
-        return forward.cosine_to_float64(self.student, source, self.chunks, mode, self.unlearn.loss, make)
+        """Cosine of the unlearning loss's gradient on a global batch, as computed here, to the same in float64.
+
+        Over all parameters at once, without dropout. The student is left as it is.
+        """
+        gradients = []
+        for exact in (False, True):
+            probe = self._probe()
+            if exact:
+                probe.student.double().precision = "float64"
+                source, probe.mode = replace(source, x=source.x.double()), "recompute"
+            for module in probe.student.modules():
+                if isinstance(module, _DropoutNd | StochasticDepth):
+                    module.eval()
+            with networks.precision(probe.student.precision):
+                step = probe._look(source, None)
+                grads = torch.autograd.grad(self.unlearn.loss(step)[0], step.parameters, materialize_grads=True)
+                gradients.append(torch.cat([g.double().flatten() for g in self.all_reduce(grads)]))
+        ours, theirs = gradients
+        return float(F.cosine_similarity(ours, theirs, dim=0))
+
+    def _probe(self) -> Disposal:
+        """The same with a copy of the student, whose running statistics may move."""
+        probe = copy.copy(self)
+        probe.student = copy.deepcopy(self.student)
+        train_mode(probe.student, self.batch_norm)
+        return probe
 
     def _look(self, source: Batch, target: Batch | None) -> Step:
-        train_mode(self.student, self.batch_norm)
         maps = self.unlearn.needs_maps
-        seen, tape, again = forward.outputs(self.student, source, self.chunks, self._mode(source), maps=maps)
-        kept = forward.apart(self.student, target, self.chunks) if target else ()
+        seen, tape, again = outputs(self.student, source, self.chunks, self._mode(source), maps=maps)
+        kept = apart(self.student, target, self.chunks) if target else ()
         return self._step(chunks=seen, target=kept, tape=tape, again=again, parameters=list(self.student.parameters()))
 
-    def _mode(self, source: Batch) -> forward.GraphMode:
+    def _mode(self, source: Batch) -> GraphMode:
         """How the chunks' graphs are held; without collisions there is one chunk, and nothing to choose."""
-        self.mode = self.mode or forward.choose(self.student, source.x, self.chunks)
+        self.mode = self.mode or choose(self.student, source.x, self.chunks)
         return self.mode
 
     @torch.no_grad()

@@ -101,7 +101,8 @@ class Engine(Collectives):
         optimizer = _optimizer(weights, plan)
         schedule = _schedule(optimizer, plan, steps)
         state = state or State()
-        self._draw_apart()
+        if self.share.rank:  # random numbers of its own, or all processes would drop the same units
+            torch.manual_seed(torch.initial_seed() + self.share.rank)
         saved = memory.restore(self, state, model, optimizer, schedule) if memory else None
         if saved and progress.enabled:
             say(f"{progress.title}: goes on from step {state.step} of {steps}, saved at {saved}")
@@ -134,11 +135,6 @@ class Engine(Collectives):
                 raise
         seconds = before + time.perf_counter() - started
         return History(state.rows, seconds, steps * batch_size / max(seconds, 1e-9))
-
-    def _draw_apart(self) -> None:
-        """Random numbers of this process's own, or all would drop the same units; the first one's stay as they are."""
-        if self.share.rank:
-            torch.manual_seed(torch.initial_seed() + self.share.rank)
 
     def _step(
         self,

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dtlctl.data.tensors import Batch, Share
 from dtlctl.model import networks
-from dtlctl.objectives import forward
+from dtlctl.objectives import step as forward
 from dtlctl.objectives.step import Step
 from dtlctl.objectives.unlearn import GradientCollision
 

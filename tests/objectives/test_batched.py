@@ -11,7 +11,8 @@ from torch import nn
 
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks, small_maps
-from dtlctl.objectives import batched, collision, forward
+from dtlctl.objectives import batched, collision
+from dtlctl.objectives import step as forward
 from tests.objectives.test_collision import assert_equal, pairwise
 
 

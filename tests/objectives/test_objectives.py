@@ -12,7 +12,7 @@ from dtlctl.data.tensors import Batch, Batches
 from dtlctl.errors import RecipeError
 from dtlctl.model import networks
 from dtlctl.model.networks import Classifier
-from dtlctl.objectives import forward
+from dtlctl.objectives import step as forward
 from dtlctl.objectives.disposal import Disposal
 from dtlctl.objectives.retain import AveragedGem, Distill, TargetCrossEntropy
 from dtlctl.objectives.step import ChunkOutputs, Step

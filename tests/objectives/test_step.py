@@ -15,8 +15,9 @@ from torch import nn
 
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks
-from dtlctl.objectives import forward
-from dtlctl.objectives.step import Step
+from dtlctl.objectives import step as forward
+from dtlctl.objectives.disposal import Disposal
+from dtlctl.objectives.retain import Distill
 from dtlctl.objectives.unlearn import GradientCollision
 from tests.objectives.test_collision import assert_equal, pairwise
 
@@ -86,8 +87,10 @@ def test_the_way_is_chosen_by_size(gigabytes, arch, expected, monkeypatch):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "running" in k)
 
 
-def collision_step(**made):
-    return Step(target=(), teacher=torch.zeros_like, images=8, seed=0, processes=1, all_reduce=list, **made)
+def cosine(model, images, chunks, mode):
+    loss = GradientCollision(chunks=chunks, memory=mode)
+    more = {"chunks": chunks, "batch_norm": "train", "images": 8, "label_seed": 0}
+    return Disposal(0.5, loss, Distill(), model, model, **more).cosine_to_float64(images)
 
 
 @pytest.mark.parametrize("mode", ["batched", "keep", "recompute"])
@@ -99,9 +102,7 @@ def test_the_cosine_to_float64_is_that_of_gradients_made_by_hand(mode):
     found = {}
     for precision in ("float32", "bfloat16"):
         model.precision = precision
-        found[precision] = forward.cosine_to_float64(
-            model, images, 4, mode, GradientCollision(chunks=4).loss, collision_step
-        )
+        found[precision] = cosine(model, images, 4, mode)
     gradients = []
     for precision in ("bfloat16", "float64"):
         oracle = copy.deepcopy(model) if precision == "bfloat16" else copy.deepcopy(model).double()
@@ -122,8 +123,7 @@ def test_dropout_is_no_rounding():
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.Tanh(), nn.Dropout(0.5))
     model = networks.Classifier(backbone, 64, {"source": 3, "target": 2}).train()
     images = Batch(batch().x.float(), batch().y, batch().rows)
-    cosine = forward.cosine_to_float64(model, images, 2, "keep", GradientCollision().loss, collision_step)
-    assert cosine > 1 - 1e-6 and model.training and backbone[-1].training
+    assert cosine(model, images, 2, "keep") > 1 - 1e-6 and model.training and backbone[-1].training
 
 
 # Real processes -------------------------------------------------------------------------------------------------
