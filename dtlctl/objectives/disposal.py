@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -72,14 +72,13 @@ class Disposal:
         return total, {**parts, "unlearn": value}
 
     @torch.no_grad()
-    def source_loss_of(self, model: Classifier, batch: Batch) -> Tensor:
-        """The source's cross-entropy on one batch, in nats, as a step of this disposal would see it in that model.
-
-        The model's running statistics move.
-        """
-        train_mode(model, self.batch_norm)
-        pairs = zip(batch.x.chunk(self.chunks), batch.y.chunk(self.chunks), strict=True)
-        return torch.stack([F.cross_entropy(model(x, "source"), y) for x, y in pairs]).mean()
+    def source_loss_of_teacher(self, batches: Iterable[Batch]) -> float:
+        """TL's source loss in nats on these global batches, as steps of this disposal would see it."""
+        probe = copy.deepcopy(self.teacher)  # its running statistics move
+        train_mode(probe, self.batch_norm)
+        chunks = (pair for b in batches for pair in zip(b.x.chunk(self.chunks), b.y.chunk(self.chunks), strict=True))
+        mean = torch.stack([F.cross_entropy(probe(x, "source"), y) for x, y in chunks]).mean()
+        return float(self.all_reduce([mean])[0]) / self.processes
 
     def norms(self, source: Batch, target: Batch | None) -> tuple[float, float]:
         """Norms of the gradients of the retaining and of the unlearning loss on a global batch.
@@ -91,12 +90,8 @@ class Disposal:
             step = probe._look(source, target)
             keep = self.retain.loss(step)
             drive = self.retain.guard(self.unlearn.loss(step)[0], keep, step)
-            found = [
-                torch.autograd.grad(scalar, step.parameters, retain_graph=True, materialize_grads=True)
-                for scalar in (keep, drive)
-            ]
-        whole = [nn.utils.get_total_norm(self.all_reduce(list(grads))) / self.processes for grads in found]
-        return float(whole[0]), float(whole[1])
+        of_retain, of_unlearn = (float(nn.utils.get_total_norm(step.gradient(scalar))) for scalar in (keep, drive))
+        return of_retain, of_unlearn
 
     def cosine_to_float64(self, source: Batch) -> float:
         """Cosine of the unlearning loss's gradient on a global batch, as computed here, to the same in float64.
@@ -114,8 +109,8 @@ class Disposal:
                     module.eval()
             with networks.precision(probe.student.precision):
                 step = probe._look(source, None)
-                grads = torch.autograd.grad(self.unlearn.loss(step)[0], step.parameters, materialize_grads=True)
-                gradients.append(torch.cat([g.double().flatten() for g in self.all_reduce(grads)]))
+                found = step.gradient(self.unlearn.loss(step)[0])
+                gradients.append(torch.cat([g.double().flatten() for g in found]))
         ours, theirs = gradients
         return float(F.cosine_similarity(ours, theirs, dim=0))
 

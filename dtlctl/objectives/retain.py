@@ -76,14 +76,9 @@ class AveragedGem(_OnTarget):
 
     def guard(self, unlearn: Tensor, retain: Tensor, step: Step) -> Tensor:
         # Subtracting a constant times the target loss subtracts that constant times its gradient: the projection.
-        ours, reference = (self._global_gradient(scalar, step) for scalar in (unlearn, retain))
+        ours, reference = step.gradient(unlearn), step.gradient(retain)
         share = dot(ours, reference).clamp(max=0) / dot(reference, reference).clamp(min=1e-12)
         return unlearn - share * retain
-
-    @staticmethod
-    def _global_gradient(scalar: Tensor, step: Step) -> list[Tensor]:
-        grads = torch.autograd.grad(scalar, step.parameters, retain_graph=True, materialize_grads=True)
-        return [g / step.processes for g in step.all_reduce(grads)]
 
 
 Retain = Annotated[Distill | TargetCrossEntropy | AveragedGem, Field(discriminator="kind")]

@@ -68,6 +68,11 @@ class Step:
     again: Callable[[int], ChunkOutputs] | None = None
     """Where graphs are not to be held: computes one chunk anew."""
 
+    def gradient(self, scalar: Tensor) -> list[Tensor]:
+        """The global gradient of what is a mean over this process's share, whose graph is kept."""
+        grads = torch.autograd.grad(scalar, self.parameters, retain_graph=True, materialize_grads=True)
+        return [grad / self.processes for grad in self.all_reduce(grads)]
+
     def collide(self, loss: Callable[[ChunkOutputs], Tensor], *, self_pairs: bool = False) -> Collision:
         """The collision (Eq. 8) of the gradients of a loss of each chunk, over all processes' chunks."""
         options: Any = {"self_pairs": self_pairs, "processes": self.processes, "all_reduce": self.all_reduce}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
-import torch
 from torch import Tensor
 
 from dtlctl.console.progress import say
@@ -56,7 +53,7 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
         return disposal(source[step], target[step] if target else None, step < repair_from)
 
     exactness = _exactness(experiment, job, disposal, source)
-    before = _source_loss_of_tl(experiment, disposal, source)
+    before = disposal.source_loss_of_teacher(source[number] for number in range(PROBED))
     measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
     also = {repair_from, *(price.steps if price else ())}
     check = price.check if price else lambda step: {}
@@ -94,13 +91,6 @@ def _batches(experiment: Experiment, role: str, job: Job[Dispose]) -> Batches:
     """Batches of equal chunks on equal processes; of a dataset smaller than a batch, as many images as divide."""
     size = data_demands.equal_parts(experiment, job, role, experiment.engine.processes)
     return experiment.trainer.batches(role, size, f"dispose/{role}")
-
-
-def _source_loss_of_tl(experiment: Experiment, disposal: Disposal, batches: Batches) -> float:
-    """TL's source loss in nats, as the disposal's first steps see it, over all processes."""
-    probe = copy.deepcopy(disposal.teacher)  # its running statistics move
-    mean = torch.stack([disposal.source_loss_of(probe, batches[number]) for number in range(PROBED)]).mean()
-    return float(experiment.engine.all_reduce([mean])[0]) / experiment.engine.processes
 
 
 def _exactness(experiment: Experiment, job: Job[Dispose], disposal: Disposal, source: Batches) -> dict[str, float]:

@@ -174,7 +174,7 @@ def test_more_fresh_stages_than_there_are_is_one_line(recipe_file: Path):
 @pytest.mark.parametrize(("before", "warned"), [(99.0, True), (0.0, False)])
 def test_gradient_collision_that_lowers_the_source_loss_is_told(recipe_file: Path, monkeypatch, capsys, before, warned):
     """Whatever the source loss becomes, it is less than 99 nats and more than 0; what it was is in the sidecar too."""
-    monkeypatch.setattr(stage, "_source_loss_of_tl", lambda *_: before)
+    monkeypatch.setattr(stage.Disposal, "source_loss_of_teacher", lambda *_: before)
     experiment = new_experiment(recipe_file)
     run(experiment, ("pretrain", "finetune", "dispose"))
     assert ("dispose/gc: gradient collision lowered the source loss, from 99.00" in capsys.readouterr().err) == warned
@@ -182,7 +182,7 @@ def test_gradient_collision_that_lowers_the_source_loss_is_told(recipe_file: Pat
     assert metrics["source_loss_tl"] == before and 0 < metrics["source_loss_unlearned"] < 99
 
 
-def test_tls_source_loss_is_that_of_train_mode_and_leaves_it_alone(recipe_file: Path, monkeypatch):
+def test_tls_source_loss_is_that_of_train_mode_and_leaves_it_alone(recipe_file: Path):
     experiment = new_experiment(recipe_file)
     run(experiment, ("pretrain",))
     model, batches = (
@@ -190,10 +190,9 @@ def test_tls_source_loss_is_that_of_train_mode_and_leaves_it_alone(recipe_file: 
         experiment.trainer.batches("source", 8, "dispose/source"),
     )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    monkeypatch.setattr(stage, "PROBED", 2)
     more = {"chunks": 2, "batch_norm": "train", "images": 100, "label_seed": 0}
     disposal = Disposal(0.5, GradientCollision(), Distill(), model, model, **more)
-    found = stage._source_loss_of_tl(experiment, disposal, batches)
+    found = disposal.source_loss_of_teacher([batches[0], batches[1]])
     assert not model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     model.train()
     parts = [(b.x[rows], b.y[rows]) for b in (batches[0], batches[1]) for rows in (slice(0, 4), slice(4, 8))]
