@@ -102,7 +102,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[Experiment], None]:
     def move(experiment: Experiment) -> None:
         monkeypatch.setattr(torch.optim, "SGD", Still)
         monkeypatch.setattr(engine_module, "check_weights", lambda *_: None)
-        monkeypatch.setattr(disposal, "_source_loss_of_tl", lambda *_: 0.0)
+        monkeypatch.setattr(disposal.Disposal, "source_loss_of_teacher", lambda *_: 0.0)
         monkeypatch.setattr(Engine, "_report", report)
         monkeypatch.setattr(Results, "publish", lambda *_: None)
         monkeypatch.setattr(Trainer, "measured", lambda *_: dict.fromkeys(("acc_s", "acc_t", "acc_pl"), 0.0))
