@@ -5,6 +5,7 @@ The attacker knows the weights, the image and its true label; nothing is trained
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from typing import Any
@@ -22,42 +23,33 @@ def distance(view: Observation, steps: int) -> dict[str, Tensor]:
     in `steps` steps each, then by bisection towards the image. An image that no change within [0, 1] was found for gets
     the largest norm that there is room for.
     """
-    parts = [minimal(view.module, x, y, steps) for x, y in view.batches]
+    model = copy.deepcopy(view.module).requires_grad_(False)  # foolbox back-propagates into all that asks for it
+    parts = [minimal(model, x, y, steps) for x, y in view.batches]
     linf, l2 = (torch.cat(part) for part in zip(*parts, strict=True))
     return {"adv-dist": linf, "adv-dist-l2": l2}
 
 
 def minimal(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The L∞ and L2 norms [B], of images x [B, 3, S, S] in [0, 1] with true labels y [B]; in the weights' type.
-
-    The model is in eval mode and differentiable.
-    """
+    """The L∞ and L2 norms [B], of images x [B, 3, S, S] in [0, 1] with true labels y [B]; in the weights' type."""
     foolbox = _foolbox()
     x = x.to(next((p.dtype for p in model.parameters()), x.dtype))
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)  # foolbox back-propagates into everything that asks for it
-    try:
-        with torch.no_grad():
-            right = (model(x).argmax(1) == y).nonzero()[:, 0]
-        norms = [x.new_zeros(len(x)) for _ in range(2)]
-        if len(right):
-            bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
-            # foolbox 3.3's own L2FMNAttack never projects: it divides a norm by itself. DDN changes its radius by a
-            # fixed factor a step: the fewer steps, the larger, so that it gets from 1 to 1/300 in any case.
-            attacks = (
-                foolbox.attacks.LInfFMNAttack(steps=steps),
-                foolbox.attacks.DDNAttack(steps=steps, gamma=1 - 300 ** (-1 / steps)),
-            )
-            truth = y[right]
-            found = [attack.run(bounded, x[right], foolbox.Misclassification(truth)) for attack in attacks]
-            moved = [_nearest(model, x[right], candidate, truth) for candidate in found]
-            # Either search may fail where the other does not, and FMN does on the boundary itself.
-            for norm, p in zip(norms, (float("inf"), 2.0), strict=True):
-                norm[right] = torch.stack([_norms(model, x[right], m, truth, p) for m in moved]).amin(0)
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+    with torch.no_grad():
+        right = (model(x).argmax(1) == y).nonzero()[:, 0]
+    norms = [x.new_zeros(len(x)) for _ in range(2)]
+    if len(right):
+        bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
+        # foolbox 3.3's own L2FMNAttack never projects: it divides a norm by itself. DDN changes its radius by a
+        # fixed factor a step: the fewer steps, the larger, so that it gets from 1 to 1/300 in any case.
+        attacks = (
+            foolbox.attacks.LInfFMNAttack(steps=steps),
+            foolbox.attacks.DDNAttack(steps=steps, gamma=1 - 300 ** (-1 / steps)),
+        )
+        truth = y[right]
+        found = [attack.run(bounded, x[right], foolbox.Misclassification(truth)) for attack in attacks]
+        moved = [_nearest(model, x[right], candidate, truth) for candidate in found]
+        # Either search may fail where the other does not, and FMN does on the boundary itself.
+        for norm, p in zip(norms, (float("inf"), 2.0), strict=True):
+            norm[right] = torch.stack([_norms(model, x[right], m, truth, p) for m in moved]).amin(0)
     return norms[0], norms[1]
 
 

@@ -14,21 +14,45 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
-from dtlctl.attacks import layers
-from dtlctl.attacks.features import EMBEDDING, Nearest
-from dtlctl.attacks.logistic import Logistic
+from dtlctl.attacks.features import EMBEDDING, Logistic, Nearest
 from dtlctl.attacks.tuning import Setting
 from dtlctl.errors import RecipeError
 from dtlctl.model.networks import Classifier, renew
 from dtlctl.strict import Algorithm
 
+Weighted = nn.Linear | nn.Conv2d
+NORMS = nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm
+"""Normalisations with weights of their own."""
 Images = Iterable[Tensor]
 Rate = Annotated[float, Field(gt=0, le=100)]
 
 
+def weighted(backbone: nn.Module) -> list[Weighted]:
+    """Its convolutions and linear layers, in order."""
+    return [layer for layer in backbone.modules() if isinstance(layer, Weighted)]
+
+
+class LowRank(nn.Module):
+    """W + up · down, of which W stays as it is (LoRA, arXiv:2106.09685); at first up is zero.
+
+    start: weights of a fresh layer of the same kind; as many of its rows as the rank are what `down` starts from.
+    """
+
+    def __init__(self, start: Tensor, rank: int):
+        super().__init__()
+        self.down = nn.Parameter(start.detach().flatten(1)[:rank].clone())
+        self.up = nn.Parameter(start.new_zeros(len(start), len(self.down)))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.up @ self.down).view_as(weight)
+
+
 class _Attacker(Algorithm):
     kind: str
+    varied: ClassVar[tuple[str, ...]] = ()
+    """The fields that say how much `prepare` may do, to be tuned."""
     datasets: list[str] | None = Field(None, min_length=1)
     """The piggyback datasets to attack; without it all."""
 
@@ -39,8 +63,7 @@ class _Attacker(Algorithm):
         """
 
     def amounts(self) -> Sequence[float | None]:
-        """How much `prepare` may do, to be tuned; None where that is no question."""
-        return (None,)
+        return [amount for name in self.varied for amount in getattr(self, name)] or (None,)
 
 
 class _Trained(_Attacker):
@@ -71,20 +94,42 @@ class LastBlock(_Trained):
     """Some last stages of the backbone are drawn anew, then all weights are trained: deep features may be the trap."""
 
     revision: ClassVar[int] = 2
+    varied: ClassVar[tuple[str, ...]] = ("stages",)
     kind: Literal["last-block"] = "last-block"
     stages: list[Annotated[int, Field(ge=1)]] = Field([1, 2], min_length=1)
     """How many of the last stages are drawn anew: numbers to try."""
-
-    def amounts(self) -> Sequence[float | None]:
-        return self.stages
 
     def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
         renew(model.backbone, fresh.backbone, int(amount or 0))
 
 
 class _Renormalised(_Attacker):
+    @torch.no_grad()
     def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
-        renormalise(model, fresh, images)
+        """Give every convolution the norm that a new one has, and batch normalisation the images' statistics.
+
+        With batch normalisation behind it a rescaled convolution computes the same, and the effective learning rate,
+        which goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350). Parts of the images weigh the same.
+        Raises RecipeError for a model without batch normalisation.
+        """
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            raise RecipeError("piggyback.attackers: to renormalise needs a model with batch normalisation")
+        for old, new in zip(model.backbone.modules(), fresh.backbone.modules(), strict=True):
+            if isinstance(old, nn.Conv2d) and isinstance(new, nn.Conv2d):
+                scale = new.weight.norm() / old.weight.norm().clamp(min=1e-12)
+                for parameter in old.parameters():
+                    parameter.mul_(scale)
+        momenta, training = [norm.momentum for norm in norms], model.training
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over batches
+        model.train()
+        for part in images:
+            model.embed(part)
+        model.train(training)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 class Renorm(_Renormalised, _Trained):
@@ -103,22 +148,22 @@ class Norms(_Trained):
 
     def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
         model.backbone.requires_grad_(False)
-        for norm in (m for m in model.backbone.modules() if isinstance(m, layers.NORMS)):
+        for norm in (m for m in model.backbone.modules() if isinstance(m, NORMS)):
             norm.requires_grad_(True)
 
 
 class Lora(_Trained):
     """A change of low rank to each convolution and linear layer is trained, with a new head (arXiv:2106.09685)."""
 
+    varied: ClassVar[tuple[str, ...]] = ("rank",)
     kind: Literal["lora"] = "lora"
     rank: list[Annotated[int, Field(ge=1, le=4096)]] = Field([4], min_length=1)
     """Ranks to try."""
 
-    def amounts(self) -> Sequence[float | None]:
-        return self.rank
-
     def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
-        layers.adapt(model, fresh, int(amount or 1))
+        model.backbone.requires_grad_(False)
+        for layer, start in zip(weighted(model.backbone), weighted(fresh.backbone), strict=True):
+            parametrize.register_parametrization(layer, "weight", LowRank(start.weight, int(amount or 1)))
 
 
 class Frozen(_Attacker):
@@ -127,12 +172,10 @@ class Frozen(_Attacker):
     Features are computed once, in eval mode, without augmentation, and standardised with the training images' moments.
     """
 
+    tried: ClassVar[str]
+    """The field of what is tuned besides the stage and `amounts()`."""
     stage: Literal["any", "embedding"] = "any"
     """`any`: the mean of each stage's maps, or the embedding, whichever is best; `embedding`: it alone."""
-
-    @abstractmethod
-    def rates(self) -> Sequence[float]:
-        """What is tuned besides the stage and `amounts()`."""
 
     @abstractmethod
     def fit(self, features: np.ndarray, labels: np.ndarray, rate: float) -> Logistic | Nearest: ...
@@ -140,18 +183,17 @@ class Frozen(_Attacker):
     def grid(self, stages: Sequence[str] = (EMBEDDING,)) -> list[Setting]:
         """stages: names of the features that the network has."""
         seen = stages if self.stage == "any" else (EMBEDDING,)
-        return [Setting(self.kind, None, r, name, n) for n in self.amounts() for name in seen for r in self.rates()]
+        rates = getattr(self, self.tried)
+        return [Setting(self.kind, None, r, name, n) for n in self.amounts() for name in seen for r in rates]
 
 
 class _Linear(Frozen):
     """L2-regularised logistic regression, at most 300 steps of L-BFGS."""
 
+    tried: ClassVar[str] = "C"
     revision: ClassVar[int] = 2
     C: list[Rate] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
     """Inverse strengths of the L2 term to try."""
-
-    def rates(self) -> Sequence[float]:
-        return self.C
 
     def fit(self, features: np.ndarray, labels: np.ndarray, rate: float) -> Logistic | Nearest:
         return Logistic(features, labels, rate)
@@ -172,61 +214,40 @@ class RenormProbe(_Renormalised, _Linear):
 class Compressed(_Linear):
     """A linear classifier on the features of a model of less precision: what it hides can come back."""
 
+    varied: ClassVar[tuple[str, ...]] = ("bits", "prune")
     kind: Literal["compressed"] = "compressed"
     bits: list[Annotated[int, Field(ge=2, le=16)]] = Field([8, 4], min_length=1)
     """Bits of a weight to try; each output channel has a scale of its own."""
     prune: list[Annotated[float, Field(gt=0, lt=1)]] = Field([0.5], min_length=0)
     """Shares of each layer's weights to try without, the smallest."""
 
-    def amounts(self) -> Sequence[float | None]:
-        return [*self.bits, *self.prune]
-
+    @torch.no_grad()
     def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
-        layers.compress(model.backbone, amount or 32)
+        """Round every convolution's and linear layer's weights to `amount` bits, or zero a share below 1 of them.
+
+        Rounded: a whole number from -(2^(bits-1) - 1) to 2^(bits-1) - 1 times the output channel's own scale, its
+        largest weight's. Zeroed: that share of each layer's weights, the smallest.
+        """
+        amount = amount or 32
+        for layer in weighted(model.backbone):
+            if amount < 1:
+                prune.remove(prune.l1_unstructured(layer, "weight", amount), "weight")
+            else:
+                rows = layer.weight.flatten(1)
+                scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / (2 ** (int(amount) - 1) - 1)
+                layer.weight.copy_(((rows / scale).round() * scale).view_as(layer.weight))
 
 
 class Knn(Frozen):
     """The nearest of his images, by the cosine of features; nothing is trained."""
 
+    tried: ClassVar[str] = "k"
     kind: Literal["knn"] = "knn"
     k: list[Annotated[int, Field(ge=1, le=100_000)]] = Field([1, 5, 20], min_length=1)
     """Numbers of neighbours to try."""
 
-    def rates(self) -> Sequence[float]:
-        return self.k
-
     def fit(self, features: np.ndarray, labels: np.ndarray, rate: float) -> Logistic | Nearest:
         return Nearest(features, labels, int(rate))
-
-
-@torch.no_grad()
-def renormalise(model: Classifier, fresh: Classifier, images: Iterable[Tensor]) -> None:
-    """Give every convolution of `model` the norm that a new one has, and batch normalisation the images' statistics.
-
-    With batch normalisation behind it a rescaled convolution computes the same, and the effective learning rate, which
-    goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350). Parts of the images weigh the same.
-    Raises RecipeError for a model without batch normalisation.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        raise RecipeError("piggyback.attackers: to renormalise needs a model with batch normalisation")
-    for old, new in zip(model.backbone.modules(), fresh.backbone.modules(), strict=True):
-        if isinstance(old, nn.Conv2d) and isinstance(new, nn.Conv2d):
-            scale = new.weight.norm() / old.weight.norm().clamp(min=1e-12)
-            old.weight.mul_(scale)
-            if old.bias is not None:
-                old.bias.mul_(scale)
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over batches
-    training = model.training
-    model.train()
-    for part in images:
-        model.embed(part)
-    model.train(training)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 Attacker = Annotated[

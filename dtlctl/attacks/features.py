@@ -1,7 +1,9 @@
-"""What a network computes on the way to its answer, and the nearest neighbours of it."""
+"""What a network computes on the way to its answer; classifiers of it; and how like another network's it is."""
 
 from __future__ import annotations
 
+import warnings
+from abc import abstractmethod
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,6 +16,10 @@ from dtlctl.model.networks import Classifier
 
 EMBEDDING = "embedding"
 """The name of what the heads see."""
+ITERATIONS = 300
+"""Of L-BFGS, at most; a fit that would need more is judged like any other."""
+UNSEEN = 16.0
+"""How far the logit of a class without an image lies below the lowest bias: its probability is about 1e-7."""
 
 
 @torch.no_grad()
@@ -49,19 +55,88 @@ def pooled(output: Tensor, backbone: nn.Module) -> Tensor:
     return output.mean(1) if output.ndim == 3 else output
 
 
-class Nearest:
-    """The k nearest neighbours by the cosine of standardised features, each with a vote of 1 / distance.
+def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
+    """Linear centred kernel alignment of features [n, p] and [n, q] of the same n images (arXiv:1905.00414).
 
-    features: [N, F], finite; labels: integers [N]. What `Logistic` has, so that both are judged in the same way.
+    |Yᵀ X|² / (|Xᵀ X| |Yᵀ Y|), Frobenius norms of centred features: in [0, 1], 1 for features that differ by a rotation
+    and one scale. 0 where either says the same of all images. With n below p + q it is large for unrelated features.
     """
+    x, y = (features.astype(np.float64) - features.mean(0, dtype=np.float64) for features in (x, y))
+    own = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+    return float(np.square(y.T @ x).sum() / own) if own > 0 else 0.0
+
+
+class _Classifier:
+    """Of features [N, F], finite, with labels [N], integers or booleans; it knows the `classes` that it has seen.
+
+    Features are scaled to mean 0 and deviation 1 on these N, unless `standardise` is false.
+    """
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray, standardise: bool = True):
+        self.classes, width = np.unique(labels), features.shape[1]
+        self.mean = features.mean(0) if standardise else np.zeros(width)
+        self.scale = features.std(0) + 1e-6 if standardise else np.ones(width)
+
+    def scaled(self, features: np.ndarray) -> np.ndarray:
+        return (features - self.mean) / self.scale
+
+    @abstractmethod
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """[n, classes]"""
+
+
+class Logistic(_Classifier):
+    """A multinomial logistic regression: logits = `weight` · scaled features + `bias`; C: inverse strength of L2."""
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray, C: float = 1.0, *, standardise: bool = True):
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
+        super().__init__(features, labels, standardise)
+        # For all threads at once, since `catch_warnings` would not be: one image a class is few, and known to be.
+        warnings.filterwarnings("ignore", message="The number of unique classes", module="sklearn")
+        warnings.filterwarnings("ignore", category=ConvergenceWarning)
+        self.weight, self.bias = np.zeros((len(self.classes), features.shape[1])), np.zeros(len(self.classes))
+        if len(self.classes) > 1:
+            fitted = LogisticRegression(C=C, max_iter=ITERATIONS).fit(self.scaled(features), labels)
+            self.weight, self.bias = fitted.coef_, fitted.intercept_
+        if len(self.classes) == 2:  # one row, of the second class against the first
+            self.weight, self.bias = (np.concatenate([-half, half]) / 2 for half in (self.weight, self.bias))
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        return self.scaled(features) @ self.weight.T + self.bias
+
+
+class Nearest(_Classifier):
+    """The k nearest neighbours by the cosine of scaled features, each with a vote of 1 / distance."""
 
     def __init__(self, features: np.ndarray, labels: np.ndarray, k: int):
         from sklearn.neighbors import KNeighborsClassifier
 
-        self.mean, self.scale, self.classes = features.mean(0), features.std(0) + 1e-6, np.unique(labels)
+        super().__init__(features, labels)
         voting = KNeighborsClassifier(min(k, len(labels)), metric="cosine", weights="distance")
-        self._fitted = voting.fit((features - self.mean) / self.scale, labels)
+        self._fitted = voting.fit(self.scaled(features), labels)
 
     def logits(self, features: np.ndarray) -> np.ndarray:
-        """[n, classes that were seen]: the logarithm of the share of votes; a class without one has a thousandth."""
-        return np.log(self._fitted.predict_proba((features - self.mean) / self.scale) + 1e-3)
+        """The logarithm of the share of votes; a class without one has a thousandth."""
+        return np.log(self._fitted.predict_proba(self.scaled(features)) + 1e-3)
+
+
+def refit(model: Classifier, head: str, features: Tensor, labels: Tensor, classes: int) -> None:
+    """Replace a head by a logistic regression (C = 1) on frozen features [n, features], labels [n] < classes.
+
+    A destroyed head must not pass for privacy: attacks that look through it see noise, whatever the features hold. What
+    the attacker fits a new one on must not tell him who is a member, so these are images of his own, as many members as
+    others, which are neither attacked nor judged: only a difference in the *features* is then measured.
+    """
+    fitted = Logistic(features.detach().double().cpu().numpy(), labels.cpu().numpy())
+    weight, bias = np.zeros((classes, features.shape[1])), np.full(classes, fitted.bias.min() - UNSEEN)
+    weight[fitted.classes] = fitted.weight / fitted.scale
+    bias[fitted.classes] = fitted.bias - weight[fitted.classes] @ fitted.mean
+    model.add_head(head, classes)
+    layer = model.heads[head]
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight))
+        layer.bias.copy_(torch.from_numpy(bias))
+    model.requires_grad_(False)

@@ -86,15 +86,16 @@ def trial(members: dict[str, np.ndarray], others: dict[str, np.ndarray], attacke
     verdicts = []
     for repeat in range(repeats):
         rng = np.random.default_rng([seed, repeat])
-        halves = (_split(len(next(iter(group.values()))), rng) for group in (members, others))
-        (known_m, judged_m), (known_n, judged_n) = halves
+        orders = [rng.permutation(len(next(iter(group.values())))) for group in (members, others)]
+        parts = [np.split(order, [max(1, round(ATTACKERS_SHARE * len(order)))]) for order in orders]
+        (known_m, judged_m), (known_n, judged_n) = parts
         known = {name: np.concatenate([members[name][known_m], others[name][known_n]]) for name in members}
         judged = {name: np.concatenate([members[name][judged_m], others[name][judged_n]]) for name in members}
         truth = np.repeat([True, False], [len(known_m), len(known_n)])
         guess = attacker(Known(known, truth), judged, int(rng.integers(2**31)))
         threshold = best_threshold(guess.scores[guess.member], guess.scores[~guess.member])
-        count = len(judged_m)
-        verdicts.append(judge(guess.judged[:count], guess.judged[count:], threshold, rng))
+        ours, theirs = np.split(guess.judged, [len(judged_m)])
+        verdicts.append(judge(ours, theirs, threshold, rng))
     document = summarise(verdicts, len(judged_n))
     if attacker is single:  # Nothing is learnt, so nothing need be set aside to rank images.
         (name,) = members
@@ -103,56 +104,87 @@ def trial(members: dict[str, np.ndarray], others: dict[str, np.ndarray], attacke
     return document
 
 
+class Curves:
+    """How many members and how many others score at and above every threshold, in each of R samples of them.
+
+    members, others: scores [M] and [N]; drawn: the places of the images of each sample, [R, M] and [R, N]; without it
+    there is one sample, the images themselves.
+    """
+
+    def __init__(self, members: np.ndarray, others: np.ndarray, drawn: Sequence[np.ndarray] | None = None):
+        self.m, self.n = len(members), len(others)
+        self.scores, places = np.unique(np.concatenate([members, others]), return_inverse=True)
+        rows = drawn or (np.arange(self.m)[None], np.arange(self.n)[None])
+        self.caught = self._above(places[: self.m][rows[0]])
+        self.alarms = self._above(places[self.m :][rows[1]])
+
+    def _above(self, places: np.ndarray) -> np.ndarray:
+        """Of places in `scores`, [R, n]: how many lie at and above each, and above all, [R, scores + 1]."""
+        samples, bins = len(places), len(self.scores) + 1
+        counts = np.bincount((places + bins * np.arange(samples)[:, None]).ravel(), minlength=samples * bins)
+        return counts.reshape(samples, bins)[:, ::-1].cumsum(1)[:, ::-1]
+
+    def auc(self) -> np.ndarray:
+        """[R]: the chance that a member scores above a non-member, ties counting half."""
+        from scipy.integrate import trapezoid
+
+        return -trapezoid(self.caught, self.alarms, axis=1) / (self.m * self.n)
+
+    def tpr(self, allowed: int) -> np.ndarray:
+        """[R]: the largest share of members above a threshold that no more than `allowed` others reach."""
+        return (self.caught * (self.alarms <= allowed)).max(1) / self.m
+
+    def balanced_accuracy(self, threshold: float) -> np.ndarray:
+        """[R]: the mean of both groups' shares of right answers; at and above the threshold is called a member."""
+        place = np.searchsorted(self.scores, threshold)
+        return (1 + self.caught[:, place] / self.m - self.alarms[:, place] / self.n) / 2
+
+
 def judge(
     members: np.ndarray, others: np.ndarray, threshold: float, rng: np.random.Generator, rounds: int = 200
 ) -> Verdict:
-    """Compare the scores of members [M] with those of others [N]; at and above the threshold is called a member.
-
-    AUC is the probability that a member scores above a non-member, ties counting half (Mann-Whitney U / MN).
-    """
-    weights = _resample(len(members), rounds, rng), _resample(len(others), rounds, rng)
-    hits, misses = members >= threshold, others < threshold
-    aucs = _weighted_auc(members, others, *weights)
-    accuracies = (weights[0] @ hits / len(members) + weights[1] @ misses / len(others)) / 2
-    low, high = np.quantile(np.stack([aucs, accuracies]), [0.025, 0.975], axis=1)
+    """Compare the scores of members [M] with those of others [N]; at and above the threshold is called a member."""
+    curves = Curves(members, others)
+    drawn = Curves(members, others, [rng.integers(len(g), size=(rounds, len(g))) for g in (members, others)])
+    low, high = np.quantile([drawn.auc(), drawn.balanced_accuracy(threshold)], [0.025, 0.975], axis=1)
     return Verdict(
-        auc(members, others),
+        float(curves.auc()[0]),
         float(low[0]),
         float(high[0]),
-        float((hits.mean() + misses.mean()) / 2),
+        float(curves.balanced_accuracy(threshold)[0]),
         float(low[1]),
         float(high[1]),
-        tuple(tpr_at(members, others, rate, weights) for rate in RATES),
-        tuple(float(_caught(members, others, int(rate * len(others) + 1e-9)).mean()) for rate in grid(len(others))),
+        tuple(tpr_at(curves, drawn, rate) for rate in RATES),
+        tuple(float(curves.tpr(allowed(rate, len(others)))[0]) for rate in grid(len(others))),
     )
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
-    """The chance that a member scores above a non-member, ties counting half."""
-    ordered = np.sort(others)
-    below, not_above = np.searchsorted(ordered, members, "left"), np.searchsorted(ordered, members, "right")
-    return float((below + not_above).mean() / 2 / len(others))
+    """The chance that a member scores above a non-member, ties counting half (Mann-Whitney U / MN)."""
+    return float(Curves(members, others).auc()[0])
 
 
-def tpr_at(
-    members: np.ndarray, others: np.ndarray, rate: float, weights: tuple[np.ndarray, np.ndarray]
-) -> tuple[float, float, float] | None:
-    """The share of members [M] above all but `rate` of the others [N], and a 95 % interval.
+def tpr_at(curves: Curves, drawn: Curves, rate: float) -> tuple[float, float, float] | None:
+    """The share of members above all but `rate` of the others, and a 95 % interval; drawn: of bootstrap samples.
 
     None where `rate` · N is below one non-member. The threshold is a point of the judged images' own ROC curve: it
     says what the ranking would allow, not what an attacker would choose. It hangs on the few highest of the others, so
     Clopper-Pearson's interval, which takes it as given, is too narrow; the interval is the wider, at either end, of
-    that one and the bootstrap's. weights: how often each member and each other is drawn, [R, M] and [R, N].
+    that one and the bootstrap's.
     """
     from scipy.stats import binomtest
 
-    allowed = int(rate * len(others) + 1e-9)
-    if not allowed:
+    if not (most := allowed(rate, curves.n)):
         return None
-    caught = _caught(members, others, allowed)
-    given = binomtest(int(caught.sum()), len(caught)).proportion_ci(0.95, "exact")
-    drawn = np.quantile(_weighted_tpr(members, others, allowed, *weights), [0.025, 0.975])
-    return float(caught.mean()), float(min(given.low, drawn[0])), float(max(given.high, drawn[1]))
+    share = float(curves.tpr(most)[0])
+    given = binomtest(round(share * curves.m), curves.m).proportion_ci(0.95, "exact")
+    low, high = np.quantile(drawn.tpr(most), [0.025, 0.975])
+    return share, float(min(given.low, low)), float(max(given.high, high))
+
+
+def allowed(rate: float, others: int) -> int:
+    """How many false positives a rate allows; 1/N is one, although it has no end in binary."""
+    return int(rate * others + 1e-9)
 
 
 def grid(others: int, points: int = 16) -> list[float]:
@@ -172,60 +204,14 @@ def summarise(verdicts: Sequence[Verdict], others: int) -> dict[str, Any]:
         points = [verdict.tpr[place] for verdict in verdicts]
         mean = None if None in points else np.mean(np.array(points), axis=0).tolist()
         document[f"tpr_at_{rate:g}"] = mean and dict(zip(("tpr", "low", "high"), mean, strict=True))
-    curve = np.mean([verdict.roc for verdict in verdicts], axis=0)
-    document["roc"] = {
-        "fpr": [round(rate, 6) for rate in grid(others)],
-        "tpr": [round(float(value), 4) for value in curve],
-    }
+    curve = np.mean([verdict.roc for verdict in verdicts], axis=0).round(4).tolist()
+    document["roc"] = {"fpr": np.round(grid(others), 6).tolist(), "tpr": curve}
     return document
 
 
 def best_threshold(members: np.ndarray, others: np.ndarray) -> float:
     """The score at and above which calling an image a member has the best balanced accuracy."""
-    scores = np.unique(np.concatenate([members, others]))
-    # Half-way between neighbours, so that scores never seen before fall on the nearer side.
-    candidates = np.concatenate([scores[:1], (scores[:-1] + scores[1:]) / 2])
-    hits = 1 - np.searchsorted(np.sort(members), candidates, "left") / len(members)
-    false_alarms = 1 - np.searchsorted(np.sort(others), candidates, "left") / len(others)
-    return float(candidates[np.argmax(hits - false_alarms)])
-
-
-def _split(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    order = rng.permutation(count)
-    known = max(1, round(ATTACKERS_SHARE * count))
-    return order[:known], order[known:]
-
-
-def _caught(members: np.ndarray, others: np.ndarray, allowed: int) -> np.ndarray:
-    """Members above a threshold that at most `allowed` of the others reach."""
-    if allowed >= len(others):
-        return np.ones(len(members), bool)
-    return members > np.sort(others)[len(others) - 1 - allowed]
-
-
-def _resample(count: int, rounds: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each of `count` images is drawn in each bootstrap sample: [rounds, count]."""
-    drawn = rng.integers(count, size=(rounds, count)) + count * np.arange(rounds)[:, None]
-    return np.bincount(drawn.ravel(), minlength=rounds * count).reshape(rounds, count).astype(np.float64)
-
-
-def _weighted_auc(
-    members: np.ndarray, others: np.ndarray, weights: np.ndarray, other_weights: np.ndarray
-) -> np.ndarray:
-    """The AUC of every bootstrap sample: members [M] and others [N] drawn `weights` [R, M] and [R, N] times."""
-    order = np.argsort(others)
-    ordered, below = others[order], np.zeros((len(weights), len(others) + 1))
-    np.cumsum(other_weights[:, order], axis=1, out=below[:, 1:])
-    left, right = np.searchsorted(ordered, members, "left"), np.searchsorted(ordered, members, "right")
-    wins = (below[:, left] + below[:, right]) / 2
-    return (weights * wins).sum(1) / (len(members) * len(others))
-
-
-def _weighted_tpr(
-    members: np.ndarray, others: np.ndarray, allowed: int, weights: np.ndarray, other_weights: np.ndarray
-) -> np.ndarray:
-    """The share of members above all but `allowed` of the others in every bootstrap sample, drawn as above: [R]."""
-    order = np.argsort(-others)
-    passed = np.cumsum(other_weights[:, order], axis=1) > allowed
-    thresholds = others[order][passed.argmax(1)]
-    return (weights * (members > thresholds[:, None])).sum(1) / len(members)
+    curves = Curves(members, others)
+    place = int(np.argmax(curves.caught[0, :-1] / curves.m - curves.alarms[0, :-1] / curves.n))
+    # Half-way to the neighbour below, so that scores never seen before fall on the nearer side.
+    return float(curves.scores[max(0, place - 1) : place + 1].mean())

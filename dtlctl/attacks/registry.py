@@ -32,7 +32,7 @@ ATTACKS: dict[str, Attack] = {
     "modified-entropy": Attack(lambda view, _: signals.modified_entropy(view), single),
     "max-softmax": Attack(lambda view, _: signals.max_softmax(view), single),
     "adv-dist": Attack(adversarial.distance, single),
-    "grad-w": Attack(lambda view, _: gradients.grad_w(view), signals.logistic),
+    "grad-w": Attack(lambda view, _: gradients.grad_w(view), signals.logistic, revision=2),
     "grad-x": Attack(lambda view, _: gradients.grad_x(view), signals.logistic),
     "wb": Attack(lambda view, _: whitebox.observe(view), whitebox.infer, slow=True),
 }

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtlctl.attacks.logistic import Logistic
+from dtlctl.attacks.features import Logistic
 from dtlctl.attacks.membership import Guess, Known, auc
 
 

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from scipy.special import log_softmax
 from torch import nn
 
-from dtlctl.attacks.features import Nearest
-from dtlctl.attacks.logistic import Logistic
+from dtlctl.attacks.features import Logistic, Nearest
 from dtlctl.data.tensors import Batch, Batches
 from dtlctl.errors import DataError
 
@@ -59,16 +58,18 @@ class Trial(NamedTuple):
     seed: int
     evaluations: list[Evaluation]
     """Empty where the training diverged before the first, or a probe's features are not finite."""
+    acc_pl: float | None = None
+    """% of the images that judge, once it was made again with all images that he has; None where that diverged."""
 
     @property
     def best(self) -> Evaluation | None:
         return max(self.evaluations, key=lambda one: one.merit, default=None)
 
-    def document(self) -> dict[str, Any]:
-        """As a sidecar keeps it."""
+    def document(self, *, final: bool = False) -> dict[str, Any]:
+        """As a sidecar keeps it, when it was tried, or at last made again."""
         step, val = self.best[:2] if self.best else (None, None)
-        evaluations = [list(one) for one in self.evaluations]
-        return {**self.setting._asdict(), "seed": self.seed, "step": step, "val": val, "evaluations": evaluations}
+        found = {"acc_pl": self.acc_pl} if final else {"evaluations": [list(one) for one in self.evaluations]}
+        return {**self.setting._asdict(), "seed": self.seed, "step": step, "val": val, **found}
 
 
 def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +124,7 @@ def train(
 
     until: stop after so many of them. held_out: makes the batches of held-out images; with them the model is tested
     `EVALUATIONS` times, ends with the weights of its best test, and all are returned. A loss that is not finite ends
-    the training; without held-out images `accuracy` tells.
+    the training; without held-out images nothing tells.
     """
     optimizer = optimizer_of(model, setting)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(min(step, steps - 1), steps, warmup))
@@ -152,7 +153,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], step: int) -> Evaluation:
-    """Accuracy and loss on this process alone, not finite where an answer is not. The model is left in eval mode."""
+    """Accuracy and loss on this process alone, in eval mode; the loss tells of answers that are not finite."""
     model.eval()
     hits, loss, images = 0, 0.0, 0
     for batch in batches:
@@ -161,12 +162,6 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], step: int) -> Evaluatio
         loss += float(F.cross_entropy(logits, batch.y, reduction="sum")) + 0 * float(logits.sum())
         images += len(batch.y)
     return Evaluation(step, 100 * hits / images, loss / images)
-
-
-def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float | None:
-    """Accuracy in % on this process alone; None where an answer is not finite: argmax would make class 0 of it."""
-    found = evaluate(model, batches, 0)
-    return found.accuracy if math.isfinite(found.loss) else None
 
 
 def evaluate_probe(fitted: Logistic | Nearest, features: np.ndarray, labels: np.ndarray) -> Evaluation:

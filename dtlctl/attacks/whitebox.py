@@ -66,73 +66,67 @@ def infer(known: Known, seen: dict[str, np.ndarray], seed: int, epochs: int = 10
     rng = np.random.default_rng(seed)
     groups = [rng.permutation(np.flatnonzero(known.member == member)) for member in (True, False)]
     parts = [np.split(group, [max(1, round(len(group) / 5))]) for group in groups]
-    held, trained = (np.concatenate(part) for part in zip(*parts, strict=True))
-    scales = {n: (v[trained].mean(0), v[trained].std(0) + 1e-6) for n, v in known.seen.items() if n != "label"}
-    mine, theirs = _tensors(known.seen, scales), _tensors(seen, scales)
+    held, trained = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
+    mine, theirs = ({name: torch.from_numpy(v).float() for name, v in group.items()} for group in (known.seen, seen))
     truth = torch.from_numpy(known.member).float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Network({name: values.shape[1] for name, values in mine.items()})
+        network = Network({name: values[trained] for name, values in mine.items()})
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
         best, best_state, since = float("inf"), copy.deepcopy(network.state_dict()), 0
         for _ in range(epochs):
             network.train()
-            for rows in torch.from_numpy(rng.permutation(trained)).split(64):
+            for rows in torch.from_numpy(rng.permutation(trained.numpy())).split(64):
                 optimizer.zero_grad()
-                F.binary_cross_entropy_with_logits(network(_at(mine, rows)), truth[rows]).backward()
+                F.binary_cross_entropy_with_logits(network(mine, rows), truth[rows]).backward()
                 optimizer.step()
-            check = F.binary_cross_entropy_with_logits(_answer(network, mine, torch.from_numpy(held)), truth[held])
+            check = F.binary_cross_entropy_with_logits(network.answers(mine, held), truth[held])
             since = 0 if check < best else since + 1
             if since == 0:
                 best, best_state = float(check), copy.deepcopy(network.state_dict())
             elif since >= PATIENCE:
                 break
     network.load_state_dict(best_state)
-    scores = _answer(network, mine, torch.from_numpy(held)).numpy()
-    return Guess(scores, known.member[held], _answer(network, theirs, torch.arange(len(theirs["label"]))).numpy())
+    scores, judged = network.answers(mine, held), network.answers(theirs, torch.arange(len(theirs["label"])))
+    return Guess(scores.numpy(), known.member[held], judged.numpy())
 
 
 class Network(nn.Module):
-    """One small branch for each input, joined by an encoder 256-128-64-1: {name: [B, width]} -> logits [B]."""
+    """One small branch for each thing seen, joined by an encoder 256-128-64-1: rows of {name: [n, width]} -> [rows].
 
-    def __init__(self, widths: dict[str, int], filters: int = 16):
+    trained: what is seen of the images that it will be trained on; all but the label is standardised as on these.
+    """
+
+    def __init__(self, trained: dict[str, Tensor], filters: int = 16):
         super().__init__()
+        self.scales = {n: (v.mean(0), v.std(0, correction=0) + 1e-6) for n, v in trained.items() if n != "label"}
+        widths = {name: values.shape[1] for name, values in trained.items()}
         self.classes = widths["logits"]
-        sizes = {**widths, "label": self.classes, "gradient": filters * self.classes}
         self.filters = nn.Conv2d(1, filters, (1, widths["embedding"]))  # over one class's gradient at a time
-        self.branches = nn.ModuleDict({name: _branch(size) for name, size in sizes.items() if "raw" not in name})
+        sizes = {**widths, "label": self.classes, "gradient": filters * self.classes}
+        self.branches = nn.ModuleDict({name: _branch(size) for name, size in sizes.items()})
         layers: list[nn.Module] = []
-        for before, after in ((64 * len(self.branches), 256), (256, 128), (128, 64)):
+        for before, after in ((64 * len(sizes), 256), (256, 128), (128, 64)):
             layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(0.2)]
         self.encoder = nn.Sequential(*layers, nn.Linear(64, 1))
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        label = F.one_hot(inputs["label"][:, 0].long(), self.classes).float()
-        # The logits were standardised for their own branch; the gradient needs them as they were.
-        error = inputs["raw logits"].softmax(1) - label
-        gradient = error[:, None, :, None] * inputs["raw embedding"][:, None, None, :]
-        found = {**inputs, "label": label, "gradient": self.filters(gradient).relu().flatten(1)}
+    def forward(self, seen: dict[str, Tensor], rows: Tensor) -> Tensor:
+        seen = {name: values[rows] for name, values in seen.items()}
+        label = F.one_hot(seen["label"][:, 0].long(), self.classes).float()
+        error = seen["logits"].softmax(1) - label
+        gradient = error[:, None, :, None] * seen["embedding"][:, None, None, :]
+        found = {name: ((seen[name] - mean) / scale).clamp(-20, 20) for name, (mean, scale) in self.scales.items()}
+        found |= {"label": label, "gradient": self.filters(gradient).relu().flatten(1)}
         return self.encoder(torch.cat([branch(found[name]) for name, branch in self.branches.items()], 1))[:, 0]
+
+    @torch.no_grad()
+    def answers(self, seen: dict[str, Tensor], rows: Tensor) -> Tensor:
+        self.eval()
+        return torch.cat([self(seen, part) for part in rows.split(256)])
 
 
 def _branch(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 64))
-
-
-def _tensors(seen: dict[str, np.ndarray], scales: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
-    scaled = {n: np.clip((v - scales[n][0]) / scales[n][1], -20, 20) if n in scales else v for n, v in seen.items()}
-    raw = {f"raw {name}": seen[name] for name in ("logits", "embedding")}
-    return {name: torch.from_numpy(np.ascontiguousarray(v)).float() for name, v in {**scaled, **raw}.items()}
-
-
-def _at(inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    return {name: values[rows] for name, values in inputs.items()}
-
-
-@torch.no_grad()
-def _answer(network: Network, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
-    network.eval()
-    return torch.cat([network(_at(inputs, part)) for part in rows.split(256)])
 
 
 def _stages(backbone: nn.Module) -> list[nn.Module]:
@@ -142,6 +136,4 @@ def _stages(backbone: nn.Module) -> list[nn.Module]:
     found = known or [child for child in backbone.children() if isinstance(child, nn.Sequential)]
     if isinstance(backbone, networks.CifarResNet):
         found.insert(0, backbone.stem)
-    if len(found) > MOST_STAGES:
-        found = [found[int(place)] for place in np.linspace(0, len(found) - 1, MOST_STAGES)]
-    return found
+    return [found[int(place)] for place in np.linspace(0, len(found) - 1, min(len(found), MOST_STAGES))]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from dtlctl.attacks.layers import NORMS
+from dtlctl.attacks.attackers import NORMS
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.model import networks, weights
 from dtlctl.objectives.batched import batchable

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dtlctl.attacks import logistic
+from dtlctl.attacks import features
 from dtlctl.data.dataset import Note
 from dtlctl.errors import CheckpointError
 from dtlctl.model import weights
@@ -64,8 +64,8 @@ def _head(experiment: Experiment, job: Job[Any], model: Classifier, given: weigh
             other = f"; {error}"
     else:
         other = ""
-    features, labels = _features(experiment, model)
-    logistic.refit(model, head, features, labels, len(classes))
+    embeddings, labels = _features(experiment, model)
+    features.refit(model, head, embeddings, labels, len(classes))
     return f"no head for the {head} in it{other}: {FITTED} of {len(labels):,} images"
 
 

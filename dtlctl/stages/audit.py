@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtlctl.attacks import logistic, membership, signals
+from dtlctl.attacks import features, membership, signals
 from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import Observation
 from dtlctl.data import overlap
 from dtlctl.data.dataset import Split
 from dtlctl.errors import DataError
-from dtlctl.model.networks import Classifier
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Audit
 from dtlctl.run.experiment import Experiment
@@ -54,7 +53,6 @@ class Images:
 class Groups(NamedTuple):
     """Rows of the train split (members) and test split (others) of the source, or of the target; all disjoint."""
 
-    role: Role
     members: np.ndarray
     others: np.ndarray
     head_members: np.ndarray
@@ -68,34 +66,127 @@ def audit(experiment: Experiment, job: Job[Audit]) -> None:
     model that answers nan.
     """
     started, settings, finished = _clocks(), job.settings, experiment.results.parts(job)
-    groups, matched = _groups(experiment, job)
-    metrics: dict[str, Any] = {"members": len(groups.members), "others": len(groups.others), "matched": matched}
-    model = experiment.trainer.load_model(job.model).eval().requires_grad_(False)
-    metrics["source_head"] = _head_state(experiment, job)
-    metrics["blind"] = _blind(experiment, job, groups, model)
-    costs: dict[str, Any] = {}
-    metrics["entropy_readout"] = readout.uncertainty(experiment, model)
+    head = Head(experiment, job, "source")
+    metrics, costs = head.described() | {"source_head": _head_state(experiment, job)}, dict[str, Any]()
+    metrics["entropy_readout"] = readout.uncertainty(experiment, head.model)
     relearn = partial(readout.relearning, experiment, job.model, settings)
     steps = settings.relearn_steps
     metrics["relearning"] = finished.common(experiment.engine, "relearning", dict[str, Any], relearn) if steps else None
     if settings.cka and "target" in job.roles:
         metrics["cka"] = readout.similarity(experiment, job.model)
     if "as-is" in settings.modes:
-        found, costs["as-is"] = _attack(experiment, job, model, groups, "as-is", finished)
+        found, costs["as-is"] = head.attack("as-is", finished)
         metrics.update(found)
     if "reprobe" in settings.modes:
-        _refit(experiment, model, groups)
-        metrics["reprobe"], costs["reprobe"] = _attack(experiment, job, model, groups, "reprobe", finished)
-    if "target" in settings.modes and "target" in model.heads:
-        groups, matched = _groups(experiment, job, "target")
-        model = experiment.trainer.load_model(job.model).eval().requires_grad_(False)
-        metrics["target"] = {"members": len(groups.members), "others": len(groups.others), "matched": matched}
-        metrics["target"]["blind"] = _blind(experiment, job, groups, model)
-        found, costs["target"] = _attack(experiment, job, model, groups, "target", finished)
+        head.refit()
+        metrics["reprobe"], costs["reprobe"] = head.attack("reprobe", finished)
+    if "target" in settings.modes and "target" in head.model.heads:
+        head = Head(experiment, job, "target")
+        metrics["target"] = head.described()
+        found, costs["target"] = head.attack("target", finished)
         metrics["target"] |= found
     seconds, cpu = (_clocks() - started).tolist()
     metrics["cost"] = {**costs, "cpu_seconds": round(cpu, 1)}
     experiment.results.publish(job, metrics, History(seconds=seconds))
+
+
+class Head:
+    """One head of a model, and the images that it is asked about."""
+
+    def __init__(self, experiment: Experiment, job: Job[Audit], role: Role):
+        self.experiment, self.job, self.settings, self.role = experiment, job, job.settings, role
+        self.groups, self.matched = _groups(experiment, job, role)
+        self.model = experiment.trainer.load_model(job.model).eval().requires_grad_(False)
+
+    def views(self) -> list[Observation]:
+        """Of members and of others."""
+        sides: Any = ("train", self.groups.members), ("test", self.groups.others)
+        seen = self.model.through(self.role)
+        return [Observation(seen, Images(self.experiment, self.role, *side)) for side in sides]
+
+    def described(self) -> dict[str, Any]:
+        """Who is attacked, and how well the groups are told apart without the model: DataError where too well."""
+        classes = len(self.experiment.data.classes(self.role))
+        control = Attack(lambda view, _: signals.blind(view, classes), signals.logistic)
+        blind = self._judge(control, "blind", self._see(control, self.views()))["blind"]
+        if blind["auc_low"] > BLIND_LIMIT:
+            raise DataError(
+                f"{self.job.title}: data.{self.role}: train and test images differ without any model "
+                f"(AUC {blind['auc']:.2f} on pixel statistics and classes)\n"
+                "prepare both splits in the same way, or every attack is credited with it"
+            )
+        counts = {"members": len(self.groups.members), "others": len(self.groups.others)}
+        return {**counts, "matched": self.matched, "blind": blind}
+
+    def attack(self, mode: str, finished: Parts) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Every attack of the recipe, each kept as soon as it is done: results by name, and the cost."""
+        views, found, costs = self.views(), dict[str, Any](), dict[str, Any]()
+
+        def attacked(name: str) -> tuple[dict[str, Any], dict[str, float]]:
+            started = _clocks()
+            attack = ATTACKS.get(name) or self.referenced(name)
+            seen = self._see(attack, views)
+            observed = _clocks() - started
+            results = self._judge(attack, name, seen)
+            if name == "rmia":
+                results[name]["a"] = reference.answers(self.experiment, self.settings.references).a
+            total, images = _clocks() - started, len(self.groups.members) + len(self.groups.others)
+            cost = {"seconds": round(total[0], 3), "cpu_seconds": round(total[1], 3)}
+            if observed[1] > 0.01:  # else all that it saw was on the account of an attack before it
+                cost["images_per_cpu_second"] = round(images / observed[1], 1)
+            return results, cost
+
+        form = tuple[dict[str, Any], dict[str, float]]
+        for name in [name for name in self.settings.attacks if self.role == "source" or name in ATTACKS]:
+            make = partial(attacked, name)
+            results, costs[name] = finished.common(self.experiment.engine, f"{mode}-{name}", form, make)
+            found |= results
+        return found, costs
+
+    def referenced(self, name: str) -> Attack:
+        """RMIA or LiRA, with what the references said of each image, found by the image's split and row."""
+        known = reference.answers(self.experiment, self.settings.references)
+        score = partial(signals.rmia, a=known.a) if name == "rmia" else signals.lira
+
+        def observe(view: Observation, _: int) -> dict[str, Tensor]:
+            assert isinstance(view.batches, Images)
+            out = np.stack([known.out[view.batches.split][row] for row in view.batches.rows.tolist()])
+            return score(view, self.experiment.engine.share.of(torch.from_numpy(out)))
+
+        return Attack(observe, membership.single)
+
+    def _see(self, attack: Attack, views: list[Observation]) -> list[dict[str, np.ndarray]]:
+        """What the attack sees of every image of all processes' shares, in order: of members and of others."""
+        gather, seen = self.experiment.engine.gather, [attack.observe(view, self.settings.adv_steps) for view in views]
+        return [{name: gather(values.double()).cpu().numpy() for name, values in side.items()} for side in seen]
+
+    def _judge(self, attack: Attack, name: str, seen: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+        """Repeated trials: {name: numbers}; an attack that trains nothing has one for each thing it saw."""
+        members, others = seen
+        repeats = self.settings.wb_repeats if attack.slow else self.settings.repeats
+        seed = self.experiment.recipe.stream("audit/trials")
+        trial = partial(membership.trial, attacker=attack.attacker, repeats=repeats, seed=seed)
+        if attack.attacker is not membership.single:
+            return {name: trial(members, others)}
+        return {one: trial({one: members[one]}, {one: others[one]}) for one in members}
+
+    @torch.no_grad()
+    def refit(self) -> None:
+        """Fit the source head anew on the attacker's own images: reprobe mode."""
+        experiment, gather = self.experiment, self.experiment.engine.gather
+        own: Any = ("train", self.groups.head_members), ("test", self.groups.head_others)
+        parts = [[(self.model.embed(x), y) for x, y in Images(experiment, "source", *side)] for side in own]
+        # Each side is gathered for itself, so that the rows are in the same order on any number of processes.
+        embeddings, labels = (
+            torch.cat([gather(torch.cat([pair[place] for pair in part])) for part in parts]) for place in (0, 1)
+        )
+        check_finite(embeddings)
+        features.refit(self.model, "source", embeddings, labels, len(experiment.data.classes("source")))
+
+
+def _clocks() -> np.ndarray:
+    """Wall time and this process's CPU time, in seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def _groups(experiment: Experiment, job: Job[Audit], role: Role = "source") -> tuple[Groups, dict[str, int]]:
@@ -132,7 +223,7 @@ def _groups(experiment: Experiment, job: Job[Audit], role: Role = "source") -> t
     attacked = slice(head, head + min(pairs - head, job.settings.images))
     parts = members[attacked], others[attacked], members[:head], others[:head]
     left_out = {"members_left_out": len(labels) - pairs, "others_left_out": len(answers) - pairs}
-    return Groups(role, *map(np.sort, parts)), {"pairs": pairs, **left_out, "classes_left_out": alone, "copies": copies}
+    return Groups(*map(np.sort, parts)), {"pairs": pairs, **left_out, "classes_left_out": alone, "copies": copies}
 
 
 def _head_state(experiment: Experiment, job: Job[Audit]) -> str:
@@ -157,105 +248,3 @@ def _fitted_here(experiment: Experiment, model: str) -> bool:
     before = [name for name in ("pre", "TL") if name in experiment.recipe.references and (name, model) != ("TL", "pre")]
     made = [experiment.results.require(name) for name in before]
     return any(note["kind"] == "fitted-head" for one in made for note in one["notes"].get("weights", []))
-
-
-def _blind(experiment: Experiment, job: Job[Audit], groups: Groups, model: Classifier) -> dict[str, Any]:
-    classes = len(experiment.data.classes(groups.role))
-    control = Attack(lambda view, _: signals.blind(view, classes), signals.logistic)
-    seen = [_see(experiment, control, view, job.settings) for view in _views(experiment, model, groups)]
-    verdict = _judge(experiment, job, control, "blind", seen)["blind"]
-    if verdict["auc_low"] > BLIND_LIMIT:
-        raise DataError(
-            f"{job.title}: data.{groups.role}: train and test images differ without any model "
-            f"(AUC {verdict['auc']:.2f} on pixel statistics and classes)\n"
-            "prepare both splits in the same way, or every attack is credited with it"
-        )
-    return verdict
-
-
-def _attack(
-    experiment: Experiment, job: Job[Audit], model: Classifier, groups: Groups, mode: str, finished: Parts
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Every attack of the recipe on one source head, each kept as soon as it is done: results by name, and the cost."""
-    views = _views(experiment, model, groups)
-    found: dict[str, Any] = {}
-    costs: dict[str, Any] = {}
-
-    def attacked(name: str) -> tuple[dict[str, Any], dict[str, float]]:
-        started = _clocks()
-        attack = ATTACKS.get(name) or _referenced(experiment, job, name)
-        seen = [_see(experiment, attack, view, job.settings) for view in views]
-        observed = _clocks() - started
-        results = _judge(experiment, job, attack, name, seen)
-        if name == "rmia":
-            results[name]["a"] = reference.answers(experiment, job.settings.references).a
-        total, images = _clocks() - started, len(groups.members) + len(groups.others)
-        cost = {"seconds": round(total[0], 3), "cpu_seconds": round(total[1], 3)}
-        if observed[1] > 0.01:  # else all that it saw was on the account of an attack before it
-            cost["images_per_cpu_second"] = round(images / observed[1], 1)
-        return results, cost
-
-    form = tuple[dict[str, Any], dict[str, float]]
-    for name in [name for name in job.settings.attacks if groups.role == "source" or name in ATTACKS]:
-        results, costs[name] = finished.common(experiment.engine, f"{mode}-{name}", form, partial(attacked, name))
-        found |= results
-    return found, costs
-
-
-def _clocks() -> np.ndarray:
-    """Wall time and this process's CPU time, in seconds."""
-    return np.array([time.perf_counter(), time.process_time()])
-
-
-def _judge(
-    experiment: Experiment, job: Job[Audit], attack: Attack, name: str, seen: list[dict[str, np.ndarray]]
-) -> dict[str, Any]:
-    """Repeated trials of one attack: {name: numbers}; an attack that trains nothing has one for each thing it saw."""
-    members, others = seen
-    repeats = job.settings.wb_repeats if attack.slow else job.settings.repeats
-    seed = experiment.recipe.stream("audit/trials")
-    if attack.attacker is not membership.single:
-        return {name: membership.trial(members, others, attack.attacker, repeats, seed)}
-    return {
-        result: membership.trial({result: members[result]}, {result: others[result]}, attack.attacker, repeats, seed)
-        for result in members
-    }
-
-
-def _see(experiment: Experiment, attack: Attack, view: Observation, settings: Audit) -> dict[str, np.ndarray]:
-    """What the attack sees of every image of all processes' shares, in order."""
-    seen = attack.observe(view, settings.adv_steps)
-    return {name: experiment.engine.gather(values.double()).cpu().numpy() for name, values in seen.items()}
-
-
-def _views(experiment: Experiment, model: Classifier, groups: Groups) -> tuple[Observation, Observation]:
-    sides = (Images(experiment, groups.role, *p) for p in (("train", groups.members), ("test", groups.others)))
-    first, second = (Observation(model.through(groups.role), side) for side in sides)
-    return first, second
-
-
-def _referenced(experiment: Experiment, job: Job[Audit], name: str) -> Attack:
-    """RMIA or LiRA, with what the references said of each image, found by the image's split and row."""
-    known = reference.answers(experiment, job.settings.references)
-    score = partial(signals.rmia, a=known.a) if name == "rmia" else signals.lira
-
-    def observe(view: Observation, _: int) -> dict[str, Tensor]:
-        assert isinstance(view.batches, Images)
-        out = np.stack([known.out[view.batches.split][row] for row in view.batches.rows.tolist()])
-        return score(view, experiment.engine.share.of(torch.from_numpy(out)))
-
-    return Attack(observe, membership.single)
-
-
-@torch.no_grad()
-def _refit(experiment: Experiment, model: Classifier, groups: Groups) -> None:
-    """Give the model a source head fitted on the attacker's own images: reprobe mode."""
-    sides = [Images(experiment, "source", *p) for p in (("train", groups.head_members), ("test", groups.head_others))]
-    parts = [[(model.embed(x), y) for x, y in side] for side in sides]
-    # Each side is gathered for itself, so that the rows are in the same order on any number of processes.
-    features, labels = (
-        torch.cat([experiment.engine.gather(torch.cat([pair[place] for pair in part])) for part in parts])
-        for place in (0, 1)
-    )
-    check_finite(features)
-    logistic.refit(model, "source", features, labels, len(experiment.data.classes("source")))

@@ -13,7 +13,7 @@ from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Piggyback
 from dtlctl.run.experiment import Experiment
-from dtlctl.stages.trials import HEAD, Final, Repetition, share_out, start
+from dtlctl.stages.trials import HEAD, Repetition, share_out, start
 from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import History
 
@@ -46,10 +46,9 @@ def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: fl
     attacker who is best on held-out images. `acc_pl_max` looks at the images that judge instead: no attacker can do
     that, so it is an upper bound.
     """
-    started = time.perf_counter()
+    started, kinds = time.perf_counter(), dict.fromkeys(attacker.kind for attacker in job.settings.attackers)
     trials: list[Trial] = []
-    finals: list[list[Final]] = []
-    kinds = dict.fromkeys(attacker.kind for attacker in job.settings.attackers)
+    finals: list[list[Trial]] = []
     total = 1
 
     def done(count: int) -> None:
@@ -63,23 +62,21 @@ def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: fl
             trying = parts.each(f"trial-{seed}", Trial, tasks, repetition.stop.is_set)
             tried = share_out(repetition, trying, done)
             best = [tuning.choose([t for t in tried if t.setting.kind == kind]) for kind in kinds]
-            makers = [(grid[tried.index(trial)][0], trial) for trial in best if trial]
-            finishing = [partial(repetition.finish, *pair) for pair in makers]
-            again = share_out(repetition, parts.each(f"final-{seed}", Final, finishing, repetition.stop.is_set))
+            finishing = [partial(repetition.finish, grid[tried.index(trial)][0], trial) for trial in best if trial]
+            again = share_out(repetition, parts.each(f"final-{seed}", Trial, finishing, repetition.stop.is_set))
             trials.extend(tried)
             finals.append(again)
     seconds, fits = time.perf_counter() - started, len(experiment.engine.gather_objects(parts.made))
     cost = {"trials_per_minute": round(60 * fits / seconds, 1), "attack_seconds": round(seconds, 1)}
-    stood = [[(s, s.acc_pl) for s in again if s.acc_pl is not None] for again in finals]
-    worst = [tuning.choose([final.trial for final, _ in found]) for found in stood]
-    chosen = [next(p for p in found if p[0].trial is trial) for found, trial in zip(stood, worst, strict=True) if trial]
-    accuracies = [[accuracy for _, accuracy in found] for found in stood if found]
+    stood = [found for again in finals if (found := [final for final in again if final.acc_pl is not None])]
+    chosen = [final for found in stood if (final := tuning.choose(found))]
+    accuracies = [[final.acc_pl or 0.0 for final in found] for found in stood]
     return {
-        "acc_pl_worst": mean(accuracy for _, accuracy in chosen) if chosen else single,
-        "acc_pl_median": median([a for row in accuracies for a in row] or [single]),
+        "acc_pl_worst": mean(final.acc_pl or 0.0 for final in chosen) if chosen else single,
+        "acc_pl_median": median([accuracy for row in accuracies for accuracy in row] or [single]),
         "acc_pl_max": mean(max([single, *row]) for row in accuracies) if accuracies else single,
-        "chosen": [final.document() for final, _ in chosen],
-        "attackers": [final.document() for again in finals for final in again],
+        "chosen": [final.document(final=True) for final in chosen],
+        "attackers": [final.document(final=True) for again in finals for final in again],
         "trials": [trial.document() for trial in trials],
         **(cost if fits == len(trials) + sum(map(len, finals)) else {}),  # of a part it would say nothing
     }

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,8 +32,6 @@ from dtlctl.stages import data_demands
 from dtlctl.stages.reference import missing
 from dtlctl.storage import checkpoint
 
-NOTES = {"to do": "", "stale": "there, but from other settings or data; ", "unreadable": "there, but unreadable; ",
-         "not checked": "there, not checked; "}  # fmt: skip
 SPLITS: tuple[Split, ...] = ("train", "test")
 MOST = 64
 """Images of a step that is timed: larger batches take as long an image, and `check` should be quick."""
@@ -58,7 +57,7 @@ def plan(
     _overlaps(experiment, data)
     decoded = {role for role, row in data.items() if row["decoded"]}
     data_demands.check(experiment, [job for job in experiment.jobs if decoded.issuperset(job.roles)])
-    clock = Clock(recipe)
+    clock, spec = Clock(recipe), recipe.model
     rows = [_job(experiment, job, data, clock) for job in experiment.jobs]
     audits = [row for row in rows if row["stage"] == "audit" and row["state"] != "done"]
     if audits:  # trained for the first, and kept for the others
@@ -67,7 +66,7 @@ def plan(
     return {
         "recipe": recipe.name,
         "parameters": clock.parameters,
-        "stages": networks.shares(networks.outline(*_shape(recipe)).backbone),
+        "stages": networks.shares(networks.outline(spec.arch, spec.stem, spec.width, spec.image_size).backbone),
         "data": list(data.values()),
         "jobs": rows,
         "minutes": [round(sum(ends) / 60, 1) for ends in zip(*known, strict=True)] if len(known) == len(rows) else None,
@@ -76,43 +75,24 @@ def plan(
 
 def text(document: dict[str, Any]) -> str:
     """The plan for a person."""
-    lines = [f"recipe {document['recipe']}: valid; {document['parameters']:,} parameters"]
-    if last := [*document["stages"].items()][-4:]:
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in last)
-        lines.append(f"{len(document['stages']) - 1} stages; the last ones and their share of the weights: {shares}")
-    lines += ["", "data"]
     said: set[str] = set()
-    for row in document["data"]:
-        size = "" if row["images"] is None else f"{row['images']} images, {row['classes']} classes"
-        size += "" if row["decoded"] else f"{', ' if size else ''}not decoded yet"
-        lines.append(f"  {row['role']:<24} {row['path']}: {size}")
-        fresh = [note for note in row["notes"] if note not in said]  # roles that share a dataset share its notes
-        lines += [f"  {'':<24} note: {note}" for note in fresh]
-        said.update(fresh)
-    if not all(row["decoded"] for row in document["data"]):
-        lines.append("  no image of what is not decoded yet was looked at; --decode tells what is wrong with any")
-    lines += ["", "stages"]
-    for row in document["jobs"]:
-        steps = "?" if row["steps"] is None else row["steps"]
-        cost = f", {words(row['seconds'], 's')}" if any(row["seconds"] or ()) else ""
-        work = f"{steps} steps of {row['batch_size']}{cost}"
-        if row["weights"]:
-            work = f"{row['weights']} is adopted, not trained"
-        elif not row["batch_size"]:
-            work = "attack" + (f"; the references of rmia{cost}" if cost else "")
-        lines.append(f"  {row['title']:<32} " + ("done" if row["state"] == "done" else NOTES[row["state"]] + work))
-    total = document["minutes"]
-    rough = "known once data is decoded (--decode)" if total is None else f"{words(total, 'min')} on this machine"
-    if total is not None and any(row["stage"] == "audit" and row["state"] != "done" for row in document["jobs"]):
-        rough += ", without the attacks of the audit themselves"
-    if total and any(total) and (note := busy()):
-        rough += f"; {note}"
-    return "\n".join([*lines, "", f"time: {rough}"])
+    for row in document["data"]:  # roles that share a dataset share its notes
+        row["fresh"] = [note for note in row["notes"] if note not in said]
+        said.update(row["notes"])
+    return rendered("check.txt.j2", {**document, "words": words, "busy": busy()})
 
 
-def _shape(recipe: Recipe) -> tuple[str, str, int | None, int]:
-    spec = recipe.model
-    return spec.arch, spec.stem, spec.width, spec.image_size
+def rendered(name: str, told: dict[str, Any]) -> str:
+    """A template of this folder, filled in."""
+    here = jinja2.FileSystemLoader(Path(__file__).parent)
+    read = jinja2.Environment(loader=here, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return read.get_template(name).render(told)
+
+
+def words(pair: Sequence[float], unit: str) -> str:
+    """A pair of numbers as a person would say it."""
+    low, high = (f"{end:.0f}" if end >= 10 or unit == "s" else f"{end:.1f}" for end in pair)
+    return f"about {low} {unit}" if low == high else f"{low} to {high} {unit}"
 
 
 def _roles(recipe: Recipe) -> list[str]:
@@ -156,30 +136,11 @@ def _overlaps(experiment: Experiment, data: dict[str, dict[str, Any]]) -> None:
         data[role]["notes"] += [note.text for note in notes]
 
 
-class Seconds(NamedTuple):
-    """From the quickest to the slowest that was measured."""
-
-    low: float
-    high: float
-
-    def times(self, factor: float) -> Seconds:
-        return Seconds(self.low * factor, self.high * factor)
-
-    def plus(self, other: Seconds) -> Seconds:
-        return Seconds(self.low + other.low, self.high + other.high)
-
-
-def words(pair: Sequence[float], unit: str) -> str:
-    """A pair of numbers as a person would say it."""
-    low, high = (f"{end:.0f}" if end >= 10 or unit == "s" else f"{end:.1f}" for end in pair)
-    return f"about {low} {unit}" if low == high else f"{low} to {high} {unit}"
-
-
 class Clock:
-    """How long an image takes here in a step of training, and in a step of a variant's disposal.
+    """How long an image takes here in a step of training, and in a step of a variant's disposal: [2] seconds.
 
     Each is measured once, when it is asked for: whole steps of this network on noise, on the device and with the
-    threads that a run would have, in batches of at most `MOST` images.
+    threads that a run would have, in batches of at most `MOST` images. It is the quickest and the slowest of some.
     """
 
     def __init__(self, recipe: Recipe):
@@ -187,17 +148,23 @@ class Clock:
         self.parameters = sum(p.numel() for p in self._network().parameters())
         self.image = cache(self._image)
 
-    def _image(self, variant: str = "") -> Seconds:
+    def _image(self, variant: str = "") -> np.ndarray:
         """Of an image in training; in a variant's disposal, of an image of the source and all that goes with it."""
         settings: Any = self.recipe.dispose[variant] if variant else self.recipe.pretrain
         chunks = settings.unlearn.chunks if variant else 1
         size = min(settings.batch_size, max(MOST, 2 * chunks)) // chunks * chunks
-        return _timed(self._disposal(variant, size) if variant else self._training(size), self.device).times(1 / size)
+        loss, times = self._disposal(variant, size) if variant else self._training(size), list[float]()
+        while len(times) < 4 or (sum(times) < 1.0 and len(times) < 20):
+            started = time.perf_counter()
+            loss().backward()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return np.array([min(times[1:]), max(times[1:])]) / size  # the first is not counted
 
     def _network(self) -> networks.Classifier:
         spec = self.recipe.model
-        heads = {"source": 100, "target": 10}
-        model = networks.build(spec.arch, heads, stem=spec.stem, width=spec.width, image_size=spec.image_size)
+        model = networks.build(heads={"source": 100, "target": 10}, **spec.model_dump(exclude={"channels_last"}))
         model.precision, model.channels_last = self.recipe.precision, spec.channels_last
         return model.to(self.device)
 
@@ -212,30 +179,11 @@ class Clock:
     def _disposal(self, variant: str, size: int) -> Callable[[], Tensor]:
         settings, batch = self.recipe.dispose[variant], self._noise(size)
         student, teacher = self._network(), self._network().eval().requires_grad_(False)
+        lam, kinds = settings.lam or 0.5, (settings.unlearn, settings.retain)
         disposal = Disposal(
-            settings.lam or 0.5,
-            settings.unlearn,
-            settings.retain,
-            student,
-            teacher,
-            chunks=settings.unlearn.chunks,
-            batch_norm="train",
-            images=size,
-            label_seed=0,
+            lam, *kinds, student, teacher, chunks=kinds[0].chunks, batch_norm="train", images=size, label_seed=0
         )
         return lambda: disposal(batch, batch if settings.retain.needs_target else None, True)[0]
-
-
-def _timed(loss: Callable[[], Tensor], device: torch.device) -> Seconds:
-    """The quickest and the slowest of some steps, forward and backward, after one that is not counted."""
-    times: list[float] = []
-    while len(times) < 4 or (sum(times) < 1.0 and len(times) < 20):
-        started = time.perf_counter()
-        loss().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return Seconds(min(times[1:]), max(times[1:]))
 
 
 def _state(experiment: Experiment, job: Job[Any], data: dict[str, Any]) -> str:
@@ -255,25 +203,25 @@ def _state(experiment: Experiment, job: Job[Any], data: dict[str, Any]) -> str:
     return "stale"
 
 
-def _references(experiment: Experiment, source: dict[str, Any], clock: Clock) -> Seconds | None:
+def _references(experiment: Experiment, source: dict[str, Any], clock: Clock) -> list[float] | None:
     """What the missing references take; each sees half of the source's images, its test split among them."""
     count, settings = experiment.recipe.audit.references, experiment.recipe.pretrain
     if not count:
-        return Seconds(0.0, 0.0)
+        return [0.0, 0.0]
     if source["images"] is None or source["test_images"] is None:
         return None
     half = (source["images"] + source["test_images"]) // 2
     images = settings.total_steps(half) * min(settings.batch_size, half)
-    return clock.image().times(missing(experiment, count) * images)
+    return (clock.image() * missing(experiment, count) * images).tolist()
 
 
 def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: Clock) -> dict[str, Any]:
     images, state = data[job.dataset]["images"] if job.roles else None, _state(experiment, job, data)
     size, asked = (None if job.weights else getattr(job.settings, key, None) for key in ("batch_size", "steps"))
     steps = asked if images is None or size is None else job.settings.total_steps(images)
-    seconds: Seconds | None = Seconds(0.0, 0.0)
+    seconds: list[float] | None = [0.0, 0.0]
     if size is not None and state != "done":
-        seconds = None if steps is None or images is None else cost(job, steps, images, clock)
+        seconds = None if steps is None or images is None else cost(job, steps, images, clock).tolist()
     return {
         "title": job.title,
         "stage": job.stage,
@@ -285,14 +233,13 @@ def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: Clo
     }
 
 
-def cost(job: Job[Any], steps: int, images: int, clock: Clock) -> Seconds:
-    """What a job that trains takes: so many steps on so many images."""
+def cost(job: Job[Any], steps: int, images: int, clock: Clock) -> np.ndarray:
+    """Seconds [2] that a job that trains takes: so many steps on so many images."""
     settings = job.settings
     seen = steps * min(settings.batch_size, images)
     if job.stage == "dispose":
-        unlearning, repair = clock.image(job.model).times(1 - settings.repair), clock.image().times(settings.repair)
-        return unlearning.plus(repair).times(seen)
+        return ((1 - settings.repair) * clock.image(job.model) + settings.repair * clock.image()) * seen
     if job.stage == "piggyback":
         trained = [(a, len(a.grid()) + 1) for a in settings.attackers if not isinstance(a, Frozen)]
         seen += settings.attack_seeds * sum(count * a.steps * min(a.batch_size, images) for a, count in trained)
-    return clock.image().times(seen)
+    return clock.image() * seen

@@ -16,7 +16,6 @@ import torch
 
 from dtlctl.attacks import features
 from dtlctl.attacks.signals import Observation, entropy
-from dtlctl.attacks.similarity import by_stage
 from dtlctl.data.tensors import evaluation_batches
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.settings import Audit, Training
@@ -101,4 +100,8 @@ def similarity(experiment: Experiment, name: str) -> dict[str, dict[str, float]]
     )
     others: dict[str, Callable[[], Classifier]] = {m: partial(load, m) for m in ("TL", "TGT", "pre") if m in known}
     others["scratch"] = partial(experiment.trainer.new_model, {}, "audit/cka/scratch")
-    return {model: by_stage(own, read(make())) for model, make in others.items() if model != name}
+    return {
+        model: {stage: features.linear_cka(own[stage], values) for stage, values in read(make()).items()}
+        for model, make in others.items()
+        if model != name
+    }

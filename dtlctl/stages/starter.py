@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import torch
 from PIL import Image
@@ -24,7 +23,7 @@ from dtlctl.model.weights import read
 from dtlctl.recipe.loading import validated
 from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.plan import jobs
-from dtlctl.stages.preview import Clock, Seconds, cost, words
+from dtlctl.stages.preview import Clock, cost, rendered, words
 
 MINUTES = 30
 """What all of it may take: well within an hour, for other machines and other moments differ."""
@@ -76,15 +75,15 @@ def write(
     for arch, stem, side in _networks(max(own.side, seen["target"].side), size, gpu, weights):
         told |= {"arch": arch, "stem": stem, "size": side, "epochs": 1, "fraction": 1.0, "minutes": "?"}
         epoch, others = _seconds(_render(told), {role: found.counts for role, found in seen.items()})
-        room = 60 * MINUTES - others.low  # by the quickest steps, or a busy moment decides
-        if room >= EPOCHS[0] * epoch.low:
+        room = 60 * MINUTES - others[0]  # by the quickest steps, or a busy moment decides
+        if room >= EPOCHS[0] * epoch[0]:
             break
-    fits = max(room, 15 * MINUTES) / (epoch.low or 1)
+    fits = max(room, 15 * MINUTES) / (epoch[0] or 1)
     told["epochs"] = int(max(EPOCHS[0], min(EPOCHS[1], fits)))
     if fits < EPOCHS[0]:
         told["fraction"] = float(f"{fits / EPOCHS[0]:.2g}")
     passes = told["epochs"] * told["fraction"]
-    total = [(whole * passes + rest) / 60 for whole, rest in zip(epoch, others, strict=True)]
+    total = (passes * epoch + others) / 60
     told["minutes"] = words(total, "min") + (f" ({note})" if (note := busy()) else "")
     return _render(told)
 
@@ -174,9 +173,7 @@ def _network_of(weights: str, side: int) -> tuple[str, str]:
 
 def _render(told: dict[str, Any]) -> str:
     """The template with comments at one column. Raises RecipeError where it is no valid recipe."""
-    here = jinja2.FileSystemLoader(Path(__file__).parent)
-    options: Any = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    text = jinja2.Environment(loader=here, **options).get_template("starter.toml.j2").render(told)
+    text = rendered("starter.toml.j2", told)
     aligned = re.sub(r"^((?!path)[^#\n]+)  # ", lambda found: f"{found[1]:<39} # ", text, flags=re.MULTILINE)
     try:
         validated(tomllib.loads(aligned.encode().decode()), "init")
@@ -185,11 +182,11 @@ def _render(told: dict[str, Any]) -> str:
     return aligned + "\n"
 
 
-def _seconds(text: str, counts: dict[str, list[int]]) -> tuple[Seconds, Seconds]:
+def _seconds(text: str, counts: dict[str, list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """What an epoch of pre-training takes here, and what all the rest does but the audit."""
     recipe = validated(tomllib.loads(text), "init")
     clock = Clock(recipe)
-    epoch, others = Seconds(0.0, 0.0), Seconds(0.0, 0.0)
+    epoch, others = np.zeros(2), np.zeros(2)
     for job in jobs(recipe):
         dataset = recipe.data.of(job.dataset)
         of = counts.get(job.dataset, counts["source"])
@@ -197,5 +194,5 @@ def _seconds(text: str, counts: dict[str, list[int]]) -> tuple[Seconds, Seconds]
         if job.stage == "pretrain":
             epoch = cost(job, job.settings.total_steps(images), images, clock)
         elif job.stage != "audit":
-            others = others.plus(cost(job, job.settings.total_steps(images), images, clock))
+            others = others + cost(job, job.settings.total_steps(images), images, clock)
     return epoch, others

@@ -6,10 +6,11 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
@@ -37,17 +38,6 @@ def start(experiment: Experiment, job: Job[Piggyback], head: str, *, alone: bool
         model = experiment.trainer.new_model({}, f"piggyback/{job.dataset}/init", global_batch_norm=not alone)
     experiment.trainer.attach_head(model, HEAD, len(experiment.data.classes(job.dataset)), head)
     return model
-
-
-class Final(NamedTuple):
-    """An attacker's chosen trial, made again with all images that he has."""
-
-    trial: Trial
-    acc_pl: float | None
-    """%; None where the training diverged this time."""
-
-    def document(self) -> dict[str, Any]:
-        return {k: v for k, v in self.trial.document().items() if k != "evaluations"} | {"acc_pl": self.acc_pl}
 
 
 class Repetition:
@@ -83,20 +73,23 @@ class Repetition:
         )  # fmt: skip
         return Trial(setting, self.seed, evaluations)
 
-    def finish(self, attacker: Attacker, trial: Trial) -> Final:
-        """The trial's setting and length once more, on all of the attacker's images."""
+    def finish(self, attacker: Attacker, trial: Trial) -> Trial:
+        """The trial's setting and length once more, on all of the attacker's images, and how it is judged."""
         everything, setting = np.arange(len(self.own)), trial.setting
         if isinstance(attacker, Frozen):
             parts: Any = ("train", everything), ("test", self.judges)
             (x, y), test = (self._known(attacker, setting, *part) for part in parts)
-            return Final(trial, tuning.evaluate_probe(attacker.fit(x, y, setting.rate), *test).accuracy)
-        model = self._prepared(attacker, everything, setting.amount)
-        tuning.train(
-            model, self._batches(everything, attacker.batch_size), setting,
-            steps=attacker.steps, warmup=attacker.warmup, until=trial.best and trial.best.step,
-            stopped=self.stop.is_set,
-        )  # fmt: skip
-        return Final(trial, tuning.accuracy(model, self._whole("test", self.judges)))
+            found = tuning.evaluate_probe(attacker.fit(x, y, setting.rate), *test)
+        else:
+            model = self._prepared(attacker, everything, setting.amount)
+            tuning.train(
+                model, self._batches(everything, attacker.batch_size), setting,
+                steps=attacker.steps, warmup=attacker.warmup, until=trial.best and trial.best.step,
+                stopped=self.stop.is_set,
+            )  # fmt: skip
+            found = tuning.evaluate(model, self._whole("test", self.judges), 0)
+        # Of answers that are not finite argmax would make class 0.
+        return trial._replace(acc_pl=found.accuracy if np.isfinite(found.loss) else None)
 
     def _split(self, seed: int) -> tuple[np.ndarray, tuple[Split, np.ndarray], np.ndarray]:
         """Places of the images that train, among the attacker's own; that choose, with their split; and that judge."""
@@ -112,16 +105,12 @@ class Repetition:
         preparation = type(attacker).prepare, amount
         if preparation not in self.features:
             model = self._prepared(attacker, np.arange(len(self.own)), amount).eval()
-            splits: tuple[tuple[Split, np.ndarray | None], ...] = ("train", self.own), ("test", None)
-            self.features[preparation] = {split: self._read(model, split, rows) for split, rows in splits}
+            test = self.experiment.data.images(self.job.dataset, "test").labels
+            self.features[preparation] = {
+                "train": (features.read(model, self._pixels("train", self.own)), self.labels[self.own]),
+                "test": (features.read(model, self._pixels("test")), test),
+            }
         return self.features[preparation]
-
-    def _read(
-        self, model: Classifier, split: Split, rows: np.ndarray | None
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        labels = self.experiment.data.images(self.job.dataset, split).labels
-        found = features.read(model, (batch.x for batch in self._whole(split, rows)))
-        return found, labels if rows is None else labels[rows]
 
     def _known(
         self, attacker: Frozen, setting: Setting, split: Split, places: np.ndarray
@@ -132,8 +121,7 @@ class Repetition:
     def _prepared(self, attacker: Attacker | Frozen, rows: np.ndarray, amount: float | None) -> Classifier:
         model = copy.deepcopy(self.model)
         size = -(-len(rows) // max(1, len(rows) // 256))  # parts of about equal size
-        images = (batch.x for batch in self._whole("train", self.own[rows], size))
-        attacker.prepare(model, self.fresh, images, amount)
+        attacker.prepare(model, self.fresh, self._pixels("train", self.own[rows], size), amount)
         return model
 
     def _batches(self, places: np.ndarray, size: int) -> Batches:
@@ -143,6 +131,9 @@ class Repetition:
         """All of a split, or of these rows, on this process: trials are shared out, batches are not."""
         images, device = self.experiment.data.images(self.job.dataset, split), self.experiment.engine.device
         return evaluation_batches(images.pixels, images.labels, rows, device=device, batch_size=size)
+
+    def _pixels(self, *arguments: Any) -> Iterator[Tensor]:
+        return (batch.x for batch in self._whole(*arguments))
 
 
 def share_out(

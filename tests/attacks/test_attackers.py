@@ -8,15 +8,16 @@ import math
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dtlctl.attacks import features, layers, tuning
+from dtlctl.attacks import attackers, features, tuning
 from dtlctl.attacks.attackers import Compressed, Full, LastBlock, Lora, Norms, Renorm
-from dtlctl.attacks.logistic import Logistic
+from dtlctl.attacks.features import Logistic
 from dtlctl.attacks.tuning import Evaluation, Setting, Trial
 from dtlctl.errors import DataError, RecipeError
 from dtlctl.model import networks
@@ -25,7 +26,7 @@ from dtlctl.recipe.plan import jobs
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import piggyback, trials
 from dtlctl.stages.runner import run
-from dtlctl.stages.trials import Final, Repetition
+from dtlctl.stages.trials import Repetition
 from dtlctl.storage.parts import Parts
 
 ATTACKERS = (
@@ -207,7 +208,7 @@ def test_rounding_and_pruning_by_hand():
     rows = {4: [1, -3 / 7, 2 / 7], 8: [1, -57 / 127, 38 / 127], 0.5: [1, -0.45, 0.3]}
     for amount, first in rows.items():
         layer.weight.data = torch.tensor([[1.0, -0.45, 0.3], [0.02, 0.0, -0.0101]])
-        layers.compress(layer, amount)
+        Compressed().prepare(SimpleNamespace(backbone=layer), None, [], amount)
         assert layer.weight[0].tolist() == pytest.approx(first, abs=1e-6)
         last = {4: -4 * 0.02 / 7, 8: -64 * 0.02 / 127, 0.5: 0}[amount]
         assert layer.weight[1].tolist() == pytest.approx([0.02 * (amount > 1), 0, last], abs=1e-6)
@@ -259,7 +260,7 @@ def test_norms_and_lora_train_nothing_else_of_the_backbone():
             optimizer.step()
         norms = [[m for m in one.modules() if isinstance(m, torch.nn.BatchNorm2d)] for one in (old, before)]
         moved = [not torch.equal(ours.weight, theirs.weight) for ours, theirs in zip(*norms, strict=True)]
-        convolutions = zip(layers.weighted(old.backbone), layers.weighted(before.backbone), strict=True)
+        convolutions = zip(attackers.weighted(old.backbone), attackers.weighted(before.backbone), strict=True)
         ranks = {int(torch.linalg.matrix_rank((a.weight - b.weight).flatten(1), atol=1e-5)) for a, b in convolutions}
         assert ranks == ({2} if amount else {0})
         assert any(moved) == (amount is None)
@@ -395,10 +396,11 @@ def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monke
     )
 
     seen, judged = [], []
-    train, accuracy = tuning.train, tuning.accuracy
+    train, evaluate = tuning.train, tuning.evaluate
     monkeypatch.setattr(tuning, "train", lambda *a, **k: seen.append((a[1].rows, k)) or train(*a, **k))
-    monkeypatch.setattr(tuning, "accuracy", lambda m, b: judged.extend(b := list(b)) or accuracy(m, b))
-    repetition.finish(full, repetition.attempt(full, full.grid()[0]))
+    tried = repetition.attempt(full, full.grid()[0])
+    monkeypatch.setattr(tuning, "evaluate", lambda m, b, n: judged.extend(b := list(b)) or evaluate(m, b, n))
+    repetition.finish(full, tried)
     pixels = torch.from_numpy(experiment.data.images("source", "test").pixels).float() / 255
     assert [len(rows) for rows, _ in seen] == [30, 30]
     assert torch.allclose(torch.cat([batch.x for batch in seen[0][1]["held_out"]()]), pixels[held])
@@ -425,9 +427,9 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
         def attempt(self, attacker: Any, setting: Setting) -> Trial:
             return Trial(setting, 0, [Evaluation(1, held_out[setting.kind], 1.0)])
 
-        def finish(self, attacker: Any, trial: Trial) -> Final:
+        def finish(self, attacker: Any, trial: Trial) -> Trial:
             assert attacker.kind == trial.setting.kind
-            return Final(trial, tested[attacker.kind])
+            return trial._replace(acc_pl=tested[attacker.kind])
 
     monkeypatch.setattr(piggyback, "Repetition", Fake)
     metrics = piggyback._tuned(experiment, job, Parts(experiment.results.scratch(job), "key"), 55.0)
@@ -443,7 +445,7 @@ def test_an_attacker_whose_last_training_diverges_is_left_out(recipe_file: Path)
     repetition, (full, _) = Repetition(experiment, job, 0), job.settings.attackers
     wild = Trial(Setting("full", "sgd", 1e30), 0, [Evaluation(2, 100.0, 0.0)])
     final = repetition.finish(full, wild)
-    assert final.acc_pl is None and final.document()["acc_pl"] is None
+    assert final.acc_pl is None and final.document(final=True)["acc_pl"] is None
 
     class Fake(Repetition):
         def attempt(self, attacker: Any, setting: Setting) -> Trial:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from dtlctl.attacks import gradients, logistic, membership, signals, whitebox
+from dtlctl.attacks import features, gradients, membership, signals, whitebox
 from dtlctl.attacks.registry import ATTACKS, REFERENCED, Attack
 from dtlctl.attacks.signals import Observation
 from dtlctl.data.tensors import Batch
@@ -149,9 +149,9 @@ def reprobed(model: Classifier, images, ruin: bool) -> Classifier:
     if ruin:
         nn.init.zeros_(copy.heads["source"].weight)
         nn.init.zeros_(copy.heads["source"].bias)
-    features = torch.cat([copy.embed(batch.x[:HEAD]) for batch in images])
+    embeddings = torch.cat([copy.embed(batch.x[:HEAD]) for batch in images])
     labels = torch.cat([batch.y[:HEAD] for batch in images])
-    logistic.refit(copy, "source", features, labels, CLASSES)
+    features.refit(copy, "source", embeddings, labels, CLASSES)
     return copy
 
 
@@ -178,34 +178,25 @@ def test_the_new_head_is_scikit_learns_logistic_regression(images, overfitted):
     """Same objective, standardised features, C = 1: the same probabilities."""
     x, y = images[1].x, images[1].y
     with torch.no_grad():
-        features = overfitted.embed(x)
-    standard = ((features - features.mean(0)) / features.std(0).clamp(min=1e-6)).numpy()
+        seen = overfitted.embed(x)
+    standard = ((seen - seen.mean(0)) / seen.std(0).clamp(min=1e-6)).numpy()
     oracle = LogisticRegression(C=1.0, max_iter=5000, tol=1e-8).fit(standard, y.numpy())
     model = network()
-    logistic.refit(model, "source", features, y, CLASSES)
-    ours = model.heads["source"](features).softmax(1).numpy()
+    features.refit(model, "source", seen, y, CLASSES)
+    ours = model.heads["source"](seen).softmax(1).numpy()
     np.testing.assert_allclose(ours, oracle.predict_proba(standard), atol=5e-3)
 
 
 # The single attacks -------------------------------------------------------------------------------------------------
 
 
-def test_per_image_gradients_are_those_of_a_loop(images, overfitted):
-    """Statistics of both gradients, in chunks that do not divide the batch, against one backward pass an image."""
+def test_per_image_gradients_by_pixels_are_those_of_a_loop(images, overfitted):
     batch = part(images[1], slice(0, 7))
-    seen = overfitted.through("source")
-    by_weights, by_pixels = gradients.by_weights(seen, batch.x, batch.y, 3), gradients.by_pixels(seen, batch.x, batch.y)
-    model = network()
-    model.load_state_dict(overfitted.state_dict())
-    model.eval()
-    owners = [p for n, p in model.named_parameters() if not n.startswith("heads.target")]
+    found = gradients.by_pixels(overfitted.through("source"), batch.x, batch.y)
     for place in range(7):
         x = batch.x[place : place + 1].clone().requires_grad_()
-        loss = F.cross_entropy(model(x, "source"), batch.y[place : place + 1])
-        *by_owner, by_x = torch.autograd.grad(loss, [*owners, x])
-        for ours, theirs in ((by_weights, by_owner), (by_pixels, [by_x[0]])):
-            expected = gradients.seven([g[None] for g in theirs])[0]
-            torch.testing.assert_close(ours[place], expected, rtol=2e-3, atol=1e-6)
+        loss = F.cross_entropy(overfitted(x, "source"), batch.y[place : place + 1])
+        torch.testing.assert_close(found[place], torch.autograd.grad(loss, x)[0][0], rtol=2e-3, atol=1e-6)
 
 
 def test_per_image_gradients_are_not_rounded_to_bfloat16(images, overfitted):
@@ -223,17 +214,13 @@ def test_per_image_gradients_are_not_rounded_to_bfloat16(images, overfitted):
 
 def test_every_branch_of_the_white_box_attacker_learns_and_nothing_moves_when_it_answers(images, overfitted):
     """The defects of the public code: branches in plain lists are never trained; dropout stays on in evaluation."""
-    seen = {
-        n: v.double().numpy()
-        for n, v in whitebox.observe(Observation(overfitted.through("source"), [(images[0].x, images[0].y)])).items()
-    }
+    seen = whitebox.observe(Observation(overfitted.through("source"), [(images[0].x, images[0].y)]))
     assert sum(name.startswith("stage") for name in seen) == 4  # stem and three stages
-    net = whitebox.Network({n: v.shape[1] for n, v in seen.items()})
-    inputs = whitebox._tensors(seen, {n: (v.mean(0), v.std(0) + 1e-6) for n, v in seen.items() if n != "label"})
-    net(inputs).sum().backward()
+    net, rows = whitebox.Network(seen), torch.arange(EACH)
+    net(seen, rows).sum().backward()
     assert {n.split(".")[1] for n, _ in net.branches.named_parameters(prefix="branches")} == {*seen, "gradient"}
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
-    assert torch.equal(*(whitebox._answer(net, inputs, torch.arange(EACH)) for _ in range(2)))
+    assert torch.equal(*(net.answers(seen, rows) for _ in range(2)))
 
 
 @pytest.mark.parametrize(

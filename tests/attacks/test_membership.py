@@ -11,10 +11,10 @@ from sklearn.metrics import roc_auc_score
 
 from dtlctl.attacks.membership import (
     ATTACKERS_SHARE,
+    Curves,
     Guess,
     Known,
     Verdict,
-    _weighted_tpr,
     best_threshold,
     grid,
     judge,
@@ -82,11 +82,11 @@ def test_tpr_at_fpr_by_hand():
     threshold is 99, and two lie above it; with the four members drawn 4, 0, 0 and 0 times, none.
     """
     members, others = np.array([98, 98.5, 99.5, 200]), np.arange(100.0)
-    once = np.ones((1, 4)), np.ones((1, 100))
-    assert tpr_at(members, others, 0.01, once) == pytest.approx((0.75, 0.1941, 0.9937), abs=1e-4)
-    thrice = np.where(others == 99, 3, np.where(others < 2, 0, 1))
-    drawn = _weighted_tpr(members, others, 1, np.array([[1, 1, 1, 1], [4, 0, 0, 0]]), np.array([thrice, thrice]))
-    assert drawn.tolist() == [0.5, 0]
+    once = Curves(members, others)
+    assert tpr_at(once, once, 0.01) == pytest.approx((0.75, 0.1941, 0.9937), abs=1e-4)
+    thrice = np.concatenate([np.arange(2, 100), [99, 99]])
+    drawn = Curves(members, others, [np.array([[0, 1, 2, 3], [0, 0, 0, 0]]), np.array([thrice, thrice])])
+    assert drawn.tpr(1).tolist() == [0.5, 0]
 
 
 def test_the_interval_of_the_tpr_counts_the_noise_in_its_threshold():
@@ -100,15 +100,9 @@ def test_the_interval_of_the_tpr_counts_the_noise_in_its_threshold():
 
 def test_a_rate_that_the_others_cannot_resolve_is_none():
     """Below 1/FPR non-members, not one false positive is allowed: there is nothing to measure."""
-    members = np.full(50, 1e9)
-
-    def once(others: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.ones((1, 50)), np.ones((1, others))
-
-    assert tpr_at(members, np.arange(99.0), 0.01, once(99)) is None
-    assert tpr_at(members, np.arange(100.0), 0.01, once(100)) is not None
-    assert tpr_at(members, np.arange(999.0), 0.001, once(999)) is None
-    assert tpr_at(members, np.arange(1000.0), 0.001, once(1000)) is not None
+    for others, rate, resolved in ((99, 0.01, False), (100, 0.01, True), (999, 0.001, False), (1000, 0.001, True)):
+        curves = Curves(np.full(50, 1e9), np.arange(float(others)))
+        assert (tpr_at(curves, curves, rate) is not None) == resolved
 
 
 def test_the_roc_curve_meets_its_grid():

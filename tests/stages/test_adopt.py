@@ -77,7 +77,7 @@ def test_an_adopted_tl_needs_no_pre(trained: Experiment, recipe_file: Path, call
     assert all(torch.equal(tensors[name], own[name]) for name in tensors)
     plan = preview.plan(load(recipe_file, list(changes)), experiment.folder.parent)
     row = next(row for row in plan["jobs"] if row["title"] == "finetune")
-    assert (row["state"], row["weights"], row["seconds"]) == ("done", str(file), (0, 0))
+    assert (row["state"], row["weights"], row["seconds"]) == ("done", str(file), [0, 0])
     tensors["fc.bias"][0] += 1
     save_file(tensors, file)
     plan = preview.plan(load(recipe_file, list(changes)), experiment.folder.parent)

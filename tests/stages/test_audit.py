@@ -166,11 +166,10 @@ def test_rmia_finds_the_references_by_split_and_row(recipe_file: Path):
     """Whichever group is looked at first."""
     experiment = pretrained(recipe_file, EVERYTHING)
     (job,) = [job for job in experiment.jobs if job.title == "audit/pre"]
-    groups, _ = auditing._groups(experiment, job)
-    model = experiment.trainer.load_model("pre").eval()
-    attack = auditing._referenced(experiment, job, "rmia")
+    head = auditing.Head(experiment, job, "source")
+    groups, model, attack = head.groups, head.model, head.referenced("rmia")
     first, second = (
-        [attack.observe(view, 0)["rmia"] for view in order(auditing._views(experiment, model, groups))]
+        [attack.observe(view, 0)["rmia"] for view in order(head.views())]
         for order in (tuple, lambda views: tuple(reversed(views)))
     )
     assert all((one == other).all() for one, other in zip(first, reversed(second), strict=True))

@@ -20,7 +20,6 @@ from dtlctl.recipe.loading import load
 from dtlctl.recipe.schema import Recipe
 from dtlctl.report import figures
 from dtlctl.stages import starter
-from dtlctl.stages.preview import Seconds
 
 
 def images(
@@ -43,7 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch):
     """Set how long an image takes: every network the same, in training and disposal."""
 
     def takes(seconds: float) -> None:
-        fake = SimpleNamespace(image=lambda variant="": Seconds(seconds, 2 * seconds))
+        fake = SimpleNamespace(image=lambda variant="": np.array([seconds, 2 * seconds]))
         monkeypatch.setattr(starter, "Clock", lambda _: fake)
 
     takes(1e-4)

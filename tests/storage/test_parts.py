@@ -20,7 +20,7 @@ from dtlctl.run.trainer import Trainer
 from dtlctl.stages import audit as auditing
 from dtlctl.stages import reference
 from dtlctl.stages.runner import run
-from dtlctl.stages.trials import Final, Repetition
+from dtlctl.stages.trials import Repetition
 from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import Engine
 
@@ -90,13 +90,13 @@ def test_a_result_that_was_cut_short_is_not_kept(tmp_path: Path):
 
 
 def test_what_is_kept_comes_back_to_the_bit_and_for_its_key_alone(tmp_path: Path):
-    final = Final(Trial(Setting("probe", "logistic", 1e-3), 1, [Evaluation(0, 100 / 3, 0.1 + 0.2)]), 1e-17)
+    final = Trial(Setting("probe", "logistic", 1e-3), 1, [Evaluation(0, 100 / 3, 0.1 + 0.2)], 1e-17)
     made = []
     for key, count in (("key", 1), ("key", 1), ("other", 2)):
         kept = Parts(tmp_path, key)
-        (task,) = kept.each("final", Final, [lambda: (made.append(1), final)[1]], lambda: False)
+        (task,) = kept.each("final", Trial, [lambda: (made.append(1), final)[1]], lambda: False)
         found = task()
-        assert found == final and type(found.trial.evaluations[0]) is Evaluation and type(found.trial.seed) is int
+        assert found == final and type(found.evaluations[0]) is Evaluation and type(found.seed) is int
         assert len(made) == count
 
 
@@ -142,16 +142,16 @@ def test_an_audit_goes_on_where_it_was_stopped(recipe_file: Path, monkeypatch: p
     for experiment in (whole, parts):
         run(experiment, ("pretrain", "finetune"), only=("pre", "TL"))
     run(whole, ("audit",), only=("pre", "TL"))
-    judge, judged = auditing._judge, []
+    judge, judged = auditing.Head._judge, []
 
-    def judging(experiment: Experiment, job: Any, attack: Any, name: str, seen: Any) -> dict[str, Any]:
+    def judging(head: Any, attack: Any, name: str, seen: Any) -> dict[str, Any]:
         if name == "grad-x" and not judged.count(name):
             judged.append(name)
             raise Stopped(15)
         judged.append(name)
-        return judge(experiment, job, attack, name, seen)
+        return judge(head, attack, name, seen)
 
-    monkeypatch.setattr(auditing, "_judge", judging)
+    monkeypatch.setattr(auditing.Head, "_judge", judging)
     with pytest.raises(Stopped):
         run(parts, ("audit",), only=("pre",))
     assert judged == ["blind", "loss", "rmia", "grad-x"]
