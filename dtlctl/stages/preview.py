@@ -49,13 +49,18 @@ def plan(
     the training of rmia's references alone. Raises RecipeError and DataError, naming the recipe's file `source`, where
     the network or decoded data lacks what the recipe asks for.
     """
-    experiment = Experiment(recipe, out, source=source, quiet=quiet)
+    experiment, roles = Experiment(recipe, out, source=source, quiet=quiet), ["source", "target"]
+    roles += [f"piggyback.{name}" for name in recipe.data.piggyback]
     if decode:
-        for role in _roles(recipe):
+        for role in roles:
             experiment.data.identity(role)
-    data = {role: _describe(experiment, role) for role in _roles(recipe)}
-    _overlaps(experiment, data)
+    data = {role: _describe(experiment, role) for role in roles}
     decoded = {role for role, row in data.items() if row["decoded"]}
+    pairs = {role: (experiment.data.images(role, "train"), experiment.data.images(role, "test")) for role in decoded}
+    for role, notes in overlap.across(pairs).items():
+        with suppress(DataError):  # `data_demands.check` raises it
+            notes[:0] = overlap.within(role, *pairs[role])
+        data[role]["notes"] += [note.text for note in notes]
     data_demands.check(experiment, [job for job in experiment.jobs if decoded.issuperset(job.roles)])
     clock, spec = Clock(recipe), recipe.model
     rows = [_job(experiment, job, data, clock) for job in experiment.jobs]
@@ -69,7 +74,7 @@ def plan(
         "stages": networks.shares(networks.outline(spec.arch, spec.stem, spec.width, spec.image_size).backbone),
         "data": list(data.values()),
         "jobs": rows,
-        "minutes": [round(sum(ends) / 60, 1) for ends in zip(*known, strict=True)] if len(known) == len(rows) else None,
+        "minutes": (np.sum(known, 0) / 60).round(1).tolist() if len(known) == len(rows) else None,
     }
 
 
@@ -93,10 +98,6 @@ def words(pair: Sequence[float], unit: str) -> str:
     """A pair of numbers as a person would say it."""
     low, high = (f"{end:.0f}" if end >= 10 or unit == "s" else f"{end:.1f}" for end in pair)
     return f"about {low} {unit}" if low == high else f"{low} to {high} {unit}"
-
-
-def _roles(recipe: Recipe) -> list[str]:
-    return ["source", "target", *(f"piggyback.{name}" for name in recipe.data.piggyback)]
 
 
 def _describe(experiment: Experiment, role: str) -> dict[str, Any]:
@@ -126,16 +127,6 @@ def _describe(experiment: Experiment, role: str) -> dict[str, Any]:
     return told
 
 
-def _overlaps(experiment: Experiment, data: dict[str, dict[str, Any]]) -> None:
-    """Add what is to be said of images that occur twice, in the data that is decoded."""
-    decoded = [role for role, row in data.items() if row["decoded"]]
-    pairs = {role: (experiment.data.images(role, "train"), experiment.data.images(role, "test")) for role in decoded}
-    for role, notes in overlap.across(pairs).items():
-        with suppress(DataError):  # `data_demands.check` raises it
-            notes[:0] = overlap.within(role, *pairs[role])
-        data[role]["notes"] += [note.text for note in notes]
-
-
 class Clock:
     """How long an image takes here in a step of training, and in a step of a variant's disposal: [2] seconds.
 
@@ -153,7 +144,7 @@ class Clock:
         settings: Any = self.recipe.dispose[variant] if variant else self.recipe.pretrain
         chunks = settings.unlearn.chunks if variant else 1
         size = min(settings.batch_size, max(MOST, 2 * chunks)) // chunks * chunks
-        loss, times = self._disposal(variant, size) if variant else self._training(size), list[float]()
+        loss, times = self._loss(variant, size), list[float]()
         while len(times) < 4 or (sum(times) < 1.0 and len(times) < 20):
             started = time.perf_counter()
             loss().backward()
@@ -172,18 +163,15 @@ class Clock:
         x = torch.rand(size, 3, *2 * [self.recipe.model.image_size], device=self.device)
         return Batch(x, torch.zeros(size, dtype=torch.int64, device=self.device), torch.arange(size))
 
-    def _training(self, size: int) -> Callable[[], Tensor]:
-        model, batch = self._network(), self._noise(size)
-        return lambda: cross_entropy(model(batch.x, "source"), batch.y)
-
-    def _disposal(self, variant: str, size: int) -> Callable[[], Tensor]:
-        settings, batch = self.recipe.dispose[variant], self._noise(size)
-        student, teacher = self._network(), self._network().eval().requires_grad_(False)
-        lam, kinds = settings.lam or 0.5, (settings.unlearn, settings.retain)
-        disposal = Disposal(
-            lam, *kinds, student, teacher, chunks=kinds[0].chunks, batch_norm="train", images=size, label_seed=0
-        )
-        return lambda: disposal(batch, batch if settings.retain.needs_target else None, True)[0]
+    def _loss(self, variant: str, size: int) -> Callable[[], Tensor]:
+        student, batch = self._network(), self._noise(size)
+        if not variant:
+            return lambda: cross_entropy(student(batch.x, "source"), batch.y)
+        settings, teacher = self.recipe.dispose[variant], self._network().eval().requires_grad_(False)
+        unlearn, retain, lam = settings.unlearn, settings.retain, settings.lam or 0.5
+        fixed: Any = {"batch_norm": "train", "images": size, "label_seed": 0}
+        disposal = Disposal(lam, unlearn, retain, student, teacher, chunks=unlearn.chunks, **fixed)
+        return lambda: disposal(batch, batch if retain.needs_target else None, True)[0]
 
 
 def _state(experiment: Experiment, job: Job[Any], data: dict[str, Any]) -> str:

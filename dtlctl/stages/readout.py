@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +17,11 @@ import torch
 from dtlctl.attacks import features
 from dtlctl.attacks.signals import Observation, entropy
 from dtlctl.data.tensors import evaluation_batches
+from dtlctl.model.networks import Classifier
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.settings import Audit, Training
+from dtlctl.run.experiment import Experiment
 from dtlctl.training.failures import check_finite
-
-if TYPE_CHECKING:
-    from dtlctl.model.networks import Classifier
-    from dtlctl.run.experiment import Experiment
 
 SHARE = 0.95
 """Restored means this share of the pre-trained model's Acc_s."""
@@ -46,9 +44,7 @@ def uncertainty(experiment: Experiment, model: Classifier) -> dict[str, float]:
 
 
 def relearning(experiment: Experiment, name: str, settings: Audit) -> dict[str, Any]:
-    """Train the model on the source again and count steps until 95 % of the pre-trained model's Acc_s is back.
-
-    Where TL comes from outside, without a pre-trained model, of TL's.
+    """Train the model on the source again and count steps until 95 % of the Acc_s of `pre`, if any, or TL is back.
 
     All weights, plain cross-entropy, a constant learning rate, batches of 64; Acc_s is that of at most 500 fixed test
     images, ten times on the way. {"goal", "steps" (None: not within the budget), "budget", "curve": [[step, Acc_s],
@@ -93,15 +89,9 @@ def similarity(experiment: Experiment, name: str) -> dict[str, dict[str, float]]
         batches = evaluation_batches(images.pixels, images.labels, rows, device=device)
         return features.read(model.eval(), (batch.x for batch in batches))
 
-    known, load, own = (
-        experiment.recipe.references,
-        experiment.trainer.load_model,
-        read(experiment.trainer.load_model(name)),
-    )
+    known, load = experiment.recipe.references, experiment.trainer.load_model
     others: dict[str, Callable[[], Classifier]] = {m: partial(load, m) for m in ("TL", "TGT", "pre") if m in known}
     others["scratch"] = partial(experiment.trainer.new_model, {}, "audit/cka/scratch")
-    return {
-        model: {stage: features.linear_cka(own[stage], values) for stage, values in read(make()).items()}
-        for model, make in others.items()
-        if model != name
-    }
+    own = read(load(name))
+    seen = {model: read(make()) for model, make in others.items() if model != name}
+    return {m: {stage: features.linear_cka(own[stage], v) for stage, v in seen[m].items()} for m in seen}

@@ -7,22 +7,18 @@ trains reference models himself, each on a random half of all images, members an
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from dtlctl.attacks import signals
 from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batches
 from dtlctl.objectives.supervised import cross_entropy
+from dtlctl.run.experiment import Experiment
 from dtlctl.training.failures import check_finite
-
-if TYPE_CHECKING:
-    from dtlctl.run.experiment import Experiment
-
 
 SPLITS: tuple[Split, Split] = ("train", "test")
 
@@ -76,7 +72,7 @@ def _reference(experiment: Experiment, number: int, count: int, inside: np.ndarr
 
     inside: sorted places of the images it is trained on, those of the train subset first, then the test split's.
     """
-    settings, tag = experiment.recipe.pretrain, f"audit/reference/{number}"
+    settings, tag, engine = experiment.recipe.pretrain, f"audit/reference/{number}", experiment.engine
     train, test, rows = *(experiment.data.images("source", s) for s in SPLITS), experiment.data.index("source")
     model = experiment.trainer.new_model({"source": len(train.classes)}, tag)
     batches = Batches(
@@ -86,22 +82,21 @@ def _reference(experiment: Experiment, number: int, count: int, inside: np.ndarr
         batch_size=settings.batch_size,
         augment=experiment.recipe.data.source.augment,
         seed=experiment.recipe.stream(tag),
-        device=experiment.engine.device,
-        share=experiment.engine.share,
+        device=engine.device,
+        share=engine.share,
     )
     steps = settings.total_steps(batches.images)
     with experiment.processes.progress(f"audit/reference {number + 1} of {count}", steps) as bar:
         objective = cross_entropy(model, "source", batches, settings.label_smoothing)
-        experiment.engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
-    parts = rows, np.arange(len(test.labels))
-    found = torch.cat([_answers(experiment, model.eval(), *side) for side in zip(SPLITS, parts, strict=True)])
-    check_finite(found)
-    return found.tolist()
-
-
-@torch.no_grad()
-def _answers(experiment: Experiment, model: torch.nn.Module, split: Split, rows: np.ndarray) -> Tensor:
-    """Of these rows of a split of the source: float64 [n], on the CPU."""
-    batches, engine = experiment.trainer.split("source", split, rows), experiment.engine
-    parts = [signals.scaled(model(batch.x, "source"), batch.y) for batch in batches]
-    return engine.gather(torch.cat([torch.zeros(0, device=engine.device, dtype=torch.float64), *parts])).cpu()
+        engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
+    model.eval()
+    found: list[float] = []
+    for split, seen in zip(SPLITS, (rows, np.arange(len(test.labels))), strict=True):
+        answers = [torch.zeros(0, device=engine.device, dtype=torch.float64)]
+        with torch.no_grad():
+            for batch in experiment.trainer.split("source", split, seen):
+                answers.append(signals.scaled(model(batch.x, "source"), batch.y))
+        said = engine.gather(torch.cat(answers))
+        check_finite(said)
+        found += said.tolist()
+    return found

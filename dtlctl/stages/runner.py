@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dtlctl.errors import DtlError
 from dtlctl.model.networks import precision
@@ -38,7 +38,9 @@ def run(
             experiment.processes.say(f"{job.title}: goes on with {parts} finished part{'s' * (parts > 1)}")
         try:
             with precision(experiment.recipe.precision):
-                _stage("adopt" if job.weights else job.stage)(experiment, job)
+                name = "adopt" if job.weights else job.stage
+                # Imported when there is work to do: looking whether everything is up to date needs no training code.
+                getattr(import_module(f"dtlctl.stages.{name}"), name)(experiment, job)
         except (RuntimeError, MemoryError) as error:
             from dtlctl.training.failures import is_shortage, shortage
 
@@ -65,8 +67,3 @@ def _summary(path: Path) -> str:
     numbers = {k: v for k, v in sidecar.get("metrics", {}).items() if isinstance(v, float)}
     text = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     return f"{text or 'done'} ({sidecar.get('wall_seconds', 0):.0f} s)"
-
-
-def _stage(name: Stage | Literal["adopt"]) -> Callable[[Experiment, Job[Any]], None]:
-    """Imported when there is work to do: looking whether everything is up to date needs no training code."""
-    return getattr(import_module(f"dtlctl.stages.{name}"), name)
