@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
-from dtlctl.attacks import features
 from dtlctl.data.dataset import Note
 from dtlctl.errors import CheckpointError
 from dtlctl.model import weights
 from dtlctl.model.networks import Classifier
 from dtlctl.recipe.plan import Job
 from dtlctl.run.experiment import Experiment
+from dtlctl.stages import readout
 from dtlctl.training.engine import History
-from dtlctl.training.failures import check_finite
 
 FITTED = "one was fitted on its frozen features"
 HEADS = {"pre": ("source",), "TGT": ("target",), "TL": ("target", "source")}
@@ -54,28 +51,13 @@ def adopt(experiment: Experiment, job: Job[Any]) -> None:
 
 def _head(experiment: Experiment, job: Job[Any], model: Classifier, given: weights.Given, head: str) -> str:
     """Give the model a head; in words, where it comes from."""
-    classes, own = experiment.data.classes(head), HEADS[job.model][0] == head
+    own, other = HEADS[job.model][0] == head, ""
     if own and (given.head or head == "target"):
         try:
-            return weights.fill_head(model, head, given, classes)
+            return weights.fill_head(model, head, given, experiment.data.classes(head))
         except ValueError as error:
             if head == "target" or not given.classes:
                 raise
             other = f"; {error}"
-    else:
-        other = ""
-    embeddings, labels = _features(experiment, model)
-    features.refit(model, head, embeddings, labels, len(classes))
-    return f"no head for the {head} in it{other}: {FITTED} of {len(labels):,} images"
-
-
-@torch.no_grad()
-def _features(experiment: Experiment, model: Classifier) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the source's training images, from all processes: [n, features], and labels [n]."""
-    model.eval()
-    seen = [
-        (model.embed(b.x), b.y) for b in experiment.trainer.split("source", "train", experiment.data.index("source"))
-    ]
-    features, labels = (experiment.engine.gather(torch.cat(parts)) for parts in zip(*seen, strict=True))
-    check_finite(features)
-    return features, labels
+    count = readout.fit_head(experiment, model, head, [("train", experiment.data.index(head))])
+    return f"no head for the {head} in it{other}: {FITTED} of {count:,} images"

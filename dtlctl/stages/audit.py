@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtlctl.attacks import features, membership, signals
+from dtlctl.attacks import membership, signals
 from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import Observation
 from dtlctl.data import overlap
@@ -23,7 +23,6 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.stages import readout, reference
 from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import History
-from dtlctl.training.failures import check_finite
 
 LEAST = 20
 """Members, and non-members, that can be split three ways."""
@@ -78,7 +77,8 @@ def audit(experiment: Experiment, job: Job[Audit]) -> None:
         found, costs["as-is"] = head.attack("as-is", finished)
         metrics.update(found)
     if "reprobe" in settings.modes:
-        head.refit()
+        own = head.groups.head_members, head.groups.head_others
+        readout.fit_head(experiment, head.model, "source", [("train", own[0]), ("test", own[1])])
         metrics["reprobe"], costs["reprobe"] = head.attack("reprobe", finished)
     if "target" in settings.modes and "target" in head.model.heads:
         head = Head(experiment, job, "target")
@@ -170,19 +170,6 @@ class Head:
             return {name: trial(members, others)}
         return {one: trial({one: members[one]}, {one: others[one]}) for one in members}
 
-    @torch.no_grad()
-    def refit(self) -> None:
-        """Fit the source head anew on the attacker's own images: reprobe mode."""
-        experiment, gather = self.experiment, self.experiment.engine.gather
-        own: Any = ("train", self.groups.head_members), ("test", self.groups.head_others)
-        parts = [[(self.model.embed(x), y) for x, y in Images(experiment, "source", *side)] for side in own]
-        # Each side is gathered for itself, so that the rows are in the same order on any number of processes.
-        embeddings, labels = (
-            torch.cat([gather(torch.cat([pair[place] for pair in part])) for part in parts]) for place in (0, 1)
-        )
-        check_finite(embeddings)
-        features.refit(self.model, "source", embeddings, labels, len(experiment.data.classes("source")))
-
 
 def _clocks() -> np.ndarray:
     """Wall time and this process's CPU time, in seconds."""
@@ -229,22 +216,18 @@ def _groups(experiment: Experiment, job: Job[Audit], role: Role = "source") -> t
 def _head_state(experiment: Experiment, job: Job[Audit]) -> str:
     """What as-is attacks look through: a source head that was "trained", "never trained", or "fitted here".
 
-    A head that was fitted on the members, for a network from outside that had none, tells of this fit and not of it.
+    A head that goes back to one that was fitted on the members, when `pre` or TL was adopted without one, tells of this
+    fit and not of the network.
     """
     variant = experiment.recipe.dispose.get(job.model)
-    if not (variant and variant.new_heads) and _fitted_here(experiment, job.model):
-        if "as-is" in job.settings.modes:
-            experiment.processes.say(f"{job.title}: the source head was fitted here; as-is attacks see that fit")
-        return "fitted here"
-    if not variant or not variant.new_heads or (variant.unlearn.trains_source_head and variant.lam != 0):
+    before = [m for m in ("pre", "TL") if m in experiment.recipe.references and (m, job.model) != ("TL", "pre")]
+    notes = (note for m in before for note in experiment.results.require(m)["notes"].get("weights", []))
+    if not (variant and variant.new_heads) and any(note["kind"] == "fitted-head" for note in notes):
+        state, seen = "fitted here", "the source head was fitted here; as-is attacks see that fit"
+    elif not variant or not variant.new_heads or (variant.unlearn.trains_source_head and variant.lam != 0):
         return "trained"
+    else:
+        state, seen = "never trained", "the source head was never trained; as-is attacks see noise"
     if "as-is" in job.settings.modes:
-        experiment.processes.say(f"{job.title}: the source head was never trained; as-is attacks see noise")
-    return "never trained"
-
-
-def _fitted_here(experiment: Experiment, model: str) -> bool:
-    """Whether the model's source head goes back to one that was fitted when `pre` or TL was adopted."""
-    before = [name for name in ("pre", "TL") if name in experiment.recipe.references and (name, model) != ("TL", "pre")]
-    made = [experiment.results.require(name) for name in before]
-    return any(note["kind"] == "fitted-head" for one in made for note in one["notes"].get("weights", []))
+        experiment.processes.say(f"{job.title}: {seen}")
+    return state

@@ -7,7 +7,7 @@ so the steps that it takes to come back stand beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from dtlctl.attacks import features
 from dtlctl.attacks.signals import Observation, entropy
+from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import evaluation_batches
 from dtlctl.model.networks import Classifier
 from dtlctl.objectives.supervised import cross_entropy
@@ -27,6 +28,25 @@ SHARE = 0.95
 """Restored means this share of the pre-trained model's Acc_s."""
 POINTS = 10
 """How often the accuracy is looked at."""
+
+
+@torch.no_grad()
+def fit_head(experiment: Experiment, model: Classifier, head: str, sides: Sequence[tuple[Split, np.ndarray]]) -> int:
+    """Fit a head anew on the frozen features of some of its images, given by split and rows; returns how many.
+
+    Raises DivergedError for features that are not finite.
+    """
+    model.eval()
+    found: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for side in sides:
+        # Each is gathered for itself, so that the rows are in the same order on any number of processes.
+        parts = [(model.embed(batch.x), batch.y) for batch in experiment.trainer.split(head, *side)]
+        for kept, own in zip(found, zip(*parts, strict=True), strict=True):
+            kept.append(experiment.engine.gather(torch.cat(own)))
+    embeddings, labels = map(torch.cat, found)
+    check_finite(embeddings)
+    features.refit(model, head, embeddings, labels, len(experiment.data.classes(head)))
+    return len(labels)
 
 
 def uncertainty(experiment: Experiment, model: Classifier) -> dict[str, float]:

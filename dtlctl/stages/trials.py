@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,9 +17,9 @@ from torchvision.ops import StochasticDepth
 
 from dtlctl.attacks import features, tuning
 from dtlctl.attacks.attackers import Attacker, Frozen
-from dtlctl.attacks.tuning import Setting, Trial
+from dtlctl.attacks.tuning import Evaluation, Setting, Trial
 from dtlctl.data.dataset import Split
-from dtlctl.data.tensors import Batch, Batches, evaluation_batches
+from dtlctl.data.tensors import Batch, evaluation_batches
 from dtlctl.model.networks import Classifier
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Piggyback
@@ -58,38 +59,33 @@ class Repetition:
 
     def attempt(self, attacker: Attacker, setting: Setting) -> Trial:
         """Train on the training part and look at the held-out part."""
-        if isinstance(attacker, Frozen):
-            (x, y), (other, answers) = (self._known(attacker, setting, *p) for p in (("train", self.train), self.held))
-            if not (np.isfinite(x).all() and np.isfinite(other).all()):
-                return Trial(setting, self.seed, [])
-            found = tuning.evaluate_probe(attacker.fit(x, y, setting.rate), other, answers)
-            return Trial(setting, self.seed, [found])
-        model, (split, held) = self._prepared(attacker, self.train, setting.amount), self.held
-        rows = self.own[held] if split == "train" else held
-        evaluations = tuning.train(
-            model, self._batches(self.train, attacker.batch_size), setting, steps=attacker.steps,
-            warmup=attacker.warmup, stopped=self.stop.is_set,
-            held_out=lambda: self._whole(split, rows),
-        )  # fmt: skip
-        return Trial(setting, self.seed, evaluations)
+        return Trial(setting, self.seed, self._learnt(attacker, setting, self.train, self.held))
 
     def finish(self, attacker: Attacker, trial: Trial) -> Trial:
         """The trial's setting and length once more, on all of the attacker's images, and how it is judged."""
-        everything, setting = np.arange(len(self.own)), trial.setting
-        if isinstance(attacker, Frozen):
-            parts: Any = ("train", everything), ("test", self.judges)
-            (x, y), test = (self._known(attacker, setting, *part) for part in parts)
-            found = tuning.evaluate_probe(attacker.fit(x, y, setting.rate), *test)
-        else:
-            model = self._prepared(attacker, everything, setting.amount)
-            tuning.train(
-                model, self._batches(everything, attacker.batch_size), setting,
-                steps=attacker.steps, warmup=attacker.warmup, until=trial.best and trial.best.step,
-                stopped=self.stop.is_set,
-            )  # fmt: skip
-            found = tuning.evaluate(model, self._whole("test", self.judges), 0)
+        everything, until = np.arange(len(self.own)), trial.best and trial.best.step
+        found = self._learnt(attacker, trial.setting, everything, ("test", self.judges), until)
         # Of answers that are not finite argmax would make class 0.
-        return trial._replace(acc_pl=found.accuracy if np.isfinite(found.loss) else None)
+        return trial._replace(acc_pl=found[0].accuracy if found and np.isfinite(found[0].loss) else None)
+
+    def _learnt(
+        self, attacker: Attacker, setting: Setting, places: np.ndarray, judges: tuple[Split, np.ndarray],
+        until: int | None = None,
+    ) -> list[Evaluation]:  # fmt: skip
+        """Learn from the own images at these places: looks by others on the way, or one after `until` steps."""
+        if isinstance(attacker, Frozen):
+            (x, y), others = (self._known(attacker, setting, *part) for part in (("train", places), judges))
+            finite = np.isfinite(x).all()
+            return [tuning.evaluate_probe(attacker.fit(x, y, setting.rate), *others)] if finite else []
+        split, rows = judges
+        look = partial(self._whole, split, self.own[rows] if split == "train" else rows)
+        model, size = self._prepared(attacker, places, setting.amount), attacker.batch_size
+        batches = self.experiment.trainer.batches(self.job.dataset, size, f"{self.tag}/batches", self.own[places])
+        looks = tuning.train(
+            model, batches, setting, steps=attacker.steps, warmup=attacker.warmup, until=until,
+            held_out=None if until else look, stopped=self.stop.is_set,
+        )  # fmt: skip
+        return [tuning.evaluate(model, look(), until)] if until else looks
 
     def _split(self, seed: int) -> tuple[np.ndarray, tuple[Split, np.ndarray], np.ndarray]:
         """Places of the images that train, among the attacker's own; that choose, with their split; and that judge."""
@@ -124,9 +120,6 @@ class Repetition:
         attacker.prepare(model, self.fresh, self._pixels("train", self.own[rows], size), amount)
         return model
 
-    def _batches(self, places: np.ndarray, size: int) -> Batches:
-        return self.experiment.trainer.batches(self.job.dataset, size, f"{self.tag}/batches", self.own[places])
-
     def _whole(self, split: Split, rows: np.ndarray | None = None, size: int = 512) -> Iterator[Batch]:
         """All of a split, or of these rows, on this process: trials are shared out, batches are not."""
         images, device = self.experiment.data.images(self.job.dataset, split), self.experiment.engine.device
@@ -157,21 +150,18 @@ def share_out(
             torch.manual_seed(repetition.experiment.recipe.stream(f"{repetition.tag}/{number}"))
         return tasks[number]()
 
-    blas = threadpool_limits(1 if at_once > 1 else None, "blas")  # two probes of two threads each are slower
+    results: list[Result] = []
     torch.set_num_threads(1 if at_once > 1 else cores)
-    pool = ThreadPoolExecutor(at_once)
-    try:
-        results = []
-        for result in pool.map(work, range(engine.share.rank, len(tasks), engine.processes)):
-            results.append(result)
-            done(min(len(results) * engine.processes, len(tasks)))
+    try:  # two probes of two threads each are slower
+        with threadpool_limits(1 if at_once > 1 else None, "blas"), ThreadPoolExecutor(at_once) as pool:
+            for result in pool.map(work, range(engine.share.rank, len(tasks), engine.processes)):
+                results.append(result)
+                done(min(len(results) * engine.processes, len(tasks)))
     except BaseException:
         repetition.stop.set()
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
-        blas.restore_original_limits()  # OpenMP's with them, so torch's own come after
-        torch.set_num_threads(cores)
+        torch.set_num_threads(cores)  # OpenMP's limits came back with those of BLAS
     gathered = engine.gather_objects(results)
     # Process r did tasks r, r + n, r + 2n, ...: deal them back into order.
     order = [number for rank in range(engine.processes) for number in range(rank, len(tasks), engine.processes)]

@@ -146,7 +146,7 @@ def test_features_that_are_not_finite_make_a_failed_trial_and_wrong_answers(reci
     assert 0 < repetition.finish(probe, trial).acc_pl < before
     features[:] = np.inf
     assert repetition.finish(probe, trial).acc_pl == 0
-    repetition.seen(probe)["train"][0]["embedding"][repetition.held[1][0]] = np.inf
+    repetition.seen(probe)["train"][0]["embedding"][repetition.train[0]] = np.inf
     failed = repetition.attempt(probe, setting)
     assert failed.evaluations == [] and tuning.choose([failed, trial]) is trial
 
