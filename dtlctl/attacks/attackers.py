@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from dtlctl.attacks.features import EMBEDDING, Logistic, Nearest
+from dtlctl.attacks.features import EMBEDDING, logistic, nearest
 from dtlctl.attacks.tuning import Setting
 from dtlctl.errors import RecipeError
 from dtlctl.model.networks import Classifier, renew
@@ -178,7 +178,8 @@ class Frozen(_Attacker):
     """`any`: the mean of each stage's maps, or the embedding, whichever is best; `embedding`: it alone."""
 
     @abstractmethod
-    def fit(self, features: np.ndarray, labels: np.ndarray, rate: float) -> Logistic | Nearest: ...
+    def fit(self, features: np.ndarray, labels: np.ndarray, rate: float) -> Any:
+        """What scikit-learn makes of features [N, F] and labels [N]; rate: one of `tried`."""
 
     def grid(self, stages: Sequence[str] = (EMBEDDING,)) -> list[Setting]:
         """stages: names of the features that the network has."""
@@ -191,12 +192,12 @@ class _Linear(Frozen):
     """L2-regularised logistic regression, at most 300 steps of L-BFGS."""
 
     tried: ClassVar[str] = "C"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     C: list[Rate] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
     """Inverse strengths of the L2 term to try."""
 
-    def fit(self, features: np.ndarray, labels: np.ndarray, rate: float) -> Logistic | Nearest:
-        return Logistic(features, labels, rate)
+    def fit(self, features: np.ndarray, labels: np.ndarray, rate: float) -> Any:
+        return logistic(features, labels, rate)
 
 
 class Probe(_Linear):
@@ -242,12 +243,13 @@ class Knn(Frozen):
     """The nearest of his images, by the cosine of features; nothing is trained."""
 
     tried: ClassVar[str] = "k"
+    revision: ClassVar[int] = 2
     kind: Literal["knn"] = "knn"
     k: list[Annotated[int, Field(ge=1, le=100_000)]] = Field([1, 5, 20], min_length=1)
     """Numbers of neighbours to try."""
 
-    def fit(self, features: np.ndarray, labels: np.ndarray, rate: float) -> Logistic | Nearest:
-        return Nearest(features, labels, int(rate))
+    def fit(self, features: np.ndarray, labels: np.ndarray, rate: float) -> Any:
+        return nearest(features, labels, int(rate))
 
 
 Attacker = Annotated[

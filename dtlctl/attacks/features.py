@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from torchvision.models import SwinTransformer
 
 from dtlctl.model import networks
 from dtlctl.model.networks import Classifier
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 EMBEDDING = "embedding"
 """The name of what the heads see."""
@@ -66,60 +69,33 @@ def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.square(y.T @ x).sum() / own) if own > 0 else 0.0
 
 
-class _Classifier:
-    """Of features [N, F], finite, with labels [N], integers or booleans; it knows the `classes` that it has seen.
+def logistic(features: np.ndarray, labels: np.ndarray, C: float = 1.0, scaler: Any = None) -> Pipeline:
+    """scikit-learn's multinomial logistic regression; C: inverse strength of the L2 term.
 
-    Features are scaled to mean 0 and deviation 1 on these N, unless `standardise` is false.
+    features: float64 [N, F], finite, which are scaled to mean 0 and deviation 1, or by another scaler; labels: [N].
     """
+    from sklearn.dummy import DummyClassifier
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    def __init__(self, features: np.ndarray, labels: np.ndarray, standardise: bool = True):
-        self.classes, width = np.unique(labels), features.shape[1]
-        self.mean = features.mean(0) if standardise else np.zeros(width)
-        self.scale = features.std(0) + 1e-6 if standardise else np.ones(width)
-
-    def scaled(self, features: np.ndarray) -> np.ndarray:
-        return (features - self.mean) / self.scale
-
-    @abstractmethod
-    def logits(self, features: np.ndarray) -> np.ndarray:
-        """[n, classes]"""
-
-
-class Logistic(_Classifier):
-    """A multinomial logistic regression: logits = `weight` · scaled features + `bias`; C: inverse strength of L2."""
-
-    def __init__(self, features: np.ndarray, labels: np.ndarray, C: float = 1.0, *, standardise: bool = True):
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-
-        super().__init__(features, labels, standardise)
-        # For all threads at once, since `catch_warnings` would not be: one image a class is few, and known to be.
-        warnings.filterwarnings("ignore", message="The number of unique classes", module="sklearn")
-        warnings.filterwarnings("ignore", category=ConvergenceWarning)
-        self.weight, self.bias = np.zeros((len(self.classes), features.shape[1])), np.zeros(len(self.classes))
-        if len(self.classes) > 1:
-            fitted = LogisticRegression(C=C, max_iter=ITERATIONS).fit(self.scaled(features), labels)
-            self.weight, self.bias = fitted.coef_, fitted.intercept_
-        if len(self.classes) == 2:  # one row, of the second class against the first
-            self.weight, self.bias = (np.concatenate([-half, half]) / 2 for half in (self.weight, self.bias))
-
-    def logits(self, features: np.ndarray) -> np.ndarray:
-        return self.scaled(features) @ self.weight.T + self.bias
+    # For all threads at once, since `catch_warnings` would not be: one image a class is few, and known to be.
+    warnings.filterwarnings("ignore", message="The number of unique classes", module="sklearn")
+    warnings.filterwarnings("ignore", category=ConvergenceWarning)
+    alone = len(np.unique(labels)) == 1  # then there is nothing to tell apart, which is refused
+    model = DummyClassifier() if alone else LogisticRegression(C=C, max_iter=ITERATIONS)
+    return make_pipeline(scaler or StandardScaler(), model).fit(features, labels)
 
 
-class Nearest(_Classifier):
-    """The k nearest neighbours by the cosine of scaled features, each with a vote of 1 / distance."""
+def nearest(features: np.ndarray, labels: np.ndarray, k: int) -> Pipeline:
+    """The k nearest neighbours by the cosine of features scaled as above, each with a vote of 1 / distance."""
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    def __init__(self, features: np.ndarray, labels: np.ndarray, k: int):
-        from sklearn.neighbors import KNeighborsClassifier
-
-        super().__init__(features, labels)
-        voting = KNeighborsClassifier(min(k, len(labels)), metric="cosine", weights="distance")
-        self._fitted = voting.fit(self.scaled(features), labels)
-
-    def logits(self, features: np.ndarray) -> np.ndarray:
-        """The logarithm of the share of votes; a class without one has a thousandth."""
-        return np.log(self._fitted.predict_proba(self.scaled(features)) + 1e-3)
+    voting = KNeighborsClassifier(min(k, len(labels)), metric="cosine", weights="distance")
+    return make_pipeline(StandardScaler(), voting).fit(features, labels)
 
 
 def refit(model: Classifier, head: str, features: Tensor, labels: Tensor, classes: int) -> None:
@@ -129,10 +105,13 @@ def refit(model: Classifier, head: str, features: Tensor, labels: Tensor, classe
     the attacker fits a new one on must not tell him who is a member, so these are images of his own, as many members as
     others, which are neither attacked nor judged: only a difference in the *features* is then measured.
     """
-    fitted = Logistic(features.detach().double().cpu().numpy(), labels.cpu().numpy())
-    weight, bias = np.zeros((classes, features.shape[1])), np.full(classes, fitted.bias.min() - UNSEEN)
-    weight[fitted.classes] = fitted.weight / fitted.scale
-    bias[fitted.classes] = fitted.bias - weight[fitted.classes] @ fitted.mean
+    scaler, fitted = logistic(features.detach().double().cpu().numpy(), labels.cpu().numpy())
+    found = getattr(fitted, "coef_", np.zeros((1, features.shape[1]))) / scaler.scale_
+    offset = getattr(fitted, "intercept_", np.zeros(1)) - found @ scaler.mean_
+    if len(fitted.classes_) == 2:  # one row, of the second class against the first
+        found, offset = (np.concatenate([-half, half]) / 2 for half in (found, offset))
+    weight, bias = np.zeros((classes, features.shape[1])), np.full(classes, offset.min() - UNSEEN)
+    weight[fitted.classes_], bias[fitted.classes_] = found, offset
     model.add_head(head, classes)
     layer = model.heads[head]
     assert isinstance(layer, nn.Linear)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtlctl.attacks.features import Logistic
+from dtlctl.attacks import features
 from dtlctl.attacks.membership import Guess, Known, auc
 
 
@@ -155,11 +155,11 @@ def logistic(known: Known, seen: dict[str, np.ndarray], seed: int) -> Guess:
 
     What is seen: one array [m, features]. lbfgs finds the same optimum as the saga of the paper's code.
     """
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, MinMaxScaler
+
     (name,) = seen
-    low, high = known.seen[name].min(0), known.seen[name].max(0)
-    span = np.where(high > low, high - low, 1.0)
-    scaled, judged = ((values - low) / span for values in (known.seen[name], seen[name]))
-    fitted = Logistic(scaled, known.member, standardise=False)
     # Images that the attacker never saw can lie far outside of his range.
-    scores, others = (np.diff(fitted.logits(values))[:, 0] for values in (scaled, np.clip(judged, -10, 10)))
-    return Guess(scores, known.member, others)
+    scaler = make_pipeline(MinMaxScaler(), FunctionTransformer(np.clip, kw_args={"a_min": -10, "a_max": 10}))
+    score = features.logistic(known.seen[name], known.member, scaler=scaler).decision_function
+    return Guess(score(known.seen[name]), known.member, score(seen[name]))

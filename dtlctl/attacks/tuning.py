@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import log_softmax
 from torch import nn
 
-from dtlctl.attacks.features import Logistic, Nearest
 from dtlctl.data.tensors import Batch, Batches
 from dtlctl.errors import DataError
 
@@ -164,11 +162,14 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], step: int) -> Evaluatio
     return Evaluation(step, 100 * hits / images, loss / images)
 
 
-def evaluate_probe(fitted: Logistic | Nearest, features: np.ndarray, labels: np.ndarray) -> Evaluation:
-    """Accuracy and loss on other images: features that are not finite, and classes never fitted, are wrong answers."""
-    usable = np.isfinite(features).all(1) & np.isin(labels, fitted.classes)
-    log_p = log_softmax(fitted.logits(np.where(usable[:, None], features, fitted.mean)), axis=1)
-    right = (fitted.classes[log_p.argmax(1)] == labels) & usable
-    places = np.searchsorted(fitted.classes, labels).clip(max=len(fitted.classes) - 1)
-    own = np.exp(log_p[np.arange(len(labels)), places]) * usable
+def evaluate_probe(fitted: Any, features: np.ndarray, labels: np.ndarray) -> Evaluation:
+    """Accuracy and loss of scikit-learn's classifier on other images.
+
+    Features that are not finite, and classes never fitted, are wrong answers.
+    """
+    usable = np.isfinite(features).all(1) & np.isin(labels, fitted.classes_)
+    p = fitted.predict_proba(np.where(usable[:, None], features, 0))
+    right = (fitted.classes_[p.argmax(1)] == labels) & usable
+    places = np.searchsorted(fitted.classes_, labels).clip(max=len(fitted.classes_) - 1)
+    own = p[np.arange(len(labels)), places] * usable
     return Evaluation(0, 100 * float(right.mean()), float(-np.log(own.clip(1e-12)).mean()))

@@ -17,7 +17,7 @@ import torch
 
 from dtlctl.attacks import attackers, features, tuning
 from dtlctl.attacks.attackers import Compressed, Full, LastBlock, Lora, Norms, Renorm
-from dtlctl.attacks.features import Logistic
+from dtlctl.attacks.features import logistic, nearest
 from dtlctl.attacks.tuning import Evaluation, Setting, Trial
 from dtlctl.errors import DataError, RecipeError
 from dtlctl.model import networks
@@ -237,13 +237,12 @@ def test_compression_brings_back_what_a_small_weight_hides():
 def test_the_nearest_by_cosine_by_hand():
     """Standardised, (3, 0.1) points nearest to (1, 0), although (0, 1) is closer; of three neighbours two outvote."""
     x, y = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]]), np.array([5, 6, 7, 8])
-    answer = features.Nearest(x, y, 1).logits(np.array([[3, 0.1], [0.1, -3], [0.02, 0.1]]))
-    assert features.Nearest(x, y, 1).classes[answer.argmax(1)].tolist() == [5, 8, 7]
+    assert nearest(x, y, 1).predict(np.array([[3, 0.1], [0.1, -3], [0.02, 0.1]])).tolist() == [5, 8, 7]
     # At 10, -10 and 0 degrees, with quarter turns: scales of one. At 4.9, 1 / 4.9² < 1 / 5.1² + 1 / 14.9².
     angles = np.deg2rad(np.concatenate([np.array([10, -10, 0]) + turn for turn in (0, 90, 180, 270)]))
     x, query = np.stack([np.cos(angles), np.sin(angles)], 1), np.array([[np.cos(0.0855), np.sin(0.0855)]])
-    near, more = (features.Nearest(x, np.array([0, 0, 1] + [2] * 9), k) for k in (1, 3))
-    assert (near.logits(query).argmax(), more.logits(query).argmax()) == (1, 0)
+    near, more = (nearest(x, np.array([0, 0, 1] + [2] * 9), k) for k in (1, 3))
+    assert (near.predict(query), more.predict(query)) == (1, 0)
 
 
 def test_norms_and_lora_train_nothing_else_of_the_backbone():
@@ -288,10 +287,10 @@ def test_training_keeps_the_best_look_and_survives_divergence():
 def test_a_linear_probe_separates_what_is_separable():
     """Two clusters at -1 and +1 of one feature, the other feature constant: all right, whatever C."""
     x, y = np.array([[-1.0, 3], [-0.9, 3], [0.9, 3], [1.0, 3]]), np.array([0, 0, 1, 1])
-    look = tuning.evaluate_probe(Logistic(x, y, 1.0), x, y)
+    look = tuning.evaluate_probe(logistic(x, y, 1.0), x, y)
     assert look.accuracy == 100
     assert 0 < look.loss < math.log(2)
-    assert tuning.evaluate_probe(Logistic(x, y, 1.0), x, 1 - y).accuracy == 0
+    assert tuning.evaluate_probe(logistic(x, y, 1.0), x, 1 - y).accuracy == 0
 
 
 def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file: Path):
@@ -364,11 +363,11 @@ def test_a_probe_is_fitted_to_the_training_part_and_judged_by_the_held_out(recip
         10,
         len(experiment.data.images("source", "test").labels),
     )
-    fitted = Logistic(x[train], y[train], 100.0)
+    fitted = logistic(x[train], y[train], 100.0)
     assert tuning.evaluate_probe(fitted, x[train], y[train]).accuracy == 100
     assert trial.best == tuning.evaluate_probe(fitted, x[held], y[held])
     assert trial.best.accuracy < 100
-    assert repetition.finish(attacker, trial).acc_pl == tuning.evaluate_probe(Logistic(x, y, 100.0), *test).accuracy
+    assert repetition.finish(attacker, trial).acc_pl == tuning.evaluate_probe(logistic(x, y, 100.0), *test).accuracy
 
 
 def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
@@ -387,7 +386,7 @@ def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monke
     assert sorted([*held, *repetition.judges]) == list(range(len(labels)))
     assert set(np.bincount(labels[held])) == {min(np.bincount(labels)) // 2}
     (x, y), (tests, answers) = ((read["embedding"].astype(float), y) for read, y in repetition.seen(probe).values())
-    fitted = Logistic(x, y, 100.0)
+    fitted = logistic(x, y, 100.0)
     trial = repetition.attempt(probe, probe.grid()[0])
     assert trial.best == tuning.evaluate_probe(fitted, tests[held], answers[held])
     assert (
