@@ -1,21 +1,42 @@
-"""theta_pl = TRAIN(theta, L(theta; D_p)) and its test accuracy Acc_pl: what an attacker gets out (Eq. 14)."""
+"""theta_pl = TRAIN(theta, L(theta; D_p)) and its test accuracy Acc_pl: what an attacker gets out (Eq. 14).
+
+First with one setting; then by attackers who tune themselves, whose trials are shared out over processes and threads.
+"""
 
 from __future__ import annotations
 
+import copy
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from statistics import mean, median
-from typing import Any
+from typing import Any, TypeVar
 
-from dtlctl.attacks import tuning
-from dtlctl.attacks.tuning import Trial
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
+from torchvision.ops import StochasticDepth
+
+from dtlctl.attacks import features, tuning
+from dtlctl.attacks.attackers import Attacker, Frozen
+from dtlctl.attacks.tuning import Evaluation, Setting, Trial
+from dtlctl.data.dataset import Split
+from dtlctl.data.tensors import Batch, evaluation_batches
+from dtlctl.model.networks import Classifier
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Piggyback
 from dtlctl.run.experiment import Experiment
-from dtlctl.stages.trials import HEAD, Repetition, share_out, start
 from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import History
+
+Result = TypeVar("Result")
+HEAD = "piggyback"
+Features = dict[Split, tuple[dict[str, np.ndarray], np.ndarray]]
+"""Of the images of a split: features [N, F] by stage, and labels [N]."""
 
 
 def piggyback(experiment: Experiment, job: Job[Piggyback]) -> None:
@@ -80,3 +101,145 @@ def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: fl
         "trials": [trial.document() for trial in trials],
         **(cost if fits == len(trials) + sum(map(len, finals)) else {}),  # of a part it would say nothing
     }
+
+
+def start(experiment: Experiment, job: Job[Piggyback], head: str, *, alone: bool = False) -> Classifier:
+    """The attacked model under a new head; `alone`: its batch statistics are this process's own."""
+    if job.parent:
+        model = experiment.trainer.load_model(job.parent, global_batch_norm=not alone)
+    else:
+        model = experiment.trainer.new_model({}, f"piggyback/{job.dataset}/init", global_batch_norm=not alone)
+    experiment.trainer.attach_head(model, HEAD, len(experiment.data.classes(job.dataset)), head)
+    return model
+
+
+class Repetition:
+    """One repetition of the attack on one model: which images train, choose and judge, the new head, the features."""
+
+    def __init__(self, experiment: Experiment, job: Job[Piggyback], seed: int):
+        self.experiment, self.job, self.seed, self.tag = experiment, job, seed, f"piggyback/{job.dataset}/attack/{seed}"
+        self.own, self.labels = experiment.data.index(job.dataset), experiment.data.images(job.dataset, "train").labels
+        self.train, self.held, self.judges = self._split(experiment.recipe.stream(f"{self.tag}/split"))
+        self.model = start(experiment, job, f"{self.tag}/head", alone=True).through(HEAD)
+        self.fresh = experiment.trainer.new_model({}, f"{self.tag}/fresh", global_batch_norm=False)
+        self.stop = threading.Event()
+        self.features: dict[Any, Features] = {}
+        read = [self.seen(a, n) for a in job.settings.attackers if isinstance(a, Frozen) for n in a.amounts()]
+        stages = features.distinct(read[0]["train"][0]) if read else []
+        self.grid = [(one, setting) for one in job.settings.attackers for setting in one.grid(stages)]
+        """Every attacker with every setting that he tries."""
+
+    def attempt(self, attacker: Attacker, setting: Setting) -> Trial:
+        """Train on the training part and look at the held-out part."""
+        return Trial(setting, self.seed, self._learnt(attacker, setting, self.train, self.held))
+
+    def finish(self, attacker: Attacker, trial: Trial) -> Trial:
+        """The trial's setting and length once more, on all of the attacker's images, and how it is judged."""
+        everything, until = np.arange(len(self.own)), trial.best and trial.best.step
+        found = self._learnt(attacker, trial.setting, everything, ("test", self.judges), until)
+        # Of answers that are not finite argmax would make class 0.
+        return trial._replace(acc_pl=found[0].accuracy if found and np.isfinite(found[0].loss) else None)
+
+    def _learnt(
+        self, attacker: Attacker, setting: Setting, places: np.ndarray, judges: tuple[Split, np.ndarray],
+        until: int | None = None,
+    ) -> list[Evaluation]:  # fmt: skip
+        """Learn from the own images at these places: looks by others on the way, or one after `until` steps."""
+        if isinstance(attacker, Frozen):
+            (x, y), others = (self._known(attacker, setting, *part) for part in (("train", places), judges))
+            finite = np.isfinite(x).all()
+            return [tuning.evaluate_probe(attacker.fit(x, y, setting.rate), *others)] if finite else []
+        split, rows = judges
+        look = partial(self._whole, split, self.own[rows] if split == "train" else rows)
+        model, size = self._prepared(attacker, places, setting.amount), attacker.batch_size
+        batches = self.experiment.trainer.batches(self.job.dataset, size, f"{self.tag}/batches", self.own[places])
+        looks = tuning.train(
+            model, batches, setting, steps=attacker.steps, warmup=attacker.warmup, until=until,
+            held_out=None if until else look, stopped=self.stop.is_set,
+        )  # fmt: skip
+        return [tuning.evaluate(model, look(), until)] if until else looks
+
+    def _split(self, seed: int) -> tuple[np.ndarray, tuple[Split, np.ndarray], np.ndarray]:
+        """Places of the images that train, among the attacker's own; that choose, with their split; and that judge."""
+        test = self.experiment.data.images(self.job.dataset, "test").labels
+        if self.job.settings.choose_on == "test":
+            judges, held = tuning.hold_out(test, 0.5, seed)
+            return np.arange(len(self.own)), ("test", held), judges
+        train, held = tuning.hold_out(self.labels[self.own], self.job.settings.held_out, seed)
+        return train, ("train", held), np.arange(len(test))
+
+    def seen(self, attacker: Frozen, amount: float | None = None) -> Features:
+        """What such an attacker sees of his own images, and of the test split: read once for all who see the same."""
+        preparation = type(attacker).prepare, amount
+        if preparation not in self.features:
+            model = self._prepared(attacker, np.arange(len(self.own)), amount).eval()
+            test = self.experiment.data.images(self.job.dataset, "test").labels
+            self.features[preparation] = {
+                "train": (features.read(model, self._pixels("train", self.own)), self.labels[self.own]),
+                "test": (features.read(model, self._pixels("test")), test),
+            }
+        return self.features[preparation]
+
+    def _known(
+        self, attacker: Frozen, setting: Setting, split: Split, places: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        by_stage, y = self.seen(attacker, setting.amount)[split]
+        return by_stage[setting.stage or features.EMBEDDING][places].astype(np.float64), y[places]
+
+    def _prepared(self, attacker: Attacker | Frozen, rows: np.ndarray, amount: float | None) -> Classifier:
+        model = copy.deepcopy(self.model)
+        size = -(-len(rows) // max(1, len(rows) // 256))  # parts of about equal size
+        attacker.prepare(model, self.fresh, self._pixels("train", self.own[rows], size), amount)
+        return model
+
+    def _whole(self, split: Split, rows: np.ndarray | None = None, size: int = 512) -> Iterator[Batch]:
+        """All of a split, or of these rows, on this process: trials are shared out, batches are not."""
+        images, device = self.experiment.data.images(self.job.dataset, split), self.experiment.engine.device
+        return evaluation_batches(images.pixels, images.labels, rows, device=device, batch_size=size)
+
+    def _pixels(self, *arguments: Any) -> Iterator[Tensor]:
+        return (batch.x for batch in self._whole(*arguments))
+
+
+def share_out(
+    repetition: Repetition, tasks: list[Callable[[], Result]], done: Callable[[int], None] = lambda count: None
+) -> list[Result]:
+    """Every task's result, in order. Tasks are shared out over processes and, on the CPU, over this one's threads.
+
+    done: told after each of this process's tasks how many of all are finished by then, if others are as far.
+
+    One thread a task: networks and batches this small leave a second thread idle. But threads share torch's random
+    numbers, so the trials of a network that draws some go one after the other, each from a seed of its own.
+    """
+    from threadpoolctl import threadpool_limits
+
+    engine, cores = repetition.experiment.engine, torch.get_num_threads()
+    drawing = draws(repetition.model)
+    at_once = 1 if drawing or engine.device.type != "cpu" else cores
+
+    def work(number: int) -> Result:
+        if drawing:
+            torch.manual_seed(repetition.experiment.recipe.stream(f"{repetition.tag}/{number}"))
+        return tasks[number]()
+
+    results: list[Result] = []
+    torch.set_num_threads(1 if at_once > 1 else cores)
+    try:  # two probes of two threads each are slower
+        with threadpool_limits(1 if at_once > 1 else None, "blas"), ThreadPoolExecutor(at_once) as pool:
+            for result in pool.map(work, range(engine.share.rank, len(tasks), engine.processes)):
+                results.append(result)
+                done(min(len(results) * engine.processes, len(tasks)))
+    except BaseException:
+        repetition.stop.set()
+        raise
+    finally:
+        torch.set_num_threads(cores)  # OpenMP's limits came back with those of BLAS
+    gathered = engine.gather_objects(results)
+    # Process r did tasks r, r + n, r + 2n, ...: deal them back into order.
+    order = [number for rank in range(engine.processes) for number in range(rank, len(tasks), engine.processes)]
+    return [result for _, result in sorted(zip(order, gathered, strict=True), key=lambda pair: pair[0])]
+
+
+def draws(model: torch.nn.Module) -> bool:
+    """Whether the network draws random numbers as it trains: dropout, or stochastic depth."""
+    return any(isinstance(m, (_DropoutNd, StochasticDepth)) and m.p > 0 for m in model.modules())

@@ -24,9 +24,9 @@ from dtlctl.model import networks
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.plan import jobs
 from dtlctl.run.experiment import Experiment
-from dtlctl.stages import piggyback, trials
+from dtlctl.stages import piggyback
+from dtlctl.stages.piggyback import Repetition
 from dtlctl.stages.runner import run
-from dtlctl.stages.trials import Repetition
 from dtlctl.storage.parts import Parts
 
 ATTACKERS = (
@@ -180,7 +180,7 @@ def test_what_a_late_stage_hides_an_early_one_gives_away(recipe_file: Path):
     changes = ("model.width=16", "data.piggyback.again.fraction=0.3", f"piggyback.attackers={table}")
     experiment = Experiment(load(recipe_file, list(changes)), recipe_file.parent, quiet=True)
     (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
-    start = trials.start
+    start = piggyback.start
 
     def destroyed(*arguments: Any, **options: Any) -> networks.Classifier:
         model = start(*arguments, **options)
@@ -189,7 +189,7 @@ def test_what_a_late_stage_hides_an_early_one_gives_away(recipe_file: Path):
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials, "start", destroyed)
+        patch.setattr(piggyback, "start", destroyed)
         repetition = Repetition(experiment, job, 0)
     found = []
     for attacker in job.settings.attackers:

@@ -19,8 +19,8 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.run.trainer import Trainer
 from dtlctl.stages import audit as auditing
 from dtlctl.stages import reference
+from dtlctl.stages.piggyback import Repetition
 from dtlctl.stages.runner import run
-from dtlctl.stages.trials import Repetition
 from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import Engine
 

@@ -18,7 +18,7 @@ from torchvision.ops import StochasticDepth
 
 from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
-from dtlctl.stages.trials import Repetition, draws, share_out
+from dtlctl.stages.piggyback import Repetition, draws, share_out
 
 
 def repetition(model: nn.Module) -> Any:
