@@ -6,6 +6,7 @@ This file turns what an attack sees of each image into the numbers that are repo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,24 +34,6 @@ class Guess(NamedTuple):
 
 Attacker = Callable[[Known, dict[str, np.ndarray], int], Guess]
 """(known images, what he sees of the images to be judged, seed) -> scores; he learns from the known ones alone."""
-
-
-class Verdict(NamedTuple):
-    """How well scores tell members from non-members; everything in [0, 1], 0.5 is chance for the first six."""
-
-    auc: float
-    auc_low: float
-    auc_high: float
-    """95 % bootstrap interval, resampling members and non-members separately."""
-    balanced_accuracy: float
-    """Mean of both groups' shares of right answers at a threshold that comes from elsewhere."""
-    balanced_accuracy_low: float
-    balanced_accuracy_high: float
-    tpr: tuple[tuple[float, float, float] | None, ...]
-    """At each of `RATES`: the true positive rate and its 95 % Clopper-Pearson interval, or None where the
-    non-members are too few to resolve the rate."""
-    roc: tuple[float, ...]
-    """True positive rates at `grid(others)`."""
 
 
 def single(known: Known, seen: dict[str, np.ndarray], seed: int) -> Guess:
@@ -134,29 +117,28 @@ class Curves:
         """[R]: the largest share of members above a threshold that no more than `allowed` others reach."""
         return (self.caught * (self.alarms <= allowed)).max(1) / self.m
 
-    def balanced_accuracy(self, threshold: float) -> np.ndarray:
-        """[R]: the mean of both groups' shares of right answers; at and above the threshold is called a member."""
-        place = np.searchsorted(self.scores, threshold)
+    def balanced_accuracy(self, at: float) -> np.ndarray:
+        """[R]: the mean of both groups' shares of right answers; at and above this is called a member."""
+        place = np.searchsorted(self.scores, at)
         return (1 + self.caught[:, place] / self.m - self.alarms[:, place] / self.n) / 2
 
 
 def judge(
     members: np.ndarray, others: np.ndarray, threshold: float, rng: np.random.Generator, rounds: int = 200
-) -> Verdict:
-    """Compare the scores of members [M] with those of others [N]; at and above the threshold is called a member."""
-    curves = Curves(members, others)
+) -> dict[str, Any]:
+    """How well scores tell members [M] from others [N]: everything in [0, 1], 0.5 is chance but for `tpr` and `roc`.
+
+    `auc`; `balanced_accuracy`, at a threshold that comes from elsewhere; either's `_low` and `_high`, a 95 % bootstrap
+    interval that resamples members and others separately; `tpr_at_RATE`, what `tpr_at` says for each of `RATES`;
+    `roc`, true positive rates at `grid(others)`.
+    """
+    curves, found = Curves(members, others), dict[str, Any]()
     drawn = Curves(members, others, [rng.integers(len(g), size=(rounds, len(g))) for g in (members, others)])
-    low, high = np.quantile([drawn.auc(), drawn.balanced_accuracy(threshold)], [0.025, 0.975], axis=1)
-    return Verdict(
-        float(curves.auc()[0]),
-        float(low[0]),
-        float(high[0]),
-        float(curves.balanced_accuracy(threshold)[0]),
-        float(low[1]),
-        float(high[1]),
-        tuple(tpr_at(curves, drawn, rate) for rate in RATES),
-        tuple(float(curves.tpr(allowed(rate, len(others)))[0]) for rate in grid(len(others))),
-    )
+    for name, number in (("auc", Curves.auc), ("balanced_accuracy", partial(Curves.balanced_accuracy, at=threshold))):
+        low, high = np.quantile(number(drawn), [0.025, 0.975])
+        found |= {name: float(number(curves)[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
+    found |= {f"tpr_at_{rate:g}": tpr_at(curves, drawn, rate) for rate in RATES}
+    return found | {"roc": [float(curves.tpr(allowed(rate, len(others)))[0]) for rate in grid(len(others))]}
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
@@ -192,20 +174,16 @@ def grid(others: int, points: int = 16) -> list[float]:
     return np.geomspace(1 / others, 1, points).tolist()
 
 
-def summarise(verdicts: Sequence[Verdict], others: int) -> dict[str, Any]:
-    """Means and deviations over the verdicts of repeats; `others` non-members were judged in each."""
+def summarise(verdicts: Sequence[dict[str, Any]], others: int) -> dict[str, Any]:
+    """Means and deviations over what was judged in repeats, on `others` non-members in each."""
     document: dict[str, Any] = {"repeats": len(verdicts)}
-    for name in Verdict._fields[:6]:
-        values = [getattr(verdict, name) for verdict in verdicts]
-        document[name] = float(np.mean(values))
-        if not name.endswith(("low", "high")):
+    for name in verdicts[0]:
+        values = [verdict[name] for verdict in verdicts]
+        mean = None if None in values else np.mean(values, axis=0).tolist()
+        document[name] = mean and dict(zip(("tpr", "low", "high"), mean, strict=True)) if "tpr" in name else mean
+        if name in ("auc", "balanced_accuracy"):
             document[f"{name}_std"] = float(np.std(values))
-    for place, rate in enumerate(RATES):
-        points = [verdict.tpr[place] for verdict in verdicts]
-        mean = None if None in points else np.mean(np.array(points), axis=0).tolist()
-        document[f"tpr_at_{rate:g}"] = mean and dict(zip(("tpr", "low", "high"), mean, strict=True))
-    curve = np.mean([verdict.roc for verdict in verdicts], axis=0).round(4).tolist()
-    document["roc"] = {"fpr": np.round(grid(others), 6).tolist(), "tpr": curve}
+    document["roc"] = {"fpr": np.round(grid(others), 6).tolist(), "tpr": np.round(document["roc"], 4).tolist()}
     return document
 
 
