@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from dtlctl.attacks import signals
 from dtlctl.attacks.tuning import Evaluation, Setting, Trial
 from dtlctl.errors import CheckpointError, DivergedError, Stopped
 from dtlctl.many import sweep
@@ -129,8 +130,8 @@ def test_a_reference_must_have_said_something_finite_of_every_image(recipe_file:
     with pytest.raises(CheckpointError, match=r"references/1.json: cannot be used: .*; delete it to make it again"):
         run(new_experiment(recipe_file, RMIA), ("audit",), only=("pre",))
     path.unlink()
-    answers = reference._answers
-    monkeypatch.setattr(reference, "_answers", lambda *given: answers(*given) * float("nan"))
+    scaled = signals.scaled
+    monkeypatch.setattr(signals, "scaled", lambda *given: scaled(*given) * float("nan"))
     with pytest.raises(DivergedError, match="are not finite"):
         run(new_experiment(recipe_file, RMIA), ("audit",), only=("pre",))
     assert not path.exists()
