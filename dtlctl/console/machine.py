@@ -26,18 +26,13 @@ def memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgr
     root: where control groups are mounted; own: which of them this process is in, and so in those above.
     """
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in _groups(own):
+    groups = {Path()}  # inside a container the mount itself is the process's own
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            path = Path(line.split(":", 2)[2].lstrip("/"))
+            groups |= {path, *path.parents}
+    for path in groups:
         for place in (root / path / "memory.max", root / "memory" / path / "memory.limit_in_bytes"):
             with suppress(OSError, ValueError):  # not there, or "max"
                 limits.append(int(place.read_text()))
     return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _groups(own: Path) -> set[Path]:
-    """The control groups that this process is in, relative to their mount, with all above them."""
-    paths = {Path()}  # inside a container the mount itself is the process's own
-    with suppress(OSError):
-        for line in own.read_text().splitlines():
-            path = Path(line.split(":", 2)[2].lstrip("/"))
-            paths |= {path, *path.parents}
-    return paths

@@ -40,29 +40,19 @@ def precision(name: Precision) -> Iterator[None]:
     torch's switch is one for the whole process, and on for convolutions unless told otherwise; forward and backward
     passes obey it alike. It is left as it was found.
     """
-    before = _tf32()
-    _allow_tf32(name == "tf32", name == "tf32")
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    switch: tuple[list[Any], str, Any, Any] = [matmul, cudnn], "allow_tf32", True, False
+    if hasattr(cudnn, "conv"):  # since torch 2.9, where an old name raises if somebody wrote to a new one
+        switch = [matmul, cudnn.conv, cudnn.rnn], "fp32_precision", "tf32", "ieee"
+    places, attribute, on, off = switch
+    before = [getattr(place, attribute) for place in places]
+    for place in places:
+        setattr(place, attribute, on if name == "tf32" else off)
     try:
         yield
     finally:
-        _allow_tf32(*before)
-
-
-def _tf32() -> tuple[bool, bool]:
-    """Whether matrix products, and convolutions, may use TF32."""
-    matmul: Any = torch.backends.cuda.matmul
-    conv: Any = getattr(torch.backends.cudnn, "conv", None)
-    if conv is None:  # before torch 2.9; since then an old name raises where somebody wrote to a new one
-        return matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    return matmul.fp32_precision == "tf32", conv.fp32_precision == "tf32"
-
-
-def _allow_tf32(products: bool, convolutions: bool) -> None:
-    cudnn: Any = torch.backends.cudnn
-    torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32 = products, convolutions
-    if hasattr(cudnn, "conv"):  # the old name's False means "as torch.backends.fp32_precision says"
-        for operation in (cudnn.conv, cudnn.rnn):
-            operation.fp32_precision = "tf32" if convolutions else "ieee"
+        for place, was in zip(places, before, strict=True):
+            setattr(place, attribute, was)
 
 
 class Classifier(nn.Module):
@@ -160,13 +150,11 @@ def _assemble(arch: str, heads: dict[str, int], stem: str, width: int | None, im
     if arch in DEPTHS:
         width = width or 16
         return Classifier(CifarResNet(DEPTHS[arch], width), 4 * width, heads)
-    if arch.startswith(TIMM):
-        backbone, features, readout = _timm(arch, image_size)
-    else:
-        backbone = _torchvision(arch, image_size)
-        features, readout = _behead(backbone)
-    if stem == "small":
-        _shrink_stem(backbone, arch)
+    backbone, features, readout = (_timm if arch.startswith(TIMM) else _torchvision)(arch, image_size)
+    if stem == "small":  # torchvision's ResNets all call their first layers conv1, bn1, relu and maxpool
+        conv = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        backbone.conv1, backbone.maxpool = conv, nn.Identity()
     if image_size <= (16 if stem == "small" else 64):  # a network halves the sides 3 times, or 5: to 2 or less
         small_maps.fold(backbone)
     return Classifier(backbone, features, heads, readout)
@@ -212,29 +200,34 @@ def architectures() -> list[str]:
     return sorted({n for n in names if not n.startswith(("inception", "googlenet", "squeezenet"))} | _KNOWN)
 
 
-def _torchvision(arch: str, image_size: int) -> nn.Module:
-    import torchvision
+def _torchvision(arch: str, image_size: int) -> tuple[Any, int, str]:
+    """A backbone of torchvision, the width of its features, and what its last linear layer is called."""
+    from torchvision import models
 
-    if arch == "resnet10":
-        from torchvision.models.resnet import BasicBlock, ResNet
-
-        return ResNet(BasicBlock, [1, 1, 1, 1])
     # Only vision transformers are built for one image size.
     size = {"image_size": image_size} if arch.startswith("vit_") else {}
-    return torchvision.models.get_model(arch, weights=None, **size)
+    if arch == "resnet10":
+        backbone: nn.Module = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+    else:
+        backbone = models.get_model(arch, weights=None, **size)
+    name, last = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)][-1]
+    parent, _, attribute = name.rpartition(".")
+    setattr(backbone.get_submodule(parent), attribute, nn.Identity())
+    return backbone, last.in_features, name
 
 
-def _timm(arch: str, image_size: int) -> tuple[nn.Module, int, str]:
-    """A backbone of timm, the width of its features, and what timm calls its last linear layer."""
+def _timm(arch: str, image_size: int) -> tuple[Any, int, str]:
+    """The same of timm."""
     import timm
 
-    options: dict[str, Any] = {**timm_options(arch, image_size)}
-    backbone: Any = timm.create_model(arch.removeprefix(TIMM), pretrained=False, num_classes=0, **options)
+    backbone: Any = timm.create_model(
+        arch.removeprefix(TIMM), pretrained=False, num_classes=0, **timm_options(arch, image_size)
+    )
     width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     return backbone, int(width), backbone.default_cfg["classifier"]
 
 
-def timm_options(arch: str, image_size: int) -> dict[str, int]:
+def timm_options(arch: str, image_size: int) -> dict[str, Any]:
     """What timm has to be told besides the name: the image's size, where a network is built for one."""
     import timm
 
@@ -254,21 +247,3 @@ def _check_timm(arch: str) -> None:
     told = timm.get_pretrained_cfg(name)
     if not told or not isinstance(told.classifier, str):
         raise ValueError(f"{arch} has more than one linear layer at its end, or none that is known")
-
-
-def _behead(backbone: nn.Module) -> tuple[int, str]:
-    """Replace the last linear layer by the identity; return its input width and its name."""
-    name, last = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)][-1]
-    parent, _, attribute = name.rpartition(".")
-    setattr(backbone.get_submodule(parent), attribute, nn.Identity())
-    return last.in_features, name
-
-
-def _shrink_stem(backbone: nn.Module, arch: str) -> None:
-    """torchvision's ResNets all call their first layers conv1, bn1, relu and maxpool."""
-    old = backbone.get_submodule("conv1")
-    assert isinstance(old, nn.Conv2d), arch
-    conv = nn.Conv2d(3, old.out_channels, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    backbone.register_module("conv1", conv)
-    backbone.register_module("maxpool", nn.Identity())

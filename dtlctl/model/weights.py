@@ -44,8 +44,7 @@ def identity(weights: str, arch: str) -> dict[str, str]:
         entry = _entry(weights, arch)
         return {"torchvision": str(entry), "url": entry.url}
     path = _file(weights)
-    seen = path.stat()
-    return {"sha256": _sha256(path, seen.st_size, seen.st_mtime_ns)}
+    return {"sha256": _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)}
 
 
 def read(weights: str, network: dict[str, Any], classes: Sequence[str] | None = None) -> Given:
@@ -135,12 +134,9 @@ def _compared(said: dict[str, Any], network: dict[str, Any]) -> list[str]:
         theirs, ours = ([round(float(x), 6) for x in table.get(key, network[key])] for table in (said, network))
         if theirs != ours:
             raise ValueError(f"its images were normalised by {key} {theirs}; write {key} = {theirs} under [model]")
-    size = said.get("image_size", network["image_size"])
-    other = [f"{size} pixels"] if size != network["image_size"] else []
-    if other := other + [text for text in [said.get("resize")] if text]:
-        square = f"the recipe's are cut square, {network['image_size']} pixels, bicubic"
-        return [f"its images were of {', '.join(other)}; {square}"]
-    return []
+    size, own = said.get("image_size"), network["image_size"]
+    told = ", ".join([f"{size} pixels"] * (size not in (None, own)) + [said["resize"]] * ("resize" in said))
+    return [f"its images were of {told}; the recipe's are cut square, {own} pixels, bicubic"] * bool(told)
 
 
 def tensors_of(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -165,9 +161,7 @@ def tensors_of(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _of_timm(config: dict[str, Any]) -> dict[str, Any]:
     """What timm's config.json, in a folder from the hub, says of classes and preprocessing."""
     told = config.get("pretrained_cfg", {})
-    said = {name: told[name] for name in ("mean", "std") if name in told}
-    if names := config.get("label_names"):
-        said["classes"] = names
+    said = {name: told[name] for name in ("mean", "std") if name in told} | {"classes": config.get("label_names")}
     if size := told.get("input_size"):
         said["resize"] = f"{size[-1]} pixels (crop_pct {told.get('crop_pct')}, {told.get('interpolation')})"
     return said

@@ -22,20 +22,17 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
 
     Raises RecipeError, naming file, key and reason, for anything that is not a valid recipe.
     """
+    what = "cannot be read: "
     try:
         text = _read(path)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    try:
+        what = "not valid TOML: "
         raw = tomllib.loads(text)
-    # Not only TOMLDecodeError: a number of 5,000 digits and a thousand open brackets end otherwise.
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: not valid TOML: {one_line(error)}") from None
-    try:
+        what = ""
         for override in overrides or []:
             apply(raw, override)
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: {one_line(error)}") from None
+    # Not only TOMLDecodeError: a number of 5,000 digits and a thousand open brackets end otherwise.
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: {what}{getattr(error, 'strerror', None) or one_line(error)}") from None
     return validated(raw, path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.model import networks, weights
 from dtlctl.objectives.batched import batchable
 from dtlctl.objectives.unlearn import NullSpace
-from dtlctl.recipe.schema import Model, Recipe
+from dtlctl.recipe.schema import Recipe
 
 
 def check(recipe: Recipe, source: str) -> None:
@@ -20,8 +21,7 @@ def check(recipe: Recipe, source: str) -> None:
     And CheckpointError for weights from outside that are not there or not the network's; none are fetched. source: the
     recipe's file, for the message, which names the first mistake in full and the others by their keys.
     """
-    found = [*_of_variants(recipe), *_of_attackers(recipe)]
-    if found:
+    if found := [*_lacking(recipe)]:
         others = ", ".join(place for place, _ in found[1:])
         raise RecipeError(f"{source}: {found[0][0]}: {found[0][1]}" + (f"\nalso wrong: {others}" if others else ""))
     stages = {"pretrain": recipe.pretrain, "finetune": recipe.finetune, "target-only": recipe.target_only}
@@ -35,42 +35,38 @@ def check(recipe: Recipe, source: str) -> None:
                 raise CheckpointError(f"{source}: {place}.weights: {error}") from None
 
 
-def _of_variants(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(key, reason) of every variant that asks for more stages than there are, or for one pass that cannot be."""
+def _lacking(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, reason) of every variant or attacker that asks for stages, layers or a way that the network has not."""
+    spec, arch = recipe.model, recipe.model.arch
+
+    def backbone() -> nn.Module:  # built only if something is demanded of it: most recipes need not wait for it
+        return networks.outline(arch, spec.stem, spec.width, spec.image_size).backbone
+
     for name, settings in recipe.dispose.items():
-        if settings.unlearn.memory == "batched" and not batchable(_backbone(recipe.model)):
-            reason = f"{recipe.model.arch} has other layers than convolutions, linear layers and batch norms"
+        if settings.unlearn.memory == "batched" and not batchable(backbone()):
+            reason = f"{arch} has other layers than convolutions, linear layers and batch norms"
             yield f"dispose.{name}.unlearn.memory", f'"batched": {reason}; write "auto", "keep" or "recompute"'
         asked = {"fresh_stages": settings.fresh_stages}
         if isinstance(settings.unlearn, NullSpace):
             asked["unlearn.stages"] = settings.unlearn.stages
         for key, count in asked.items():
-            if count and count > (known := len(networks.stages(_backbone(recipe.model)))):
-                reason = f"{count}, but {recipe.model.arch} has {known} stages; write {known} or less"
+            if count and count > (known := len(networks.stages(backbone()))):
+                reason = f"{count}, but {arch} has {known} stages; write {known} or less"
                 if not known:
-                    reason = f"the stages of {recipe.model.arch} are not known; choose another network or variant"
+                    reason = f"the stages of {arch} are not known; choose another network or variant"
                 yield f"dispose.{name}.{key}", reason
-
-
-def _of_attackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(key, reason) of every attacker who cannot prepare this network."""
+    batch_norms = nn.modules.batchnorm._BatchNorm
+    needed: dict[str, tuple[str, Any]] = {
+        "renorm": ("batch normalisation", batch_norms),
+        "norms": ("normalisation", NORMS),
+    }
     for number, attacker in enumerate(recipe.piggyback.attackers):
         lacking, deepest = "", max(getattr(attacker, "stages", [0]))
-        if deepest and deepest > len(networks.stages(_backbone(recipe.model))):
+        if deepest and deepest > len(networks.stages(backbone())):
             lacking = f"{deepest} known stages"
-        if "renorm" in attacker.kind and not any(map(_is_batch_norm, _backbone(recipe.model).modules())):
-            lacking = "batch normalisation"
-        if attacker.kind == "norms" and not any(isinstance(m, NORMS) for m in _backbone(recipe.model).modules()):
-            lacking = "normalisation"
+        for word, (layers, kinds) in needed.items():
+            if word in attacker.kind and not any(isinstance(module, kinds) for module in backbone().modules()):
+                lacking = layers
         if lacking:
-            reason = f'kind "{attacker.kind}" needs {lacking}, which {recipe.model.arch} does not have; leave it out'
+            reason = f'kind "{attacker.kind}" needs {lacking}, which {arch} does not have; leave it out'
             yield f"piggyback.attackers.{number}", reason
-
-
-def _backbone(spec: Model) -> nn.Module:
-    """Built only if something is demanded of it: most recipes need not wait for it."""
-    return networks.outline(spec.arch, spec.stem, spec.width, spec.image_size).backbone
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)

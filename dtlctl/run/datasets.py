@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from dtlctl.data import cache as decoded
 from dtlctl.data import overlap, subset
-from dtlctl.data.dataset import Dataset, Note, Split
+from dtlctl.data.dataset import Note, Split
 from dtlctl.data.entry import Images
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.processes import Processes
@@ -74,23 +75,23 @@ class Datasets:
 
     def cached(self, role: str, split: Split, whole: bool = False) -> Images | None:
         """As `images`, where nothing has to be decoded for it; else None."""
-        return decoded.cached(*self._asked(role, split), **self._chosen(role, whole))
+        return self._asked(decoded.cached, role, split, whole)()
 
     def _images(self, role: str, split: Split, whole: bool = False) -> Images:
         images = self.cached(role, split, whole) if self.processes.count == 1 else None
         if images is None:
-            asked, chosen = self._asked(role, split), self._chosen(role, whole)
+            load = self._asked(decoded.load, role, split, whole)
             with self.processes.progress(f"decode {role} {split}", 1) as bar:
-                self.processes.by_main(lambda: decoded.load(*asked, **chosen, progress=bar.at))
-            images = decoded.load(*asked, **chosen)
+                self.processes.by_main(lambda: load(progress=bar.at))
+            images = load()
         return images
 
-    def _asked(self, role: str, split: Split) -> tuple[Dataset, Split, int]:
-        return self.recipe.data.of(role), split, self.recipe.model.image_size
-
-    def _chosen(self, role: str, whole: bool) -> dict[str, Any]:
+    def _asked(self, way: Callable[..., Any], role: str, split: Split, whole: bool) -> Callable[..., Any]:
+        """A way to images, of this split."""
+        wanted = None if whole else partial(self._draw, role)
         seed = self.recipe.stream("subset/source")  # for test splits of all roles, which may share a dataset
-        return {"role": role, "seed": seed, "wanted": None if whole else partial(self._draw, role)}
+        size = self.recipe.model.image_size
+        return partial(way, self.recipe.data.of(role), split, size, role=role, seed=seed, wanted=wanted)
 
     def _draw(self, role: str, labels: np.ndarray, classes: int) -> np.ndarray:
         table, seed = self.recipe.data.of(role), self.recipe.stream(f"subset/{role}")

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dtlctl.errors import CheckpointError, RecipeError
+from dtlctl.errors import CheckpointError, RecipeError, one_line
 from dtlctl.model import networks, weights
 from dtlctl.run.experiment import Experiment
 from dtlctl.storage import checkpoint
@@ -121,5 +121,5 @@ def push(files: dict[str, bytes], repository: str) -> str:
         operations = [CommitOperationAdd(name, blob) for name, blob in files.items()]
         api.create_commit(repository, operations, commit_message="dtlctl export")
     except Exception as error:  # of the name, the network, the login
-        raise RecipeError(f"--to hf:{repository}: {' '.join(str(error).split())[:300]}") from None
+        raise RecipeError(f"--to hf:{repository}: {one_line(error)}") from None
     return address

@@ -123,10 +123,8 @@ class Results:
 
         adopted: what is to be said of weights that come from outside.
         """
-        engine, notes = (
-            self.processes.engine,
-            {**self.data.notes(job.roles), **({"weights": adopted} if adopted else {})},
-        )
+        engine = self.processes.engine
+        notes = self.data.notes(job.roles) | ({"weights": [*adopted]} if adopted else {})
         sidecar = {
             "format": checkpoint.FORMAT,
             "stage": job.stage,
