@@ -40,19 +40,29 @@ def precision(name: Precision) -> Iterator[None]:
     torch's switch is one for the whole process, and on for convolutions unless told otherwise; forward and backward
     passes obey it alike. It is left as it was found.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    switch: tuple[list[Any], str, Any, Any] = [matmul, cudnn], "allow_tf32", True, False
-    if hasattr(cudnn, "conv"):  # since torch 2.9, where an old name raises if somebody wrote to a new one
-        switch = [matmul, cudnn.conv, cudnn.rnn], "fp32_precision", "tf32", "ieee"
-    places, attribute, on, off = switch
-    before = [getattr(place, attribute) for place in places]
-    for place in places:
-        setattr(place, attribute, on if name == "tf32" else off)
+    before = _tf32()
+    _allow_tf32(name == "tf32", name == "tf32")
     try:
         yield
     finally:
-        for place, was in zip(places, before, strict=True):
-            setattr(place, attribute, was)
+        _allow_tf32(*before)
+
+
+def _tf32() -> tuple[bool, bool]:
+    """Whether matrix products, and convolutions, may use TF32."""
+    matmul: Any = torch.backends.cuda.matmul
+    conv: Any = getattr(torch.backends.cudnn, "conv", None)
+    if conv is None:  # before torch 2.9; since then an old name raises where somebody wrote to a new one
+        return matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    return matmul.fp32_precision == "tf32", conv.fp32_precision == "tf32"
+
+
+def _allow_tf32(products: bool, convolutions: bool) -> None:
+    cudnn: Any = torch.backends.cudnn
+    torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32 = products, convolutions
+    if hasattr(cudnn, "conv"):  # the old name's False means "as torch.backends.fp32_precision says"
+        for operation in (cudnn.conv, cudnn.rnn):
+            operation.fp32_precision = "tf32" if convolutions else "ieee"
 
 
 class Classifier(nn.Module):
