@@ -23,7 +23,7 @@ class SmallMapConv2d(nn.Conv2d):
         # [outputs, places, inputs, height, width]: for every output place the taps that fall on the map
         taps = torch.stack([weight[:, :, rows, columns] for rows, columns in windows], 1)
         flat = F.linear(input.flatten(1), taps.flatten(2).flatten(0, 1))
-        y = flat.view(len(input), self.out_channels, *size)
+        y = flat.unflatten(1, (self.out_channels, *size))
         return y if bias is None else y + bias[:, None, None]
 
     def _geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

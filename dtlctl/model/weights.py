@@ -135,8 +135,8 @@ def _compared(said: dict[str, Any], network: dict[str, Any]) -> list[str]:
         if theirs != ours:
             raise ValueError(f"its images were normalised by {key} {theirs}; write {key} = {theirs} under [model]")
     size, own = said.get("image_size"), network["image_size"]
-    told = ", ".join([f"{size} pixels"] * (size not in (None, own)) + [said["resize"]] * ("resize" in said))
-    return [f"its images were of {told}; the recipe's are cut square, {own} pixels, bicubic"] * bool(told)
+    told = ", ".join(filter(None, ["" if size in (None, own) else f"{size} pixels", said.get("resize")]))
+    return [f"its images were of {told}; the recipe's are cut square, {own} pixels, bicubic"] if told else []
 
 
 def tensors_of(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -88,7 +88,7 @@ def _explain(path: Path | str, raw: dict[str, Any], error: ValidationError) -> s
     # What is missing where a key is unknown has most likely only another name there.
     errors = [e for e in errors if e["type"] != "missing" or e["loc"][:-1] not in unknown]
     errors.sort(key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
-    places = [_place(raw, e["loc"]) for e in errors]
+    places = [_place(raw, e) for e in errors]
     reason = one_line(_reason(errors[0]), 500)
     message = f"{path}: {places[0]}: {reason}" if places[0] else f"{path}: {reason}"
     others = [place for place in dict.fromkeys(places) if place != places[0]]
@@ -128,12 +128,12 @@ def _inherited(raw: dict[str, Any], loc: tuple[int | str, ...]) -> bool:
     return table.get("like") in ("source", "target") and loc[3] not in table
 
 
-def _place(raw: Any, loc: tuple[int | str, ...]) -> str:
+def _place(raw: Any, error: Any) -> str:
     """The key as the file has it: pydantic adds the names of union members, which no file contains."""
     parts: list[str] = []
-    for depth, part in enumerate(loc):
+    for depth, part in enumerate(error["loc"], 1):
         known = (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int))
-        if known or (depth == len(loc) - 1 and isinstance(raw, dict)):
+        if known or (depth == len(error["loc"]) and error["type"] == "missing"):
             raw = raw[part] if known else None
             if part != "[key]":
                 bare = isinstance(part, int) or re.fullmatch(r"[\w-]+", part)

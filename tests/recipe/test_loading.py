@@ -197,6 +197,7 @@ MISTAKES = {
     "dispose.GC.steps=5": "dispose.GC: no such table; did you mean 'gc'?",
     "reference.x.weights='a'": "reference.x: no such table (valid: none); a new one",
     "data.source.test=[1]": "data.source.test: Input should be a valid string (it is [1])",
+    "data.source.test.x=1": "data.source.test: Input should be a valid string (it is {'x': 1})",
     "data.piggyback.agian.fraction=0.1": "data.piggyback.agian: no such table; did you mean 'again'?",
     "dispose={gc={odds=2, lambda=0.3}}": "dispose.gc: odds and lambda say the same; give one of them",
     "dispose.gc.odds=1e9": "dispose.gc.odds: 1e+09 times the odds of lambda = 0.1 comes to lambda = 1; give lambda",
