@@ -146,12 +146,12 @@ class Data:
 
     def share(self, who: str, dataset: str) -> str:
         """Of what TL gives a tuned attacker beyond a new network, in %, with its interval."""
-        from dtlctl.report.intervals import recovered
+        from dtlctl.report.intervals import Number, share
 
         study = who.partition("/")[0]
         three = (self.pl(one, dataset) for one in (who, f"{study}/scratch", f"{study}/TL"))
-        found = recovered(*([one[seed] for seed in sorted(one)] for one in three))
-        return "{share:.0f} [{low:.0f}, {high:.0f}]".format(**{key: 100 * value for key, value in found.items()})
+        found = share(*(Number([one[seed] for seed in sorted(one)]) for one in three))
+        return "{value:.0f} [{low:.0f}, {high:.0f}]".format(**{key: 100 * value for key, value in found.items()})
 
     def audit(self, who: str, attack: str = "loss", mode: str = "as-is", field: str = "auc") -> str:
         """The AUC, or the true positives in % at 1 % false ones ("tpr"), on one seed, with its interval."""

@@ -12,6 +12,7 @@ from dtlctl.report.figures import Curves, Drawing
 from dtlctl.report.results import Row
 from dtlctl.report.summary import summarise as summary_of
 from dtlctl.report.tables import Table
+from dtlctl.report.templates import said
 from dtlctl.storage import checkpoint
 
 Point = dict[str, Any]
@@ -44,7 +45,7 @@ def write(document: dict[str, Any], folder: Path, command: str, name: str, runs:
     page = {
         "title": f"{name}: {', '.join(document['over'])}",
         "subtitle": "",
-        "attackers": list(dict.fromkeys(files.who(point["table"]["recipe"]["piggyback"]) for point in found)),
+        "attackers": list(dict.fromkeys(said("who", point["table"]["recipe"]["piggyback"]) for point in found)),
     }
     files.publish(document, folder, command, [_table(found)], _caveats(found), draw(document), page)
 

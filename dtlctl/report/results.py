@@ -23,6 +23,9 @@ Row = dict[str, Any]
 ATTACKS = {"piggyback": "acc_pl", "piggyback_worst": "acc_pl_worst", "piggyback_max": "acc_pl_max"}
 """The sidecar's metric behind each kind of Acc_pl: of the one setting, the tuned attacker, the best by test images."""
 
+NEVER_SAW_THE_SOURCE = ("scratch", "TGT")
+"""Nothing of the source can be recovered from these: what an attacker gets is what he learned himself."""
+
 
 class Result(NamedTuple):
     """One sidecar of a run, and the job that it is of."""

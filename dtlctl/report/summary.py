@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from dtlctl.errors import RecipeError
 from dtlctl.report import audit, results
-from dtlctl.report.caveats import caveats, left_out
+from dtlctl.report.caveats import caveats
 from dtlctl.report.evidence import evidence
-from dtlctl.report.intervals import half_width, recovered
+from dtlctl.report.intervals import half_width
 from dtlctl.report.results import ATTACKS, Row, recipe_of, refuse_other_images, renamed, results_of, rows_of
 from dtlctl.report.verdict import verdict
 from dtlctl.storage import checkpoint
-
-NEVER_SAW_THE_SOURCE = ("scratch", "TGT")
-"""Nothing of the source can be recovered from these: what an attacker gets is what he learned himself."""
 
 Numbers = dict[tuple[str, ...], float]
 """Of one model and seed: by name, those of an attack by kind (see ATTACKS) and dataset."""
@@ -30,8 +28,7 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     accuracies in %, means over seeds; with several seeds each number x has x_ci, the half width of its 95 % t
     interval. A number that was not measured is left out. vs_TL and vs_TGT are rows of differences, taken seed by seed,
     so that their intervals are those of the difference. Under tuned attackers a row also has piggyback_worst and
-    piggyback_max, and tuned_by, the chosen kinds and their stages; recovered and recovered_worst are shares of what
-    TL gives away (see `recovered`), for models that saw the source; curves holds [[steps of the attack, %], ...] by
+    piggyback_max, and tuned_by, the chosen kinds and their stages; curves holds [[steps of the attack, %], ...] by
     dataset. evidence is that of `evidence.evidence`, older names results in the folders that are not of this recipe's
     present models, and from both follows the verdict. audits_sha256 stands for all that audit.md shows besides; caveats
     are sentences. Raises CheckpointError for what is no run or no sidecar, RecipeError for recipes that differ in more.
@@ -61,8 +58,6 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
         for reference in [name for name in ("TGT", "TL") if name in by_seed]:
             pairs = zip(numbers[model], numbers[reference], strict=True)
             row[f"vs_{reference}"] = _average(model, [_less(*pair) for pair in pairs])
-        if {"scratch", "TL"} <= by_seed.keys() and model not in {*NEVER_SAW_THE_SOURCE, *recipes[0].reference}:
-            row |= _shares(own, by_seed["scratch"], by_seed["TL"])
         rows.append(row)
     document = {
         "recipe": recipes[0].resolved(),
@@ -71,13 +66,12 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
         "evidence": evidence(by_seed, recipes[0].reference),
         "older": list(dict.fromkeys(older)),
         "caveats": [
-            *caveats(by_seed, seeds),
-            *left_out(tables, seeds),
+            *caveats(by_seed, tables, seeds),
             *dict.fromkeys(text for pair in zip(found, recipes, strict=True) for text in renamed(*pair)),
         ],
         "audits_sha256": checkpoint.key({"audits": audit.read(runs)}),
     }
-    return document | {"verdict": verdict(document, recipes[0].publish).document()}
+    return document | {"verdict": asdict(verdict(document, recipes[0].publish))}
 
 
 def _numbers(row: Row) -> Numbers:
@@ -106,14 +100,3 @@ def _mean_curve(curves: list[list[list[float]]]) -> list[list[float]]:
     """The mean of curves at the steps that all of them have."""
     found = [{int(step): value for step, value in curve} for curve in curves]
     return [[step, mean(curve[step] for curve in found)] for step in found[0] if all(step in curve for curve in found)]
-
-
-def _shares(own: list[Row], scratch: list[Row], tl: list[Row]) -> Row:
-    """The recovered share of every dataset, for the one setting and for the tuned attacker."""
-    result: Row = {}
-    groups = (own, scratch, tl)
-    for kind, name in (("piggyback", "recovered"), ("piggyback_worst", "recovered_worst")):
-        sets = [s for s in own[0].get(kind, {}) if all(s in row.get(kind, {}) for rows in groups for row in rows)]
-        if sets:
-            result[name] = {s: recovered(*([row[kind][s] for row in rows] for rows in groups)) for s in sets}
-    return result

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dtlctl.report.results import ATTACKS, Row
+from dtlctl.report.templates import span
 
 
 @dataclass(frozen=True)
@@ -103,34 +104,22 @@ def _tuned(document: dict[str, Any]) -> Table:
     """Every attack on the datasets with tuned attackers, and what they recover."""
     sets = list(dict.fromkeys(name for row in document["rows"] for name in row.get("piggyback_worst", {})))
     kinds = ("one setting", "tuned", "best of all", "recovered", "tuned by")
-    lines = [
-        [row["model"]]
-        + [
-            cell
-            for s in sets
-            for cell in (*(attacked(row, kind, s) for kind in ATTACKS), _recovered(row, s), _tuned_by(row, s))
-        ]
-        for row in document["rows"]
-    ]
+    lines = []
+    for row in document["rows"]:
+        line = [row["model"]]
+        for name in sets:
+            share = document["evidence"][row["model"]]["attacks"].get(name, {}).get("recovered")
+            who = [each for each, _ in Counter(row.get("tuned_by", {}).get(name, [])).most_common()]
+            line += [attacked(row, kind, name) for kind in ATTACKS]
+            line += [span(share, ".0%") if share else "–", ", ".join(who) or "–"]
+        lines.append(line)
     note = (
         "Under tuned attackers: PL of the table's one setting, of the attacker who is best on "
         f"{chosen_on(document['recipe'])}, and of the best of all by test accuracy, which nobody can choose; the share "
-        "(PL − scratch) / (TL − scratch) that the tuned attacker recovers from models that saw the source"
-        + (", with its 95 % t interval over seeds." if len(document["seeds"]) > 1 else ".")
+        "(PL − scratch) / (TL − scratch) that the better of the first two recovers from models that saw the source, "
+        "with its 95 % interval."
     )
     return Table(note, ["Model", *(f"{s} {kind}" for s in sets for kind in kinds)], lines, "Under tuned attackers")
-
-
-def _recovered(row: Row, name: str) -> str:
-    share = row.get("recovered_worst", {}).get(name)
-    if share is None:
-        return "–"
-    return f"{share['share']:.0%}" + (f" [{share['low']:.0%}, {share['high']:.0%}]" if share["low"] is not None else "")
-
-
-def _tuned_by(row: Row, name: str) -> str:
-    """The chosen kinds, most frequent first: "probe at layer1"."""
-    return ", ".join(who for who, _ in Counter(row.get("tuned_by", {}).get(name, [])).most_common()) or "–"
 
 
 def number(row: Row, name: str, form: str = ".1f") -> str:
@@ -152,12 +141,10 @@ def _grid(table: Table) -> str:
     """Columns of one width each; nothing for a table without columns."""
     if not table.columns:
         return ""
-    widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
-    rule = "|".join(":" + "-" * (w + 1) if not i else "-" * (w + 1) + ":" for i, w in enumerate(widths))
-    lines = [
-        "| "
-        + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        + " |"
-        for cells in (table.columns, *table.rows)
+    first, *others = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
+    rule = "|".join([f":{'-' * (first + 1)}", *(f"{'-' * (width + 1)}:" for width in others)])
+    head, *rows = [
+        f"| {' | '.join([cell.ljust(first), *map(str.rjust, cells, others)])} |"
+        for cell, *cells in (table.columns, *table.rows)
     ]
-    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
+    return "\n".join([head, f"|{rule}|", *rows])

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from dtlctl.errors import EvidenceError
 from dtlctl.recipe.settings import Publish
 from dtlctl.report.evidence import Evidence
+from dtlctl.report.intervals import Figure
+from dtlctl.report.results import NEVER_SAW_THE_SOURCE
+from dtlctl.report.templates import points, said, shared
 
 YARDSTICK = 2.0
 """Points of Acc_t: a model above this price is not recommended where the recipe has no limit of its own."""
-WORDS = {
-    "scratch": "scratch, a network that nobody trained",
-    "TGT": "TGT, trained on the target alone",
-    "TL": "TL, transfer-learned, as it would be published without disposal",
-}
-"""The references in words; any other model is a disposal of TL under its own name."""
-Figure = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -34,37 +30,31 @@ class Verdict:
     models: dict[str, dict[str, Any]]
     """By model what is known of it, the decision, and the reasons against it."""
 
-    def document(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def verdict(document: dict[str, Any], limits: Publish | None) -> Verdict:
     """The verdict on a document of `summary.summarise`, of which it reads `evidence`, `seeds` and `older`."""
     found: dict[str, Evidence] = document["evidence"]
-    caveats = _caveats(document)
+    caveats, limits = _caveats(document), limits or Publish()
+    limited = limits != Publish()
     if lacking := _lacking(found):
         caveats = caveats[-1:] if document["older"] else []
-        return Verdict([f"No verdict: {lacking}", *caveats], None, not _limited(limits), caveats, {})
+        return Verdict([f"No verdict: {lacking}", *caveats], None, not limited, caveats, {})
+    leaks = _leaks(found)
     against = {model: _against(found, model, limits) for model in found if "acc_t" in found[model]}
     chosen = _chosen(found, against)
-    status = _held(found, chosen, limits) if chosen else []
+    status = held(found, chosen, limits) if chosen else []
     models = {
         model: {**found[model], "decision": "publish" if model == chosen else "not recommended", "reasons": reasons}
         for model, reasons in against.items()
     }
     sentences = [
-        _conclusion(found, chosen),
+        said("conclusion", chosen, leaks),
         *(f"[publish] {text}" for _, text in status),
-        *(_told(found, model, [] if model == chosen else reasons) for model, reasons in against.items()),
+        *(said("told", found, model, [] if model == chosen else why, leaks) for model, why in against.items()),
         *caveats,
     ]
-    held = all(state == "met" for state, _ in status) and (chosen is not None or not _limited(limits))
-    return Verdict(sentences, chosen, held, caveats, models)
-
-
-def limits_of(document: dict[str, Any], model: str, limits: Publish | None) -> list[str]:
-    """A sentence for every limit: met, missed, or not resolved by so many images, which counts as not met."""
-    return [text for _, text in _held(document["evidence"], model, limits)]
+    meets = all(state == "met" for state, _ in status) and (chosen is not None or not limited)
+    return Verdict(sentences, chosen, meets, caveats, models)
 
 
 def demand(document: dict[str, Any], model: str | None, limits: Publish | None, where: str) -> None:
@@ -72,16 +62,12 @@ def demand(document: dict[str, Any], model: str | None, limits: Publish | None, 
 
     model: None where none is recommended. where: the recipe's file, for the message.
     """
-    if not _limited(limits):
+    if limits in (None, Publish()):
         return
     if model is None:
         raise EvidenceError(f"{where}: [publish]: no model is recommended; the verdict says why")
-    if short := [text for state, text in _held(document["evidence"], model, limits) if state != "met"]:
+    if short := [text for state, text in held(document["evidence"], model, limits) if state != "met"]:
         raise EvidenceError(f"{where}: [publish] is not met by {model}: {' '.join(short)}")
-
-
-def _limited(limits: Publish | None) -> bool:
-    return limits is not None and (limits.price is not None or limits.recovered is not None)
 
 
 def _lacking(found: dict[str, Evidence]) -> str:
@@ -96,9 +82,9 @@ def _lacking(found: dict[str, Evidence]) -> str:
     return ""
 
 
-def _leaks(found: dict[str, Evidence]) -> list[str]:
-    """The datasets on which TL is shown to give more than scratch."""
-    attacks = found.get("TL", {"attacks": {}})["attacks"]
+def _leaks(found: dict[str, Evidence], model: str = "TL") -> list[str]:
+    """The datasets on which a model is shown to give more than scratch."""
+    attacks = found.get(model, {"attacks": {}})["attacks"]
     return [name for name, one in attacks.items() if _positive(one["above"].get("scratch"))]
 
 
@@ -106,7 +92,7 @@ def _positive(one: Figure | None) -> bool:
     return one is not None and one["low"] is not None and one["low"] > 0
 
 
-def _against(found: dict[str, Evidence], model: str, limits: Publish | None) -> list[str]:
+def _against(found: dict[str, Evidence], model: str, limits: Publish) -> list[str]:
     """What speaks against publishing a model, by the rules of the verdict."""
     own, leaks = found[model], _leaks(found)
     if model == "TGT":
@@ -121,12 +107,13 @@ def _against(found: dict[str, Evidence], model: str, limits: Publish | None) -> 
             why.append(f"never attacked on {name}")
         elif (high := own["attacks"][name]["above"]["TL"]["high"]) is None or high >= 0:
             why.append(f"attackers of {name} are not shown to get less than from TL")
-        elif limits and limits.recovered is not None and own["attacks"][name]["recovered"]["value"] > limits.recovered:
+        elif limits.recovered is not None and own["attacks"][name]["recovered"]["value"] > limits.recovered:
             why.append(f"more than {limits.recovered:.0%} is recovered on {name}")
-    limited = limits is not None and limits.price is not None
-    most = limits.price if limits and limits.price is not None else YARDSTICK
-    text = f"it costs more than {most:g} points" + ("" if limited else ", the yardstick where [publish] has no price")
-    return [*why, text] if own["price"]["value"] > most else why
+    if limits.price is None and own["price"]["value"] > YARDSTICK:
+        why.append(f"it costs more than {YARDSTICK:g} points, the yardstick where [publish] has no price")
+    elif limits.price is not None and own["price"]["value"] > limits.price:
+        why.append(f"it costs more than {limits.price:g} points")
+    return why
 
 
 def _chosen(found: dict[str, Evidence], against: dict[str, list[str]]) -> str | None:
@@ -140,25 +127,23 @@ def _chosen(found: dict[str, Evidence], against: dict[str, list[str]]) -> str | 
     return "TGT" if all(one["low"] is not None and one["low"] <= 0 for one in gains) else None
 
 
-def _held(found: dict[str, Evidence], model: str, limits: Publish | None) -> list[tuple[str, str]]:
+def held(found: dict[str, Evidence], model: str, limits: Publish) -> list[tuple[str, str]]:
     """Every limit that the recipe sets: ("met", "missed" or "not resolved", a sentence)."""
-    own, held = found.get(model, {"attacks": {}}), []
-    if limits and limits.price is not None:
+    own, states = found.get(model, {"attacks": {}}), []
+    if limits.price is not None:
         figure = {"value": 0.0, "low": 0.0, "high": 0.0} if model == "TL" else own.get("price")
         state, why = _state(figure, limits.price, own.get("images"))
-        held.append((state, f"price of {model}, at most {limits.price:g}: {points(figure)}: {why}."))
-    if limits and limits.recovered is not None:
-        if model in ("TGT", "scratch"):
-            return [*held, ("met", f"from {model}, which never saw the source, nothing can be recovered: met.")]
-        leaks = _leaks(found)
-        more = [name for name, one in own["attacks"].items() if _positive(one["above"].get("scratch"))]
-        for name in dict.fromkeys([*leaks, *more]):
-            one = own["attacks"].get(name, {})
-            state, why = _state(one.get("recovered"), limits.recovered, one.get("images"))
-            held.append((state, f"from {model} on {name}, at most {limits.recovered:.0%}: {shared(one)}: {why}."))
-        if not leaks:
-            held.append(("not resolved", "no attack shows anything to recover: not resolved."))
-    return held
+        states.append((state, f"price of {model}, at most {limits.price:g}: {points(figure)}: {why}."))
+    if limits.recovered is None:
+        return states
+    if model in NEVER_SAW_THE_SOURCE:
+        return [*states, ("met", f"from {model}, which never saw the source, nothing can be recovered: met.")]
+    leaks = _leaks(found)
+    for name in dict.fromkeys([*leaks, *_leaks(found, model)]):
+        one = own["attacks"].get(name, {})
+        state, why = _state(one.get("recovered"), limits.recovered, one.get("images"))
+        states.append((state, f"from {model} on {name}, at most {limits.recovered:.0%}: {shared(one)}: {why}."))
+    return states if leaks else [*states, ("not resolved", "no attack shows anything to recover: not resolved.")]
 
 
 def _state(figure: Figure | None, limit: float, images: int | None) -> tuple[str, str]:
@@ -170,81 +155,22 @@ def _state(figure: Figure | None, limit: float, images: int | None) -> tuple[str
     return ("missed", "missed") if figure["low"] > limit else ("not resolved", f"not resolved by {images:,} images")
 
 
-def _conclusion(found: dict[str, Evidence], chosen: str | None) -> str:
-    if chosen == "TGT":
-        return (
-            "Publish TGT: it never saw the source, and no model that could be published in its place is shown to be "
-            "better on the target."
-        )
-    if chosen:
-        return (
-            f"Publish {chosen}: it is shown to be better on the target than TGT, which never saw the source, and to "
-            "give attackers less than TL."
-        )
-    if not _leaks(found):
-        return "No model is recommended: no attack shows that TL gives away anything that scratch does not."
-    return "No model is recommended: something speaks against each."
-
-
-def _told(found: dict[str, Evidence], model: str, reasons: list[str]) -> str:
-    """One model: what it keeps, what it costs, what attackers get from it, what speaks against it."""
-    own = found[model]
-    parts = [f"{WORDS.get(model, model)}: {own['acc_t']:.1f} % on the target"]
-    if model == "TL":
-        parts.append(f"the source brings {points(own['gain'])} over TGT")
-    elif model != "TGT":
-        parts.append(f"price {points(own['price'])}, over TGT {points(own['gain'])}")
-    for name, one in own["attacks"].items():
-        text = f"{name}: attackers get {percent(one['accuracy'])} ({one['attacker']})"
-        if model == "TL":
-            others = {other: found.get(other, {"attacks": {}})["attacks"].get(name) for other in ("scratch", "TGT")}
-            text += "".join(f", from {other} {percent(two['accuracy'])}" for other, two in others.items() if two)
-            text += "" if name in _leaks(found) else ": nothing to dispose of is shown"
-        elif model != "TGT":
-            text += f", {shared(one)}" + (f", {points(one['above']['TGT'])} above TGT" if "TGT" in one["above"] else "")
-        parts.append(text)
-    return "; ".join(parts) + "." + (f" Against it: {'; '.join(reasons)}." if reasons else "")
-
-
 def _caveats(document: dict[str, Any]) -> list[str]:
     """What makes a verdict mean less: one seed, weak attackers, models that nobody attacked, results left out."""
-    found, said = document["evidence"], []
+    found, caveats = document["evidence"], []
     attacks = [attack for one in found.values() for attack in one["attacks"].items()]
     if len(document["seeds"]) == 1:
-        said.append("One seed: the intervals are those of the test images; another seed may end elsewhere.")
+        caveats.append("One seed: the intervals are those of the test images; another seed may end elsewhere.")
     if weak := dict.fromkeys(name for name, one in attacks if not one["tuned"]):
-        said.append(f"Attacked with one setting only, none tuned: {', '.join(weak)}. Stronger attackers may get more.")
+        weakly = f"Attacked with one setting only, none tuned: {', '.join(weak)}."
+        caveats.append(f"{weakly} Stronger attackers may get more.")
     names = dict.fromkeys(name for name, _ in attacks)
-    saw = {model: one["attacks"] for model, one in found.items() if model not in ("scratch", "TGT") and "acc_t" in one}
-    lacks = {model: [name for name in names if name not in attacked] for model, attacked in saw.items()}
-    never = [f"{model} on {', '.join(some)}" for model, some in lacks.items() if some]
-    if never:
-        said.append(f"Never attacked, so nothing is known of what they give away: {'; '.join(never)}.")
-    if document["older"]:
-        older = ", ".join(document["older"])
-        said.append(
+    saw = [model for model, one in found.items() if model not in NEVER_SAW_THE_SOURCE and "acc_t" in one]
+    lacks = {model: [name for name in names if name not in found[model]["attacks"]] for model in saw}
+    if never := [f"{model} on {', '.join(some)}" for model, some in lacks.items() if some]:
+        caveats.append(f"Never attacked, so nothing is known of what they give away: {'; '.join(never)}.")
+    if older := ", ".join(document["older"]):
+        caveats.append(
             f"Left out, as older than the recipe or the model that it is about: {older}. dtlctl run RECIPE renews it."
         )
-    return said
-
-
-def _span(one: Figure, form: str, unit: str) -> str:
-    value = f"{one['value']:{form}}{unit}"
-    return value + (" (no interval)" if one["low"] is None else f" [{one['low']:{form}}, {one['high']:{form}}]")
-
-
-def points(one: Figure | None) -> str:
-    """Points of accuracy, with their interval."""
-    return "not measured" if one is None else _span(one, "+.1f", " points")
-
-
-def percent(one: Figure) -> str:
-    """An accuracy, with its interval."""
-    return _span(one, ".1f", " %")
-
-
-def shared(attack: dict[str, Any]) -> str:
-    """How much an attack recovers, with its interval."""
-    if not attack:
-        return "never attacked"
-    return f"{_span(attack['recovered'], '.0%', '')} recovered" if attack["recovered"] else "no share recovered"
+    return caveats

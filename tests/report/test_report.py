@@ -18,8 +18,8 @@ from dtlctl.attacks.attackers import Attacker, Frozen
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.plan import jobs
-from dtlctl.report import audit, figures, files, summary, tables
-from dtlctl.report.intervals import recovered
+from dtlctl.report import audit, figures, files, summary, tables, templates
+from dtlctl.report.intervals import Figure, Number, share
 from dtlctl.report.results import ATTACKS
 
 
@@ -48,7 +48,8 @@ def fake_run(recipe_file: Path, name: str, seed: int, acc_t: float, *changes: st
         }.get(job.stage, {"acc_t": acc_t if job.model == "TL" else 10.0, "acc_s": 20.0})
         tables = {role: recipe.data.of(role).model_dump(mode="json") for role in job.roles}
         sidecar = {
-            "format": 1, "metrics": metrics, "precision": "float32", **job.described(recipe), "parent": {}, "data": {},
+            "format": 1, "metrics": metrics, "precision": "float32", **job.described(recipe), "parent": {},
+            "data": {job.dataset: {"test_images": 1000}} if job.stage == "piggyback" else {},
             "datasets": {role: {"table": table, **SIZES} for role, table in tables.items()},
         }  # fmt: skip
         if job.parent:
@@ -108,7 +109,10 @@ def put(path: Path, **metrics: float) -> None:
 
 
 def test_every_cell_is_what_its_sidecar_says(recipe_file: Path):
-    """One seed, another number in every sidecar; differences and the share of gc, (41.6 - 9.1) / (74.1 - 9.1), by hand.
+    """One seed, another number in every sidecar; differences, and the share of the stronger attacker on gc, by hand:
+
+    (54.7 - 9.1) / (74.1 - 9.1); of 1,000 images Wilson's half widths are 3.08, 1.79 and 2.72, and so that of the share
+    sqrt(3.08² + (0.298 · 1.79)² + (0.702 · 2.72)²) / 65 = 5.6 %; of TL's sqrt(2 · 2.72²) / 65 = 5.9 %.
 
     The page has the same cells as the Markdown.
     """
@@ -146,8 +150,8 @@ def test_every_cell_is_what_its_sidecar_says(recipe_file: Path):
             ["scratch", "2.4", "9.1", "10.0", "–", "–"],
             ["TGT", "–", "–", "–", "–", "–"],
             ["pre", "–", "–", "–", "–", "–"],
-            ["TL", "71.9", "74.1", "75.0", "100%", "–"],
-            ["gc", "54.7", "41.6", "61.2", "50%", "–"],
+            ["TL", "71.9", "74.1", "75.0", "100% [94%, 106%]", "–"],
+            ["gc", "54.7", "41.6", "61.2", "70% [65%, 76%]", "–"],
             ["rand", "–", "–", "–", "–", "–"],
         ],
     ]
@@ -166,12 +170,16 @@ def test_a_table_is_shown_as_text_whatever_is_in_it():
     """Nothing in a cell, a sentence or a name becomes markup of the page."""
     evil = "<i>&|x"
     found = tables.Table(evil, [evil, "n"], [[evil, "1"]], evil)
-    card = {"name": evil, "words": evil, "accuracy": evil, "lines": [evil], "chosen": False}
-    page = {"title": evil, "subtitle": evil, "cards": [card], "attackers": [evil], "verdict": [evil, evil]}
-    text = files.environment().get_template("page.html.j2").render(
-        **page, command=evil, caveats=[evil], figures=[], tables=[found], audits=[found], audited=evil
+    number = {"value": 1.0, "low": None, "high": None}
+    attack = {"accuracy": number, "recovered": number}
+    model = {"acc_t": 1.0, "accuracy": number, "price": number, "attacks": {evil: attack}}
+    disposal = {"init": "TL", "lambda": 0.1, "price": None, "unlearn": {"kind": evil}}
+    page = {"title": evil, "subtitle": evil, "attackers": [evil], "verdict": [evil, evil], "chosen": None}
+    text = templates.render(
+        "page.html.j2", **page, evidence={evil: model}, dispose={evil: disposal}, command=evil, caveats=[evil],
+        figures=[], tables=[found], audits=[found], audited=evil,
     )  # fmt: skip
-    assert "<i>" not in text and text.count("&lt;i&gt;&amp;|x") == 21
+    assert "<i>" not in text and text.count("&lt;i&gt;&amp;|x") == 20
 
 
 def test_a_dataset_that_is_named_as_an_interval_keeps_its_number(recipe_file: Path):
@@ -332,7 +340,7 @@ def test_the_page_tells_what_every_kind_of_attacker_tries():
     attackers = [kind() for kind in get_args(kinds)]
     assert len(attackers) >= 5
     tuned = [one.model_dump(mode="json") for one in attackers]
-    said = files.who({"attackers": tuned, "choose_on": "own", "steps": 3, "epochs": None, "lr": 0.05})
+    said = templates.said("who", {"attackers": tuned, "choose_on": "own", "steps": 3, "epochs": None, "lr": 0.05})
     for one in attackers:
         varied = ("k" if one.kind == "knn" else "C") if isinstance(one, Frozen) else "sgd, learning rate"
         rates = dict.fromkeys(setting.rate for setting in one.grid())
@@ -350,15 +358,14 @@ def test_a_card_has_the_references_beside_every_number(recipe_file: Path):
     """Tuned, 10 from scratch, 70 from TL, 25 from gc: a quarter is recovered; rand was never attacked."""
     run = fake_run(recipe_file, "cards", 0, 70.0, *TUNED)
     for model, worst in {"scratch": 10.0, "TL": 70.0, "gc": 25.0}.items():
-        attack(run, model, worst - 1, worst, images=1000)
+        attack(run, model, worst - 1, worst)
     table = summary.summarise([run])
-    found = {card["name"]: card for card in files.cards(table)}
-    assert list(found) == ["TGT", "TL", "gc", "rand"]
-    said = {name: " ".join(card["lines"]) for name, card in found.items()}
+    said = cards(html(table, run / "report"))
+    assert list(said) == ["TGT", "TL", "gc", "rand"]
     assert "25.0 %" in said["gc"] and "scratch 10.0" in said["gc"] and "25% [" in said["gc"]
     assert "70.0 %" in said["TL"] and "recovered" not in said["TL"] + said["TGT"]
-    assert "never attacked" in said["rand"] and "random-labels" in found["rand"]["words"]
-    assert not any(card["chosen"] for card in found.values())
+    assert "never attacked" in said["rand"] and "random-labels" in said["rand"]
+    assert "recommended" not in "".join(said.values())
     text = html(table, run / "report")
     assert text.index(table["verdict"]["sentences"][0]) < text.index("<svg")
     assert re.search(r"<details><summary>[^<]*0\.750", text) is None  # no interval, no conclusion
@@ -379,10 +386,7 @@ SEEDS = ([40.0, 30.0, 35.0], [10.0, 10.0, 10.0], [70.0, 80.0, 90.0])
 TUNED = ('piggyback.attackers=[{kind="full"}]',)
 
 
-def attack(
-    folder: Path, model: str, single: float, worst: float, who: tuple[str, str | None] = ("full", None), images: int = 0
-) -> None:
-    """images: how many judge it, where that matters."""
+def attack(folder: Path, model: str, single: float, worst: float, who: tuple[str, str | None] = ("full", None)) -> None:
     path = folder / f"piggyback/{model}/again.json"
     document = json.loads(path.read_text())
     document["metrics"] = {"acc_pl": single, "acc_pl_worst": worst, "acc_pl_max": worst + 5}
@@ -392,25 +396,27 @@ def attack(
         {"step": 20, "acc_pl": single / 2},
         {"step": 30, "acc_pl": single},
     ]
-    if images:
-        document["data"] = {"piggyback.again": {"test_images": images}}
     path.write_text(json.dumps(document))
+
+
+def recovered(*seeds: list[float]) -> Figure | None:
+    """From these accuracies of a model, scratch and TL alone, without images."""
+    return share(*map(Number, seeds))
 
 
 def test_recovered_share_and_its_interval():
     """25 of 70. Beside it the seeds are off by 30 - 60 R = 60/7, 20 - 70 R = -5 and 25 - 80 R = -25/7: the standard
     error of their mean is sqrt((60/7)^2 + 25 + (25/7)^2) / sqrt(6) = 4.3054, and t(0.975, 2) = 4.30265."""
-    share, half = 25 / 70, 4.30265 * 4.3054 / 70
+    part, half = 25 / 70, 4.30265 * 4.3054 / 70
     found = recovered(*SEEDS)
-    assert found == pytest.approx({"share": share, "low": share - half, "high": share + half}, abs=1e-4)
-    assert recovered([40.0], [10.0], [70.0]) == {"share": 0.5, "low": None, "high": None}
-    assert recovered([7.0, 9.0], [7.0, 9.0], [70.0, 72.0]) == {"share": 0, "low": 0, "high": 0}
+    assert found == pytest.approx({"value": part, "low": part - half, "high": part + half}, abs=1e-4)
+    assert recovered([7.0, 9.0], [7.0, 9.0], [70.0, 72.0]) == {"value": 0, "low": 0, "high": 0}
 
 
 @pytest.mark.parametrize(
     ("scratch", "tl", "given"),
     [
-        ([10.0], [10.0], False), ([10.0], [13.0], False), ([10.0], [13.1], True),
+        ([10.0], [10.0], False), ([10.0], [90.0], False),
         # 1, 3 and 2 above: 2 ± 4.303 / sqrt(3) = 2.48; 3, 5 and 4 above: 4 ± 2.48.
         ([10.0, 10.0, 10.0], [11.0, 13.0, 12.0], False), ([10.0, 10.0, 10.0], [13.0, 15.0, 14.0], True),
     ],
@@ -439,8 +445,7 @@ def test_tuned_attackers_have_a_table_of_their_own(recipe_file: Path):
     gc_row = rows(table)["gc"]
     assert gc_row["piggyback_worst"] == {"again": 35.0}
     assert gc_row["piggyback_max"] == {"again": 40.0}
-    assert gc_row["recovered_worst"]["again"] == recovered(*SEEDS)
-    assert gc_row["recovered"]["again"]["share"] == pytest.approx(15 / 55)
+    assert table["evidence"]["gc"]["attacks"]["again"]["recovered"] == recovered(*SEEDS)
     assert gc_row["curves"]["again"] == [[20, 10.0], [30, 20.0]]
     heading, *lines = cells(tables.of_report(table)[-1])
     assert heading[-2:] == ["again recovered", "again tuned by"]
@@ -577,6 +582,14 @@ def test_a_report_without_attacks_leaves_no_figure_of_those_that_were_there(reci
     }  # fmt: skip
 
 
+def cards(page: str) -> dict[str, str]:
+    """The text of every card of a page, by the name of its model."""
+    found = [
+        re.sub(r"<[^>]+>", " ", card) for card in re.findall(r'<div class="card(?: chosen)?">(.*?)</div>', page, re.S)
+    ]
+    return {card.split()[0]: " ".join(card.split()) for card in found}
+
+
 def html(table: dict, folder: Path) -> str:
     """The page of a report, as a browser shows its text."""
     files.write(table, folder, "dtlctl report")
@@ -589,14 +602,14 @@ def test_nothing_is_recovered_from_who_never_saw_the_source(recipe_file: Path):
     for model, worst in {"scratch": 10.0, "TGT": 39.0, "pre": 76.0, "TL": 70.0, "gc": 25.0}.items():
         attack(run, model, worst - 1, worst)
     table = summary.summarise([run])
-    shares = {model: {k: v for k, v in row.items() if "recovered" in k} for model, row in rows(table).items()}
-    assert shares["TGT"] == shares["scratch"] == {}
-    assert shares["gc"]["recovered_worst"]["again"]["share"] == 0.25
-    assert {line[0]: line[-2] for line in tables.of_report(table)[-1].rows} == {
+    shares = {model: one["attacks"].get("again", {}).get("recovered") for model, one in table["evidence"].items()}
+    assert shares["TGT"] is shares["scratch"] is shares["rand"] is None
+    assert shares["gc"]["value"] == 0.25
+    assert {line[0]: line[-2].split()[0] for line in tables.of_report(table)[-1].rows} == {
         "scratch": "–", "TGT": "–", "pre": "110%", "TL": "100%", "gc": "25%", "rand": "–"
     }  # fmt: skip
-    assert not [card for card in files.cards(table) if card["name"] == "TGT" and "recovered" in " ".join(card["lines"])]
-    assert "48%" not in html(table, run / "report") + files.dump(table)
+    page = html(table, run / "report")
+    assert "recovered" not in cards(page)["TGT"] and "48%" not in page + files.dump(table)
 
 
 @pytest.mark.parametrize(
@@ -666,6 +679,6 @@ def test_the_table_says_which_images_chose(recipe_file: Path):
             attack(run, model, 20.0, 30.0)
         table = summary.summarise([run])
         assert words in tables.markdown(table)
-        shown = files.who(table["recipe"]["piggyback"])
+        shown = templates.said("who", table["recipe"]["piggyback"])
         assert ("the test split picks nothing" in shown) is (choose_on == "own")
         assert ("the other half judges it" in shown) is (choose_on == "test")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dtlctl.recipe.settings import Publish
 from dtlctl.report import intervals, summary
 from dtlctl.report.evidence import evidence
 from dtlctl.report.results import unpacked
-from dtlctl.report.verdict import Verdict, demand, limits_of, verdict
+from dtlctl.report.verdict import Verdict, demand, held, verdict
 from dtlctl.run.experiment import Experiment
 from dtlctl.run.trainer import packed
 from dtlctl.stages.runner import run
@@ -53,7 +54,7 @@ def document(*seeds: dict[str, dict], older: tuple[str, ...] = ()) -> dict[str, 
 
 def judged(*seeds: dict[str, dict], limits: Publish | None = None, **more: Any) -> Verdict:
     found = verdict(document(*seeds, **more), limits)
-    json.dumps(found.document(), allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
     return found
 
 
@@ -89,15 +90,23 @@ def test_a_share_has_the_interval_of_its_images():
 
 def test_over_seeds_the_wider_interval_counts():
     """Over 1, 2 and 6: mean 3, deviation sqrt(7), ± 4.30265 · sqrt(7 / 3) = 6.573."""
-    assert intervals.number([1.0, 2.0, 6.0], -1.0, 7.0)[:3] == pytest.approx((3.0, -3.573, 9.573), abs=1e-3)
-    assert intervals.number([3.0, 3.0, 3.0], -1.0, 7.0)[:3] == (3.0, -1.0, 7.0)
-    assert intervals.number([3.0])[:3] == (3.0, None, None)
+    wide = intervals.Number([1.0, 2.0, 6.0], (-1.0, 7.0)).figure()
+    assert wide == pytest.approx({"value": 3.0, "low": -3.573, "high": 9.573}, abs=1e-3)
+    assert intervals.Number([3.0, 3.0, 3.0], (-1.0, 7.0)).figure() == {"value": 3.0, "low": -1.0, "high": 7.0}
+    assert intervals.Number([3.0]).figure() == {"value": 3.0, "low": None, "high": None}
+
+
+def test_a_difference_over_seeds_is_that_of_its_seeds():
+    """50, 60 and 70 against 40, 50 and 60: 10 each time, however much the seeds differ; the images say ± sqrt(8)."""
+    one, other = (intervals.Number([x, x + 10, x + 20], (x + 8, x + 12)) for x in (50.0, 40.0))
+    found = intervals.above(one, other).figure()
+    assert found == pytest.approx({"value": 10.0, "low": 10 - 8**0.5, "high": 10 + 8**0.5})
 
 
 def test_repetitions_of_an_attack_widen_its_interval():
     """Over 40, 50 and 60 with 24.84 to either side; 1,000 images alone would give 3."""
     found = intervals.accuracy([50.0], [1000], [[40.0, 50.0, 60.0]])
-    assert found[:3] == pytest.approx((50.0, 25.159, 74.841), abs=1e-3)
+    assert found.figure() == pytest.approx({"value": 50.0, "low": 25.159, "high": 74.841}, abs=1e-3)
 
 
 def test_a_variant_that_costs_little_and_leaves_little_is_recommended():
@@ -176,7 +185,7 @@ def test_a_limit_is_met_by_the_whole_interval_or_not_at_all(price: float, recove
     """gc costs 0.5 [-0.0, 1.0] and leaves 25 % [16.3, 33.7]."""
     limits = Publish(price=price, recovered=recovered)
     table = document(models())
-    said = limits_of(table, "gc", limits)
+    said = [text for _, text in held(table["evidence"], "gc", limits)]
     assert [next(s for s in ("not resolved", "met", "missed") if s in text) for text in said] == states
     if set(states) <= {"met"}:
         demand(table, "gc", limits, "mine.toml")

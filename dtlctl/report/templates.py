@@ -1,0 +1,61 @@
+"""The templates of this folder, and how a number with its interval reads in them."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from dtlctl.report.intervals import Figure
+
+
+def points(one: Figure | None) -> str:
+    """Points of accuracy, with their interval."""
+    return "not measured" if one is None else span(one, "+.1f", " points")
+
+
+def percent(one: Figure) -> str:
+    """An accuracy, with its interval."""
+    return span(one, ".1f", " %")
+
+
+def shared(attack: dict[str, Any]) -> str:
+    """How much an attack recovers, with its interval."""
+    if not attack:
+        return "never attacked"
+    return f"{span(attack['recovered'], '.0%')} recovered" if attack["recovered"] else "no share recovered"
+
+
+def span(one: Figure, form: str, unit: str = "") -> str:
+    """A number in this form, with its interval."""
+    return f"{one['value']:{form}}{unit} {interval(one, form)}"
+
+
+def interval(one: Figure, form: str) -> str:
+    """The interval of a number, or that there is none."""
+    return "(no interval)" if one["low"] is None else f"[{one['low']:{form}}, {one['high']:{form}}]"
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """What a `.html` template shows is text and never markup, but for the figures; elsewhere nothing is escaped."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: ".html" in (name or ""),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.globals |= {"points": points, "percent": percent, "shared": shared, "interval": interval, "said": said}
+    return made
+
+
+def render(template: str, **values: Any) -> str:
+    return environment().get_template(template).render(**values)
+
+
+def said(macro: str, *values: Any) -> str:
+    """A macro of `words.j2`, as one line of text: to a page, too, for one that it imports counts as markup there."""
+    return " ".join(str(getattr(environment().get_template("words.j2").module, macro)(*values)).split())
