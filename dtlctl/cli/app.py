@@ -67,5 +67,10 @@ def main() -> None:
         where = f"[process {rank}] " if (rank := os.environ.get("RANK", "0")) != "0" else ""
         print(f"{where}error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if error.name not in ("fcntl", "resource"):
+            raise
+        print("error: dtlctl runs on Linux and macOS; on Windows start it in WSL", file=sys.stderr)
+        sys.exit(2)
     finally:
         stop.finish()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import sys
 import time
 from typing import Any
@@ -63,6 +62,8 @@ def renamed(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> dict[str,
 
 def circumstances(device: torch.device, processes: int) -> dict[str, Any]:
     """The part of a sidecar that no result depends on: memory, processes, device, time, versions."""
+    import resource  # not on Windows, where `dtlctl.load` works
+
     from accelerate import __version__ as accelerate_version
 
     on_gpu = device.type == "cuda"

@@ -6,7 +6,6 @@ twice cannot hold it. What the file says, who and since when, is for people. Ove
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -50,6 +49,8 @@ def refuse_links(folder: Path, inside: Iterable[Path]) -> None:
 
 
 def _take(path: Path) -> int:
+    import fcntl  # not on Windows, where `dtlctl.load` works
+
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:

@@ -230,3 +230,13 @@ def test_memory_that_runs_out_is_told_with_the_job_and_its_keys(opened, monkeypa
     monkeypatch.setattr(runner, "_stage", lambda _: lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         runner.run(experiment, ("dispose",), only=("rand",), force=True)
+
+
+def test_a_system_without_locks_is_told_where_dtlctl_runs(recipe_file: Path):
+    """As on Windows, where these modules are not there: one line, not a traceback; the public API works."""
+    code = (
+        "import sys; sys.modules.update(fcntl=None, resource=None); import dtlctl; dtlctl.collide, dtlctl.load;"
+        f"sys.argv = ['dtlctl', 'finetune', {str(recipe_file)!r}]; from dtlctl.cli.app import main; main()"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 2 and "Linux and macOS" in found.stderr and found.stderr.count("\n") == 1
