@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,10 @@ def distance(view: Observation, steps: int) -> dict[str, Tensor]:
 
 def minimal(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """The L∞ and L2 norms [B], of images x [B, 3, S, S] in [0, 1] with true labels y [B]; in the weights' type."""
-    foolbox = _foolbox()
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # its model zoo wants git when it is imported
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it asks scipy for old names
+        import foolbox
     x = x.to(next((p.dtype for p in model.parameters()), x.dtype))
     with torch.no_grad():
         right = (model(x).argmax(1) == y).nonzero()[:, 0]
@@ -70,12 +72,3 @@ def _norms(model: nn.Module, x: Tensor, moved: Tensor, y: Tensor, p: float) -> T
     found = model(moved).argmax(1) != y
     norm = torch.linalg.vector_norm((moved - x).flatten(1), p, dim=1)
     return torch.where(found, norm, torch.linalg.vector_norm(torch.maximum(x, 1 - x).flatten(1), p, dim=1))
-
-
-def _foolbox() -> Any:
-    """foolbox, imported where there is no git: its model zoo wants one when it is imported."""
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # it asks scipy for old names
-        import foolbox
-    return foolbox

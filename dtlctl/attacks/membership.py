@@ -98,14 +98,12 @@ class Curves:
         self.m, self.n = len(members), len(others)
         self.scores, places = np.unique(np.concatenate([members, others]), return_inverse=True)
         rows = drawn or (np.arange(self.m)[None], np.arange(self.n)[None])
-        self.caught = self._above(places[: self.m][rows[0]])
-        self.alarms = self._above(places[self.m :][rows[1]])
-
-    def _above(self, places: np.ndarray) -> np.ndarray:
-        """Of places in `scores`, [R, n]: how many lie at and above each, and above all, [R, scores + 1]."""
-        samples, bins = len(places), len(self.scores) + 1
-        counts = np.bincount((places + bins * np.arange(samples)[:, None]).ravel(), minlength=samples * bins)
-        return counts.reshape(samples, bins)[:, ::-1].cumsum(1)[:, ::-1]
+        shape = len(rows[0]), len(self.scores) + 1  # the last one: above all
+        starts, counts = shape[1] * np.arange(shape[0])[:, None], list[np.ndarray]()
+        for own, drawn_places in zip((places[: self.m], places[self.m :]), rows, strict=True):
+            found = np.bincount((own[drawn_places] + starts).ravel(), minlength=shape[0] * shape[1])
+            counts.append(found.reshape(shape)[:, ::-1].cumsum(1)[:, ::-1])
+        self.caught, self.alarms = counts
 
     def auc(self) -> np.ndarray:
         """[R]: the chance that a member scores above a non-member, ties counting half."""
@@ -113,8 +111,9 @@ class Curves:
 
         return -trapezoid(self.caught, self.alarms, axis=1) / (self.m * self.n)
 
-    def tpr(self, allowed: int) -> np.ndarray:
-        """[R]: the largest share of members above a threshold that no more than `allowed` others reach."""
+    def tpr(self, rate: float) -> np.ndarray:
+        """[R]: the largest share of members above a threshold that no more than this share of the others reaches."""
+        allowed = int(rate * self.n + 1e-9)  # 1/N is one of them, although it has no end in binary
         return (self.caught * (self.alarms <= allowed)).max(1) / self.m
 
     def balanced_accuracy(self, at: float) -> np.ndarray:
@@ -138,7 +137,7 @@ def judge(
         low, high = np.quantile(number(drawn), [0.025, 0.975])
         found |= {name: float(number(curves)[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
     found |= {f"tpr_at_{rate:g}": tpr_at(curves, drawn, rate) for rate in RATES}
-    return found | {"roc": [float(curves.tpr(allowed(rate, len(others)))[0]) for rate in grid(len(others))]}
+    return found | {"roc": [float(curves.tpr(rate)[0]) for rate in grid(len(others))]}
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
@@ -156,17 +155,12 @@ def tpr_at(curves: Curves, drawn: Curves, rate: float) -> tuple[float, float, fl
     """
     from scipy.stats import binomtest
 
-    if not (most := allowed(rate, curves.n)):
+    if rate * curves.n + 1e-9 < 1:
         return None
-    share = float(curves.tpr(most)[0])
+    share = float(curves.tpr(rate)[0])
     given = binomtest(round(share * curves.m), curves.m).proportion_ci(0.95, "exact")
-    low, high = np.quantile(drawn.tpr(most), [0.025, 0.975])
+    low, high = np.quantile(drawn.tpr(rate), [0.025, 0.975])
     return share, float(min(given.low, low)), float(max(given.high, high))
-
-
-def allowed(rate: float, others: int) -> int:
-    """How many false positives a rate allows; 1/N is one, although it has no end in binary."""
-    return int(rate * others + 1e-9)
 
 
 def grid(others: int, points: int = 16) -> list[float]:

@@ -92,13 +92,6 @@ def choose(trials: Sequence[Trial]) -> Trial | None:
     return max(finite, key=lambda trial: trial.best.merit if trial.best else (), default=None)
 
 
-def optimizer_of(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if setting.optimizer == "adam":
-        return torch.optim.Adam(parameters, setting.rate, weight_decay=WEIGHT_DECAY)
-    return torch.optim.SGD(parameters, setting.rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
-
-
 def factor(step: int, steps: int, warmup: float) -> float:
     """The learning rate at a step (0 <= step < steps) as a share of its peak: a linear rise, then a cosine to zero."""
     rising = warmup * steps
@@ -124,7 +117,11 @@ def train(
     `EVALUATIONS` times, ends with the weights of its best test, and all are returned. A loss that is not finite ends
     the training; without held-out images nothing tells.
     """
-    optimizer = optimizer_of(model, setting)
+    parameters: Any = [p for p in model.parameters() if p.requires_grad]
+    if setting.optimizer == "adam":
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, setting.rate, weight_decay=WEIGHT_DECAY)
+    else:
+        optimizer = torch.optim.SGD(parameters, setting.rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(min(step, steps - 1), steps, warmup))
     every, evaluations, best_state = max(1, steps // EVALUATIONS), [], None
     for step in range(until or steps):

@@ -104,7 +104,11 @@ class Network(nn.Module):
         self.classes = widths["logits"]
         self.filters = nn.Conv2d(1, filters, (1, widths["embedding"]))  # over one class's gradient at a time
         sizes = {**widths, "label": self.classes, "gradient": filters * self.classes}
-        self.branches = nn.ModuleDict({name: _branch(size) for name, size in sizes.items()})
+        branches = {
+            name: nn.Sequential(nn.Linear(size, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 64))
+            for name, size in sizes.items()
+        }
+        self.branches = nn.ModuleDict(branches)
         layers: list[nn.Module] = []
         for before, after in ((64 * len(sizes), 256), (256, 128), (128, 64)):
             layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(0.2)]
@@ -123,10 +127,6 @@ class Network(nn.Module):
     def answers(self, seen: dict[str, Tensor], rows: Tensor) -> Tensor:
         self.eval()
         return torch.cat([self(seen, part) for part in rows.split(256)])
-
-
-def _branch(width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 64))
 
 
 def _stages(backbone: nn.Module) -> list[nn.Module]:

@@ -119,7 +119,15 @@ class Repetition:
     def __init__(self, experiment: Experiment, job: Job[Piggyback], seed: int):
         self.experiment, self.job, self.seed, self.tag = experiment, job, seed, f"piggyback/{job.dataset}/attack/{seed}"
         self.own, self.labels = experiment.data.index(job.dataset), experiment.data.images(job.dataset, "train").labels
-        self.train, self.held, self.judges = self._split(experiment.recipe.stream(f"{self.tag}/split"))
+        # Places of the images that train, among the attacker's own; that choose, with their split; and that judge.
+        test, seed = experiment.data.images(job.dataset, "test").labels, experiment.recipe.stream(f"{self.tag}/split")
+        self.held: tuple[Split, np.ndarray]
+        if job.settings.choose_on == "test":
+            self.judges, held = tuning.hold_out(test, 0.5, seed)
+            self.train, self.held = np.arange(len(self.own)), ("test", held)
+        else:
+            self.train, held = tuning.hold_out(self.labels[self.own], job.settings.held_out, seed)
+            self.held, self.judges = ("train", held), np.arange(len(test))
         self.model = start(experiment, job, f"{self.tag}/head", alone=True).through(HEAD)
         self.fresh = experiment.trainer.new_model({}, f"{self.tag}/fresh", global_batch_norm=False)
         self.stop = threading.Event()
@@ -158,15 +166,6 @@ class Repetition:
             held_out=None if until else look, stopped=self.stop.is_set,
         )  # fmt: skip
         return [tuning.evaluate(model, look(), until)] if until else looks
-
-    def _split(self, seed: int) -> tuple[np.ndarray, tuple[Split, np.ndarray], np.ndarray]:
-        """Places of the images that train, among the attacker's own; that choose, with their split; and that judge."""
-        test = self.experiment.data.images(self.job.dataset, "test").labels
-        if self.job.settings.choose_on == "test":
-            judges, held = tuning.hold_out(test, 0.5, seed)
-            return np.arange(len(self.own)), ("test", held), judges
-        train, held = tuning.hold_out(self.labels[self.own], self.job.settings.held_out, seed)
-        return train, ("train", held), np.arange(len(test))
 
     def seen(self, attacker: Frozen, amount: float | None = None) -> Features:
         """What such an attacker sees of his own images, and of the test split: read once for all who see the same."""

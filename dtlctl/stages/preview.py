@@ -209,7 +209,7 @@ def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: Clo
     steps = asked if images is None or size is None else job.settings.total_steps(images)
     seconds: list[float] | None = [0.0, 0.0]
     if size is not None and state != "done":
-        seconds = None if steps is None or images is None else cost(job, steps, images, clock).tolist()
+        seconds = None if images is None else cost(job, images, clock).tolist()
     return {
         "title": job.title,
         "stage": job.stage,
@@ -221,10 +221,10 @@ def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: Clo
     }
 
 
-def cost(job: Job[Any], steps: int, images: int, clock: Clock) -> np.ndarray:
-    """Seconds [2] that a job that trains takes: so many steps on so many images."""
+def cost(job: Job[Any], images: int, clock: Clock) -> np.ndarray:
+    """Seconds [2] that a job that trains takes on so many images."""
     settings = job.settings
-    seen = steps * min(settings.batch_size, images)
+    seen = settings.total_steps(images) * min(settings.batch_size, images)
     if job.stage == "dispose":
         return ((1 - settings.repair) * clock.image(job.model) + settings.repair * clock.image()) * seen
     if job.stage == "piggyback":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from dtlctl.errors import DtlError
@@ -48,7 +47,10 @@ def run(
                 raise
             raise DtlError(f"{experiment.source}: {shortage(job)}") from error
         done.append(job)
-        experiment.processes.say(f"{job.title}: {_summary(experiment.results.path(job))}")
+        sidecar = checkpoint.read_sidecar(experiment.results.path(job)) or {}
+        numbers = [f"{name} {n:.4g}" for name, n in sidecar.get("metrics", {}).items() if isinstance(n, float)]
+        told = ", ".join(numbers) or "done"
+        experiment.processes.say(f"{job.title}: {told} ({sidecar.get('wall_seconds', 0):.0f} s)")
     return done
 
 
@@ -59,11 +61,3 @@ def _taken_over(experiment: Experiment, job: Job[Any], earlier: Callable[[], Ear
         return False
     experiment.processes.say(f"{job.title}: taken over from {found.parent}")
     return True
-
-
-def _summary(path: Path) -> str:
-    """One line of what a finished job measured."""
-    sidecar = checkpoint.read_sidecar(path) or {}
-    numbers = {k: v for k, v in sidecar.get("metrics", {}).items() if isinstance(v, float)}
-    text = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-    return f"{text or 'done'} ({sidecar.get('wall_seconds', 0):.0f} s)"

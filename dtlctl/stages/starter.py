@@ -192,7 +192,7 @@ def _seconds(text: str, counts: dict[str, list[int]]) -> tuple[np.ndarray, np.nd
         of = counts.get(job.dataset, counts["source"])
         images = sum(subset.sizes(of, dataset.fraction, dataset.balance))
         if job.stage == "pretrain":
-            epoch = cost(job, job.settings.total_steps(images), images, clock)
+            epoch = cost(job, images, clock)
         elif job.stage != "audit":
-            others = others + cost(job, job.settings.total_steps(images), images, clock)
+            others = others + cost(job, images, clock)
     return epoch, others

@@ -253,7 +253,7 @@ def test_norms_and_lora_train_nothing_else_of_the_backbone():
         before, answer = copy.deepcopy(old), old.eval()(x)
         attacker.prepare(old, start, [x], amount)
         assert torch.equal(old(x), answer)
-        optimizer = tuning.optimizer_of(old, Setting("", "sgd", 0.01))
+        optimizer = torch.optim.SGD([p for p in old.parameters() if p.requires_grad], 0.01, 0.9)
         for _ in range(2):
             torch.nn.functional.cross_entropy(old(x), y).backward()
             optimizer.step()

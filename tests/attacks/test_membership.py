@@ -85,7 +85,7 @@ def test_tpr_at_fpr_by_hand():
     assert tpr_at(once, once, 0.01) == pytest.approx((0.75, 0.1941, 0.9937), abs=1e-4)
     thrice = np.concatenate([np.arange(2, 100), [99, 99]])
     drawn = Curves(members, others, [np.array([[0, 1, 2, 3], [0, 0, 0, 0]]), np.array([thrice, thrice])])
-    assert drawn.tpr(1).tolist() == [0.5, 0]
+    assert drawn.tpr(0.01).tolist() == [0.5, 0]
 
 
 def test_the_interval_of_the_tpr_counts_the_noise_in_its_threshold():
