@@ -150,8 +150,8 @@ class Head:
 
         def observe(view: Observation, _: int) -> dict[str, Tensor]:
             assert isinstance(view.batches, Images)
-            out = np.stack([known.out[view.batches.split][row] for row in view.batches.rows.tolist()])
-            return score(view, self.experiment.engine.share.of(torch.from_numpy(out)))
+            out = torch.from_numpy(known.out[view.batches.split][view.batches.rows])
+            return score(view, self.experiment.engine.share.of(out))
 
         return Attack(observe, membership.single)
 

@@ -24,10 +24,10 @@ SPLITS: tuple[Split, Split] = ("train", "test")
 
 
 class References(NamedTuple):
-    """What models that never saw an image said of it: `signals.scaled` answers, [references / 2]."""
+    """What models that never saw an image said of it: `signals.scaled` answers."""
 
-    out: dict[Split, dict[int, np.ndarray]]
-    """By row of the source's train subset, and of its test split."""
+    out: dict[Split, np.ndarray]
+    """[images of the split, references / 2]; of the train split, nan outside of the source's subset."""
     a: float
     """RMIA's, tuned on the first reference in the target's place; the paper's constant where there are but two."""
 
@@ -51,8 +51,9 @@ def answers(experiment: Experiment, count: int) -> References:
     a = signals.OFFLINE
     if count > 2:  # of the first pair's own, one was trained on every image: the others are asked
         a = signals.offline_a(torch.from_numpy(said[0]), torch.from_numpy(out[:, 1:]), inside[0])
-    known = dict(zip(rows.tolist(), out[: len(rows)], strict=True))
-    return References({"train": known, "test": dict(enumerate(out[len(rows) :]))}, a)
+    train = np.full((len(experiment.data.images("source", "train").labels), count // 2), np.nan)
+    train[rows] = out[: len(rows)]
+    return References({"train": train, "test": out[len(rows) :]}, a)
 
 
 def missing(experiment: Experiment, count: int) -> int:

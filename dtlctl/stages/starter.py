@@ -7,8 +7,9 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,19 +37,6 @@ LOOKED = 48
 """Images of a dataset that are opened for their size."""
 
 
-class Seen(NamedTuple):
-    """What a look at one dataset found."""
-
-    counts: list[int]  # training images of each class
-    side: int  # median of the shorter sides
-    said: str  # for a comment: counts, sizes, and the notes of the data room
-    keys: str  # of its table: where it is, and splits that are not called train and test
-
-    @property
-    def images(self) -> int:
-        return sum(self.counts)
-
-
 def write(
     source: str, target: str, attacker: str | None, weights: str | None, size: int | None, name: str | None
 ) -> str:
@@ -59,22 +47,23 @@ def write(
     own, gpu = seen["source"], torch.cuda.is_available()
     folders = "-".join(Path(path).name.removeprefix("builtin:") for path in (source, target))
     usual = re.sub(r"[^\w.-]+", "-", folders, flags=re.ASCII).strip("-._")[:64]
-    each = max(4, min(20, min(own.counts) // 20))
+    each = max(4, min(20, min(own["counts"]) // 20))
     told: dict[str, Any] = {
-        "name": json.dumps(name or usual.rstrip(".") or "mine", ensure_ascii=False),
+        "toml": partial(json.dumps, ensure_ascii=False),
+        "name": name or usual.rstrip(".") or "mine",
         "machine": f"{cores()} CPU cores, {torch.cuda.get_device_name() if gpu else 'no GPU'}",
         "gpu": gpu,
         "source": own,
         "target": seen["target"],
         "attacker": seen.get("piggyback.attacker"),
-        "each": min(each, *own.counts),
-        "few": round(min(1.0, each * len(own.counts) / own.images), 6),
+        "each": min(each, *own["counts"]),
+        "few": round(min(1.0, each * len(own["counts"]) / sum(own["counts"])), 6),
         "limit": MINUTES,
-        "weights": weights and json.dumps(weights, ensure_ascii=False),
+        "weights": weights,
     }
-    for arch, stem, side in _networks(max(own.side, seen["target"].side), size, gpu, weights):
+    for arch, stem, side in _networks(max(own["side"], seen["target"]["side"]), size, gpu, weights):
         told |= {"arch": arch, "stem": stem, "size": side, "epochs": 1, "fraction": 1.0, "minutes": "?"}
-        epoch, others = _seconds(_render(told), {role: found.counts for role, found in seen.items()})
+        epoch, others = _seconds(_render(told), {role: found["counts"] for role, found in seen.items()})
         room = 60 * MINUTES - others[0]  # by the quickest steps, or a busy moment decides
         if room >= EPOCHS[0] * epoch[0]:
             break
@@ -88,8 +77,12 @@ def write(
     return _render(told)
 
 
-def look(path: str, role: str) -> Seen:
-    """Open both splits of what lies at a path, and some of its images. Raises DataError."""
+def look(path: str, role: str) -> dict[str, Any]:
+    """What the template says of the dataset at a path, by both splits and some of its images. Raises DataError.
+
+    `counts`: training images of each class; `side`: median of the shorter sides; `table`: the keys that say where it
+    is, and splits that are not called train and test.
+    """
     try:
         local = kind_of(path) == "local"
         dataset = Dataset(path=path if not local or path.startswith((".", "/", "~")) else f"./{path}")
@@ -105,19 +98,17 @@ def look(path: str, role: str) -> Seen:
         chosen = np.flatnonzero(train.labels >= 0)
         chosen = chosen[np.linspace(0, len(chosen) - 1, min(LOOKED, len(chosen)), dtype=int)]
         pictures = [_picture(train, int(row), role) for row in chosen]
-    sides = sorted(min(size) for size, _ in pictures)
+    sides, sizes = sorted(min(size) for size, _ in pictures), sorted({size for size, _ in pictures}, key=np.prod)
     counts = np.bincount(train.labels[train.labels >= 0], minlength=len(train.classes)).tolist()
-    sizes = sorted({size for size, _ in pictures}, key=np.prod)
-    span = " to ".join(dict.fromkeys(f"{w}x{h}" for w, h in (sizes[0], sizes[-1])))
-    each = " to ".join(dict.fromkeys(f"{number:,}" for number in (min(counts), max(counts))))
-    said = (
-        f"{sum(counts):,} training images of {len(counts)} classes, {each} of each; "
-        f"{int((test.labels >= 0).sum()):,} test images; {span} pixels, {'/'.join(sorted({m for _, m in pictures}))}"
-    )
-    notes = [note.text for rows in found.values() for note in rows.notes]
-    keys = dataset.model_dump(include={"path", "train", "test"}, exclude_defaults=True)
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
-    return Seen(counts, sides[len(sides) // 2], "\n# ".join(map(one_line, [said, *notes])), "\n".join(lines))
+    return {
+        "counts": counts,
+        "side": sides[len(sides) // 2],
+        "tests": int((test.labels >= 0).sum()),
+        "sizes": list(dict.fromkeys(f"{width}x{height}" for width, height in (sizes[0], sizes[-1]))),
+        "modes": sorted({mode for _, mode in pictures}),
+        "notes": [one_line(note.text) for rows in found.values() for note in rows.notes],
+        "table": dataset.model_dump(include={"path", "train", "test"}, exclude_defaults=True),
+    }
 
 
 def _opened(dataset: Dataset, split: Split, role: str, scratch: Path) -> tuple[Dataset, Rows]:
