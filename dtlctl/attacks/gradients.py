@@ -49,13 +49,14 @@ def by_weights(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     No image's gradient is formed for longer than its norm takes. Biases, and what normalises, are left out.
     """
     norms: list[Tensor] = []
+    images, none = len(x), x.new_zeros(len(x))
 
     def watch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         place, given = len(norms), inputs[0].detach()
-        norms.append(x.new_zeros(len(x)))
+        norms.append(none)
 
         def keep(gradient: Tensor) -> None:
-            norms[place] = _squares(layer, given, gradient, len(x)).clamp(min=0).sqrt()
+            norms[place] = _squares(layer, given, gradient, images).clamp(min=0).sqrt()
 
         output.register_hook(keep)  # sees the gradient by this output, also where an activation overwrites it
 

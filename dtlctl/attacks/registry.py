@@ -34,5 +34,5 @@ ATTACKS: dict[str, Attack] = {
     "adv-dist": Attack(adversarial.distance, single),
     "grad-w": Attack(lambda view, _: gradients.grad_w(view), signals.logistic, revision=2),
     "grad-x": Attack(lambda view, _: gradients.grad_x(view), signals.logistic),
-    "wb": Attack(lambda view, _: whitebox.observe(view), whitebox.infer, slow=True),
+    "wb": Attack(lambda view, _: whitebox.observe(view), whitebox.infer, slow=True, revision=2),
 }
