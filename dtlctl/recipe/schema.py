@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from dtlctl.data.dataset import Dataset
 from dtlctl.errors import suggest
 from dtlctl.model import networks
-from dtlctl.recipe.settings import Audit, Compare, Dispose, Finetune, Piggyback, Pretrain, Publish, Reference
+from dtlctl.recipe.settings import Audit, Compare, Dispose, Finetune, Piggyback, Pretrain, Publish, Reference, Track
 from dtlctl.strict import Strict
 
 
@@ -112,6 +112,8 @@ class Recipe(Strict):
     """The matched comparison, for the command of that name; without the table it has the defaults."""
     publish: Publish | None = None
     """Limits for what may be published."""
+    track: Track = Track()
+    """Where else the numbers of training go."""
 
     @field_validator("precision", mode="before")
     @classmethod

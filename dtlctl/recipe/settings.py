@@ -260,6 +260,15 @@ class Compare(Strict):
         return seeds
 
 
+class Track(Strict):
+    """Where the numbers of every training go besides its sidecar, as it runs: trackers that Accelerate knows."""
+
+    trackers: list[
+        Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
+    ] = Field([], alias="with")
+    """Those that write files do so in the run's folder, `track/`. Each is a package of its own."""
+
+
 class Publish(Strict):
     """Limits for the model that is published, which the exit code of `dtlctl run` and of `dtlctl export` holds.
 

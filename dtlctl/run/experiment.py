@@ -34,7 +34,7 @@ class Experiment:
         network_demands.check(recipe, source)
         self.jobs = jobs(recipe)
         self.folder = out / recipe.name
-        self.processes = Processes(str(self.folder), recipe.precision, quiet)
+        self.processes = Processes(self.folder, recipe.precision, recipe.track.trackers, quiet)
         self.data = Datasets(recipe, self.processes)
         self.results = Results(self.folder, recipe, self.jobs, self.data, self.processes, self.command)
         self.trainer = Trainer(recipe, self.data, self.results, self.processes)

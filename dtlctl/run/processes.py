@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from dtlctl import __version__
@@ -20,11 +21,12 @@ Item = TypeVar("Item")
 class Processes:
     """Work for the main process alone, progress, and the engine, which is started when it is first needed.
 
-    title: what is said to be at work when the engine starts; quiet: nothing is said.
+    folder: the run's, which is said to be at work when the engine starts; trackers: the recipe's; quiet: nothing is
+    said.
     """
 
-    def __init__(self, title: str, precision: networks.Precision, quiet: bool):
-        self.title, self.precision, self.quiet = title, precision, quiet
+    def __init__(self, folder: Path, precision: networks.Precision, trackers: Sequence[str], quiet: bool):
+        self.folder, self.precision, self.trackers, self.quiet = folder, precision, trackers, quiet
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.is_main = os.environ.get("RANK", "0") == "0"
 
@@ -32,12 +34,12 @@ class Processes:
     def engine(self) -> Engine:
         from dtlctl.training.engine import Engine
 
-        engine = Engine(self.precision)
+        engine = Engine(self.precision, self.trackers, self.folder)
         if not self.quiet:
             count = f"{engine.processes} process" + ("es" if engine.processes > 1 else "")
             if (machines := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:  # as launchers by torchrun tell
                 count += f" of {machines} machines"
-            say(f"dtlctl {__version__}: {self.title} on {count}, {engine.device.type}")
+            say(f"dtlctl {__version__}: {self.folder} on {count}, {engine.device.type}")
         return engine
 
     def by_main(self, work: Callable[[], Item]) -> Item | None:

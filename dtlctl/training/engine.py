@@ -8,14 +8,16 @@ second-order objectives rest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
@@ -53,14 +55,25 @@ class History:
 class Engine(Collectives):
     """Device, processes, and the loop that trains everything."""
 
-    def __init__(self, precision: Precision = "float32") -> None:
-        """precision: the recipe's. Raises RecipeError where the environment asks for something else."""
+    def __init__(
+        self, precision: Precision = "float32", trackers: Sequence[str] = (), folder: Path = Path("run")
+    ) -> None:
+        """precision and trackers: the recipe's; folder: the run's. Nothing is written there without a tracker.
+
+        Raises RecipeError where the environment asks for something else, or where a tracker is not installed.
+        """
         surroundings.check(precision)
+        self._project = folder.name
+        for name in trackers:
+            if name not in map(str, get_available_trackers()):
+                raise RecipeError(f"track.with: {name} is not installed here; pip install {name.replace('_', '-')}")
         try:
             # Without a GPU, Accelerate must be told so, or it looks for a backend that cannot start.
             self.accelerator = Accelerator(
                 cpu=not torch.cuda.is_available(),
                 mixed_precision="no",
+                log_with=[*trackers] or None,
+                project_dir=folder / "track" if trackers else None,
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
             )
         except (ValueError, ImportError, NotImplementedError) as error:
@@ -110,20 +123,23 @@ class Engine(Collectives):
         started, before, every = time.perf_counter(), state.seconds, max(1, steps // reports)
         due = {*range(every, steps, every), *also, steps}
 
+        def measure(step: int) -> dict[str, float]:
+            return {"lr": max(group["lr"] for group in optimizer.param_groups), **evaluate(step)}
+
         def save() -> None:
             if memory:
                 state.seconds = before + time.perf_counter() - started
                 check_reports(state, state.step)
                 memory.save(self, state, model, optimizer)
 
-        with stop.deferred(), _precision(model):
+        with stop.deferred(), _precision(model), self._tracked(progress.title):
             try:
-                self._report(state, due, evaluate, progress)  # where a signal cut it short
+                self._report(state, due, measure, progress)  # where a signal cut it short
                 while state.step < steps:
                     self._heed(memory, save)
                     self._step(state, objective, model, weights, optimizer, plan.clip)
                     schedule.step()
-                    self._report(state, due, evaluate, progress)
+                    self._report(state, due, measure, progress)
                     progress.advance(1, images=batch_size)
                 check_weights(model, steps)
             except Stopped:
@@ -172,6 +188,23 @@ class Engine(Collectives):
         state.rows.append({"step": state.step, **means, **evaluate(state.step)})
         state.sums = {}
         progress.show(state.rows[-1])
+        numbers = {f"{progress.title}/{name}": value for name, value in state.rows[-1].items() if name != "step"}
+        self.accelerator.log(numbers, step=state.step)
+
+    @contextmanager
+    def _tracked(self, title: str) -> Iterator[None]:
+        """Within, the rows of a training go to the recipe's trackers, from the main process."""
+        named = {"name": title}
+        if self.accelerator.log_with:
+            try:  # each training is a run of its own to them: some refuse a step below the last
+                self.accelerator.init_trackers(self._project, init_kwargs={"wandb": named, "trackio": named})
+            except ImportError as error:
+                raise RecipeError(f"track.with: {error}") from None
+        try:
+            yield
+        finally:
+            while self.accelerator.trackers:
+                self.accelerator.trackers.pop().finish()
 
     def _heed(self, memory: StateFile | None, save: Callable[[], None]) -> None:
         """Save when it is time, stop when a signal asks for it: all processes at the same step."""

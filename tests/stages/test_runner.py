@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -310,3 +311,25 @@ def test_help_answers_without_torch(monkeypatch, capsys):
         main()
     assert ended.value.code == 0
     assert "--only" in capsys.readouterr().out
+
+
+def test_a_tracker_that_is_not_installed_is_named(recipe_file: Path, call):
+    code, _, err = call("pretrain", recipe_file, "--set", 'track.with=["aim"]')
+    assert code == 2 and "track.with: aim is not installed" in err and len(err.strip().splitlines()) <= 2
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_gets_the_rows_of_the_sidecar_and_nothing_is_written_without_the_key(recipe_file: Path, call):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert call("pretrain", recipe_file)[0] == 0
+    folder = recipe_file.parent / "runs" / "tiny"
+    assert not (folder / "track").exists()
+    code, _, err = call("pretrain", recipe_file, "--force", "--set", 'track.with=["tensorboard"]')
+    assert code == 0, err
+    found = EventAccumulator(str(folder / "track" / "tiny"))
+    found.Reload()
+    rows = json.loads((folder / "pretrain/model.json").read_text())["history"]
+    for name in ("loss", "lr", "acc_s"):
+        expected = [(row["step"], pytest.approx(row[name])) for row in rows if name in row]
+        assert [(event.step, event.value) for event in found.Scalars(f"pretrain/{name}")] == expected

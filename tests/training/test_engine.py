@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from torch import Tensor, nn
 
 from dtlctl.console.progress import Progress
@@ -103,3 +104,38 @@ def test_a_training_goes_on_with_the_state_of_its_optimizer(name: str, tmp_path:
         trained(tmp_path / "b.safetensors", fails=True)
     assert (tmp_path / "b.safetensors").exists()
     assert torch.equal(trained(tmp_path / "b.safetensors"), whole)
+
+
+class Heard(GeneralTracker):
+    """A tracker of our own, as Accelerate takes them."""
+
+    name, requires_logging_directory, main_process_only, tracker = "heard", False, True, None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: dict[int, dict[str, float]] = {}
+        self.finished = 0
+
+    def log(self, values: dict[str, float], step: int | None = None, **more: object) -> None:
+        self.numbers[int(step or 0)] = values
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_trackers_hear_every_row_under_its_training_s_name():
+    """Two rows of two steps each: the losses are 1, 2, 3, 4, so the means are 1.5 and 3.5; the rate is constant."""
+    model, heard, engine = nn.Linear(1, 1), Heard(), Engine()
+    engine.accelerator.log_with = [heard]
+
+    def objective(step: int):
+        return model.weight.sum() * 0, {"loss": torch.tensor(step + 1.0)}
+
+    plan = Training(steps=4, batch_size=2, lr=0.25, schedule="constant")
+    history = engine.train(
+        model, objective, plan, 4, 2, Progress("dispose/one", 4, enabled=False), lambda _: {"acc_t": 50.0}, reports=2
+    )
+    assert heard.finished == 1
+    assert [row["lr"] for row in history.rows] == [0.25, 0.25]
+    assert {step: (v["dispose/one/loss"], v["dispose/one/lr"], v["dispose/one/acc_t"])
+            for step, v in heard.numbers.items()} == {2: (1.5, 0.25, 50.0), 4: (3.5, 0.25, 50.0)}  # fmt: skip
