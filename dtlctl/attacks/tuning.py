@@ -79,7 +79,7 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     smallest = min(map(len, groups))
     if smallest < 2:
-        raise DataError("tuned attackers hold out images: 2 or more of every class are needed")
+        raise DataError("images are held out: 2 or more of every class are needed")
     count = min(smallest - 1, max(1, round(share * smallest)))
     rng = np.random.default_rng(seed)
     held = np.sort(np.concatenate([rng.permutation(group)[:count] for group in groups]))

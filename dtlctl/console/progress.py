@@ -49,6 +49,12 @@ class Progress:
         if self._bar is not None:
             self._bar.advance(self._task, count)
 
+    def goes_on(self, done: int, saved: str | None) -> None:
+        """Begin with so much that is done already. saved: when it was, which is said."""
+        if saved and self.enabled:
+            say(f"{self.title}: goes on from step {done} of {self.total}, saved at {saved}")
+        self.advance(done)
+
     def at(self, done: int, total: int) -> None:
         """Set the absolute place, for work that knows its length only once begun."""
         self.total = total

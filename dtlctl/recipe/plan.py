@@ -38,8 +38,10 @@ class Job(Generic[Settings]):
         outside = {name: settings.pop(name, None) for name in ("weights", "classes")}
         if self.weights:
             settings = outside
-        for name, usual in (("optimizer", "sgd"), ("label_smoothing", 0.0)):
-            if settings.get(name) == usual:  # as if there were no choice
+        if settings.get("patience", 0) is None:
+            del settings["held_out"]
+        for name, usual in {"optimizer": "sgd", "label_smoothing": 0.0, "layer_decay": None, "patience": None}.items():
+            if name in settings and settings[name] == usual:  # as if there were no choice
                 del settings[name]
         if not settings.get("attackers", True):
             # Without tuned attackers there is nothing that these keys could have changed.

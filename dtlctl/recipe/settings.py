@@ -59,9 +59,18 @@ class Adoptable(Training):
     """`adamw`, for networks that SGD does not train well, such as transformers. It has no `momentum`."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of a label that is spread over all classes."""
+    layer_decay: float | None = Field(None, gt=0, lt=1)
+    """Of `adamw`: the head has `lr`, each stage before it this share of the next one's; for trained networks."""
+    patience: int | None = Field(None, ge=1, le=100_000)
+    """Stop after so many epochs without a better accuracy on images that are held out, and keep the best weights.
+    References of an audit train to the end."""
+    held_out: float = Field(0.1, gt=0, le=0.5)
+    """With `patience`: this share of the smallest class's training images, of every class, is not trained on."""
 
     @model_validator(mode="after")
     def _adoptable(self) -> Adoptable:
+        if self.layer_decay is not None and self.optimizer != "adamw":
+            raise ValueError(f'layer_decay = {self.layer_decay:g} is for optimizer = "adamw"; give both or neither')
         if self.optimizer == "adamw" and self.lr > 0.01:
             raise ValueError(f"lr = {self.lr:g} is a step for SGD; adamw needs 0.01 or less, such as 0.001")
         if self.classes and not self.weights:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dtlctl.attacks import tuning
 from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batch, Batches, Share, evaluation_batches
 from dtlctl.model import networks
@@ -18,7 +19,7 @@ from dtlctl.run.datasets import Datasets
 from dtlctl.run.processes import Processes
 from dtlctl.run.results import Results
 from dtlctl.storage import checkpoint
-from dtlctl.training.resume import State, StateFile
+from dtlctl.training.resume import HELD_OUT, State, StateFile
 
 if TYPE_CHECKING:
     from dtlctl.training.engine import History, Objective
@@ -55,13 +56,37 @@ class Trainer:
         torch.manual_seed(self.recipe.stream(tag))
         model.add_head(name, classes)
 
-    def batches(self, role: str, batch_size: int, tag: str, own_rows: np.ndarray | None = None) -> Batches:
-        """Training batches of the role's subset; or of `own_rows`, which this process shares with no other."""
+    def rows(self, job: Job[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Of the subset that a job trains on, the rows that it does train on, and those held out to tell when to stop.
+
+        Raises DataError where a class is too small for that.
+        """
+        index = self.data.index(job.dataset)
+        if getattr(job.settings, "patience", None) is None:
+            return index, index[:0]
+        labels = self.data.images(job.dataset, "train").labels[index]
+        kept, held = tuning.hold_out(labels, job.settings.held_out, self.recipe.stream(f"{job.model}/held-out"))
+        return index[kept], index[held]
+
+    def batches_of(self, job: Job[Any], tag: str) -> Batches:
+        """What a job that learns from labels trains on."""
+        return self.batches(job.dataset, job.settings.batch_size, tag, rows=self.rows(job)[0])
+
+    def batches(
+        self,
+        role: str,
+        batch_size: int,
+        tag: str,
+        own_rows: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
+    ) -> Batches:
+        """Training batches of the role's subset or of these rows; or of `own_rows`, which no other process shares."""
         train, engine = self.data.images(role, "train"), self.processes.engine
+        rows = self.data.index(role) if rows is None else rows
         return Batches(
             train.pixels,
             train.labels,
-            self.data.index(role) if own_rows is None else own_rows,
+            rows if own_rows is None else own_rows,
             batch_size=batch_size,
             augment=self.recipe.data.of(role).augment,
             seed=self.recipe.stream(tag),
@@ -107,15 +132,23 @@ class Trainer:
         than trained on. State is saved in the job's scratch folder and taken up from there; a job that trains more than
         once names its `part`s, each a plain file name. After `also` so many steps there is a row in the history besides
         those at even intervals; each has what `check` returns too. `state` is where the training stands, for those who
-        read the rows on the way.
+        read the rows on the way. With the settings' `patience`, the accuracy on images held out is measured after
+        each epoch, and the model ends with the best one's weights.
         """
         steps = job.settings.total_steps(batches.images)
         tested = sum(len(self.data.images(role, "test").labels) for _, role in measures.values())
         state = state or State()
         metrics: dict[str, Any] = {}
+        epoch, held = batches.images // batches.batch_size, self.rows(job)[1]
+        patience = job.settings.patience * epoch if len(held) else None
+        also = {*also, *range(epoch, steps, epoch)} if patience else also
 
         def evaluate(step: int) -> dict[str, float]:
-            return {**check(step), **tests(step)}
+            found = {**check(step), **tests(step)}
+            if patience and (step % epoch == 0 or step == steps):
+                right = self.processes.engine.correct(model, job.dataset, self.split(job.dataset, "train", held))
+                found[HELD_OUT] = 100 * float(right.mean())
+            return found
 
         def tests(step: int) -> dict[str, float]:
             last = next((row["step"] for row in reversed(state.rows) if measures.keys() <= row.keys()), 0)
@@ -130,10 +163,15 @@ class Trainer:
         with self.processes.progress(job.title, steps) as bar:
             size = batches.batch_size
             history = self.processes.engine.train(
-                model, objective, job.settings, steps, size, bar, evaluate, also=also, memory=memory, state=state
-            )
-        if not metrics:  # a signal came after the last row
-            tests(steps)
+                model, objective, job.settings, steps, size, bar, evaluate, also=also, memory=memory, state=state,
+                patience=patience,
+            )  # fmt: skip
+        if patience or not metrics:  # the best weights are others; or a signal came after the last row
+            metrics.update(self.measured(model, measures))
+        if patience:
+            metrics |= {"kept_step": state.best_step(), HELD_OUT: max(row.get(HELD_OUT, 0.0) for row in state.rows)}
+            where = f"{state.best_step()} of {steps}" + f", stopped at {state.step}" * (state.step < steps)
+            self.processes.say(f"{job.title}: keeps step {where}: the best on {len(held):,} images held out")
         return history, metrics
 
 

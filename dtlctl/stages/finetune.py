@@ -17,7 +17,7 @@ def finetune(experiment: Experiment, job: Job[Finetune]) -> None:
         measures["acc_s"] = ("source", "source")
     else:
         model = experiment.trainer.new_model({"target": classes}, "target-only/init")
-    batches = experiment.trainer.batches("target", job.settings.batch_size, "finetune/batches")
+    batches = experiment.trainer.batches_of(job, "finetune/batches")
     objective = cross_entropy(model, "target", batches, job.settings.label_smoothing)
     history, metrics = experiment.trainer.train(job, model, objective, batches, measures)
     experiment.results.publish(job, metrics, history, model)

@@ -10,7 +10,7 @@ from dtlctl.run.experiment import Experiment
 
 def pretrain(experiment: Experiment, job: Job[Pretrain]) -> None:
     model = experiment.trainer.new_model({"source": len(experiment.data.classes("source"))}, "pretrain/init")
-    batches = experiment.trainer.batches("source", job.settings.batch_size, "pretrain/batches")
+    batches = experiment.trainer.batches_of(job, "pretrain/batches")
     objective = cross_entropy(model, "source", batches, job.settings.label_smoothing)
     history, metrics = experiment.trainer.train(job, model, objective, batches, {"acc_s": ("source", "source")})
     experiment.results.publish(job, metrics, history, model)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,10 +21,9 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from dtlctl.console import stop
-from dtlctl.console.progress import Progress, say
+from dtlctl.console.progress import Progress
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import DivergedError, RecipeError, Stopped
 from dtlctl.model import networks
@@ -33,7 +33,8 @@ from dtlctl.recipe.settings import Training
 from dtlctl.training import surroundings
 from dtlctl.training.collectives import TIMEOUT, Collectives
 from dtlctl.training.failures import check_answers, check_reports, check_weights
-from dtlctl.training.resume import State, StateFile
+from dtlctl.training.optimizers import optimizer_of, schedule_of
+from dtlctl.training.resume import HELD_OUT, State, StateFile
 
 Model = TypeVar("Model", bound=nn.Module)
 Objective = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
@@ -101,47 +102,42 @@ class Engine(Collectives):
         also: Collection[int] = (),
         memory: StateFile | None = None,
         state: State | None = None,
+        patience: int | None = None,
     ) -> History:
-        """Minimise `objective` over `steps` steps of SGD with momentum or AdamW, as `plan` says.
+        """Minimise `objective` over `steps` steps as `plan` says.
 
         At each of `reports` even intervals, after each number of steps in `also` and at the end, the means of what the
         objective reported since the row before, and what `evaluate(steps done)` returns, go into the history. With a
         `memory`, training goes on from the state that is kept there, and saves its own when it is due and when a signal
-        stops it. Raises Stopped, and DivergedError for a gradient, or weights at the end, that are not finite. Such a
-        gradient never reaches the weights; the run stops at once, or on an accelerator at the next report or save.
+        stops it. With `patience` it ends so many steps after the row that is best by HELD_OUT, with that row's weights.
+        Raises Stopped, and DivergedError for a gradient that is not finite, at once or at the next report, or weights.
         """
-        weights = [p for p in model.parameters() if p.requires_grad]
-        optimizer = _optimizer(weights, plan)
-        schedule = _schedule(optimizer, plan, steps)
-        state = state or State()
+        optimizer = optimizer_of(model, plan)
+        schedule = schedule_of(optimizer, plan, steps)
+        state, every = state or State(), max(1, steps // reports)
         if self.share.rank:  # random numbers of its own, or all processes would drop the same units
             torch.manual_seed(torch.initial_seed() + self.share.rank)
         saved = memory.restore(self, state, model, optimizer, schedule) if memory else None
-        if saved and progress.enabled:
-            say(f"{progress.title}: goes on from step {state.step} of {steps}, saved at {saved}")
-        progress.advance(state.step)
-        started, before, every = time.perf_counter(), state.seconds, max(1, steps // reports)
-        due = {*range(every, steps, every), *also, steps}
-
-        def measure(step: int) -> dict[str, float]:
-            return {"lr": max(group["lr"] for group in optimizer.param_groups), **evaluate(step)}
+        progress.goes_on(state.step, saved)
+        begun, due = time.perf_counter() - state.seconds, {*range(every, steps, every), *also, steps}
+        measure = partial(_measured, state, model, optimizer, evaluate)
 
         def save() -> None:
             if memory:
-                state.seconds = before + time.perf_counter() - started
+                state.seconds = time.perf_counter() - begun
                 check_reports(state, state.step)
                 memory.save(self, state, model, optimizer)
 
         with stop.deferred(), _precision(model), self._tracked(progress.title):
             try:
                 self._report(state, due, measure, progress)  # where a signal cut it short
-                while state.step < steps:
+                while state.step < steps and (patience is None or state.step - state.best_step() < patience):
                     self._heed(memory, save)
-                    self._step(state, objective, model, weights, optimizer, plan.clip)
+                    self._step(state, objective, model, optimizer, plan.clip)
                     schedule.step()
                     self._report(state, due, measure, progress)
                     progress.advance(1, images=batch_size)
-                check_weights(model, steps)
+                check_weights(model, state.step)
             except Stopped:
                 save()
                 raise
@@ -149,22 +145,23 @@ class Engine(Collectives):
                 if memory and self.is_main:
                     memory.forget()
                 raise
-        seconds = before + time.perf_counter() - started
-        return History(state.rows, seconds, steps * batch_size / max(seconds, 1e-9))
+        if state.best:
+            model.load_state_dict(state.best)
+        seconds = time.perf_counter() - begun
+        return History(state.rows, seconds, state.step * batch_size / max(seconds, 1e-9))
 
     def _step(
         self,
         state: State,
         objective: Objective,
         model: nn.Module,
-        weights: list[nn.Parameter],
         optimizer: torch.optim.Optimizer,
         clip: float | None,
     ) -> None:
         loss, parts = objective(state.step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = self._share_gradients(weights, clip)
+        norm = self._share_gradients([p for p in model.parameters() if p.requires_grad], clip)
         # Where it is 1, a fused step changes nothing, and nobody had to wait for the number. No nan is below infinity.
         optimizer.found_inf = (~(norm < torch.inf)).float()  # type: ignore[attr-defined]
         for name, value in {**parts, "gradient_norm": norm}.items():
@@ -247,16 +244,15 @@ def _precision(model: nn.Module) -> AbstractContextManager[None]:
     return networks.precision(getattr(model, "precision", "float32"))
 
 
-def _optimizer(weights: list[nn.Parameter], plan: Training) -> torch.optim.Optimizer:
-    if getattr(plan, "optimizer", "sgd") == "adamw":
-        return torch.optim.AdamW(weights, plan.lr, weight_decay=plan.weight_decay, fused=True)
-    return torch.optim.SGD(weights, plan.lr, plan.momentum, weight_decay=plan.weight_decay, fused=True)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, plan: Training, steps: int) -> LRScheduler:
-    """The learning rate over `steps` steps of the optimizer, as the plan says; one-cycle needs two or more."""
-    if plan.schedule == "one-cycle" and steps > 1:
-        return OneCycleLR(optimizer, plan.lr, steps, cycle_momentum=False)
-    if plan.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, steps)
-    return ConstantLR(optimizer, factor=1.0)
+def _measured(
+    state: State,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    evaluate: Callable[[int], dict[str, float]],
+    step: int,
+) -> dict[str, float]:
+    """What is measured for a row. The weights are kept where they are the best so far on images held out."""
+    found = evaluate(step)
+    if HELD_OUT in found and all(found[HELD_OUT] > row.get(HELD_OUT, -1) for row in state.rows):
+        state.best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return {"lr": max(group["lr"] for group in optimizer.param_groups), **found}

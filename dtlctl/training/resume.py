@@ -27,6 +27,8 @@ from dtlctl.storage import checkpoint
 from dtlctl.strict import Strict
 from dtlctl.training.collectives import Collectives
 
+HELD_OUT = "held_out"
+"""Of a row: the accuracy in % on images held out, where it decides when a training stops."""
 _CUDA = 16  # bytes of the random state of an accelerator
 
 
@@ -41,6 +43,13 @@ class State:
     """This process's sums since the last report: float64 scalars."""
     seconds: float = 0.0
     """Time spent up to the start or the last restore."""
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The weights and buffers of the best row by HELD_OUT."""
+
+    def best_step(self) -> int:
+        """The step of the first row that is the best by HELD_OUT; 0 where none has it."""
+        looks = [row for row in self.rows if HELD_OUT in row]
+        return int(max(looks, key=lambda row: row[HELD_OUT])["step"]) if looks else 0
 
 
 class Document(Strict):
@@ -79,6 +88,7 @@ class StateFile:
         tensors = {
             "random": group.gather(_random(group.device)[None]),
             **{f"model/{name}": tensor for name, tensor in model.state_dict().items()},
+            **{f"best/{name}": tensor for name, tensor in state.best.items()},
             **{
                 f"optimizer/{number}/{name}": value
                 for number, weight in enumerate(_weights(optimizer))
@@ -111,6 +121,7 @@ class StateFile:
                 options["lr"] = lr
             schedule.load_state_dict({"last_epoch": step, "_step_count": step + 1, "_last_lr": list(document.lrs)})
             state.step, state.rows[:], state.seconds = step, document.rows, document.seconds
+            state.best = {name: tensor.to(group.device) for name, tensor in _under("best/", tensors).items()}
             rank, processes = group.share.rank, len(document.sums)
             own = document.sums[rank % processes]
             if processes != group.processes:  # only the mean over processes matters

@@ -66,3 +66,12 @@ def test_a_batch_of_fewer_images_than_it_asks_for_depends_on_who_shares_it(
     assert one.batches({"source": 50}, processes) == {"source": 50}
     one, _ = job(recipe_file, "audit/TL")
     assert one.batches({"source": 50}, processes) == {}
+
+
+def test_keys_of_training_that_are_left_out_change_no_result(recipe_file: Path):
+    """What was trained before there were such keys need not be trained again."""
+    pre, recipe = job(recipe_file, "pretrain")
+    new = {"patience", "held_out", "layer_decay", "optimizer", "label_smoothing"}
+    assert not pre.described(recipe)["settings"].keys() & new
+    pre, recipe = job(recipe_file, "pretrain", "pretrain.patience=3")
+    assert pre.described(recipe)["settings"].keys() & new == {"patience", "held_out"}

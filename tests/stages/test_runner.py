@@ -9,6 +9,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -333,3 +334,24 @@ def test_tensorboard_gets_the_rows_of_the_sidecar_and_nothing_is_written_without
     for name in ("loss", "lr", "acc_s"):
         expected = [(row["step"], pytest.approx(row[name])) for row in rows if name in row]
         assert [(event.step, event.value) for event in found.Scalars(f"pretrain/{name}")] == expected
+
+
+def test_pre_training_stops_where_held_out_images_say_so(recipe_file: Path, capsys):
+    """One of each digit's seven images is held out; at next to no step size no epoch is better than the first.
+
+    60 images in batches of 20 are 3 steps: the best row is that of step 3, and two epochs later it stops.
+    """
+    table = "pretrain={epochs=9, batch_size=20, lr=1e-9, patience=2, held_out=0.2}"
+    experiment = new_experiment(recipe_file, table, "data.source.fraction=0.0695")
+    (job,) = experiment.chosen(("pretrain",))
+    kept, held = experiment.trainer.rows(job)
+    labels = experiment.data.images("source", "train").labels
+    assert (len(kept), len(held)) == (60, 10)
+    assert np.bincount(labels[held]).tolist() == [1] * 10 and not set(kept) & set(held)
+    assert sorted([*kept, *held]) == experiment.data.index("source").tolist()
+    run(experiment, ("pretrain",))
+    made = json.loads((experiment.folder / "pretrain/model.json").read_text())
+    assert (made["metrics"]["kept_step"], made["history"][-1]["step"]) == (3, 9)
+    model = experiment.trainer.load_model("pre")
+    right = experiment.engine.correct(model, "source", experiment.trainer.split("source", "train", held))
+    assert 100 * right.mean() == pytest.approx(made["metrics"]["held_out"])

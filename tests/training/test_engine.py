@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from dtlctl.console.progress import Progress
 from dtlctl.data.tensors import Batch, Share
 from dtlctl.errors import DivergedError
+from dtlctl.model import networks
 from dtlctl.recipe.settings import Pretrain, Training
-from dtlctl.training.engine import Engine
+from dtlctl.training.engine import Engine, History
 from dtlctl.training.resume import StateFile
 
 
@@ -139,3 +140,56 @@ def test_trackers_hear_every_row_under_its_training_s_name():
     assert [row["lr"] for row in history.rows] == [0.25, 0.25]
     assert {step: (v["dispose/one/loss"], v["dispose/one/lr"], v["dispose/one/acc_t"])
             for step, v in heard.numbers.items()} == {2: (1.5, 0.25, 50.0), 4: (3.5, 0.25, 50.0)}  # fmt: skip
+
+
+def test_layer_decay_is_that_of_each_stage():
+    """AdamW's first step is a weight's lr, whatever its gradient: 0.01, halved by each of three stages, and the stem's.
+
+    resnet8 has a stem, three stages and a head: 0.01 for the head, 0.005, 0.0025, 0.00125, and 0.000625 for the stem.
+    """
+    model = networks.build("resnet8", {"source": 2}, width=4, image_size=8)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    plan = Pretrain(steps=1, batch_size=2, lr=0.01, weight_decay=0, schedule="constant", optimizer="adamw",
+                    layer_decay=0.5)  # fmt: skip
+    objective = lambda step: (loss := sum(p.sum() for p in model.parameters()), {"loss": loss.detach()})  # noqa: E731
+    Engine().train(model, objective, plan, 1, 2, Progress("", 1, enabled=False), lambda _: {})
+    stages = networks.stages(model.backbone)
+    places = {id(p): k for k, stage in enumerate(stages) for m in stage.modules for p in m.parameters()}
+    for name, p in model.named_parameters():
+        lr = 0.01 if name.startswith("heads") else 0.01 * 0.5 ** (3 - places.get(id(p), -1))
+        torch.testing.assert_close(before[name] - p.detach(), torch.full_like(p, lr), rtol=1e-2, atol=1e-7)
+    assert len(stages) == 3 and len(set(places.values())) == 3
+
+
+def stopped(file: Path, fails: int | None = None) -> tuple[Tensor, History]:
+    """A weight that starts at 1 and loses 0.1 a step, and what it is worth on images held out after each."""
+    worth, model = [0, 50, 60, 60, 55, 90, 90, 90, 90], nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    plan = Training(steps=8, batch_size=2, lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant")
+
+    def objective(step: int):
+        if step == fails:
+            raise RuntimeError
+        return (loss := model.weight.sum()), {"loss": loss.detach()}
+
+    history = Engine().train(
+        model, objective, plan, 8, 2, Progress("", 8, enabled=False), lambda step: {"held_out": float(worth[step])},
+        memory=StateFile(file, "key", 0), patience=2,
+    )  # fmt: skip
+    return model.weight.detach(), history
+
+
+def test_patience_ends_a_training_and_keeps_the_first_best_weights(tmp_path: Path):
+    """60 after step 2, never more within two steps: step 4 is the last, and the weight is that of step 2."""
+    weight, history = stopped(tmp_path / "whole.safetensors")
+    assert history.rows[-1]["step"] == 4
+    assert weight.item() == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("fails", [1, 3])
+def test_an_early_stop_is_the_same_after_a_failure(tmp_path: Path, fails: int):
+    weight, history = stopped(tmp_path / "whole.safetensors")
+    with pytest.raises(RuntimeError):
+        stopped(tmp_path / "cut.safetensors", fails)
+    again, rows = stopped(tmp_path / "cut.safetensors")
+    assert torch.equal(again, weight) and rows.rows == history.rows
