@@ -99,12 +99,13 @@ def run(
         if not experiment.processes.is_main:
             return
         from dtlctl.report import files, summary, tables, verdict
+        from dtlctl.storage import checkpoint
 
         folder = experiment.folder / "report"
         table = summary.summarise([experiment.folder])
         if not files.is_current(table, folder):
             files.write(table, folder, experiment.command("run"), [experiment.folder])
-    print(files.dump(table) if as_json else tables.markdown(table), end="")
+    print(checkpoint.dump(table) if as_json else tables.markdown(table), end="")
     say(f"report: {folder}", quiet)
     verdict.demand(table, table["verdict"]["recommended"], experiment.recipe.publish, str(recipe))
 
@@ -155,6 +156,7 @@ def report(
 ) -> None:
     """Tables and plots from the sidecars of one run, or means and intervals over several seeds."""
     from dtlctl.report import files, summary, tables
+    from dtlctl.storage import checkpoint
 
     if to is None and len(runs) > 1:
         raise RecipeError("report: with several runs say where the report goes: --to DIR")
@@ -164,7 +166,7 @@ def report(
             raise RecipeError(f"report: {run} is not the only run of seed {seed}; intervals are over different seeds")
     command = shlex.join(["dtlctl", "report", *map(str, runs), *(["--to", str(to)] if to else [])])
     files.write(table, to or runs[0] / "report", command, runs)
-    print(files.dump(table) if as_json else tables.markdown(table), end="")
+    print(checkpoint.dump(table) if as_json else tables.markdown(table), end="")
 
 
 def export(
@@ -288,6 +290,6 @@ def compare(
         write_lambdas(recipe, reached)
         values = ", ".join(f"dispose.{name}.lambda = {lam:g}" for name, lam in reached.items())
         say(f"written into {recipe}: {values or 'nothing, as no λ was reached'}", quiet)
-    for text in comparison.advice(document, base.name, _again("run", recipe, overrides, out), written=write):
+    for text in comparison.advice(document, recipe, overrides or [], folder.parent, written=write):
         say(text, quiet)
     say(f"report: {folder}", quiet)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from dtlctl.recipe.loading import load, validated
 from dtlctl.recipe.plan import Stage
 from dtlctl.recipe.schema import Recipe
 from dtlctl.recipe.settings import Compare, Dispose
-from dtlctl.report import files, summary, tables
+from dtlctl.report import files, summary, tables, templates
 from dtlctl.run.earlier import relatives
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands
@@ -190,31 +191,29 @@ def validation(experiment: Experiment, model: str) -> np.ndarray:
     return experiment.engine.correct(experiment.trainer.load_model(model), "target", images)
 
 
-def advice(document: dict[str, Any], name: str, command: str, *, written: bool) -> list[str]:
+def advice(
+    document: dict[str, Any], recipe: Path, overrides: Sequence[str], folder: Path, *, written: bool
+) -> list[str]:
     """What to do next, in sentences: where no λ was reached, and for the final model, on all target images.
 
-    name: the run's. command: what does it, recipe and overrides. written: whether the λ stand in the recipe.
+    folder: of the comparison's runs, in which what they share with the final one is found. written: whether the λ
+    stand in the recipe.
     """
-    settings, said = document["compare"], list[str]()
-    for variant, one in document["variants"].items():
-        if one["reached"] == "no":
-            low, high = (f"{end(each['lambda'] for each in one['tried']):g}" for end in (min, max))
-            said.append(
-                f"{variant}: no λ tried, from {low} to {high}, costs {settings['target_drop']:g} ± "
-                f"{settings['tolerance']:g} points: set dispose.{variant}.lambda where to begin and compare.rounds "
-                f"higher, or give the disposal other steps or lr; λ = {one['lambda']:g} came nearest"
-            )
-        if one["reached"] == "not resolved":
-            half = math.ceil(5 * (one["high"] - one["low"])) / 10
-            said.append(
-                f"{variant}: the price at λ = {one['lambda']:g} is near enough, but known to ± {half:g} points only: "
-                f"lower data.target.fraction to hold more images back, or set compare.tolerance = {half:g}"
-            )
-    if reached := {variant: one["lambda"] for variant, one in document["variants"].items() if one["reached"] == "yes"}:
-        keys = {json.dumps(name) if "." in name else name: lam for name, lam in reached.items() if not written}
-        values = "".join(f" --set {shlex.quote(f'dispose.{key}.lambda={lam:g}')}" for key, lam in keys.items())
-        final = f"--set data.target.fraction=1 --set name={name}-final"
-        said.append(f"the final model, on all target images at this λ: {command}{values} {final}")
+    variants = document["variants"]
+    said = [
+        templates.said("advice", document["compare"], variant, one)
+        for variant, one in variants.items()
+        if one["reached"] != "yes"
+    ]
+    if reached := {variant: one["lambda"] for variant, one in variants.items() if one["reached"] == "yes"}:
+        changes = [text for text in overrides if not re.search(r"\.(lambda|odds|price) *=", text)]
+        if not written or len(changes) < len(overrides):
+            keys = {json.dumps(variant) if "." in variant else variant: lam for variant, lam in reached.items()}
+            changes += [f"dispose.{key}.lambda={lam:g}" for key, lam in keys.items()]
+        changes += ["data.target.fraction=1", "name=final"]
+        words = [word for text in changes for word in ("--set", text)]
+        again = shlex.join(["dtlctl", "run", str(recipe), *words, "--out", str(folder)])
+        said.append(f"the final model, on all target images at this λ: {again}")
     return said
 
 
@@ -226,10 +225,11 @@ def markdown(document: dict[str, Any]) -> str:
 def _needed(document: dict[str, Any]) -> tables.Table:
     """One row a variant."""
     settings = document["compare"]
-    lines = [
-        [name, f"{one['lambda']:g}", _points(one), one["reached"], _tried(one["tried"])]
-        for name, one in document["variants"].items()
-    ]
+    lines = []
+    for name, one in document["variants"].items():
+        diverged = sum(each["drop"] is None for each in one["tried"])
+        tried = f"{len(one['tried'])}, {diverged} diverged" if diverged else str(len(one["tried"]))
+        lines.append([name, f"{one['lambda']:g}", _points(one), one["reached"], tried])
     seeds = ", over seeds the mean of their half widths" if len(document["seeds"]) > 1 else ""
     note = (
         f"Who needed which λ to be {settings['target_drop']:g} points of Acc_t below TL, give or take "
@@ -244,15 +244,11 @@ def _points(one: dict[str, Any]) -> str:
     return f"{one['drop']:.1f} ± {(one['high'] - one['low']) / 2:.1f}"
 
 
-def _tried(tried: list[dict[str, Any]]) -> str:
-    """How many values of λ were tried, and how many of them diverged, if any."""
-    diverged = sum(one["drop"] is None for one in tried)
-    return f"{len(tried)}, {diverged} diverged" if diverged else str(len(tried))
-
-
 def write(document: dict[str, Any], folder: Path, command: str) -> None:
     """Write compare.json, table.json, table.md, figures and report.html. Raises CheckpointError where it cannot."""
-    checkpoint.write(folder / "compare.json", files.dump(document).encode())  # first: it cannot be made from the runs
+    checkpoint.write(
+        folder / "compare.json", checkpoint.dump(document).encode()
+    )  # first: it cannot be made from the runs
     files.write(document["table"], folder, command, before=[_needed(document)])
 
 

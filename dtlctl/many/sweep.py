@@ -6,11 +6,10 @@ import itertools
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,7 +24,6 @@ from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, R
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.overrides import parse_value
 from dtlctl.recipe.plan import STAGES, Job, Stage
-from dtlctl.recipe.schema import Recipe
 from dtlctl.run.earlier import Earlier, relatives
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands, runner
@@ -78,9 +76,12 @@ def run(
 ) -> list[tuple[Point, Experiment]]:
     """Do all points' stages under OUT/<name>-sweep; what is up to date there or in OUT/<name> is not done again."""
     one_process("sweep: start it as one process; --jobs N works on N points at a time")
-    base, grid, calls, experiments = _opened(recipe, over, overrides, out, quiet=quiet or jobs > 1)
-    perform(experiments, STAGES, relatives(out, base.name), jobs=jobs, calls=calls, quiet=quiet)
-    return list(zip(grid, experiments, strict=True))
+    done = opened(recipe, over, overrides, out, quiet=quiet or jobs > 1)
+    experiments = [experiment for _, experiment in done]
+    perform(
+        experiments, STAGES, relatives(experiments[0].folder.parent, experiments[0].recipe.name), jobs=jobs, quiet=quiet
+    )
+    return done
 
 
 def plan(recipe: Path, over: Sequence[str], overrides: Sequence[str], out: Path) -> tuple[list[str], list[str]]:
@@ -89,40 +90,34 @@ def plan(recipe: Path, over: Sequence[str], overrides: Sequence[str], out: Path)
     First comes the pre-training of every network that several points share. The same sweep afterwards finds all done
     and makes the table.
     """
-    _, _, calls, experiments = _opened(recipe, over, overrides, out, quiet=True)
-    lines: dict[Path, list[str]] = {}
-    shared: dict[str, list[list[str]]] = {}
-    for call, experiment in zip(calls.values(), experiments, strict=True):
-        words = [
-            str(recipe),
-            *(word for text in call for word in ("--set", text)),
-            "--out",
-            str(experiment.folder.parent),
-        ]
-        lines[experiment.folder] = words
+    experiments = [experiment for _, experiment in opened(recipe, over, overrides, out, quiet=True)]
+    shared: dict[str, list[Experiment]] = {}
+    for experiment in experiments:
         for job in experiment.chosen(("pretrain",)):
-            shared.setdefault(experiment.results.key(job), []).append(words)
-    first = [shlex.join(["dtlctl", "pretrain", *some[0]]) for some in shared.values() if len(some) > 1]
-    return first, [shlex.join(["dtlctl", "run", *words]) for words in lines.values()]
+            shared.setdefault(experiment.results.key(job), []).append(experiment)
+    first = [some[0].command("pretrain") for some in shared.values() if len(some) > 1]
+    return first, [experiment.command("run") for experiment in experiments]
 
 
-def _opened(
+def opened(
     recipe: Path, over: Sequence[str], overrides: Sequence[str], out: Path, *, quiet: bool
-) -> tuple[Recipe, list[Point], dict[str, list[str]], list[Experiment]]:
-    """The recipe, its points, the `--set` texts of every point by its name, and the points' runs, with data that fits.
+) -> list[tuple[Point, Experiment]]:
+    """The points and their runs, with data that fits.
 
     Raises RecipeError for two points that are one, and as `points`, `load` and `data_demands.check` do.
     """
-    base = load(recipe, list(overrides))
-    grid = points(over)
-    calls = {point.name: [*overrides, *point.overrides, f"name={point.name}"] for point in grid}
-    if len(calls) < len(grid):
+    folder, grid = out / f"{load(recipe, list(overrides)).name}-sweep", points(over)
+    if len({point.name for point in grid}) < len(grid):
         raise RecipeError("sweep: two points have the same values")
-    folder = out / f"{base.name}-sweep"
-    experiments = [Experiment(load(recipe, call), folder, source=str(recipe), quiet=quiet) for call in calls.values()]
-    for experiment in experiments:
+    found = []
+    for point in grid:
+        call = [*overrides, *point.overrides, f"name={point.name}"]
+        words = [*(word for text in call for word in ("--set", text)), "--out", str(folder)]
+        experiment = Experiment(load(recipe, call), folder, source=str(recipe), words=words, quiet=quiet)
+        found.append((point, experiment))
+    for _, experiment in found:
         data_demands.check(experiment, experiment.jobs)
-    return base, grid, calls, experiments
+    return found
 
 
 def one_process(otherwise: str) -> None:
@@ -150,13 +145,13 @@ class Child(NamedTuple):
 
 def perform(
     experiments: Sequence[Experiment], stages: Iterable[Stage], others: Sequence[Path] = (), *, jobs: int = 1,
-    calls: Mapping[str, list[str]] | None = None, quiet: bool = True,
+    quiet: bool = True,
 ) -> None:  # fmt: skip
-    """Do these stages of several runs, a result that they share only once; `jobs` runs at a time, if there are `calls`.
+    """Do these stages of several runs, a result that they share only once; `jobs` runs at a time, each a process.
 
-    calls: the `--set` texts of every run, from which it can be a process of its own. No run waits for another, unless
-    for a result that both need; the one that is furthest behind goes first. Processes at work at the same time share
-    the cores, and each has one GPU, if there are any: the one that fewest are at. The first failure ends all.
+    No run waits for another, unless for a result that both need; the one that is furthest behind goes first. Processes
+    at work at the same time share the cores, and each has one GPU, if there are any: the one that fewest are at. The
+    first failure ends all.
     """
     left = {experiment.folder: list(stages) for experiment in experiments}
     children: dict[Future[None], Child] = {}
@@ -170,10 +165,10 @@ def perform(
             ready = [(one, task) for one in idle if (task := _next(one, left[one.folder], earlier, taken))]
             if ready:
                 experiment, task = max(ready, key=lambda pair: len(left[pair[0].folder]))
-                if jobs > 1 and calls is not None:
+                if jobs > 1:
                     gpu = min(gpus, key=[child.gpu for child in children.values()].count)
                     threads = max(1, cores() // min(jobs, sum(map(bool, left.values()))))
-                    process = _start(experiment, task, calls[experiment.recipe.name], threads, gpu, quiet)
+                    process = _start(experiment, task, threads, gpu, quiet)
                     ended = pool.submit(_wait, process, experiment.recipe.name, task.stage)
                     children[ended] = Child(process, experiment.folder, task.keys, gpu)
                 else:
@@ -227,12 +222,10 @@ def visible_gpus() -> list[str]:
     return list(itertools.takewhile(lambda one: one not in ("", "-1"), map(str.strip, listed.split(","))))
 
 
-def _start(run: Experiment, task: Task, call: list[str], threads: int, gpu: str, quiet: bool) -> subprocess.Popen[str]:
+def _start(run: Experiment, task: Task, threads: int, gpu: str, quiet: bool) -> subprocess.Popen[str]:
     """A process that does the task. gpu: the one that it sees; where it is empty, those that this process sees."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
-    command = [sys.executable, "-m", "dtlctl", task.stage, run.source, "--out", str(run.folder.parent)]
-    command += ["--quiet"] * quiet
-    command += [word for text in call for word in ("--set", text)]
+    command = [sys.executable, "-m", "dtlctl", task.stage, run.source, *run.words, *["--quiet"] * quiet]
     command += [word for model in task.models for word in ("--only", model)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 

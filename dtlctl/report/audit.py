@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,22 +30,23 @@ SMALL: Any = {
 UNRESOLVED = "not to be resolved by"
 
 
-def _true_positives(rate: float, numbers: Row) -> str:
-    if (point := numbers[f"tpr_at_{rate:g}"]) is None:
-        return f"{UNRESOLVED} fewer than {round(1 / rate)} non-members"
-    return f"{100 * point['tpr']:.1f} [{100 * point['low']:.1f}, {100 * point['high']:.1f}]"
+def _shown(numbers: Row) -> dict[str, str]:
+    """What is shown of an attack's numbers, in words, and how."""
+    accuracy, deviation = (100 * numbers[f"balanced_accuracy{end}"] for end in ("", "_std"))
+    shown = {
+        "balanced accuracy in %, mean ± deviation over repeats": f"{accuracy:.1f} ± {deviation:.1f}",
+        "AUC [95 % interval]": _auc(numbers),
+    }
+    for rate in RATES:
+        found = f"{UNRESOLVED} fewer than {round(1 / rate)} non-members"
+        if point := numbers[f"tpr_at_{rate:g}"]:
+            found = f"{100 * point['tpr']:.1f} [{100 * point['low']:.1f}, {100 * point['high']:.1f}]"
+        shown[f"TPR at {100 * rate:g}% FPR in % [95 % interval]"] = found
+    return shown
 
 
-SHOWN: dict[str, Callable[[Row], str]] = {
-    "balanced accuracy in %, mean ± deviation over repeats": lambda numbers: (
-        f"{100 * numbers['balanced_accuracy']:.1f} ± {100 * numbers['balanced_accuracy_std']:.1f}"
-    ),
-    "AUC [95 % interval]": lambda numbers: (
-        f"{numbers['auc']:.3f} [{numbers['auc_low']:.3f}, {numbers['auc_high']:.3f}]"
-    ),
-    **{f"TPR at {100 * rate:g}% FPR in % [95 % interval]": partial(_true_positives, rate) for rate in RATES},
-}
-"""What is shown of an attack's numbers, in words, and how."""
+def _auc(numbers: Row) -> str:
+    return f"{numbers['auc']:.3f} [{numbers['auc_low']:.3f}, {numbers['auc_high']:.3f}]"
 
 
 class Audit(NamedTuple):
@@ -75,16 +75,17 @@ def read(runs: Sequence[Path]) -> list[Audit]:
 
 def tables(audits: Sequence[Audit]) -> list[Table]:
     """Balanced accuracy (Table 2), AUC, and TPR at low FPR in both modes, then the readouts; nothing without audits."""
+    if not audits:
+        return []
     several = any(one.run for one in audits)
     first = [[one.model, *([one.run] if several else [])] for one in audits]
-    columns = ["Model", *(["Run"] if several else [])]
-    found = []
+    columns, found = ["Model", *(["Run"] if several else [])], []
     for mode, title in MODES.items():
-        results = [_results(one.metrics, mode) for one in audits]
+        results = [{name: _shown(numbers) for name, numbers in _results(one.metrics, mode).items()} for one in audits]
         names = list(dict.fromkeys(name for one in results for name in one))
         heading = f"Membership inference, as in Table 2 of the paper: {title[0].lower()}{title[1:]}"
-        for what, show in SHOWN.items() if names else ():
-            cells = [[show(one[name]) if name in one else "–" for name in names] for one in results]
+        for what in next((shown for one in results for shown in one.values()), ()):
+            cells = [[one[name][what] if name in one else "–" for name in names] for one in results]
             shown = {cell for row in cells for cell in row} - {"–"}
             if len(shown) == 1 and UNRESOLVED in (only := shown.pop()):
                 found.append(Table(f"{title}: {what}: {only}.", heading=heading))
@@ -93,16 +94,15 @@ def tables(audits: Sequence[Audit]) -> list[Table]:
                 found.append(Table(f"{title}: {what}.", [*columns, *names], lines, heading))
             heading = ""
     lines = [[*own, *_readouts(one.metrics)] for own, one in zip(first, audits, strict=True)]
-    columns += ["AUC without the model", "Source head", "Entropy / log K", "Steps to relearn"]
-    found += [Table("Control and readouts.", columns, lines, "Control and readouts")] if audits else []
-    compared = [(own, one.metrics["cka"]) for own, one in zip(first, audits, strict=True) if "cka" in one.metrics]
-    if compared:
+    readouts = [*columns, "AUC without the model", "Source head", "Entropy / log K", "Steps to relearn"]
+    found.append(Table("Control and readouts.", readouts, lines, "Control and readouts"))
+    if compared := [(own, one.metrics["cka"]) for own, one in zip(first, audits, strict=True) if "cka" in one.metrics]:
         stages = list(next(iter(compared[0][1].values())))
-        rows = [
+        lines = [
             [*own, other, *(f"{v:.2f}" for v in by.values())] for own, all_ in compared for other, by in all_.items()
         ]
         note = "Linear CKA of each stage with the same one of another model, on test images of the source; 1: the same."
-        found.append(Table(note, [*columns[:-4], "Compared with", *stages], rows, "Where the source still is"))
+        found.append(Table(note, [*columns, "Compared with", *stages], lines, "Where the source still is"))
     return found
 
 
@@ -114,13 +114,11 @@ def conclusion(audits: Sequence[Audit]) -> str:
         attacks = [attack for mode in modes for attack in _results(one.metrics, mode).values()]
         found.setdefault(one.model, []).extend(attack for attack in attacks if "auc_low" in attack)
     best = [(model, max(attacks, key=lambda attack: attack["auc"])) for model, attacks in found.items() if attacks]
-    said = [f"{one['auc']:.3f} [{one['auc_low']:.3f}, {one['auc_high']:.3f}] on {model}" for model, one in best]
+    said = ", ".join(f"{_auc(one)} on {model}" for model, one in best)
     return (
-        f"Who was a training image of the source: the strongest membership attack has an AUC of {', '.join(said)}; "
-        "0.5 is chance, 1 knows all."
-        if said
-        else ""
-    )
+        f"Who was a training image of the source: the strongest membership attack has an AUC of {said}; 0.5 is chance, "
+        "1 knows all."
+    ) * bool(said)
 
 
 @matplotlib.rc_context({**STYLE, **SMALL})

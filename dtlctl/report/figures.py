@@ -54,7 +54,7 @@ def of_table(table: dict[str, Any]) -> dict[str, Drawing]:
         if len(points) > 1:
             x, title = f"Acc_pl {name} of {WHO[kind]} (%)", f"{name}: upper left is better"
             caption = f"What the owner keeps over what {WHO[kind]} gets, as in Fig. 6 of the paper."
-            found[f"tradeoff-{name}"] = _lines(points, colours, x, "Acc_t (%)", title), caption
+            found[f"tradeoff-{name}"] = _lines(points, colours, x, "kept on the target: Acc_t (%)", title), caption
         curves = {row["model"]: row.get("curves", {}).get(name, []) for row in rows}
         if any(len(curve) > 1 for curve in curves.values()):
             figure = _lines(curves, colours, "steps of the attack", "Acc_pl (%)", f"{name}: steps to recover")
@@ -71,7 +71,9 @@ def of_sweep(key: str, name: str, kind: str, curves: Curves) -> Drawing:
 def of_curves(name: str, kind: str, curves: Curves, stars: dict[str, list[float]]) -> Drawing:
     """Fig. 6: Acc_t over one kind of Acc_pl along λ, [PL, Acc_t], one line a variant; a star is a single model."""
     x = f"Acc_pl {name} of {WHO[kind]} (%)"
-    figure = _lines(curves, colours_of([*curves, *stars]), x, "Acc_t (%)", "Upper left is better", stars=stars)
+    figure = _lines(
+        curves, colours_of([*curves, *stars]), x, "kept on the target: Acc_t (%)", "Upper left is better", stars=stars
+    )
     return figure, f"Target accuracy over piggyback accuracy ({WHO[kind]}) along λ, as in Fig. 6 of the paper."
 
 
@@ -117,13 +119,6 @@ def _for_page(svg: str) -> str:
     )
 
 
-def _finished(figure: Figure, x: str, y: str, title: str) -> Figure:
-    figure.axes[0].set(xlabel=x, ylabel=y, title=title)
-    if figure.axes[0].get_legend_handles_labels()[0]:
-        figure.legend(ncols=4, loc="outside lower center")
-    return figure
-
-
 @matplotlib.rc_context(STYLE)
 def _bars(rows: Sequence[Row], sets: list[str], colours: dict[str, str], chosen: str) -> Drawing:
     """Acc_pl by dataset and model; a diamond is the tuned attacker's. To the right, the numbers of both, by column."""
@@ -152,7 +147,8 @@ def _bars(rows: Sequence[Row], sets: list[str], colours: dict[str, str], chosen:
     caption += f"; diamonds: the attacker tuned on {chosen}" if len(columns) > 1 else ""
     caption += "; lines: 95 % interval of the one setting over seeds" if "piggyback_ci" in rows[0] else ""
     title = "What an attacker gets out (lower is better)" + "\nbar: one setting, ◆: tuned attacker" * (len(columns) > 1)
-    return _finished(figure, "Acc_pl (%)", "", title), f"{caption}."
+    axes.set(xlabel="Acc_pl (%)", title=title)
+    return figure, f"{caption}."
 
 
 @matplotlib.rc_context(STYLE)
@@ -175,4 +171,6 @@ def _lines(
         axes.set_xscale("log")
         axes.set_xticks(measured, [f"{value:g}" for value in measured])
         axes.minorticks_off()
-    return _finished(figure, x, y, title)
+    axes.set(xlabel=x, ylabel=y, title=title)
+    figure.legend(ncols=4, loc="outside lower center")
+    return figure

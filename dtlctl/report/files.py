@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ def write(
         "evidence": document["evidence"],
         "chosen": verdict["recommended"],
         "dispose": recipe["dispose"],
+        "reasons": {model: one["reasons"] for model, one in verdict["models"].items()},
         "attackers": [templates.said("who", recipe["piggyback"])],
         "audited": audit.conclusion(audits),
         "audits": audit.tables(audits),
@@ -52,8 +52,8 @@ def publish(
     texts = {
         "table.md": tables.render(shown, [*page["verdict"], *caveats]),
         "audit.md": tables.render(page["audits"]) if page["audits"] else "",
-        "verdict.json": dump(document["verdict"]) if "verdict" in document else "",
-        "table.json": dump(document),  # last: it vouches for the others
+        "verdict.json": checkpoint.dump(document["verdict"]) if "verdict" in document else "",
+        "table.json": checkpoint.dump(document),  # last: it vouches for the others
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,11 +71,6 @@ def publish(
 def is_current(document: dict[str, Any], folder: Path) -> bool:
     """Whether the folder holds the report of this document, and of the same audits."""
     try:
-        return (folder / "table.json").read_text(encoding="utf-8") == dump(document)
+        return (folder / "table.json").read_text(encoding="utf-8") == checkpoint.dump(document)
     except (OSError, ValueError):
         return False
-
-
-def dump(document: dict[str, Any]) -> str:
-    """The document as table.json has it."""
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"

@@ -60,24 +60,28 @@ def markdown(document: dict[str, Any]) -> str:
 
 def _table(found: Sequence[Point]) -> Table:
     """One row a point and model; what no swept key of its own changes is shown once."""
-    keys, (first, *others) = list(found[0]["values"]), _by_model(found)
+    (first, *others), places = _by_model(found), [(point, row) for point in found for row in point["table"]["rows"]]
     fixed = {model for model, row in first.items() if all(other.get(model) == row for other in others)}
-    places = [(point, row) for point in found for row in point["table"]["rows"]]
+    headings = {key: key for key in found[0]["values"]}
+    for key in [key for key in headings if key.endswith(".odds")]:  # a factor is shown as the λ that it came to
+        headings[key] = f"λ {names_in(key)[1]}".removesuffix(" *")
     tuned = any("piggyback_worst" in row for _, row in places)
     kinds = ("piggyback", "piggyback_worst") if tuned else ("piggyback",)
     (model_column, *columns), lines = tables.accuracies([row for _, row in places], kinds)
     shown = {}  # by its cells: a model whose own λ is the same at two points was made once
     for (point, _), (model, *cells) in zip(places, lines, strict=True):
-        values = ["–"] * len(keys) if model in fixed else _values(point, model)
+        dispose, values = point["table"]["recipe"]["dispose"], []
+        for key, value in point["values"].items():
+            own = dispose.get(model, {}).get("lambda") or "–" if key.endswith(".odds") else value
+            values.append(str(own) if model not in fixed and _is_of(key, model, dispose) else "–")
         shown[(model, *values, *cells)] = model not in fixed
     note = tables.accuracies_note(found[0]["table"]["seeds"])
     if tuned:
         chosen = dict.fromkeys(tables.chosen_on(point["table"]["recipe"]) for point in found)
         note += f" Tuned: by the attacker who is best on {' or '.join(chosen)}."
     ordered = sorted(shown, key=lambda line: shown[line])
-    return Table(
-        note, [model_column, *map(_heading, keys), *columns], [*map(list, ordered)], "Accuracies at every point"
-    )
+    heads = [model_column, *headings.values(), *columns]
+    return Table(note, heads, [*map(list, ordered)], "Accuracies at every point")
 
 
 def _caveats(found: Sequence[Point]) -> list[str]:
@@ -88,21 +92,6 @@ def _caveats(found: Sequence[Point]) -> list[str]:
         for sentence in (*point["table"]["caveats"], *point["table"]["verdict"]["sentences"][:1]):
             places.setdefault(sentence, []).append(place)
     return [text if len(at) == len(found) else f"At {'; '.join(at)}: {text}" for text, at in places.items()]
-
-
-def _heading(key: str) -> str:
-    """Of a swept key's column: a factor of odds is shown as the λ that it came to."""
-    if not key.endswith(".odds"):
-        return key
-    return "λ" if (variant := names_in(key)[1]) == "*" else f"λ {variant}"
-
-
-def _values(point: Point, model: str) -> list[str]:
-    """The values of the swept keys: of a variant's for that variant alone, and of a factor of its odds the λ."""
-    dispose = point["table"]["recipe"]["dispose"]
-    lam = str(dispose.get(model, {}).get("lambda") or "–")
-    shown = {key: lam if key.endswith(".odds") else str(value) for key, value in point["values"].items()}
-    return [shown[key] if _is_of(key, model, dispose) else "–" for key in shown]
 
 
 def _is_of(key: str, model: str, dispose: dict[str, Any]) -> bool:

@@ -86,21 +86,8 @@ def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
                 if metrics["source_head"] == "trained" and "loss" in metrics:
                     row["audit_auc"] = float(metrics["loss"]["auc"])
             elif job.stage == "piggyback":
-                name = job.dataset.partition(".")[2]
-                row.setdefault("judged", {})[name] = _judged(job, sidecar)
-                for kind, metric in ATTACKS.items():
-                    if metric in metrics or kind == "piggyback":
-                        row.setdefault(kind, {})[name] = float(metrics[metric])
-                row.setdefault("repeats", {})[name] = [
-                    one["acc_pl"] for one in metrics.get("chosen", []) if "acc_pl" in one
-                ]
-                if metrics.get("chosen") and job.settings.choose_on == "own":
-                    row.setdefault("held_out", {})[name] = fmean(one["val"] for one in metrics["chosen"])
-                if metrics.get("chosen"):
-                    who = [" at ".join(filter(None, map(one.get, ("kind", "stage")))) for one in metrics["chosen"]]
-                    row.setdefault("tuned_by", {})[name] = who
-                looks = [[look["step"], look["acc_pl"]] for look in sidecar["history"] if "acc_pl" in look]
-                row.setdefault("curves", {})[name] = looks
+                for what, value in _attack(job, sidecar).items():
+                    row.setdefault(what, {})[job.dataset.partition(".")[2]] = value
             else:
                 row.update({name: float(value) for name, value in metrics.items() if name != "correct"})
                 if answers := metrics.get("correct", {}).get("acc_t"):
@@ -113,11 +100,20 @@ def unpacked(answers: str, images: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(b64decode(answers), np.uint8), count=images).astype(bool)
 
 
-def _judged(job: Job[Any], sidecar: Row) -> dict[str, int]:
-    """By kind of ATTACKS, how many test images judge an attacker; nothing where the sidecar does not say."""
-    images = sidecar["data"].get(job.dataset, {}).get("test_images")
-    half = job.settings.choose_on == "test"
-    return {} if images is None else {kind: images // 2 if half and kind != "piggyback" else images for kind in ATTACKS}
+def _attack(job: Job[Any], sidecar: Row) -> Row:
+    """What one attack puts into its model's row: under the names of ATTACKS accuracies in %; the rest is about them."""
+    metrics, images = sidecar["metrics"], sidecar["data"].get(job.dataset, {}).get("test_images")
+    chosen, half = metrics.get("chosen"), job.settings.choose_on == "test"
+    given = [kind for kind, metric in ATTACKS.items() if metric in metrics or kind == "piggyback"]
+    found: Row = {kind: float(metrics[ATTACKS[kind]]) for kind in given}
+    found["judged"] = {kind: images // 2 if half and kind != "piggyback" else images for kind in ATTACKS if images}
+    found["repeats"] = [one["acc_pl"] for one in chosen or () if "acc_pl" in one]
+    found["curves"] = [[look["step"], look["acc_pl"]] for look in sidecar["history"] if "acc_pl" in look]
+    if chosen:
+        found["tuned_by"] = [" at ".join(filter(None, map(one.get, ("kind", "stage")))) for one in chosen]
+    if chosen and not half:
+        found["held_out"] = fmean(one["val"] for one in chosen)
+    return found
 
 
 def refuse_other_images(results: Iterable[Result], *, one_seed: bool) -> None:

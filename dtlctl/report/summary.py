@@ -87,10 +87,9 @@ def _less(model: Numbers, other: Numbers) -> Numbers:
 def _average(model: str, seeds: Sequence[Numbers]) -> Row:
     """Means of what all seeds have, and with several seeds half widths of 95 % intervals beside them."""
     row: Row = {"model": model, "piggyback": {}}
-    for (name, *dataset), values in [
-        (at, [one[at] for one in seeds]) for at in seeds[0] if all(at in s for s in seeds)
-    ]:
-        said = {name: mean(values), **({f"{name}_ci": half_width(values)} if len(values) > 1 else {})}
+    for at in [at for at in seeds[0] if all(at in one for one in seeds)]:
+        (name, *dataset), values = at, [one[at] for one in seeds]
+        said = {name: mean(values)} | ({f"{name}_ci": half_width(values)} if len(values) > 1 else {})
         for key, value in said.items():
             (row.setdefault(key, {}) if dataset else row)[dataset[0] if dataset else key] = value
     return row

@@ -10,6 +10,9 @@ from typing import Any
 from dtlctl.report.results import ATTACKS, Row
 from dtlctl.report.templates import span
 
+Columns = dict[str, tuple[str, ...]]
+"""By heading, where in a row a number is."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -48,16 +51,14 @@ def of_report(document: dict[str, Any]) -> list[Table]:
 
 def accuracies(rows: Sequence[Row], kinds: Sequence[str] = ("piggyback",)) -> tuple[list[str], list[list[str]]]:
     """Columns, and a line for every row: the model, its accuracies under these kinds of ATTACKS, the loss's AUC."""
-    attacks = [(kind, name) for kind in kinds for name in piggyback_sets(rows)]
-    audited = ["audit_auc"] * any("audit_auc" in row for row in rows)
-    columns = ["Model", "Acc_s", "Acc_t", *(f"PL {n}{' tuned' * (k == 'piggyback_worst')}" for k, n in attacks)]
-    lines = [
-        [row["model"], number(row, "acc_s"), number(row, "acc_t")]
-        + [attacked(row, kind, name) for kind, name in attacks]
-        + [number(row, name, ".3f") for name in audited]
-        for row in rows
-    ]
-    return columns + ["MIA AUC"] * len(audited), lines
+    columns: Columns = {"Acc_s": ("acc_s",), "Acc_t": ("acc_t",)}
+    for kind in kinds:
+        columns |= {f"PL {name}{' tuned' * (kind == 'piggyback_worst')}": (kind, name) for name in piggyback_sets(rows)}
+    lines = [[row["model"], *(cell(row, *at) for at in columns.values())] for row in rows]
+    if any("audit_auc" in row for row in rows):
+        columns["MIA AUC"] = ("audit_auc",)
+        lines = [[*line, cell(row, "audit_auc", form=".3f")] for line, row in zip(lines, rows, strict=True)]
+    return ["Model", *columns], lines
 
 
 def accuracies_note(seeds: Sequence[int]) -> str:
@@ -82,22 +83,16 @@ def piggyback_sets(rows: Iterable[Row]) -> list[str]:
 def _differences(document: dict[str, Any], sets: list[str]) -> Table:
     """Against TGT and TL: models that hold the source."""
     rows = [row for row in document["rows"] if row["model"] not in ("scratch", "pre", "TGT")]
-    others = [other for other in ("TGT", "TL") if f"vs_{other}" in rows[0]]
     tl = next(row for row in rows if row["model"] == "TL")
     tuned = [name for name in sets if name in tl.get("piggyback_worst", {})]
-    columns = ["Model", *(f"Acc_t vs {other}" for other in others)]
-    columns += [*(f"PL {s} vs TL" for s in sets), *(f"tuned {s} vs TL" for s in tuned)]
-    lines = [
-        [row["model"]]
-        + [number(row[f"vs_{other}"], "acc_t", "+.1f") for other in others]
-        + [attacked(row["vs_TL"], "piggyback", s, "+.1f") for s in sets]
-        + [attacked(row["vs_TL"], "piggyback_worst", s, "+.1f") for s in tuned]
-        for row in rows
-    ]
+    columns: Columns = {f"Acc_t vs {other}": (f"vs_{other}", "acc_t") for other in ("TGT", "TL") if f"vs_{other}" in tl}
+    columns |= {f"PL {name} vs TL": ("vs_TL", "piggyback", name) for name in sets}
+    columns |= {f"tuned {name} vs TL": ("vs_TL", "piggyback_worst", name) for name in tuned}
+    lines = [[row["model"], *(cell(row[of], *at, form="+.1f") for of, *at in columns.values())] for row in rows]
     note = "Differences in points (higher Acc_t is better, lower PL is better)."
     if len(document["seeds"]) > 1:
         note += " Taken seed by seed: ± is of the difference."
-    return Table(note, columns, lines, "Against TGT and TL")
+    return Table(note, ["Model", *columns], lines, "Against TGT and TL")
 
 
 def _tuned(document: dict[str, Any]) -> Table:
@@ -110,7 +105,7 @@ def _tuned(document: dict[str, Any]) -> Table:
         for name in sets:
             share = document["evidence"][row["model"]]["attacks"].get(name, {}).get("recovered")
             who = [each for each, _ in Counter(row.get("tuned_by", {}).get(name, [])).most_common()]
-            line += [attacked(row, kind, name) for kind in ATTACKS]
+            line += [cell(row, kind, name) for kind in ATTACKS]
             line += [span(share, ".0%") if share else "–", ", ".join(who) or "–"]
         lines.append(line)
     note = (
@@ -122,19 +117,14 @@ def _tuned(document: dict[str, Any]) -> Table:
     return Table(note, ["Model", *(f"{s} {kind}" for s in sets for kind in kinds)], lines, "Under tuned attackers")
 
 
-def number(row: Row, name: str, form: str = ".1f") -> str:
-    """A number of a row with its interval, or a dash where there is none."""
-    return _shown(row.get(name), row.get(f"{name}_ci"), form)
-
-
-def attacked(row: Row, kind: str, dataset: str, form: str = ".1f") -> str:
-    """One kind of Acc_pl (see ATTACKS) on one dataset, with its interval."""
-    return _shown(row.get(kind, {}).get(dataset), row.get(f"{kind}_ci", {}).get(dataset), form)
-
-
-def _shown(value: float | None, half: float | None, form: str) -> str:
-    width = "" if half is None else f" ± {half:{form.lstrip('+')}}"
-    return "–" if value is None else f"{value:{form}}{width}"
+def cell(row: Row, name: str, dataset: str | None = None, *, form: str = ".1f") -> str:
+    """A number of a row, or one of ATTACKS on a dataset, with its interval over seeds; a dash where there is none."""
+    value, half = row.get(name), row.get(f"{name}_ci")
+    if dataset is not None:
+        value, half = (value or {}).get(dataset), (half or {}).get(dataset)
+    if value is None:
+        return "–"
+    return f"{value:{form}}" if half is None else f"{value:{form}} ± {half:{form.lstrip('+')}}"
 
 
 def _grid(table: Table) -> str:

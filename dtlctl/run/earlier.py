@@ -16,17 +16,21 @@ from dtlctl.storage import checkpoint
 FORMS = ("pretrain/*.json", "target-only/*.json", "finetune/*.json", "dispose/*/*.json", "piggyback/*/*.json",
          "audit/*.json", "reference/*/*.json")  # fmt: skip
 """Where in a run's folder there are sidecars."""
+KINDS = ("-sweep", "-compare")
+"""What the folder of many runs of one recipe has after the recipe's name."""
 
 
 def relatives(out: Path, name: str) -> list[Path]:
     """Folders of the recipe's runs, plain, swept or compared: what is done there need not be done again.
 
-    out: where runs are, or the folder of a sweep, whose points may be run one by one, each under its own name.
+    out: where runs are, or the folder of a sweep or comparison: a point of it, or what follows from it, run by itself
+    under a name of its own.
     """
-    base, kind, rest = out.name.rpartition("-sweep")
-    if kind and not rest:
-        out, name = out.parent, base
-    return [out / name, *(path for kind in ("sweep", "compare") for path in sorted(out.glob(f"{name}-{kind}/*/")))]
+    for kind in KINDS:
+        if out.name.endswith(kind):
+            out, name = out.parent, out.name.removesuffix(kind)
+            break
+    return [out / name, *(path for kind in KINDS for path in sorted(out.glob(f"{name}{kind}/*/")))]
 
 
 class Earlier:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -286,12 +287,23 @@ def test_compare_is_one_process(recipe_file: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_was_found_is_written_and_what_was_not_is_told_what_to_do(recipe_file: Path, call, monkeypatch):
-    """gc was matched at 0.25, rand nowhere: one line of the file changes. Without one to change nothing trains."""
-    found = {"drop": 2.0, "low": 1.0, "high": 3.0, "tried": [{"lambda": 0.1, "drop": 2.0}]}
+    """gc was matched at 0.25, the others nowhere: one line of the file changes. Without one to change nothing trains.
+
+    2 ± 1.5 points are wanted: 0.1 is too cheap and 0.5 too dear, or it diverges; both are too dear; or too cheap.
+    """
+    found = {
+        "drop": 4.0,
+        "low": 3.0,
+        "high": 5.0,
+        "tried": [{"lambda": 0.1, "drop": 0.1}, {"lambda": 0.5, "drop": None}],
+    }
+    dear, cheap = ([{"lambda": lam, "drop": drop} for lam in (0.1, 0.5)] for drop in (9.0, -1.0))
     document = {
         "compare": Compare().model_dump(), "images": 980, "seeds": [0], "table": {"recipe": {"name": "matched-0"}},
         "variants": {"gc": {**found, "lambda": 0.25, "reached": "yes"},
                      "rand": {**found, "lambda": 0.1, "reached": "no"},
+                     "dear": {**found, "lambda": 0.1, "reached": "no", "tried": dear},
+                     "cheap": {**found, "lambda": 0.1, "reached": "no", "tried": cheap},
                      "unif": {**found, "lambda": 0.1, "low": 0.0, "high": 4.1, "reached": "not resolved"}},
     }  # fmt: skip
     monkeypatch.setattr(comparison, "compare", lambda *_, **__: (document, recipe_file.parent))
@@ -304,4 +316,25 @@ def test_what_was_found_is_written_and_what_was_not_is_told_what_to_do(recipe_fi
     assert code == 0 and recipe_file.read_text() == text and "dispose.gc.lambda=0.25" in said
     code, _, said = call("compare", recipe_file, "--write", "--json")
     assert recipe_file.read_text() == text.replace("lambda = 0.5", "lambda = 0.25  # was 0.5", 1)
-    assert "compare.rounds" in said and "compare.tolerance = 2.1" in said and "name=tiny-final" in said
+    assert "compare.tolerance = 2.1" in said and "dispose.gc.lambda" not in said.partition("final model")[2]
+    for variant, word in (
+        ("rand", "compare.rounds"),
+        ("dear", "smaller dispose.dear"),
+        ("cheap", "larger dispose.cheap"),
+    ):
+        (line,) = [line for line in said.splitlines() if line.startswith(f"{variant}: ")]
+        assert word in line
+
+
+def test_the_final_model_is_trained_as_compare_says_and_what_it_shares_is_taken_over(recipe_file: Path, call):
+    """By its own line: λ as found, although the call had set another; all 1,000 digits; no second pre-training."""
+    changes = ("dispose.gc.lambda=0.3", "compare={target_drop=1, tolerance=90, rounds=1}", "piggyback.models=['TL']")
+    words = [word for change in changes for word in ("--set", change)]
+    code, _, said = call("compare", recipe_file, *words, "--write")
+    assert code == 0, said
+    assert load(recipe_file).dispose["gc"].lam == 0.3 and "lambda = 0.3  # was 0.1" in recipe_file.read_text()
+    (line,) = [line for line in said.splitlines() if line.startswith("the final model")]
+    code, _, said = call(*shlex.split(line.partition(": ")[2])[1:], "--set", "dispose.*.steps=2")
+    assert code == 0 and "pretrain: taken over from" in said, said
+    made = json.loads((recipe_file.parent / "runs/tiny-compare/final/recipe.json").read_text())
+    assert made["data"]["target"]["fraction"] == 1 and made["dispose"]["gc"]["lambda"] == 0.3

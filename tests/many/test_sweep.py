@@ -209,14 +209,15 @@ def test_a_run_is_one_process_and_waits_for_no_other(recipe_file: Path, monkeypa
     monkeypatch.setattr(sweep, "cores", lambda: 2)
     monkeypatch.setattr("subprocess.Popen", Process)
     monkeypatch.setattr(sweep, "_next", following)
-    calls = {experiment.recipe.name: [f"name={experiment.recipe.name}"] for experiment in experiments}
-    sweep.perform(experiments, ("pretrain", "finetune"), jobs=2, calls=calls)
+    for experiment in experiments:
+        experiment.words = ["--set", f"name={experiment.recipe.name}"]
+    sweep.perform(experiments, ("pretrain", "finetune"), jobs=2)
     started = [name for name, _ in log]
     assert started[:4] == ["r0 pretrain", "r1 pretrain", "r2 pretrain", "r1 finetune"]
     assert sorted(started[4:]) == ["r0 finetune", "r2 finetune"]
     assert [cores for _, cores in log[:5]] == ["1"] * 5
     done.clear()
-    sweep.perform(experiments[1:2], ("pretrain",), jobs=2, calls=calls)
+    sweep.perform(experiments[1:2], ("pretrain",), jobs=2)
     assert log[-1] == ("r1 pretrain", "2")
     assert all(pipe.closed for pipe in pipes)  # a sweep of hundreds of tasks would run out of them
 
@@ -247,8 +248,9 @@ def started(experiments: list[Experiment], jobs: int, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("subprocess.Popen", Process)
     monkeypatch.setattr(sweep, "_next", following)
-    calls = {one.recipe.name: [f"name={one.recipe.name}"] for one in experiments}
-    sweep.perform(experiments, ("pretrain",), jobs=jobs, calls=calls)
+    for one in experiments:
+        one.words = ["--set", f"name={one.recipe.name}"]
+    sweep.perform(experiments, ("pretrain",), jobs=jobs)
     return seen
 
 

@@ -6,12 +6,18 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
+import threading
+from base64 import b64decode
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
@@ -148,14 +154,94 @@ def test_a_folder_that_cannot_be_written_leaves_nothing_and_the_old_one(experime
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".release")]
 
 
-def test_the_hub_gets_the_same_files(experiment: Experiment, call, monkeypatch: pytest.MonkeyPatch):
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: f"https://hub/{repo_id}")
-    monkeypatch.setattr(HfApi, "create_commit", lambda self, repo_id, operations, **_: seen.update(
-        {one.path_in_repo: one.path_or_fileobj for one in operations}))  # fmt: skip
-    code, out, _ = call("export", experiment.source, "--model", "TL", "--to", "hf:me/mine", "-q")
-    assert (code, out) == (0, "https://hub/me/mine\n")
-    assert seen == card.folder(experiment, "TL", summarise([experiment.folder]))
+def faults(content: str) -> list[str]:
+    """What the hub finds in a card's metadata, by its specification (hub-docs, modelcard.md)."""
+    head = yaml.safe_load(content.split("---\n")[1])
+    found = [name for name in ("library_name", "pipeline_tag") if not isinstance(head.get(name), str)]
+    found += ["pipeline_tag"] * (head["pipeline_tag"] != "image-classification")
+    found += ["tags"] * (not all(isinstance(tag, str) for tag in head["tags"]))
+    for model in head["model-index"]:
+        found += ["name"] * (not isinstance(model["name"], str))
+        for result in model["results"]:
+            named = {
+                "task.type": result["task"]["type"],
+                **{f"dataset.{k}": result["dataset"][k] for k in ("type", "name")},
+            }
+            found += [name for name, value in named.items() if not (isinstance(value, str) and value)]
+            for metric in result["metrics"]:
+                found += ["metric"] * (not (isinstance(metric["type"], str) and isinstance(metric["value"], float)))
+    return found
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as a push asks for. It keeps the files that it is given, and refuses a card with faults."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_POST(self) -> None:
+        asked = self.rfile.read(int(self.headers["Content-Length"]))
+        at, code, answer = self.path.partition("?")[0], 200, dict[str, Any]()
+        if at == "/api/repos/create":
+            answer = {
+                "url": f"http://{self.headers['Host']}/{json.loads(asked)['organization']}/{json.loads(asked)['name']}"
+            }
+        elif at == "/api/validate-yaml":
+            errors = faults(json.loads(asked)["content"])
+            code, answer = (400 if errors else 200), {"errors": [{"message": text} for text in errors], "warnings": []}
+        elif at.endswith("/preupload/main"):
+            files = [
+                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for one in json.loads(asked)["files"]
+            ]
+            answer = {"files": files}
+        elif at.endswith("/commit/main"):
+            for line in map(json.loads, asked.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = b64decode(line["value"]["content"])
+            answer = {"commitUrl": f"http://{self.headers['Host']}/me/mine/commit/1", "commitOid": "1" * 40}
+        text = json.dumps(answer).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A hub on this machine, for processes that are started under it."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Hub.files.clear()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_mine", "NO_PROXY": "127.0.0.1",
+                        "HF_HOME": str(tmp_path / "hub")}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    yield address
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_hub_gets_the_same_files_and_its_own_validation_accepts_the_card(experiment: Experiment, dtlctl, hub: str):
+    """By a push to a server here, and by ModelCard.validate; a card without a number is refused by both."""
+    result = dtlctl("export", experiment.source, "--model", "TL", "--to", "hf:me/mine", "-q")
+    assert (result.returncode, result.stdout) == (0, f"{hub}/me/mine\n"), result.stderr
+    made = card.folder(experiment, "TL", summarise([experiment.folder]))
+    assert Hub.files == made
+    validate = "import sys; from huggingface_hub import ModelCard; ModelCard(sys.stdin.read()).validate()"
+    text = made["README.md"].decode()
+    for given, code in ((text, 0), (re.sub(r"value: [\d.]+", "value: none", text), 1)):
+        ended = subprocess.run(
+            [sys.executable, "-c", validate], input=given, text=True, capture_output=True, check=False
+        )
+        assert ended.returncode == code, ended.stderr
+    assert "ValueError" in ended.stderr and "metric" in ended.stderr
+
+
+def test_a_hub_that_is_out_of_reach_is_told_in_a_line(experiment: Experiment, call, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("offline\nnow")))
     code, _, err = call("export", experiment.source, "--model", "TL", "--to", "hf:me/mine", "-q")
     assert (code, err) == (2, "error: --to hf:me/mine: offline now\n")

@@ -21,6 +21,7 @@ from dtlctl.recipe.plan import jobs
 from dtlctl.report import audit, figures, files, summary, tables, templates
 from dtlctl.report.intervals import Figure, Number, share
 from dtlctl.report.results import ATTACKS
+from dtlctl.storage import checkpoint
 
 
 def digest(name: str) -> str:
@@ -175,11 +176,10 @@ def test_a_table_is_shown_as_text_whatever_is_in_it():
     model = {"acc_t": 1.0, "accuracy": number, "price": number, "attacks": {evil: attack}}
     disposal = {"init": "TL", "lambda": 0.1, "price": None, "unlearn": {"kind": evil}}
     page = {"title": evil, "subtitle": evil, "attackers": [evil], "verdict": [evil, evil], "chosen": None}
-    text = templates.render(
-        "page.html.j2", **page, evidence={evil: model}, dispose={evil: disposal}, command=evil, caveats=[evil],
-        figures=[], tables=[found], audits=[found], audited=evil,
-    )  # fmt: skip
-    assert "<i>" not in text and text.count("&lt;i&gt;&amp;|x") == 20
+    page |= {"evidence": {evil: model}, "dispose": {evil: disposal}, "reasons": {evil: [evil]}, "audited": evil}
+    page |= {"command": evil, "caveats": [evil], "figures": [], "tables": [found], "audits": [found]}
+    text = templates.render("page.html.j2", **page)
+    assert "<i>" not in text and text.count("&lt;i&gt;&amp;|x") == 21
 
 
 def test_a_dataset_that_is_named_as_an_interval_keeps_its_number(recipe_file: Path):
@@ -609,7 +609,7 @@ def test_nothing_is_recovered_from_who_never_saw_the_source(recipe_file: Path):
         "scratch": "–", "TGT": "–", "pre": "110%", "TL": "100%", "gc": "25%", "rand": "–"
     }  # fmt: skip
     page = html(table, run / "report")
-    assert "recovered" not in cards(page)["TGT"] and "48%" not in page + files.dump(table)
+    assert "recovered" not in cards(page)["TGT"] and "48%" not in page + checkpoint.dump(table)
 
 
 @pytest.mark.parametrize(
