@@ -46,14 +46,17 @@ def of_table(table: dict[str, Any]) -> dict[str, Drawing]:
     colours = colours_of(row["model"] for row in table["rows"])
     found = {"piggyback": _bars(rows, sets, colours, chosen_on(table["recipe"]))} if rows else {}
     for name in sets:
-        kind = quoted(rows, name)
-        points = {}
-        for row in [row for row in rows if "acc_t" in row and name in row.get(kind, {})]:
-            halves = [row["acc_t_ci"], row[f"{kind}_ci"][name]] if "acc_t_ci" in row else []
-            points[row["model"]] = [[row[kind][name], row["acc_t"], *halves]]
+        points, who = {}, WHO["piggyback"]
+        for model, own in [(m, o) for m, o in table["evidence"].items() if "acc_t" in o and name in o["attacks"]]:
+            both = own["attacks"][name]["accuracy"], own["accuracy"]
+            known = all(one["low"] is not None for one in both)
+            halves = [(one["high"] - one["low"]) / 2 for one in reversed(both)] if known else []
+            points[model] = [[*(one["value"] for one in both), *halves]]
+            who = "the strongest attacker" if own["attacks"][name]["tuned"] else who
         if len(points) > 1:
-            x, title = f"Acc_pl {name} of {WHO[kind]} (%)", f"{name}: upper left is better"
-            caption = f"What the owner keeps over what {WHO[kind]} gets, as in Fig. 6 of the paper."
+            x, title = f"Acc_pl {name} of {who} (%)", f"{name}: upper left is better"
+            caption = f"What the owner keeps over what {who} gets, as in Fig. 6 of the paper"
+            caption += "; lines: 95 % intervals." if any(len(place) > 2 for (place,) in points.values()) else "."
             found[f"tradeoff-{name}"] = _lines(points, colours, x, "kept on the target: Acc_t (%)", title), caption
         curves = {row["model"]: row.get("curves", {}).get(name, []) for row in rows}
         if any(len(curve) > 1 for curve in curves.values()):
