@@ -96,6 +96,17 @@ def test_over_seeds_the_wider_interval_counts():
     assert intervals.Number([3.0]).figure() == {"value": 3.0, "low": None, "high": None}
 
 
+def test_seeds_that_agree_do_not_narrow_a_share_and_seeds_that_disagree_widen_it():
+    """30, 20 and 60 on every seed: ± that of the images. gc at 20, 30, 40: d is -10, 0, 10, ± 4.303 · 10 / sqrt(3)."""
+    ends = {30.0: (27.2407, 32.9123), 20.0: (17.64, 22.6), 60.0: (56.93, 62.99)}
+    once = intervals.share(*(intervals.Number([x], images) for x, images in ends.items()))
+    three = [intervals.Number([x] * 3, images) for x, images in ends.items()]
+    assert intervals.share(*three) == pytest.approx(once)
+    wide = intervals.share(intervals.Number([20.0, 30.0, 40.0], ends[30.0]), *three[1:])
+    half = 4.30265 * 10 / 3**0.5 / 40
+    assert wide == pytest.approx({"value": 0.25, "low": 0.25 - half, "high": 0.25 + half}, abs=1e-5)
+
+
 def test_a_difference_over_seeds_is_that_of_its_seeds():
     """50, 60 and 70 against 40, 50 and 60: 10 each time, however much the seeds differ; the images say ± sqrt(8)."""
     one, other = (intervals.Number([x, x + 10, x + 20], (x + 8, x + 12)) for x in (50.0, 40.0))
