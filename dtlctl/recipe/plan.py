@@ -40,7 +40,13 @@ class Job(Generic[Settings]):
             settings = outside
         if settings.get("patience", 0) is None:
             del settings["held_out"]
-        for name, usual in {"optimizer": "sgd", "label_smoothing": 0.0, "layer_decay": None, "patience": None}.items():
+        for name, usual in {
+            "optimizer": "sgd",
+            "label_smoothing": 0.0,
+            "layer_decay": None,
+            "patience": None,
+            "settle": None,
+        }.items():
             if name in settings and settings[name] == usual:  # as if there were no choice
                 del settings[name]
         if not settings.get("attackers", True):

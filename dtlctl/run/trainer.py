@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from dtlctl.training.engine import History, Objective
 
 
+REPORTS = 8
+"""How often accuracies are measured in a training, at most."""
+
+
 class Trainer:
     """Makes, loads, trains and tests the models of one run. `tag`s name independent streams of randomness."""
 
@@ -125,6 +129,7 @@ class Trainer:
         also: Collection[int] = (),
         state: State | None = None,
         check: Callable[[int], dict[str, float]] = lambda step: {},
+        done: Callable[[], bool] = lambda: False,
     ) -> tuple[History, dict[str, Any]]:
         """Train as the job's settings say, measuring {name: (head, role)} accuracies on the way and at the end.
 
@@ -152,7 +157,7 @@ class Trainer:
 
         def tests(step: int) -> dict[str, float]:
             last = next((row["step"] for row in reversed(state.rows) if measures.keys() <= row.keys()), 0)
-            if step < steps and (step - last) * batches.batch_size < tested:
+            if step < steps and step - last < max(tested / batches.batch_size, steps // REPORTS):
                 return {}
             metrics.update(self.measured(model, measures))
             return {name: metrics[name] for name in measures}
@@ -164,9 +169,9 @@ class Trainer:
             size = batches.batch_size
             history = self.processes.engine.train(
                 model, objective, job.settings, steps, size, bar, evaluate, also=also, memory=memory, state=state,
-                patience=patience,
+                done=lambda: done() if patience is None else state.step - state.best_step() >= patience,
             )  # fmt: skip
-        if patience or not metrics:  # the best weights are others; or a signal came after the last row
+        if patience or state.step < steps or not metrics:  # other weights; or a signal came after the last row
             metrics.update(self.measured(model, measures))
         if patience:
             metrics |= {"kept_step": state.best_step(), HELD_OUT: max(row.get(HELD_OUT, 0.0) for row in state.rows)}

@@ -13,7 +13,7 @@ from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Dispose
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands
-from dtlctl.stages.price_in_run import PriceInRun
+from dtlctl.stages.checks import Checks
 from dtlctl.training.resume import State
 
 PROBED = 8
@@ -45,22 +45,20 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
     steps = settings.total_steps(source.images)
     repair_from = round(steps * (1 - settings.repair))
     state = State()
-    price = PriceInRun(experiment, job, disposal, source, target, state) if settings.price is not None else None
+    checks = Checks(experiment, job, disposal, source, target, state)
 
     def objective(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        if price:
-            disposal.lam = price.lam()
+        disposal.lam = checks.lam()
         return disposal(source[step], target[step] if target else None, step < repair_from)
 
     exactness = _exactness(experiment, job, disposal, source)
     before = disposal.source_loss_of_teacher(source[number] for number in range(PROBED))
     measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
-    also = {repair_from, *(price.steps if price else ())}
-    check = price.check if price else lambda step: {}
     history, metrics = experiment.trainer.train(
-        job, student, objective, source, measures, also=also, state=state, check=check
-    )
-    metrics |= diagnose(history.rows, before) | exactness | (price.found() if price else {})
+        job, student, objective, source, measures, also={repair_from, *checks.steps}, state=state, check=checks.check,
+        done=checks.settled,
+    )  # fmt: skip
+    metrics |= diagnose(history.rows, before) | exactness | checks.found()
     after = metrics.get("source_loss_unlearned", before)
     if settings.unlearn.kind == "gradient-collision" and after < before:
         say(  # however quiet: nothing may have been disposed of

@@ -102,14 +102,14 @@ class Engine(Collectives):
         also: Collection[int] = (),
         memory: StateFile | None = None,
         state: State | None = None,
-        patience: int | None = None,
+        done: Callable[[], bool] = lambda: False,
     ) -> History:
         """Minimise `objective` over `steps` steps as `plan` says.
 
         At each of `reports` even intervals, after each number of steps in `also` and at the end, the means of what the
         objective reported since the row before, and what `evaluate(steps done)` returns, go into the history. With a
         `memory`, training goes on from the state that is kept there, and saves its own when it is due and when a signal
-        stops it. With `patience` it ends so many steps after the row that is best by HELD_OUT, with that row's weights.
+        stops it. It ends where `done`; with the weights of the row that is best by HELD_OUT, where rows have that.
         Raises Stopped, and DivergedError for a gradient that is not finite, at once or at the next report, or weights.
         """
         optimizer = optimizer_of(model, plan)
@@ -131,7 +131,7 @@ class Engine(Collectives):
         with stop.deferred(), _precision(model), self._tracked(progress.title):
             try:
                 self._report(state, due, measure, progress)  # where a signal cut it short
-                while state.step < steps and (patience is None or state.step - state.best_step() < patience):
+                while state.step < steps and not done():
                     self._heed(memory, save)
                     self._step(state, objective, model, optimizer, plan.clip)
                     schedule.step()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dtlctl.attacks import features
 from dtlctl.console import stop
 from dtlctl.errors import RecipeError, Stopped
 from dtlctl.objectives import balance
@@ -97,3 +98,57 @@ def test_who_says_neither_price_nor_lambda_gets_the_default_price(recipe_file: P
     recipe = load(recipe_file, ["dispose.other={steps=4, batch_size=8}", *gc])
     assert (recipe.dispose["other"].price, recipe.dispose["other"].lam) == (1.0, None)
     assert (recipe.dispose["gc"].price, recipe.dispose["gc"].lam) == (3.0, None)
+
+
+GIVEN = (
+    "dispose={gc={init='TL', lambda=0.5, steps=%d, batch_size=8, lr=%g, batch_norm='frozen', "
+    "unlearn={kind='random-labels'}, retain={kind='distill'}, settle=%d}}"
+)
+
+
+def test_a_given_lambda_is_watched_too(recipe_file: Path):
+    """Each of six checks has λ, the price on the target's test images against TL, and the probe."""
+    one = experiment(recipe_file, "runs", GIVEN % (6, 0.02, 40))
+    run(one, STAGES)
+    made = sidecar(one, "dispose/gc")
+    assert [row["lambda"] for row in made["history"]] == [0.5] * 6
+    right = {m: one.engine.correct(one.trainer.load_model(m), "target", one.trainer.split("target", "test"))
+             for m in ("TL", "gc")}  # fmt: skip
+    n = len(right["TL"])
+    places = np.linspace(0, n - 1, min(n, 100)).round().astype(int)
+    assert made["history"][-1]["price"] == price(right["TL"][places], right["gc"][places]).points
+    for name, key in (("TL", "source_probe_tl"), ("gc", "source_probe")):
+        labels = one.data.images("source", "test").labels
+        places = np.linspace(0, len(labels) - 1, min(len(labels), 100)).round().astype(int)
+        batches = list(one.trainer.split("source", "test", places))
+        seen = features.read(one.trainer.load_model(name).eval(), [batch.x for batch in batches])
+        expected = features.least_squares(np.concatenate([*seen.values()], 1), labels[places])
+        assert made["metrics"][key] == expected
+    assert made["metrics"]["source_probe_tl"] > 30  # ten digits
+
+
+@pytest.mark.parametrize(("lr", "settle", "end"), [(1e-9, 4, 5), (1e-9, 7, 8), (0.5, 4, 20)])
+def test_a_disposal_ends_where_nothing_moves(recipe_file: Path, lr: float, settle: int, end: int):
+    """Twenty steps, a check after each: at next to no step size four more checks say what the first one said."""
+    one = experiment(recipe_file, "runs", GIVEN % (20, lr, settle))
+    run(one, STAGES)
+    made = sidecar(one, "dispose/gc")
+    last = made["history"][-1]["step"]
+    assert last == end if lr < 1e-3 else last > settle + 1
+    model = one.trainer.load_model("gc")
+    right = one.engine.correct(model, "target", one.trainer.split("target", "test"))
+    assert made["metrics"]["acc_t"] == pytest.approx(100 * right.mean())
+
+
+def test_the_quick_probe_by_hand():
+    """A feature that is the class: every image is told. Noise: as good as chance. No number: 0."""
+    labels = np.arange(200) % 2
+    assert features.least_squares(np.stack([labels, labels * 0.0], 1), labels) == 100
+    noise = np.random.default_rng(0).normal(size=(200, 3))
+    assert 30 < features.least_squares(noise, labels) < 70
+    assert features.least_squares(np.full((200, 3), np.nan), labels) == 0
+
+
+def test_settle_and_repair_exclude_each_other(recipe_file: Path):
+    with pytest.raises(RecipeError, match="settle = 3: it would end before repair"):
+        load(recipe_file, ["dispose.gc.settle=3"])
