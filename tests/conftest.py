@@ -114,6 +114,7 @@ EVERY_LOSS = [
     ('{kind="uniform"}', "target-ce"),
     ('{kind="negative-ce"}', "a-gem"),
     ('{kind="null-space", stages=2}', "distill"),
+    ('{kind="simulated-attacker", steps=2}', "distill"),
     ('{kind="none"}', "distill"),
 ]
 """(unlearn, kind of retain): every loss once, and gradient collision in every way of holding graphs."""

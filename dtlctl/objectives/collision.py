@@ -114,10 +114,10 @@ def _one_at_a_time(
         torch._foreach_add_(result, product)
         del grads, against, product  # or the next chunk's graph is built beside this one
     torch._foreach_mul_(result, processes / pairs)
-    return Collision(_value(total, squares, self_pairs, pairs), _Known.apply(result, *parameters))
+    return Collision(_value(total, squares, self_pairs, pairs), KnownGradient.apply(result, *parameters))
 
 
-class _Known(torch.autograd.Function):
+class KnownGradient(torch.autograd.Function):
     """A scalar whose gradient is known: zero, with the given gradient for every parameter."""
 
     @staticmethod

@@ -125,7 +125,8 @@ class Disposal:
         maps = self.unlearn.needs_maps
         seen, tape, again = outputs(self.student, source, self.chunks, self._mode(source), maps=maps)
         kept = apart(self.student, target, self.chunks) if target else ()
-        return self._step(chunks=seen, target=kept, tape=tape, again=again, parameters=list(self.student.parameters()))
+        more: Any = {"tape": tape, "again": again, "student": self.student}
+        return self._step(chunks=seen, target=kept, parameters=list(self.student.parameters()), **more)
 
     def _mode(self, source: Batch) -> GraphMode:
         """How the chunks' graphs are held; without collisions there is one chunk, and nothing to choose."""

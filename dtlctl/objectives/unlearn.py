@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from torch.func import functional_call
 
 from dtlctl.data.tensors import sent
 from dtlctl.errors import RecipeError
+from dtlctl.objectives.collision import KnownGradient
 from dtlctl.objectives.step import ChunkOutputs, Step
 from dtlctl.strict import Algorithm
 
@@ -144,6 +146,60 @@ def _unexplained(rows: Tensor, by: Tensor, inverse: Tensor, step: Step) -> tuple
     return step.processes * (hidden - over / under * whole) / under, over / under
 
 
+class SimulatedAttacker(OnePart):
+    """The loss of an attacker after a few steps of fine-tuning with a new head: first-order meta-learning.
+
+    As in SOPHON (arXiv:2404.12699) and TAR (arXiv:2408.00761). The global batch is cut into `steps` + 1 parts: plain
+    SGD on the cross-entropy of one part after the other leads from the student to theta'. The loss is SOPHON's inverse
+    cross-entropy, E[-log(1 - P(y|x; theta'))] on the last part: 0 where the attacker is always wrong. Its gradient at
+    theta' counts as the student's (first order).
+
+    Raises RecipeError for a batch whose parts would be below two images on a process.
+    """
+
+    kind: Literal["simulated-attacker"] = "simulated-attacker"
+    steps: int = Field(3, ge=1, le=100)
+    """Steps of the attacker, each on a part of the batch."""
+    lr: list[Annotated[float, Field(gt=0, le=10)]] = Field([0.003, 0.03, 0.3], min_length=1)
+    """Learning rates of the attacker: one is drawn for each batch."""
+    trains_source_head: ClassVar[bool] = False
+
+    def loss(self, step: Step) -> tuple[Tensor, Tensor]:
+        (seen,), student = step.chunks, step.student
+        assert student is not None
+        if len(seen.x) < 2 * (self.steps + 1):
+            least = 2 * (self.steps + 1) * step.processes
+            raise RecipeError(f"simulated-attacker: steps = {self.steps} needs a batch_size of {least} or more")
+        # Drawn by the batch: the same on all processes, and again where a run goes on.
+        (total,) = step.all_reduce([sent(seen.rows.sum(), seen.y.device) if step.processes > 1 else seen.rows.sum()])
+        generator = torch.Generator().manual_seed(step.seed + int(total))
+        weights = {name: p.detach().requires_grad_() for name, p in student.named_parameters()}
+        buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
+        for name in ("heads.source.weight", "heads.source.bias"):  # as nn.Linear begins
+            bound = weights["heads.source.weight"].shape[1] ** -0.5
+            fresh = torch.empty(weights[name].shape).uniform_(-bound, bound, generator=generator)
+            weights[name] = sent(fresh, seen.y.device).to(weights[name].dtype).requires_grad_()
+        lr = self.lr[int(torch.randint(len(self.lr), (), generator=generator))]
+
+        def answer(x: Tensor) -> Tensor:
+            return functional_call(student, {**weights, **buffers}, (x, "source"))
+
+        def gradient(scalar: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(scalar, list(weights.values()), materialize_grads=True)
+
+        *inner, (x, y) = zip(seen.x.tensor_split(self.steps + 1), seen.y.tensor_split(self.steps + 1), strict=True)
+        for images, labels in inner:
+            shares = step.all_reduce(gradient(F.cross_entropy(answer(images), labels)))
+            moved = torch._foreach_add(list(weights.values()), shares, alpha=-lr / step.processes)
+            weights = {name: value.detach().requires_grad_() for name, value in zip(weights, moved, strict=True)}
+        logits = answer(x)
+        others = logits.scatter(1, y[:, None], -torch.inf).logsumexp(1)
+        loss = (logits.logsumexp(1) - others).mean()
+        zero_for_heads = zip(weights, gradient(loss), strict=True)
+        own = [g * 0 if name.startswith("heads.") else g for name, g in zero_for_heads]
+        return KnownGradient.apply(own, *step.parameters), loss.detach()
+
+
 class Nothing(OnePart):
     """No unlearning: with `init = "fresh"` the reference `distilled`, a new network that only ever saw TL's answers."""
 
@@ -170,6 +226,7 @@ def _mean(losses: list[Tensor]) -> Tensor:
 
 
 Unlearn = Annotated[
-    GradientCollision | RandomLabels | Uniform | NegativeCrossEntropy | NullSpace | Nothing, Field(discriminator="kind")
+    GradientCollision | RandomLabels | Uniform | NegativeCrossEntropy | NullSpace | SimulatedAttacker | Nothing,
+    Field(discriminator="kind"),
 ]
 """Every `loss(step)` returns (scalar to back-propagate, value to report)."""

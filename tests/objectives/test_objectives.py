@@ -22,6 +22,7 @@ from dtlctl.objectives.unlearn import (
     Nothing,
     NullSpace,
     RandomLabels,
+    SimulatedAttacker,
     Uniform,
     random_labels,
 )
@@ -359,3 +360,68 @@ def test_chunks_in_sequence_move_running_statistics_as_their_average(chunks):
     seen = ((x - model.mean) / model.std).view(chunks, 3, 3, 2, 2)
     torch.testing.assert_close(norm.running_mean, 0.7 * 5 + 0.3 * seen.mean((1, 3, 4)).mean(0))
     torch.testing.assert_close(norm.running_var, 0.7 * 1 + 0.3 * seen.var((1, 3, 4)).mean(0))
+
+
+class Line(nn.Module):
+    """Logits (h, k) · (w · x) of a number x: a network of one feature, with a head for each task."""
+
+    def __init__(self, w: float):
+        super().__init__()
+        self.backbone = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+        self.heads = nn.ModuleDict({name: nn.Linear(1, 2, dtype=torch.float64) for name in ("source", "target")})
+        nn.init.constant_(self.backbone.weight, w)
+
+    def forward(self, x, head):
+        return self.heads[head](self.backbone(x))
+
+
+def attacked(images, labels, w, lr, parts):
+    """(loss, d loss / d w') by formulas: d CE / d z = p - onehot, d loss / d z = p_y (onehot - p) / (1 - p_y).
+
+    The head begins as the class draws it; in each part but the last w and the head go against the gradient.
+    """
+    generator = torch.Generator().manual_seed(7 + int(np.arange(len(labels)).sum()))
+    h, b = (
+        torch.empty(shape).uniform_(-1, 1, generator=generator).double().numpy().ravel() for shape in ((2, 1), (2,))
+    )
+    for x, y in zip(np.array_split(images, parts), np.array_split(labels, parts), strict=True):
+        z = np.outer(w * x, h) + b
+        p, onehot = np.exp(z) / np.exp(z).sum(1, keepdims=True), np.eye(2)[y]
+        own = p[range(len(y)), y]
+        last = -np.log(1 - own).mean(), (own[:, None] * (onehot - p) / (1 - own)[:, None] @ h * x).mean()
+        dz = (p - onehot) / len(y)
+        w, h, b = w - lr * (dz @ h * x).sum(), h - lr * dz.T @ (w * x), b - lr * dz.sum(0)
+    return last
+
+
+@pytest.mark.parametrize(("processes", "steps"), [(1, 1), (1, 2), (2, 1)])
+def test_a_simulated_attacker_by_hand(processes, steps):
+    """Twelve numbers, the class their sign, w = 1/2, rate 3. The student's weights and heads are left as they are."""
+    images, labels = np.linspace(-2, 2, 12)[[3, 8, 0, 11, 6, 1, 9, 4, 2, 10, 5, 7]], None
+    labels = (images > 0).astype(int)
+    value, slope = attacked(images, labels, 0.5, 3.0, steps + 1)
+    assert value != pytest.approx(attacked(images, labels, 0.5, 0.0, steps + 1)[0], rel=0.1)
+    # With several processes a part is what all of them have of it: the shares are dealt so that the parts stay.
+    deal = np.concatenate([part.reshape(processes, -1) for part in np.array_split(np.arange(12), steps + 1)], 1)
+
+    def share(all_reduce, number):
+        model, rows = Line(0.5), deal[number]
+        x, y = torch.from_numpy(images[rows, None]), torch.from_numpy(labels[rows])
+        seen = ChunkOutputs(x, y, torch.from_numpy(rows), x, x)
+        own = Step([seen], (), lambda x: x, list(model.parameters()), 50, 7, processes, all_reduce, student=model)
+        scalar, loss = SimulatedAttacker(steps=steps, lr=[3.0]).loss(own)
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        scalar.backward()
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+        assert all(not p.grad.any() for head in model.heads.values() for p in head.parameters())
+        return loss.item(), model.backbone.weight.grad.item()
+
+    found = np.array(in_processes(processes, share)).mean(0)
+    assert found.tolist() == pytest.approx([value, slope], rel=1e-6)
+
+
+def test_a_simulated_attacker_needs_two_images_a_part():
+    model, x = Line(1.0), torch.zeros(5, 1, dtype=torch.float64)
+    seen = ChunkOutputs(x, torch.zeros(5).long(), torch.arange(5), x, x)
+    with pytest.raises(RecipeError, match="steps = 2 needs a batch_size of 6 or more"):
+        SimulatedAttacker(steps=2).loss(Step([seen], (), lambda x: x, [], 50, 7, 1, list, student=model))
