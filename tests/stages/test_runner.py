@@ -116,8 +116,8 @@ def test_repair_ends_with_the_retaining_loss_alone(recipe_file: Path):
 
 
 def test_a_row_of_the_history_is_of_unlearning_or_of_repair(recipe_file: Path):
-    """20 steps, a check after each, repair from round(20 * 0.55) = 11 on. NEG's loss is minus the source loss: so are means
-    over the same steps."""
+    """20 steps, a check after each, repair from round(20 * 0.55) = 11 on. NEG's loss is minus the source loss:
+    so are means over the same steps."""
     change = 'dispose={neg={lambda=0.1, steps=20, batch_size=8, lr=0.02, repair=0.45, unlearn={kind="negative-ce"}}}'
     experiment = new_experiment(recipe_file, change)
     run(experiment, ("pretrain", "finetune", "dispose"), only=("pre", "TL", "neg"))
