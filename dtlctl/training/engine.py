@@ -120,7 +120,7 @@ class Engine(Collectives):
         saved = memory.restore(self, state, model, optimizer, schedule) if memory else None
         progress.goes_on(state.step, saved)
         begun, due = time.perf_counter() - state.seconds, {*range(every, steps, every), *also, steps}
-        measure = partial(_measured, state, model, optimizer, evaluate)
+        measure = partial(_measured, state, model, evaluate)
 
         def save() -> None:
             if memory:
@@ -168,6 +168,7 @@ class Engine(Collectives):
             state.sums[name] = state.sums.get(name, _ZERO) + value.detach()
         if self.device.type == "cpu":
             check_reports(state, state.step + 1)
+        state.lr = max(group["lr"] for group in optimizer.param_groups)
         optimizer.step()
         self.average_([b for b in model.buffers() if b.is_floating_point()])
         state.step += 1
@@ -245,14 +246,10 @@ def _precision(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def _measured(
-    state: State,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    evaluate: Callable[[int], dict[str, float]],
-    step: int,
+    state: State, model: nn.Module, evaluate: Callable[[int], dict[str, float]], step: int
 ) -> dict[str, float]:
     """What is measured for a row. The weights are kept where they are the best so far on images held out."""
     found = evaluate(step)
     if HELD_OUT in found and all(found[HELD_OUT] > row.get(HELD_OUT, -1) for row in state.rows):
         state.best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    return {"lr": max(group["lr"] for group in optimizer.param_groups), **found}
+    return {"lr": state.lr, **found}

@@ -43,6 +43,8 @@ class State:
     """This process's sums since the last report: float64 scalars."""
     seconds: float = 0.0
     """Time spent up to the start or the last restore."""
+    lr: float = 0.0
+    """The learning rate of the last step."""
     best: dict[str, Tensor] = field(default_factory=dict)
     """The weights and buffers of the best row by HELD_OUT."""
 
@@ -60,7 +62,9 @@ class Document(Strict):
     sha256: str
     """Of the tensors, in a file of their own."""
     step: int = Field(ge=0)
+    lr: float
     lrs: list[float]
+    """Of the next step, by group of weights."""
     rows: list[dict[str, int | float]]
     sums: list[dict[str, float]] = Field(min_length=1)
     """Of every process."""
@@ -121,6 +125,7 @@ class StateFile:
                 options["lr"] = lr
             schedule.load_state_dict({"last_epoch": step, "_step_count": step + 1, "_last_lr": list(document.lrs)})
             state.step, state.rows[:], state.seconds = step, document.rows, document.seconds
+            state.lr = document.lr
             state.best = {name: tensor.to(group.device) for name, tensor in _under("best/", tensors).items()}
             rank, processes = group.share.rank, len(document.sums)
             own = document.sums[rank % processes]
@@ -145,6 +150,7 @@ class StateFile:
             key=self.key,
             sha256=hashlib.sha256(save(tensors)).hexdigest(),
             step=state.step,
+            lr=state.lr,
             lrs=[float(options["lr"]) for options in optimizer.param_groups],
             rows=state.rows,
             sums=sums,

@@ -15,7 +15,7 @@ from dtlctl.errors import DivergedError
 from dtlctl.model import networks
 from dtlctl.recipe.settings import Pretrain, Training
 from dtlctl.training.engine import Engine, History
-from dtlctl.training.resume import StateFile
+from dtlctl.training.resume import State, StateFile
 
 
 def dropped(rank: int) -> Tensor:
@@ -125,21 +125,25 @@ class Heard(GeneralTracker):
 
 
 def test_trackers_hear_every_row_under_its_training_s_name():
-    """Two rows of two steps each: the losses are 1, 2, 3, 4, so the means are 1.5 and 3.5; the rate is constant."""
+    """Two rows of two steps each: the losses are 1, 2, 3, 4, so the means are 1.5 and 3.5.
+
+    The rates of the steps 2 and 4 are (1 + cos(k pi / 4)) / 8 with k = 1 and 3.
+    """
     model, heard, engine = nn.Linear(1, 1), Heard(), Engine()
     engine.accelerator.log_with = [heard]
 
     def objective(step: int):
         return model.weight.sum() * 0, {"loss": torch.tensor(step + 1.0)}
 
-    plan = Training(steps=4, batch_size=2, lr=0.25, schedule="constant")
+    plan = Training(steps=4, batch_size=2, lr=0.25, schedule="cosine")
     history = engine.train(
         model, objective, plan, 4, 2, Progress("dispose/one", 4, enabled=False), lambda _: {"acc_t": 50.0}, reports=2
     )
     assert heard.finished == 1
-    assert [row["lr"] for row in history.rows] == [0.25, 0.25]
+    lr = [pytest.approx((1 + 0.5**0.5) / 8), pytest.approx((1 - 0.5**0.5) / 8)]
+    assert [row["lr"] for row in history.rows] == lr
     assert {step: (v["dispose/one/loss"], v["dispose/one/lr"], v["dispose/one/acc_t"])
-            for step, v in heard.numbers.items()} == {2: (1.5, 0.25, 50.0), 4: (3.5, 0.25, 50.0)}  # fmt: skip
+            for step, v in heard.numbers.items()} == {2: (1.5, lr[0], 50.0), 4: (3.5, lr[1], 50.0)}  # fmt: skip
 
 
 def test_layer_decay_is_that_of_each_stage():
@@ -163,7 +167,7 @@ def test_layer_decay_is_that_of_each_stage():
 
 def stopped(file: Path, fails: int | None = None) -> tuple[Tensor, History]:
     """A weight that starts at 1 and loses 0.1 a step, and what it is worth on images held out after each."""
-    worth, model = [0, 50, 60, 60, 55, 90, 90, 90, 90], nn.Linear(1, 1, bias=False)
+    worth, model, state = [0, 50, 60, 60, 55, 90, 90, 90, 90], nn.Linear(1, 1, bias=False), State()
     nn.init.ones_(model.weight)
     plan = Training(steps=8, batch_size=2, lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant")
 
@@ -174,12 +178,12 @@ def stopped(file: Path, fails: int | None = None) -> tuple[Tensor, History]:
 
     history = Engine().train(
         model, objective, plan, 8, 2, Progress("", 8, enabled=False), lambda step: {"held_out": float(worth[step])},
-        memory=StateFile(file, "key", 0), patience=2,
+        memory=StateFile(file, "key", 0), state=state, done=lambda: state.step - state.best_step() >= 2,
     )  # fmt: skip
     return model.weight.detach(), history
 
 
-def test_patience_ends_a_training_and_keeps_the_first_best_weights(tmp_path: Path):
+def test_a_training_may_end_early_and_keeps_the_first_best_weights(tmp_path: Path):
     """60 after step 2, never more within two steps: step 4 is the last, and the weight is that of step 2."""
     weight, history = stopped(tmp_path / "whole.safetensors")
     assert history.rows[-1]["step"] == 4
