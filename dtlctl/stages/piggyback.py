@@ -225,12 +225,14 @@ def share_out(
     torch.set_num_threads(1 if at_once > 1 else cores)
     try:  # two probes of two threads each are slower
         with threadpool_limits(1 if at_once > 1 else None, "blas"), ThreadPoolExecutor(at_once) as pool:
-            for result in pool.map(work, range(engine.share.rank, len(tasks), engine.processes)):
-                results.append(result)
-                done(min(len(results) * engine.processes, len(tasks)))
-    except BaseException:
-        repetition.stop.set()
-        raise
+            try:
+                for result in pool.map(work, range(engine.share.rank, len(tasks), engine.processes)):
+                    results.append(result)
+                    done(min(len(results) * engine.processes, len(tasks)))
+            except BaseException:
+                repetition.stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     finally:
         torch.set_num_threads(cores)  # OpenMP's limits came back with those of BLAS
     gathered = engine.gather_objects(results)
