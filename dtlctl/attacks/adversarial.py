@@ -37,21 +37,22 @@ def minimal(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> tuple[Tensor,
     x = x.to(next((p.dtype for p in model.parameters()), x.dtype))
     with torch.no_grad():
         right = (model(x).argmax(1) == y).nonzero()[:, 0]
-    norms = [x.new_zeros(len(x)) for _ in range(2)]
-    if len(right):
-        bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
-        # foolbox 3.3's own L2FMNAttack never projects: it divides a norm by itself. DDN changes its radius by a
-        # fixed factor a step: the fewer steps, the larger, so that it gets from 1 to 1/300 in any case.
-        attacks = (
-            foolbox.attacks.LInfFMNAttack(steps=steps),
-            foolbox.attacks.DDNAttack(steps=steps, gamma=1 - 300 ** (-1 / steps)),
-        )
-        truth = y[right]
-        found = [attack.run(bounded, x[right], foolbox.Misclassification(truth)) for attack in attacks]
-        moved = [_nearest(model, x[right], candidate, truth) for candidate in found]
-        # Either search may fail where the other does not, and FMN does on the boundary itself.
-        for norm, p in zip(norms, (float("inf"), 2.0), strict=True):
-            norm[right] = torch.stack([_norms(model, x[right], m, truth, p) for m in moved]).amin(0)
+    own, truth, bounded = x[right], y[right], foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
+    # foolbox 3.3's own L2FMNAttack never projects: it divides a norm by itself. DDN changes its radius by a fixed
+    # factor a step: the fewer steps, the larger, so that it gets from 1 to 1/300 in any case.
+    gamma = 1 - 300 ** (-1 / steps)
+    attacks = foolbox.attacks.LInfFMNAttack(steps=steps), foolbox.attacks.DDNAttack(steps=steps, gamma=gamma)
+    norms = x.new_zeros(2, len(x))
+    norms[:, right] = torch.inf
+    for attack in attacks if len(right) else ():
+        moved = _nearest(model, own, attack.run(bounded, own, foolbox.Misclassification(truth)), truth)
+        # Either search may fail where the other does not, and FMN does on the boundary itself: then an image still has
+        # its class, foolbox returns it as it came, and what counts is the room that there is.
+        with torch.no_grad():
+            failed = (model(moved).argmax(1) == truth)[:, None, None, None]
+        change = torch.where(failed, torch.maximum(own, 1 - own), moved - own).flatten(1)
+        found = torch.stack([torch.linalg.vector_norm(change, p, dim=1) for p in (torch.inf, 2.0)])
+        norms[:, right] = torch.minimum(norms[:, right], found)
     return norms[0], norms[1]
 
 
@@ -64,11 +65,3 @@ def _nearest(model: nn.Module, x: Tensor, moved: Tensor, y: Tensor, halvings: in
         changed = (model(x + middle * (moved - x)).argmax(1) != y)[:, None, None, None]
         low, high = torch.where(changed, low, middle), torch.where(changed, middle, high)
     return x + high * (moved - x)
-
-
-@torch.no_grad()
-def _norms(model: nn.Module, x: Tensor, moved: Tensor, y: Tensor, p: float) -> Tensor:
-    # An image that still has its class was not moved at all: foolbox returns it as it came.
-    found = model(moved).argmax(1) != y
-    norm = torch.linalg.vector_norm((moved - x).flatten(1), p, dim=1)
-    return torch.where(found, norm, torch.linalg.vector_norm(torch.maximum(x, 1 - x).flatten(1), p, dim=1))
