@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from dtlctl.errors import Stopped
 from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages.piggyback import Repetition, draws, share_out
@@ -69,6 +70,22 @@ def test_trials_that_run_at_once_have_one_blas_thread_each(two_threads: None):
         assert share_out(repetition(nn.Linear(2, 2)), [blas] * 2) == [{1}] * 2
         assert share_out(repetition(nn.Sequential(nn.Dropout(0.5))), [blas]) == [{2}]
         assert blas() == {2}
+
+
+def test_a_signal_ends_the_trials_at_work_and_begins_no_other(two_threads: None):
+    held, begun = repetition(nn.Linear(2, 2)), []
+
+    def stopped() -> bool:
+        raise Stopped(15)
+
+    def trial() -> bool:
+        begun.append(1)
+        return held.stop.wait(20)  # at once, when it is told to stop
+
+    started = time.monotonic()
+    with pytest.raises(Stopped):
+        share_out(held, [stopped, *[trial] * 8])
+    assert len(begun) < 8 and time.monotonic() - started < 15
 
 
 def test_dropout_and_stochastic_depth_draw_where_they_have_a_probability():
