@@ -18,7 +18,7 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.training.price import images_for, price
 from dtlctl.training.resume import State
 
-LOOKED_AT, PROBED = 1000, 600
+LOOKED_AT, LOOKED_AT_BY_PROBE = 1000, 600
 """Images that the price on the way, and the probe, look at, at most; in the end the price is measured on all."""
 STILL = 1.0
 """Points within which a number that does not move stays."""
@@ -44,7 +44,7 @@ class Checks:
         every = max(1, self.length // balance.CHECKS)
         self.steps = range(0, self.length, every)
         most = max(100, every * source.batch_size // 4)
-        self.probed = _evenly(len(experiment.data.images("source", "test").labels), min(PROBED, most))
+        self.probed = _evenly(len(experiment.data.images("source", "test").labels), min(LOOKED_AT_BY_PROBE, most))
         self.split: Split = "train" if self.allowed else "test"
         tested = len(experiment.data.images("target", "test").labels)
         self.rows = experiment.data.held_back("target") if self.allowed else _evenly(tested, min(LOOKED_AT, most))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dtlctl.recipe.plan import Job
     from dtlctl.training.resume import State
 
-_REMEDY = "nothing was published; try a smaller lr, clip = 1.0, or another lambda"
+REMEDY = "nothing was published; try a smaller lr, clip = 1.0, or another lambda"
 
 
 def check_reports(state: State, step: int) -> None:
@@ -24,7 +24,7 @@ def check_reports(state: State, step: int) -> None:
     last = ", ".join(f"{k} {v:.4g}" for k, v in state.rows[-1].items()) if state.rows else "none yet"
     norm = float(state.sums["gradient_norm"])
     raise DivergedError(
-        f"training diverged at step {step}: the gradient norm is {norm}; last finite report: {last}\n{_REMEDY}"
+        f"training diverged at step {step}: the gradient norm is {norm}; last finite report: {last}\n{REMEDY}"
     )
 
 
@@ -32,7 +32,7 @@ def check_weights(model: nn.Module, step: int) -> None:
     """Raise DivergedError if the last step, of that number, left a weight or a buffer that is not finite."""
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
-            raise DivergedError(f"training diverged at step {step}, the last: {name} is not finite\n{_REMEDY}")
+            raise DivergedError(f"training diverged at step {step}, the last: {name} is not finite\n{REMEDY}")
 
 
 def check_finite(values: Tensor) -> None:
@@ -42,14 +42,6 @@ def check_finite(values: Tensor) -> None:
         raise DivergedError(
             f"the model's answers to {bad} of {len(values)} images are not finite; no attack can read them\n"
             "make it again with a smaller lr, clip = 1.0, or another lambda"
-        )
-
-
-def check_answers(bad: int, total: int, head: str) -> None:
-    """Raise DivergedError if a head's logits of some of `total` images are not finite, though all weights may be."""
-    if bad:
-        raise DivergedError(
-            f"training diverged: the {head} head's answers to {bad} of {total} images are not finite\n{_REMEDY}"
         )
 
 
