@@ -178,6 +178,7 @@ def export(
     model: Annotated[
         str | None, typer.Option("--model", help="TL, TGT or a variant; of a folder the default is the verdict's.")
     ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="The network as model.onnx too, in a folder.")] = False,
     overrides: Overrides = None,
     out: Out = RUNS,
     quiet: Quiet = False,
@@ -197,6 +198,8 @@ def export(
     if not hub:
         exports.refuse(experiment, Path(to))
     if not hub and to.endswith(exports.SUFFIX):
+        if onnx:
+            raise RecipeError(f"--onnx: the network stands beside its weights in a folder; --to {to} is a file")
         model = card.known(experiment, model)
         if limits:
             verdict.demand(card.evidence(experiment), model, limits, str(recipe))
@@ -205,7 +208,7 @@ def export(
         document = card.evidence(experiment)
         model = card.known(experiment, model, document)
         verdict.demand(document, model, limits, str(recipe))
-        files = card.folder(experiment, model, document)
+        files = card.folder(experiment, model, document, onnx)
         place = exports.push(files, to.removeprefix("hf:")) if hub else exports.publish(files, Path(to))
         if not document["evidence"][model]["attacks"]:
             say(f"{model} was never attacked: nothing is known of what it gives away", quiet)

@@ -16,7 +16,7 @@ from dtlctl.run import export
 from dtlctl.run.experiment import Experiment
 from dtlctl.storage import checkpoint
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+WEIGHTS, CONFIG, CARD, ONNX = "model.safetensors", "config.json", "README.md", "model.onnx"
 PREPROCESSING = {
     "orientation": "EXIF applied", "transparency": "over white", "mode": "RGB", "crop": "centre square",
     "interpolation": "bicubic (Pillow)", "range": [0, 1],
@@ -44,8 +44,11 @@ def known(experiment: Experiment, model: str | None, document: dict[str, Any] | 
     return model
 
 
-def folder(experiment: Experiment, model: str, document: dict[str, Any]) -> dict[str, bytes]:
-    """The files of an exported folder by name. document: `summary.summarise` of the run. Raises as `export.packed`."""
+def folder(experiment: Experiment, model: str, document: dict[str, Any], onnx: bool = False) -> dict[str, bytes]:
+    """The files of an exported folder by name. document: `summary.summarise` of the run; onnx: whether as ONNX too.
+
+    Raises as `export.packed` and `export.onnx`.
+    """
     weights, described = export.packed(experiment, model)
     picture = {name: described[name] for name in ("mean", "std")}
     config = {
@@ -55,9 +58,13 @@ def folder(experiment: Experiment, model: str, document: dict[str, Any]) -> dict
         "preprocessing": {**PREPROCESSING, "size": described["image_size"], **picture},
         "weights_sha256": _hash(weights),
     }
+    more = {ONNX: export.onnx(experiment, model)} if onnx else {}
+    if onnx:
+        config["onnx_sha256"] = _hash(more[ONNX])
     blob = checkpoint.dump(config).encode()
-    card = _card(experiment, model, document, described, {"weights": _hash(weights), "config": _hash(blob)})
-    return {WEIGHTS: weights, CONFIG: blob, CARD: card.encode()}
+    hashes = {"weights": _hash(weights), "config": _hash(blob)}
+    card = _card(experiment, model, document, described, hashes, onnx=onnx)
+    return {WEIGHTS: weights, CONFIG: blob, CARD: card.encode(), **more}
 
 
 def verify(path: Path, experiment: Experiment | None = None) -> dict[str, Any]:
@@ -73,11 +80,15 @@ def verify(path: Path, experiment: Experiment | None = None) -> dict[str, Any]:
         said, measured = card.to_dict()["dtlctl"], float(card.eval_results[0].metric_value)
         config = json.loads(blobs[CONFIG])
         hashes = {"weights_sha256": said["weights"], "config_sha256": said["config"]}
-        told = config["weights_sha256"]
+        told = {WEIGHTS: config["weights_sha256"]}
+        if "onnx_sha256" in config:
+            blobs[ONNX] = (path / ONNX).read_bytes()
+            hashes["onnx_sha256"] = told[ONNX] = config["onnx_sha256"]
     except Exception as error:  # a stranger's YAML and JSON may end in any
         raise CheckpointError(f"{path}: not a folder that dtlctl exported ({' '.join(str(error).split())})") from None
-    for name, key in ((WEIGHTS, "weights_sha256"), (CONFIG, "config_sha256")):
-        for place, expected in ((CARD, hashes[key]), *([(CONFIG, told)] if name == WEIGHTS else [])):
+    cards = {WEIGHTS: hashes["weights_sha256"], CONFIG: hashes["config_sha256"]}
+    for place, expected_of in ((CARD, cards), (CONFIG, told)):
+        for name, expected in expected_of.items():
             if (found := _hash(blobs[name])) != expected:
                 raise CheckpointError(f"{path / name}: not the file of this card\nSHA-256 {found}; {place}: {expected}")
     if experiment is None:
@@ -95,7 +106,13 @@ def verify(path: Path, experiment: Experiment | None = None) -> dict[str, Any]:
 
 
 def _card(
-    experiment: Experiment, model: str, document: dict[str, Any], described: dict[str, Any], hashes: dict[str, str]
+    experiment: Experiment,
+    model: str,
+    document: dict[str, Any],
+    described: dict[str, Any],
+    hashes: dict[str, str],
+    *,
+    onnx: bool,
 ) -> str:
     """The model card as Markdown, its metadata before it."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -130,6 +147,7 @@ def _card(
         audit=next((row.get("audit_auc") for row in document["rows"] if row["model"] == model), None),
         attackers=templates.said("who", document["recipe"]["piggyback"]) if own["attacks"] else "",
         code=code,
+        onnx=onnx,
         lineage=_lineage(experiment, model, hashes),
         never=never,
     )

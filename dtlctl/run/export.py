@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import glob
+import io
 import json
 import os
+import re
 import shutil
+import warnings
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dtlctl.console.machine import alive
 from dtlctl.errors import CheckpointError, RecipeError, one_line
 from dtlctl.model import networks, weights
 from dtlctl.run.experiment import Experiment
@@ -49,7 +57,7 @@ def export(experiment: Experiment, model: str, to: Path) -> None:
 def refuse(experiment: Experiment, to: Path) -> None:
     """Raise RecipeError for a place in the run's folder, a file of another kind, and what is not ours to replace."""
     if to.suffix[1:].isalpha() and to.suffix != SUFFIX:
-        other = "torch's exporter to ONNX needs packages that are not here; " * (to.suffix == ".onnx")
+        other = "ONNX stands beside the weights in a folder, with --onnx; " * (to.suffix == ".onnx")
         raise RecipeError(
             f"--to {to}: {other}a file is in safetensors: name it {to.with_suffix(SUFFIX)}, or a folder without a dot"
         )
@@ -84,7 +92,8 @@ def is_ours(folder: Path) -> bool:
     try:
         names = {path.name for path in folder.iterdir()}
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return names == {"README.md", "config.json", f"model{SUFFIX}"} and described["made_by"] == "dtlctl"
+        ours = {"README.md", "config.json", f"model{SUFFIX}"}
+        return ours <= names <= {*ours, "model.onnx"} and described["made_by"] == "dtlctl"
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -92,11 +101,12 @@ def is_ours(folder: Path) -> bool:
 def publish(files: dict[str, bytes], to: Path) -> str:
     """Write a folder, whole or not at all, in place of an earlier export. Raises RecipeError where it cannot be.
 
-    For a place that `refuse` has let pass.
+    For a place that `refuse` has let pass. What an export that was killed has left beside it is put in order.
     """
     here = Path(os.path.abspath(to))
     new, old = (here.with_name(f".{here.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
+        _settle(here)
         for name, blob in files.items():
             checkpoint.write(new / name, blob)
         if here.exists():
@@ -106,9 +116,47 @@ def publish(files: dict[str, bytes], to: Path) -> str:
     except (OSError, CheckpointError) as error:
         raise RecipeError(f"--to {to}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        for rest in (new, old):
-            shutil.rmtree(rest, ignore_errors=True)
+        with suppress(OSError):
+            _settle(here)
     return str(to)
+
+
+def _settle(here: Path) -> None:
+    """Remove what this process, or one that died, has left beside the place.
+
+    If it ended between the two renames, the earlier export is put back first.
+    """
+    for rest in sorted(here.parent.glob(f".{glob.escape(here.name)}.*")):
+        left = re.fullmatch(r"\.(\d{1,9})\.(old|tmp)", rest.name[len(here.name) + 1 :])
+        if left and (int(left[1]) == os.getpid() or not alive(int(left[1]))):
+            if left[2] == "old" and not os.path.lexists(here):
+                os.replace(rest, here)
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def onnx(experiment: Experiment, model: str) -> bytes:
+    """The model as an ONNX file: `image` float32 [B, 3, H, W] in [0, 1] to `logits` [B, classes], any B.
+
+    Raises RecipeError where the packages for it are not there, or torch's exporter cannot translate the network.
+    """
+    network = experiment.trainer.load_model(model).through("target").eval().float().cpu()
+    network.precision, network.channels_last = "float32", False
+    size = experiment.recipe.model.image_size
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                network, (torch.zeros(2, 3, size, size),), dynamo=True, verbose=False,
+                input_names=["image"], output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )  # fmt: skip
+        assert program is not None
+        return program.model_proto.SerializeToString()
+    except ImportError as error:
+        raise RecipeError(
+            f"--onnx: {one_line(error)}; it needs onnx and onnxscript: pip install 'dtlctl[onnx]'"
+        ) from None
+    except Exception as error:  # of whatever part of the exporter
+        raise RecipeError(f"--onnx: torch cannot translate {experiment.recipe.model.arch}: {one_line(error)}") from None
 
 
 def push(files: dict[str, bytes], repository: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dtlctl.errors import CheckpointError
+from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.model import networks
 from dtlctl.recipe.loading import load
 from dtlctl.run import export
@@ -131,7 +133,7 @@ def test_a_launcher_is_refused(recipe_file: Path, call, monkeypatch: pytest.Monk
         ("rand", "runs/", 2, "--to runs: is there, and not only an export; name a new folder"),
         ("rand", "", 2, "is there, and not only an export"),
         ("rand", "a.txt", 2, "--to a.txt: a file is in safetensors: name it a.safetensors, or a folder"),
-        ("rand", "a.onnx", 2, "ONNX needs packages"),
+        ("rand", "a.onnx", 2, "with --onnx"),
         ("rand", "a.pth", 2, "a file is in safetensors"),
         ("rand", "tiny.toml", 2, "a file is in safetensors"),
     ],
@@ -165,3 +167,53 @@ def test_a_file_that_export_did_not_write_is_refused(experiment: Experiment, tmp
         save_file(tensors, path, header)
     with pytest.raises(CheckpointError, match=r"not a (model that dtlctl exported|safetensors file that can be read)"):
         export.load(path)
+
+
+def test_onnx_answers_as_the_network_does_for_any_number_of_images(experiment: Experiment, call, tmp_path: Path):
+    """By onnx's own evaluator. The folder can be checked, and replaced; a damaged file is told."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed; it is in the extra `onnx`")
+    reference = pytest.importorskip("onnx.reference", reason="onnx is not installed; it is in the extra `onnx`")
+    words = ("export", experiment.source, "--model", "TL", "--to", "release", "--onnx", "-q")
+    code, out, err = call(*words)
+    assert (code, out, err) == (0, "release\n", "")
+    network, own = reference.ReferenceEvaluator("release/model.onnx"), experiment.trainer.load_model("TL").eval()
+    for count in (1, 5):
+        x = torch.rand(count, 3, 8, 8)
+        with torch.no_grad():
+            assert network.run(["logits"], {"image": x.numpy()})[0] == pytest.approx(own(x, "target").numpy(), abs=1e-5)
+    code, out, _ = call("verify", "release")
+    assert code == 0 and "onnx_sha256" in out
+    Path("release/model.onnx").write_bytes(b"")
+    code, _, err = call("verify", "release")
+    assert code == 4 and "release/model.onnx: not the file of this card" in err
+    assert call(*words[:-2], "-q")[0] == 0 and not Path("release/model.onnx").exists()
+
+
+def test_onnx_without_its_packages_or_in_a_file_is_one_line(experiment: Experiment, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    for to, words in (("release", "pip install 'dtlctl[onnx]'"), ("a.safetensors", "in a folder")):
+        code, out, err = call("export", experiment.source, "--model", "TL", "--to", to, "--onnx", "-q")
+        assert (code, out, err.count("\n")) == (2, "", 1) and words in err
+        assert not Path(to).exists()
+
+
+@pytest.mark.parametrize("number", [2**22 + 1, os.getpid()])
+def test_what_a_killed_export_left_is_put_in_order(tmp_path: Path, monkeypatch, number: int):
+    """It dies between its two renames; the next one dies before it has written anything, and the earlier is back.
+
+    Linux numbers processes up to 2**22; in a container the next one may well have the number of the dead one.
+    """
+    release, files = tmp_path / "release", {"config.json": b"new"}
+    for kind in ("old", "tmp"):
+        (tmp_path / f".release.{number}.{kind}").mkdir()
+        (tmp_path / f".release.{number}.{kind}/config.json").write_text(kind)
+    (tmp_path / ".release.backup").mkdir()  # somebody's own
+    with monkeypatch.context() as patch:
+        patch.setattr(export.checkpoint, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(RecipeError, match="No space left"):
+            export.publish(files, release)
+    assert (release / "config.json").read_text() == "old"
+    export.publish(files, release)
+    assert (release / "config.json").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".release.backup", "release"]
