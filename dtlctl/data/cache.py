@@ -127,7 +127,7 @@ def _place(dataset: Dataset, split: Split, image_size: int, role: str, seed: int
     key = {
         "format": _FORMAT,
         "source": identity(dataset, role),
-        "split": getattr(dataset, split) if isinstance(dataset.test, str) else [split, dataset.test, seed],
+        "split": getattr(dataset, split) if isinstance(dataset.test, str) else [split, dataset.test, seed, "copies"],
         "image_size": image_size,
     }
     return folder() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

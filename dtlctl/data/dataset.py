@@ -85,7 +85,7 @@ class Dataset(Strict):
     """Name of the train split."""
     test: str | float = "test"
     """Name of the test split; accuracies are measured on all of it. Or the share of each class of the train split that
-    the recipe's seed holds out as the test split, where there is none."""
+    the recipe's seed holds out as the test split, where there is none; copies of an image stay on one side."""
     fraction: float = Field(1.0, gt=0, le=1)
     """γ: the share of the train split that is used."""
     balance: Balance = "classes"

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Pa
     """Open a split. `role` is the name of the dataset's table under `[data]`; `scratch` is an existing folder that
     has to live as long as the rows do; without it no image of a table can be read. The classes are those of the train
     split, and the test split's labels are matched to them by name. `seed` draws what `test` holds out, where it is a
-    share. Raises DataError.
+    share; with `scratch`, copies of one image are then put on one side. Raises DataError.
     """
     share = dataset.test
     if isinstance(share, str):
@@ -34,15 +36,35 @@ def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Pa
             f"data.{role}.test: {dataset.path} has a split {there[0]!r}, so test = {share:g} would hold out a second "
             f'one; write test = "{there[0]}", or move that split away'
         )
-    held = subset.held_out(whole.labels, whole.classes, share, seed, where(dataset, split))
-    chosen = np.flatnonzero(held if split == "test" else ~held)
     pictures, place = whole.pictures, whole.place
+    drawn = subset.held_out(whole.labels, whole.classes, share, seed, where(dataset, split))
+    held = drawn[_first_copies(whole) if scratch else slice(None)]
+    for label, name in enumerate(whole.classes):
+        if len({*held[whole.labels == label].tolist()}) == 1:
+            raise DataError(f"{where(dataset, split)}: too many images of class {name!r} are copies of each other to "
+                            f"hold out test = {share:g}; remove copies, or leave the class out")  # fmt: skip
+    notes = list(whole.notes)
+    if moved := int((held != drawn).sum()):
+        text = f"{where(dataset, 'train')}: {moved:,} copies of images went to the side of test = {share:g} where the "
+        notes.append(Note("copies-beside", moved, text + "image is"))
+    chosen = np.flatnonzero(held if split == "test" else ~held)
     return whole._replace(
         labels=whole.labels[chosen],
         pictures=lambda rows: pictures(chosen[list(rows)].tolist()),
         place=lambda row: place(int(chosen[row])),
-        notes=whole.notes if split == "train" else (),
+        notes=tuple(notes) if split == "train" else (),
     )
+
+
+def _first_copies(whole: Rows) -> np.ndarray:
+    """int64 [N]: by row the first one whose image has the same bytes, in its file or, of a picture, in its pixels."""
+    first, known = np.arange(len(whole.labels)), dict[bytes, int]()
+    for row in np.flatnonzero(whole.labels >= 0).tolist():
+        with suppress(DataError):  # of an image that cannot be read; it is told where it is decoded
+            (picture,) = whole.pictures([row])
+            blob = picture if isinstance(picture, bytes) else picture.tobytes()
+            first[row] = known.setdefault(hashlib.blake2b(blob, digest_size=16).digest(), row)
+    return first
 
 
 def _named(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Path | None) -> Rows:

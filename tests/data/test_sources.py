@@ -215,6 +215,31 @@ def test_a_share_of_a_table_is_held_out_without_rows_that_have_no_label(tmp_path
     )
 
 
+def test_copies_of_an_image_are_on_one_side_of_a_share(tmp_path):
+    """Three images of a are there twice, one of them in b too: seven pairs of rows, told apart by their grey level.
+
+    Of 10 rows of a 5 are drawn, and a pair with one of them in it follows its first row.
+    """
+    dataset = pool(tmp_path / "d", {"a": 7, "b": 5}).model_copy(update={"test": 0.5})
+    for level in (1, 2, 3):
+        shutil.copy(tmp_path / f"d/a/{level}.png", tmp_path / f"d/a/{level}-copy.png")
+    shutil.copy(tmp_path / "d/a/1.png", tmp_path / "d/b/1-copy.png")
+    moved = []
+    for seed in range(6):
+        train, test = (cache.load(dataset, split, 4, role="source", seed=seed) for split in ("train", "test"))
+        assert not {*levels(train)} & {*levels(test)} and len(train.labels) + len(test.labels) == 16
+        moved += [note.number for note in train.notes if note.kind == "copies-beside"]
+        assert not test.notes
+    assert moved and 0 < max(moved) <= 4
+
+
+def test_a_class_of_copies_cannot_be_shared_out(tmp_path):
+    dataset = pool(tmp_path / "d", {"a": 5, "b": 1})
+    for number in range(4):
+        shutil.copy(tmp_path / "d/b/6.png", tmp_path / f"d/b/copy-{number}.png")
+    assert "too many images of class 'b' are copies" in message(dataset)
+
+
 def test_nothing_is_held_out_beside_a_test_split(tmp_path):
     dataset = pool(tmp_path / "d", {"a": 3, "b": 3}, "train")
     shutil.copytree(tmp_path / "d/train", tmp_path / "d/val")
