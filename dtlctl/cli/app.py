@@ -23,11 +23,11 @@ audit, report. Every stage is a command of its own, skips what is up to date, an
 torchrun --nproc_per_node N -m dtlctl run RECIPE.
 
 Exit codes: 0 done; 1 memory ran out or a process is gone; 2 the recipe or the call is wrong; 3 training diverged; 4
-data or checkpoint unusable; 5 what was measured misses the recipe's [publish] limits; 130 or 143 stopped by a signal.
+data or checkpoint unusable; 5 what was measured misses the limits of the recipe's table publish; 130 or 143 stopped by a signal.
 """
 
 app = typer.Typer(
-    help=HELP,
+    help="\n\n".join(" ".join(paragraph.split()) for paragraph in HELP.split("\n\n")),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -220,7 +220,7 @@ def export(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What dtlctl export wrote.")],
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="On its test split Acc_t is measured again.")
+        Path | None, typer.Argument(metavar="RECIPE", help="On its test split Acc_t is measured again.")
     ] = None,
     overrides: Overrides = None,
     as_json: Json = False,

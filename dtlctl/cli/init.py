@@ -26,7 +26,7 @@ def shipped() -> dict[str, str]:
 def init(
     which: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="A shipped recipe, to print.", autocompletion=lambda: [*shipped()]),
+        typer.Argument(metavar="NAME", help="A shipped recipe, to print.", autocompletion=lambda: [*shipped()]),
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the shipped recipes.")] = False,
     source: Annotated[str | None, typer.Option(metavar="PATH", help="Private data, as `path` in a recipe.")] = None,
