@@ -23,7 +23,8 @@ audit, report. Every stage is a command of its own, skips what is up to date, an
 torchrun --nproc_per_node N -m dtlctl run RECIPE.
 
 Exit codes: 0 done; 1 memory ran out or a process is gone; 2 the recipe or the call is wrong; 3 training diverged; 4
-data or checkpoint unusable; 5 what was measured misses the limits of the recipe's table publish; 130 or 143 stopped by a signal.
+data or checkpoint unusable; 5 what was measured misses the limits of the recipe's table publish; 130
+or 143 stopped by a signal.
 """
 
 app = typer.Typer(

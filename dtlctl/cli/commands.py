@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dtlctl.console import stop
+from dtlctl.console.progress import say
 from dtlctl.errors import PeerLost, RecipeError, Stopped
 
 if TYPE_CHECKING:
@@ -38,14 +39,6 @@ STAGES: dict[Stage, str] = {
     "piggyback": "Attack: fine-tune every model on every piggyback dataset and measure accuracy.",
     "audit": "Attack: infer which source images were in the training set.",
 }
-
-
-def say(text: str, quiet: bool) -> None:
-    """One line on stderr, unless the command is quiet."""
-    if not quiet:
-        from dtlctl.console import progress
-
-        progress.say(text)
 
 
 def _again(command: str, recipe: Path, overrides: list[str] | None, out: Path, *more: str) -> str:

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from dtlctl.cli.commands import Quiet, say
+from dtlctl.cli.commands import Quiet
+from dtlctl.console.progress import say
 from dtlctl.errors import RecipeError, suggest
 
 

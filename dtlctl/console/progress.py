@@ -13,9 +13,9 @@ from rich.progress import Progress as RichProgress
 _stderr = Console(stderr=True, highlight=False)
 
 
-def say(text: str) -> None:
-    """One line of talk on stderr, from the main process only."""
-    if os.environ.get("RANK", "0") == "0":
+def say(text: str, quiet: bool = False) -> None:
+    """One line of talk on stderr, from the main process only, and from none if quiet."""
+    if not quiet and os.environ.get("RANK", "0") == "0":
         _stderr.print(text, markup=False, soft_wrap=True)
 
 

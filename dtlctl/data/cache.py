@@ -24,7 +24,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from dtlctl.console.machine import cores
+from dtlctl.console.machine import alive, cores
 from dtlctl.data import entry as entries
 from dtlctl.data.dataset import Dataset, Split, where
 from dtlctl.data.entry import Entry, Images, Wanted
@@ -136,10 +136,8 @@ def _place(dataset: Dataset, split: Split, image_size: int, role: str, seed: int
 def _sweep(place: Path) -> None:
     """Remove what processes of this machine left half-made when they died."""
     for path in place.parent.glob(f"{place.name}.{platform.node()}.*.tmp"):
-        with suppress(ValueError, PermissionError):
-            try:
-                os.kill(int(path.name.split(".")[-3]), 0)
-            except ProcessLookupError:
+        with suppress(ValueError):
+            if not alive(int(path.name.split(".")[-3])):
                 shutil.rmtree(path, ignore_errors=True)
 
 

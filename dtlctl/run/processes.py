@@ -51,5 +51,4 @@ class Processes:
 
     def say(self, text: str) -> None:
         """One line of talk, once, unless the run is quiet."""
-        if not self.quiet and self.is_main:
-            say(text)
+        say(text, self.quiet)
