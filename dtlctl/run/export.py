@@ -10,6 +10,7 @@ import re
 import shutil
 import warnings
 from contextlib import redirect_stdout, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,11 @@ def onnx(experiment: Experiment, model: str) -> bytes:
 
     Raises RecipeError where the packages for it are not there, or torch's exporter cannot translate the network.
     """
+    try:
+        for package in ("onnx", "onnxscript"):
+            import_module(package)
+    except ImportError as error:
+        raise RecipeError(f"--onnx needs onnx and onnxscript: pip install 'dtlctl[onnx]' ({one_line(error)})") from None
     network = experiment.trainer.load_model(model).through("target").eval().float().cpu()
     network.precision, network.channels_last = "float32", False
     size = experiment.recipe.model.image_size
@@ -151,10 +157,6 @@ def onnx(experiment: Experiment, model: str) -> bytes:
             )  # fmt: skip
         assert program is not None
         return program.model_proto.SerializeToString()
-    except ImportError as error:
-        raise RecipeError(
-            f"--onnx: {one_line(error)}; it needs onnx and onnxscript: pip install 'dtlctl[onnx]'"
-        ) from None
     except Exception as error:  # of whatever part of the exporter
         raise RecipeError(f"--onnx: torch cannot translate {experiment.recipe.model.arch}: {one_line(error)}") from None
 
