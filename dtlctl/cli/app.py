@@ -1,7 +1,5 @@
 """The command line: all commands, and how an error becomes two lines and an exit code."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -1,7 +1,5 @@
 """`dtlctl bench`, as the command line sees it."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """Commands that help to write a recipe: init, schema."""
 
-from __future__ import annotations
-
 import importlib.resources
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What this process may use of its machine: less than there is, where it is shared or has a quota."""
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from pathlib import Path

@@ -5,8 +5,6 @@ Outside of `deferred` a signal raises Stopped on the spot. Inside, it is noted, 
 terminal has sent to every process already.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager

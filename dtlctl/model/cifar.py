@@ -1,7 +1,5 @@
 """The ResNets of He et al. 2016 for CIFAR (arXiv:1512.03385, section 4.2), which torchvision lacks."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 DEPTHS = {f"resnet{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}

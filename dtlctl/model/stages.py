@@ -1,7 +1,5 @@
 """A backbone's stages: which weights belong to each, and what each puts out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Weights from outside: a file, one of our exports, torchvision's registry. Read, checked, put into a classifier."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

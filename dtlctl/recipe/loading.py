@@ -1,7 +1,5 @@
 """Reading a recipe: TOML, `--set` overrides, and mistakes told in one line that names file, key and remedy."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import re

@@ -1,7 +1,5 @@
 """What a recipe demands of its network, looked at before anything trains."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

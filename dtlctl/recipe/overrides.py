@@ -1,7 +1,5 @@
 """Changes to a recipe: `--set KEY.PATH=VALUE`, the values of `--over`, and a λ that is written into its file."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

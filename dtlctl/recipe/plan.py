@@ -1,7 +1,5 @@
 """What a recipe asks for, in order, and what each result depends on. Pure data: nothing here trains or loads."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 

@@ -1,7 +1,5 @@
 """Results that other runs of the recipe have made, found by key: the same key is the same result."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache

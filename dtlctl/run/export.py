@@ -1,7 +1,5 @@
 """A model as it is given away: its target head alone, under its library's names of tensors, and nothing of the run."""
 
-from __future__ import annotations
-
 import glob
 import io
 import json

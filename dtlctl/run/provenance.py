@@ -4,8 +4,6 @@ The key of a result knows its images by content, which nobody has at hand who on
 the recipe's tables too, outside the key: the same images may well be somewhere else by now.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import sys

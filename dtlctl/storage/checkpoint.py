@@ -6,8 +6,6 @@ the old checkpoint or the new one. The sidecar holds the SHA-256 of the weights 
 made from.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ The lock is the kernel's (flock), so it ends with its owner however that dies, a
 twice cannot hold it. What the file says, who and since when, is for people. Over NFS the kernel asks the server.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

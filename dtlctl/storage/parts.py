@@ -1,7 +1,5 @@
 """Finished parts of a job that is not: small JSON files, so that a stop costs what was at work and no more."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
