@@ -31,23 +31,12 @@ PAIRWISE_MOST = 4
 class Bench:
     """A network and one batch of noise, and a step in any of the ways."""
 
-    def __init__(
-        self,
-        arch: str,
-        stem: str,
-        size: int,
-        batch_size: int,
-        precision: networks.Precision,
-        device: torch.device,
-        channels_last: bool = False,
-    ):
-        self.device, self.precision = device, precision
-        torch.manual_seed(0)
-        self.x, self.y = torch.rand(batch_size, 3, size, size), torch.randint(100, (batch_size,))
-        self.model = networks.build(arch, {"source": 100, "target": 10}, stem=stem, image_size=size)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.model.to(device).to(memory_format=layout).precision = precision
-        self.x, self.y = self.x.to(device, memory_format=layout), self.y.to(device)
+    def __init__(self, setup: meter.Setup, device: torch.device):
+        self.device, self.model = device, setup.network(source=100, target=10)
+        layout = torch.channels_last if setup.channels_last else torch.contiguous_format
+        self.model.to(device).to(memory_format=layout)
+        self.x = torch.rand(setup.batch_size, 3, setup.image_size, setup.image_size).to(device, memory_format=layout)
+        self.y = torch.randint(100, (setup.batch_size,)).to(device)
         self.parameters = list(self.model.parameters())
 
     def can(self, way: str, chunks: int) -> bool:
@@ -90,19 +79,7 @@ class Bench:
         return F.cross_entropy(self.model(pair[0], "source"), pair[1])
 
 
-def run(
-    arch: str,
-    stem: str,
-    image_size: int,
-    batch_size: int,
-    chunks: str,
-    ways: str | None,
-    precision: networks.Precision,
-    repeats: int,
-    channels_last: bool,
-    *,
-    quiet: bool,
-) -> dict[str, Any]:
+def run(setup: meter.Setup, chunks: str, ways: str | None) -> dict[str, Any]:
     """The benchmark as the command line asks for it. Raises RecipeError for a call that is wrong."""
     try:
         if not all(c.strip().isdecimal() for c in chunks.split(",")):
@@ -110,28 +87,21 @@ def run(
         counts = [int(c) for c in chunks.split(",")]
         chosen = ways.split(",") if ways else list(WAYS)
         for c in counts:
-            if c < 2 or batch_size % c or batch_size // c < 2:
-                raise ValueError(f"--chunks {c}: {batch_size} images make no {c} equal chunks of 2 or more")
+            if c < 2 or setup.batch_size % c or setup.batch_size // c < 2:
+                raise ValueError(f"--chunks {c}: {setup.batch_size} images make no {c} equal chunks of 2 or more")
         for way in chosen:
             if way not in WAYS:
                 raise ValueError(f"--ways {way}: unknown (valid: {', '.join(WAYS)})")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        bench = Bench(arch, stem, image_size, batch_size, precision, device, channels_last)
+        bench = Bench(setup, device)
     except ValueError as error:
         raise RecipeError(f"bench: {error}") from None
     cells = [("ce", 1), *((way, c) for c in counts for way in chosen if bench.can(way, c))]
     math = sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
-    progress = Progress("bench", (repeats + 1) * len(cells), enabled=not quiet)
-    with math, networks.precision(precision), progress:
-        rows = measure(bench, cells, repeats, progress)
-    settings = {
-        "precision": precision,
-        "channels_last": channels_last,
-        "batch_size": batch_size,
-        "image_size": image_size,
-        "parameters": sum(p.numel() for p in bench.parameters),
-    }
-    return {"machine": {**meter.machine(device), **settings}, "repeats": repeats, "rows": rows}
+    progress = Progress("bench", (setup.repeats + 1) * len(cells), enabled=not setup.quiet)
+    with math, networks.precision(setup.precision), progress:
+        rows = measure(bench, cells, setup.repeats, progress)
+    return setup.document(device, rows, parameters=sum(p.numel() for p in bench.parameters))
 
 
 def measure(bench: Bench, cells: Sequence[tuple[str, int]], repeats: int, progress: Progress) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The clock, the bytes of a step, and the machine that both were measured on."""
+"""What both benchmarks share: what is measured, the clock, the bytes of a step, and the machine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,46 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from dtlctl.model import networks
+
+
+class Setup(NamedTuple):
+    """The network and its batches, as the options of `dtlctl bench` have them."""
+
+    arch: str
+    stem: str
+    image_size: int
+    batch_size: int
+    precision: networks.Precision
+    channels_last: bool
+    repeats: int
+    quiet: bool
+
+    def network(self, **heads: int) -> networks.Classifier:
+        """The same weights every time. Raises ValueError for a network that cannot be made."""
+        torch.manual_seed(0)
+        model = networks.build(self.arch, heads, stem=self.stem, image_size=self.image_size)
+        model.precision = self.precision
+        return model
+
+    def document(self, device: torch.device, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """The rows, beside what a time depends on whatever is timed: the device, its instructions, threads, torch."""
+        name = platform.processor() or platform.machine()
+        with suppress(OSError):
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+        machine = {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            **{key: value for key, value in self._asdict().items() if key not in ("repeats", "quiet")},
+        }
+        return {"machine": machine | more, "repeats": self.repeats, "rows": rows}
 
 
 def clock(device: torch.device) -> float:
@@ -44,17 +81,3 @@ def peak(step: Callable[[], Any], device: torch.device) -> int | None:
 
 def _kilobytes(status: Path, field: str) -> int:
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a time depends on whatever is timed: the device, its instructions, threads, and torch's version."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }

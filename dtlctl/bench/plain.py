@@ -1,7 +1,4 @@
-"""The script that people write to train a torchvision network on a `datasets` table, for `bench --train`.
-
-It uses nothing of ours but the CIFAR ResNets and resnet10, which torchvision lacks.
-"""
+"""The script that people write to train a network on a `datasets` table, for `bench --train`."""
 
 from __future__ import annotations
 
@@ -18,81 +15,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dtlctl.bench.meter import clock
-from dtlctl.data.dataset import Dataset
-from dtlctl.data.sources import rows
-from dtlctl.model import networks
+from dtlctl.bench.meter import Setup, clock
+from dtlctl.data.sources import Source
 from dtlctl.recipe.settings import Training
 
 IMAGES = 1 << 14  # as many are enough for any number of steps, and their files fit in memory
 
 
-def network(arch: str, stem: str, image_size: int, classes: int) -> nn.Module:
-    """The network as torchvision makes it; what torchvision lacks is ours, with torch's own convolutions."""
-    import torchvision
-
-    torch.manual_seed(0)
-    if arch not in torchvision.models.list_models(module=torchvision.models):
-        ours = networks.build(arch, {"source": classes}, stem=stem, image_size=image_size)
-        for module in ours.modules():
-            if isinstance(module, nn.Conv2d):
-                module.__class__ = nn.Conv2d
-        return nn.Sequential(ours.backbone, ours.heads["source"])
-    size = {"image_size": image_size} if arch.startswith("vit_") else {}
-    net = torchvision.models.get_model(arch, weights=None, num_classes=classes, **size)
-    if stem == "small":
-        net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
-        net.maxpool = nn.Identity()
-    return net
+def network(setup: Setup, classes: int) -> nn.Module:
+    """The bench's network with torch's own convolutions, as torchvision has it."""
+    ours = setup.network(source=classes)
+    for module in ours.modules():
+        if isinstance(module, nn.Conv2d):
+            module.__class__ = nn.Conv2d
+    return nn.Sequential(ours.backbone, ours.heads["source"])
 
 
-def table(dataset: Dataset, image_size: int, least: int) -> Any:
-    """The first training images, still encoded, as a `datasets.Dataset` of `image` and `label`: `least` or more."""
+def table(source: Source, setup: Setup) -> Any:
+    """The first training images, still encoded, as a `datasets.Dataset` of `image` and `label`."""
     import datasets
 
     with TemporaryDirectory() as scratch:
-        opened = rows(dataset, "train", image_size, "source", Path(scratch))
-        kept = np.flatnonzero(opened.labels >= 0)[: max(least, IMAGES)].tolist()
+        opened = source.rows("train", setup.image_size, Path(scratch))
+        kept = np.flatnonzero(opened.labels >= 0)[: max(setup.batch_size, IMAGES)].tolist()
         pictures = [{"bytes": p, "path": None} if isinstance(p, bytes) else p for p in opened.pictures(kept)]
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
         return datasets.Dataset.from_dict({"image": pictures, "label": opened.labels[kept]}, features=features)
 
 
-def batches(images: Any, size: int, batch_size: int, workers: int, device: torch.device) -> DataLoader:
-    """What torch's and torchvision's own tutorials do: a DataLoader over images that are transformed one by one."""
+def turns(
+    images: Any, setup: Setup, classes: int, workers: int, plan: Training, device: torch.device
+) -> Callable[[int, int], float]:
+    """(number of the first step, steps) -> seconds, of what torch's and torchvision's own tutorials do.
+
+    A DataLoader over images that are transformed one by one. Batches that workers made beforehand are used up untimed.
+    """
     from torchvision import transforms as T
 
-    fitted = images[0]["image"].size == (size, size)
+    size, on_gpu = setup.image_size, device.type == "cuda"
     steps = [
-        *([] if fitted else [T.Resize(size), T.CenterCrop(size)]),
+        *([] if images[0]["image"].size == (size, size) else [T.Resize(size), T.CenterCrop(size)]),
         T.RandomCrop(size, padding=size // 8),
         T.RandomHorizontalFlip(),
         T.ToTensor(),
         T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ]
-    return DataLoader(
-        images.with_transform(partial(_prepare, T.Compose(steps))),
-        batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-    )
-
-
-def _prepare(transform: Callable[[Any], Tensor], examples: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
-    return {"x": [transform(image.convert("RGB")) for image in examples["image"]], "y": examples["label"]}
-
-
-def turns(
-    model: nn.Module, loader: DataLoader, plan: Training, precision: networks.Precision, device: torch.device
-) -> Callable[[int, int], float]:
-    """(number of the first step, steps) -> seconds. Batches that workers made beforehand are used up untimed."""
+    options: Any = {"shuffle": True, "drop_last": True, "num_workers": workers, "persistent_workers": workers > 0}
+    prepared = images.with_transform(partial(_prepare, T.Compose(steps)))
+    loader = DataLoader(prepared, setup.batch_size, pin_memory=on_gpu, **options)
+    model = network(setup, classes).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum, weight_decay=plan.weight_decay)
-    source = chain.from_iterable(repeat(loader))
-    waiting = loader.num_workers * (loader.prefetch_factor or 0)
-    model.train()
+    source, waiting = chain.from_iterable(repeat(loader)), workers * (loader.prefetch_factor or 0)
 
     def turn(first: int, steps: int) -> float:
         started = clock(device)
@@ -102,10 +75,14 @@ def turns(
             batch = next(source)
             x, y = batch["x"].to(device, non_blocking=True), batch["y"].to(device, non_blocking=True)
             optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=setup.precision == "bfloat16"):
                 loss = F.cross_entropy(model(x), y)
             loss.backward()
             optimizer.step()
         return clock(device) - started
 
     return turn
+
+
+def _prepare(transform: Callable[[Any], Tensor], examples: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    return {"x": [transform(image.convert("RGB")) for image in examples["image"]], "y": examples["label"]}

@@ -7,7 +7,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from dtlctl.console.machine import cores
 from dtlctl.console.progress import Progress
 from dtlctl.data import cache
 from dtlctl.data.dataset import Dataset
+from dtlctl.data.sources import Source
 from dtlctl.data.tensors import Batch, Batches, Share
 from dtlctl.errors import RecipeError
 from dtlctl.model import networks
@@ -40,78 +40,55 @@ class Ready(Batches):
         return self.batch
 
 
-def run(
-    arch: str,
-    stem: str,
-    image_size: int,
-    batch_size: int,
-    precision: networks.Precision,
-    repeats: int,
-    channels_last: bool,
-    data: str,
-    steps: int,
-    *,
-    quiet: bool,
-) -> dict[str, Any]:
+def run(setup: meter.Setup, data: str, steps: int) -> dict[str, Any]:
     """The benchmark as the command line asks for it. `data` is what a recipe takes as data.source.path.
-
-    `ready` and `dtlctl` lay images out as `channels_last` says, one more way on a ready batch as it does not.
 
     Raises RecipeError for a call that is wrong, DataError for images that cannot be read.
     """
     try:
-        networks.check(arch, stem, None, image_size)
-        dataset = Dataset(path=data)
+        networks.check(setup.arch, setup.stem, None, setup.image_size)
+        source = Source(Dataset(path=data), "source")
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
         raise RecipeError(f"bench: --data: {reason}") from None
     except ValueError as error:
         raise RecipeError(f"bench: {error}") from None
-    with Progress("decode", 1, enabled=not quiet) as progress:
-        images = cache.load(dataset, "train", image_size, role="source", progress=progress.at)
-    if len(images.labels) < batch_size:
-        raise RecipeError(f"bench: --batch-size {batch_size}: {data} has only {len(images.labels)} training images")
-    engine, classes, count = Engine(precision), len(images.classes), cores()
-    plan = Training(steps=steps, batch_size=batch_size, lr=0.01, schedule="constant")
+    with Progress("decode", 1, enabled=not setup.quiet) as progress:
+        images = cache.load(source, "train", setup.image_size, progress=progress.at)
+    size, count = setup.batch_size, len(images.labels)
+    if count < size:
+        raise RecipeError(f"bench: --batch-size {size}: {data} has only {count} training images")
+    engine, classes = Engine(setup.precision), len(images.classes)
+    plan = Training(steps=steps, batch_size=size, lr=0.01, schedule="constant")
 
-    def network(channels_last: bool) -> networks.Classifier:
-        torch.manual_seed(0)
-        model = networks.build(arch, {"source": classes}, stem=stem, image_size=image_size)
-        model.precision, model.channels_last = precision, channels_last
-        return engine.place(model, global_batch_norm=True)
+    def ours(batches: Batches, channels_last: bool) -> Turn:
+        model = setup.network(source=classes)
+        model.channels_last = channels_last
+        return _turn(engine, engine.place(model, global_batch_norm=True), batches, plan)
 
-    turns = _ours(engine, network, channels_last, images, plan)
-    table = plain.table(dataset, image_size, batch_size)
-    for workers in sorted({0, count - 1}):
-        loader = plain.batches(table, image_size, batch_size, workers, engine.device)
-        model = plain.network(arch, stem, image_size, classes).to(engine.device)
-        turns["plain", workers] = plain.turns(model, loader, plan, precision, engine.device)
-    with networks.precision(precision), Progress("bench", (repeats + 1) * len(turns), enabled=not quiet) as progress:
-        seconds = measure(turns, steps, repeats, progress)
-    settings = {"precision": precision, "batch_size": batch_size, "image_size": image_size, "arch": arch, "stem": stem}
-    machine = {**meter.machine(engine.device), "cores": count, "channels_last": channels_last, **settings}
-    counts = {"data": data, "images": len(images.labels), "steps": steps, "repeats": repeats}
-    return {"machine": machine, **counts, "rows": compared(seconds, batch_size)}
-
-
-def _ours(
-    engine: Engine,
-    network: Callable[[bool], networks.Classifier],
-    channels_last: bool,
-    images: cache.Images,
-    plan: Training,
-) -> dict[Way, Turn]:
-    """The engine's loop on a ready batch, on the same in the other layout, and on all the images."""
-    pixels, labels, device = images.pixels, images.labels, engine.device
-    index, size = np.arange(len(labels)), plan.batch_size
-    batches = Batches(pixels, labels, index, batch_size=size, augment="crop-flip", seed=0, device=device)
-    ready = Ready(batches[0])
-    other = "ready-contiguous" if channels_last else "ready-channels-last"
-    return {
-        ("ready", None): _turn(engine, network(channels_last), ready, plan),
-        (other, None): _turn(engine, network(not channels_last), ready, plan),
-        ("dtlctl", None): _turn(engine, network(channels_last), batches, plan),
+    batches = Batches(
+        images.pixels,
+        images.labels,
+        np.arange(count),
+        batch_size=size,
+        augment="crop-flip",
+        seed=0,
+        device=engine.device,
+    )
+    ready, other = Ready(batches[0]), "ready-contiguous" if setup.channels_last else "ready-channels-last"
+    turns: dict[Way, Turn] = {
+        ("ready", None): ours(ready, setup.channels_last),
+        (other, None): ours(ready, not setup.channels_last),
+        ("dtlctl", None): ours(batches, setup.channels_last),
     }
+    table = plain.table(source, setup)
+    for workers in sorted({0, cores() - 1}):
+        turns["plain", workers] = plain.turns(table, setup, classes, workers, plan, engine.device)
+    progress = Progress("bench", (setup.repeats + 1) * len(turns), enabled=not setup.quiet)
+    with networks.precision(setup.precision), progress:
+        seconds = measure(turns, steps, setup.repeats, progress)
+    told = {"data": data, "images": count, "steps": steps}
+    return told | setup.document(engine.device, compared(seconds, size), cores=cores())
 
 
 def _turn(engine: Engine, model: networks.Classifier, batches: Batches, plan: Training) -> Turn:

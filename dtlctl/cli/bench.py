@@ -38,19 +38,11 @@ def bench(
         if value:
             other = "the benchmark of collisions; leave it or --train out" if train else "training; add --train"
             raise RecipeError(f"bench: {option} is for {other}")
+    from dtlctl.bench import collision, meter, training
+
+    setup = meter.Setup(arch, stem, image_size, batch_size, precision, channels_last, repeats, quiet)
     if train:
-        from dtlctl.bench import training
-
-        source, length = data or "builtin:letters", steps or 20
-        document = training.run(
-            arch, stem, image_size, batch_size, precision, repeats, channels_last, source, length, quiet=quiet
-        )
-        print(json.dumps(document, indent=1) if as_json else training.text(document))
-        return
-    from dtlctl.bench import collision
-
-    counts = chunks or "2,4,8,16,32"
-    document = collision.run(
-        arch, stem, image_size, batch_size, counts, ways, precision, repeats, channels_last, quiet=quiet
-    )
-    print(json.dumps(document, indent=1) if as_json else collision.text(document))
+        document, text = training.run(setup, data or "builtin:letters", steps or 20), training.text
+    else:
+        document, text = collision.run(setup, chunks or "2,4,8,16,32", ways), collision.text
+    print(json.dumps(document, indent=1) if as_json else text(document))

@@ -8,7 +8,6 @@ image i of a split depend on the dataset, the split and i alone.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +20,18 @@ VERSION = 1
 LATIN = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abdefghnqrt"
 GREEK = "αβγδεζηθικλμνξοπρστυφχψω"
 
-_SANS_SERIF_MONO = [
+_UPRIGHT_AND_SLANTED = [
     f"DejaVu{family}{style}"
-    for family, styles in {
-        "Sans": ("", "-Bold", "-Oblique", "-BoldOblique"),
-        "SansMono": ("", "-Bold", "-Oblique", "-BoldOblique"),
-        "Serif": ("", "-Bold", "-Italic", "-BoldItalic"),
-    }.items()
-    for style in styles
+    for family, slanted in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
+    for style in ("", "-Bold", f"-{slanted}", f"-Bold{slanted}")
 ]
 _STIX = ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"]
 _COMPUTER_MODERN = ["cmr10", "cmb10", "cmss10", "cmtt10", "cmti10"]
+_PRINTED = {
+    "letters": (LATIN, _UPRIGHT_AND_SLANTED + _STIX + _COMPUTER_MODERN),
+    "greek": (GREEK, _UPRIGHT_AND_SLANTED + _STIX),
+}
+NAMES = (*_PRINTED, "digits")
 
 _CANVAS = 64  # glyphs are drawn at this size, then reduced: smooth edges at any image size
 
@@ -39,37 +39,22 @@ _CANVAS = 64  # glyphs are drawn at this size, then reduced: smooth edges at any
 def load(name: str, split: str, image_size: int) -> tuple[list[Image.Image], list[int], list[str]]:
     """One split of a builtin dataset as RGB pictures of image_size x image_size, integer labels, and class names.
 
-    `split` is "train" or "test". Raises KeyError for an unknown name; `NAMES` lists the known ones.
+    `name` is one of `NAMES`, `split` "train" or "test". Of letters 200 training and 40 test images a class.
     """
-    return _BUILTIN[name](split, image_size)
+    if name == "digits":
+        return _digits(split, image_size)
+    import matplotlib
 
-
-def _letters(split: str, size: int) -> tuple[list[Image.Image], list[int], list[str]]:
-    return _printed("letters", LATIN, _SANS_SERIF_MONO + _STIX + _COMPUTER_MODERN, split, size)
-
-
-def _greek(split: str, size: int) -> tuple[list[Image.Image], list[int], list[str]]:
-    return _printed("greek", GREEK, _SANS_SERIF_MONO + _STIX, split, size)
-
-
-def _printed(name: str, alphabet: str, fonts: list[str], split: str, size: int):
-    """200 training and 40 test images a class."""
-    each = {"train": 200, "test": 40}[split]
-    faces = _fonts(tuple(fonts))
+    alphabet, names = _PRINTED[name]
+    folder, each = Path(matplotlib.get_data_path()) / "fonts" / "ttf", {"train": 200, "test": 40}[split]
+    fonts = [ImageFont.truetype(str(folder / f"{font}.ttf"), _CANVAS * 2 // 3) for font in names]
     pictures, labels = [], []
     for label, letter in enumerate(alphabet):
         for index in range(each):
             rng = np.random.default_rng([zlib.crc32(f"{name}/{split}".encode()), label, index])
-            pictures.append(_draw(letter, faces[rng.integers(len(faces))], size, rng))
+            pictures.append(_draw(letter, fonts[rng.integers(len(fonts))], image_size, rng))
             labels.append(label)
     return pictures, labels, list(alphabet)
-
-
-def _fonts(names: tuple[str, ...]) -> list[ImageFont.FreeTypeFont]:
-    import matplotlib
-
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return [ImageFont.truetype(str(folder / f"{name}.ttf"), _CANVAS * 2 // 3) for name in names]
 
 
 def _draw(letter: str, font: ImageFont.FreeTypeFont, size: int, rng: np.random.Generator) -> Image.Image:
@@ -108,11 +93,3 @@ def _digits(split: str, size: int) -> tuple[list[Image.Image], list[int], list[s
         Image.fromarray(np.pad(p, 1)).resize((size, size), Image.Resampling.BICUBIC).convert("RGB") for p in pixels
     ]
     return pictures, labels.tolist(), [str(d) for d in range(10)]
-
-
-_BUILTIN: dict[str, Callable[[str, int], tuple[list[Image.Image], list[int], list[str]]]] = {
-    "letters": _letters,
-    "greek": _greek,
-    "digits": _digits,
-}
-NAMES = tuple(_BUILTIN)

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,15 +25,15 @@ from PIL import Image
 
 from dtlctl.console.machine import alive, cores
 from dtlctl.data import entry as entries
-from dtlctl.data.dataset import Dataset, Split, where
+from dtlctl.data.dataset import Rows, Split
 from dtlctl.data.entry import Entry, Images, Wanted
 from dtlctl.data.pixels import Depth, Rule, dark, decide, decode
-from dtlctl.data.sources import Rows, identity, rows
+from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
 from dtlctl.storage.checkpoint import sync, write
 
 # Changing how images are chosen, decoded, resized or stored must change this number: it is part of the key.
-_FORMAT = 6
+_FORMAT = 7
 _BATCH = 64  # images a task
 
 Progress = Callable[[int, int], None]
@@ -43,38 +42,33 @@ Result = TypeVar("Result")
 
 
 def load(
-    dataset: Dataset,
-    split: Split,
-    image_size: int,
-    *,
-    role: str = "<role>",
-    seed: int = 0,
-    wanted: Wanted | None = None,
-    progress: Progress | None = None,
+    source: Source, split: Split, image_size: int, wanted: Wanted | None = None, progress: Progress | None = None
 ) -> Images:
     """A split as RGB images of `image_size` x `image_size` pixels, decoded unless that has been done before.
 
     See `pixels.decode` for what becomes of an image. wanted: of the train split, the images that are; else all are.
     Where one of these has more than 8 bits, all are decoded; of a test split, those of the train split too, whose rule
-    it is read by. role: the name of the dataset's table under `[data]`, for messages. seed: draws a test split that is
-    a share. `progress(done, total)` is called with numbers of images. Raises DataError: a source that cannot be read as
-    the recipe says, a wanted image that cannot be decoded, a class without a training image, a cache that cannot be
-    written.
+    it is read by. `progress(done, total)` is called with numbers of images. Raises DataError: a source that cannot be
+    read as the recipe says, a wanted image that cannot be decoded, a class without a training image, a cache that
+    cannot be written.
     """
-    place, own = _place(dataset, split, image_size, role, seed), wanted if split == "train" else None
+
+    def train_rule(whole: bool) -> Rule:
+        return load(source, "train", image_size, None if whole else wanted, progress).rule
+
+    place, own = _place(source, split, image_size), wanted if split == "train" else None
     entry = entries.read(place, image_size)
     if entry is None or entry.missing(own).size:
         work = place.with_name(f"{place.name}.{platform.node()}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
         try:
             _sweep(place)
             (work / "scratch").mkdir(parents=True)
-            source = rows(dataset, split, image_size, role, work / "scratch", seed)
+            rows = source.rows(split, image_size, work / "scratch")
             if entry is None:
-                _check_classes(source, dataset, split)
-                entries.create(source, work / "entry", image_size, where(dataset, split))
+                _check_classes(rows, split, source.where(split))
+                entries.create(rows, work / "entry", image_size, source.where(split))
                 entry = _publish(work / "entry", place, image_size)
-            train = partial(_train_rule, dataset, image_size, role, seed, wanted, progress) if split == "test" else None
-            _decode(source, entry, own, train, progress)
+            _decode(rows, entry, own, train_rule if split == "test" else None, progress)
         except OSError as error:
             raise DataError(f"cannot write the image cache {place.parent}: {error}; set DTLCTL_CACHE") from error
         finally:
@@ -84,30 +78,9 @@ def load(
     return entry.images(own)
 
 
-def _train_rule(
-    dataset: Dataset, size: int, role: str, seed: int, wanted: Wanted | None, progress: Progress | None, whole: bool
-) -> Rule:
-    """By which the test split is read: that of the wanted images, or of the whole train split."""
-    return load(dataset, "train", size, role=role, seed=seed, wanted=None if whole else wanted, progress=progress).rule
-
-
-def cached(
-    dataset: Dataset,
-    split: Split,
-    image_size: int,
-    *,
-    role: str = "<role>",
-    seed: int = 0,
-    wanted: Wanted | None = None,
-) -> Images | None:
-    """What `load` would return, if it needs no decoding. Of local files only names, sizes and times are read.
-
-    Raises DataError for a local path that does not exist.
-    """
-    entry, own = (
-        entries.read(_place(dataset, split, image_size, role, seed), image_size),
-        wanted if split == "train" else None,
-    )
+def cached(source: Source, split: Split, image_size: int, wanted: Wanted | None = None) -> Images | None:
+    """What `load` would return, if it needs no decoding. Of local files only names, sizes and times are read."""
+    own, entry = wanted if split == "train" else None, entries.read(_place(source, split, image_size), image_size)
     return None if entry is None or entry.missing(own).size else entry.images(own)
 
 
@@ -118,16 +91,17 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dtlctl"
 
 
-def _place(dataset: Dataset, split: Split, image_size: int, role: str, seed: int) -> Path:
+def _place(source: Source, split: Split, image_size: int) -> Path:
+    dataset = source.dataset
     if split == "test" and dataset.test == dataset.train:
         raise DataError(
-            f"data.{role}.test: it is {dataset.test!r} as is `train`, so models would be tested on the images that "
-            "they are trained on; name another split"
+            f"data.{source.role}.test: it is {dataset.test!r} as is `train`, so models would be tested on the images "
+            "that they are trained on; name another split"
         )
     key = {
         "format": _FORMAT,
-        "source": identity(dataset, role),
-        "split": getattr(dataset, split) if isinstance(dataset.test, str) else [split, dataset.test, seed, "copies"],
+        "source": source.identity,
+        "split": getattr(dataset, split) if isinstance(dataset.test, str) else [split, dataset.test, source.seed],
         "image_size": image_size,
     }
     return folder() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -165,11 +139,7 @@ def _publish(work: Path, place: Path, image_size: int) -> Entry:
 
 
 def _decode(
-    source: Rows,
-    entry: Entry,
-    wanted: Wanted | None,
-    train: Callable[[bool], Rule] | None,
-    progress: Progress | None = None,
+    source: Rows, entry: Entry, wanted: Wanted | None, train: Callable[[bool], Rule] | None, progress: Progress | None
 ) -> None:
     """Decode what is missing of an entry. train: gives a test split the rule of its train split, whole or as wanted.
 
@@ -239,18 +209,16 @@ def _batch(
     return pixels, np.frombuffer(digests, entries.HASH), states, depths, broken
 
 
-def _check_classes(source: Rows, dataset: Dataset, split: Split) -> None:
+def _check_classes(source: Rows, split: Split, place: str) -> None:
     labels, classes = source.labels[source.labels >= 0], source.classes
-    if not len(labels):
-        raise DataError(f"{where(dataset, split)}: no row has a label")
-    if split == "test":
-        return
-    if len(classes) < 2:
-        raise DataError(f"{where(dataset, split)}: only one class, {classes}")
     missing = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
-    if len(missing):
+    if not len(labels):
+        raise DataError(f"{place}: no row has a label")
+    if split == "train" and len(classes) < 2:
+        raise DataError(f"{place}: only one class, {classes}")
+    if split == "train" and len(missing):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DataError(f"{where(dataset, split)}: class {classes[missing[0]]!r}{more} has no image")
+        raise DataError(f"{place}: class {classes[missing[0]]!r}{more} has no image")
 
 
 def _parallel(task: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:

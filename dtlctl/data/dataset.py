@@ -118,33 +118,35 @@ class Dataset(Strict):
         return self
 
 
-def is_hub(dataset: Dataset) -> bool:
-    """Whether the dataset comes from the Hugging Face hub."""
-    return kind_of(dataset.path) == "hub"
+class Asked(NamedTuple):
+    """A dataset under the name of its table, `data.ROLE`, and the seed that draws a test split which is a share."""
 
+    dataset: Dataset
+    role: str = "<role>"
+    seed: int = 0
 
-def where(dataset: Dataset, split: Split, row: int | None = None) -> str:
-    """How an error names a place in a dataset."""
-    name = getattr(dataset, split)
-    place = f"{dataset.path}, split {name!r}"
-    if isinstance(name, float):
-        place = f"{dataset.path}, {name:g} of split {dataset.train!r}"
-    return place if row is None else f"{place}, row {row}"
+    def name(self, split: Split) -> str:
+        return getattr(self.dataset, split)
 
+    def where(self, split: Split, row: int | None = None) -> str:
+        """How an error names a place in a dataset."""
+        name = self.name(split)
+        place = f"{self.dataset.path}, split {name!r}"
+        if isinstance(name, float):
+            place = f"{self.dataset.path}, {name:g} of split {self.dataset.train!r}"
+        return place if row is None else f"{place}, row {row}"
 
-def check_split(dataset: Dataset, split: Split, role: str, names: Iterable[str]) -> None:
-    """Raise NoSplit unless the split that `split` stands for is among `names`."""
-    wanted, names = getattr(dataset, split), sorted(map(str, names))
-    if wanted in names:
-        return
-    usual = [name for name in names if name.casefold() in (*USUAL[split], wanted.casefold())]
-    hint = f'; write {split} = "{usual[0]}" in [data.{role}]' if usual else nearest(wanted, names)
-    if split == "test" and not hint and dataset.train in names:
-        hint = f"; write test = 0.2 in [data.{role}] to hold out a part of {dataset.train!r}"
-    raise NoSplit(
-        f"data.{role}.{split}: {dataset.path} has no split {wanted!r} (splits: {', '.join(names) or 'none'}){hint}",
-        usual,
-    )
+    def check(self, split: Split, names: Iterable[str]) -> None:
+        """Raise NoSplit unless the split that `split` stands for is among `names`."""
+        wanted, names, role = self.name(split), sorted(map(str, names)), f"data.{self.role}"
+        if wanted in names:
+            return
+        usual = [name for name in names if name.casefold() in (*USUAL[split], wanted.casefold())]
+        hint = f'; write {split} = "{usual[0]}" in [{role}]' if usual else nearest(wanted, names)
+        if split == "test" and not hint and self.dataset.train in names:
+            hint = f"; write test = 0.2 in [{role}] to hold out a part of {self.dataset.train!r}"
+        said = f"{role}.{split}: {self.dataset.path} has no split {wanted!r} (splits: {', '.join(names) or 'none'})"
+        raise NoSplit(said + hint, usual)
 
 
 def kind_of(path: str) -> Literal["builtin", "local", "hub"]:

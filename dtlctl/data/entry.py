@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
@@ -144,10 +143,8 @@ def create(source: Rows, work: Path, image_size: int, name: str) -> None:
     kept = source.labels[source.labels >= 0]
     np.save(work / "labels.npy", kept)
     for array, shape in _shapes(len(kept), image_size).items():
-        form = {"descr": np.lib.format.dtype_to_descr(_KINDS[array]), "fortran_order": False, "shape": shape}
-        with open(work / f"{array}.npy", "wb") as file:
-            np.lib.format.write_array_header_1_0(file, form)
-            file.truncate(file.tell() + math.prod(shape) * _KINDS[array].itemsize)  # holes take no room on the disk
+        # Holes take no room on the disk.
+        np.lib.format.open_memmap(str(work / f"{array}.npy"), "w+", _KINDS[array], shape)
     dropped = len(source.labels) - len(kept)
     meta = {"classes": source.classes, "dropped": dropped, "name": name, "notes": source.notes}
     (work / "meta.json").write_text(json.dumps(meta, indent=1))

@@ -7,15 +7,14 @@ import posixpath
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from dtlctl.data.classes import some
-from dtlctl.data.dataset import USUAL, Dataset, Note, Rows, Split, check_split, where
+from dtlctl.data.dataset import USUAL, Asked, Dataset, Note, Rows, Split
 from dtlctl.data.lists import LISTS, Place, read_list
 from dtlctl.errors import DataError, NoSplit
 
@@ -24,31 +23,46 @@ _HINTS = dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".r
 _HINTS |= dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif") | {".avif": "pip install -U pillow"}
 
 
-class Tree(NamedTuple):
-    """All that lies below a folder. Paths are relative to it, in order, with "/" between their parts."""
+class Tree:
+    """All that lies below a folder, looked at once. Paths are relative to it, in order, with "/" between their parts.
 
-    root: Path
-    files: list[str]
-    folders: list[str]
+    Raises DataError for what cannot be listed. Links are followed, because `train` is often one.
+    """
 
+    def __init__(self, root: Path, role: str):
+        self.root, self.folders = root, list[str]()
+        self.stats: list[tuple[str, int, int]] = []  # of every file: its path, size and time
+        waiting = [""]
+        try:
+            while waiting:
+                start = waiting.pop()
+                with os.scandir(os.path.join(root, start)) as entries:
+                    found = sorted(entries, key=lambda entry: entry.name)
+                below = list[os.DirEntry[str]]()
+                for entry in found:
+                    if entry.is_dir():
+                        below.append(entry)
+                    elif entry.name.lower() not in _SYSTEM:
+                        stat = entry.stat()
+                        self.stats.append((start + entry.name, stat.st_size, stat.st_mtime_ns))
+                for link in (entry.path for entry in below if entry.is_symlink()):
+                    if (os.path.realpath(root / start) + os.sep).startswith(os.path.realpath(link) + os.sep):
+                        raise DataError(f"data.{role}.path: {link} links to a folder that it lies in")
+                self.folders.extend(start + entry.name for entry in below)
+                waiting.extend(f"{start}{entry.name}/" for entry in reversed(below))
+        except OSError as error:
+            raise DataError(f"data.{role}.path: {error.filename}: {error.strerror}") from error
+        self.files = [name for name, _, _ in self.stats]
+        self.lists = [name for name in self.files if name.lower().endswith(LISTS) and not _hidden(name)]
 
-def walk(root: Path, role: str) -> Tree:
-    """Raises DataError for a folder that cannot be listed."""
-
-    def fail(error: OSError):
-        raise DataError(f"data.{role}.path: {error.filename}: {error.strerror}") from error
-
-    tree = Tree(root, [], [])
-    # Links are followed because `train` is often one.
-    for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
-        below.sort()
-        for link in (os.path.join(folder, name) for name in below if os.path.islink(os.path.join(folder, name))):
-            if (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(link) + os.sep):
-                raise DataError(f"data.{role}.path: {link} links to a folder that it lies in")
-        start = os.path.relpath(folder, root).replace(os.sep, "/") + "/" if folder != str(root) else ""
-        tree.folders.extend(start + name for name in below)
-        tree.files.extend(start + name for name in sorted(names) if name.lower() not in _SYSTEM)
-    return tree
+    @cached_property
+    def tops(self) -> set[str]:
+        """The folders right below the root that hold an image by its suffix, however deep; files beside them too."""
+        found = set[str]()
+        for file in self.files:
+            if (top := file.partition("/")[0]) not in found and _suffix(file) in suffixes():
+                found.add(top)
+        return found
 
 
 @cache
@@ -79,163 +93,146 @@ def reason(blob: bytes) -> str:
     return f"it is no image of a known format (it begins with {blob[:12]!r})"
 
 
-def opened(dataset: Dataset, split: Split, role: str, tree: Tree) -> Rows:
+def opened(asked: Asked, split: Split, tree: Tree) -> Rows:
     """A split of a folder of images, its labels numbered by its own classes. Raises DataError.
 
     The split NAME is NAME/CLASS/image; or the images that a list names: NAME.csv (.tsv, .jsonl), or the only list in
     NAME/. A folder without splits is the split "train".
     """
-    name, place, splits = getattr(dataset, split), where(dataset, split), _splits(dataset, tree)
-    if not splits:
-        raise DataError(f"data.{role}.path: {dataset.path} holds no image and no table{kinds(tree.files)}")
-    if "" in splits and name != "train":
-        raise NoSplit(
-            f"data.{role}.{split}: {dataset.path} is not divided into splits, so there is no {name!r}; "
-            + ("write test = 0.2 to hold out a part of each class, or " if split == "test" else "")
-            + f"move images of each class to {name}/CLASS/ and the rest to {dataset.train}/CLASS/"
-        )
-    if "" not in splits:
-        _check_layout(dataset, split, role, tree, splits)
-        check_split(dataset, split, role, splits)
-    here = splits.get("") or splits[name]
-    images, guessed, unread = _sort(tree, here.folder)
-    inner = [_inside(file, here.folder).split("/") for file in images]
-    labels: list[str | None]
-    if here.list and (any(len(parts) == 1 for parts in inner) or len({parts[0] for parts in inner}) < 2):
-        named = read_list(dataset, role, tree.root, tree.files, here)
-        lists = [splits[other] for other in (dataset.train, dataset.test) if other in splits]
-        known = {here.list, *named}
-        for other in (one for one in lists if one.list):
-            known |= {other.list, *read_list(dataset, role, tree.root, tree.files, other)}
-        unread = [file for file in (*unread, *images) if file not in known]
+    dataset, splits, place = asked.dataset, _splits(asked.dataset, tree), asked.where(split)
+    _check_layout(asked, split, tree, splits)
+    here = splits.get("") or splits[asked.name(split)]
+    start, depth = (f"{here.folder}/", 1) if here.folder else ("", 0)
+    images, guessed, unread = _sort(tree, start)
+    labels: list[str | None] = [file.split("/", depth + 1)[depth] for file in images]
+    if here.list and (len({*labels}) < 2 or any(file.count("/") == depth for file in images)):
+        lists = [splits[name] for name in (dataset.train, dataset.test) if name in splits and splits[name].list]
+        read = {one: read_list(asked, tree.root, tree.files, one) for one in dict.fromkeys((here, *lists))}
+        known = {name for one, rows in read.items() for name in (one.list, *rows)}
+        unread, named = [file for file in (*unread, *images) if file not in known], read[here]
         images, labels, guessed = list(named), list(named.values()), []
-        classes = sorted({label for label in labels if label is not None})
+        found = sorted({label for label in labels if label is not None})
     else:
-        labels = [parts[0] for parts in inner]
-        classes = [f for f in (_inside(f, here.folder) for f in tree.folders) if f and "/" not in f and f[0] != "."]
+        found = [f[len(start) :] for f in tree.folders if f.startswith(start) and f.count("/") == depth]
         for key in ("image", "label"):
             if (column := getattr(dataset, key)) not in (None, key):
-                raise DataError(f"data.{role}.{key}: {dataset.path} has class folders, and no column {column!r}")
-        _check_folders(place, images, 2 if here.folder else 1, unread)
+                raise DataError(f"data.{asked.role}.{key}: {dataset.path} has class folders, and no column {column!r}")
+        if not images:
+            raise DataError(f"{place}: no image can be read{kinds(unread)}")
+        if wrong := next((file for file in images if file.count("/") != depth + 1), None):
+            raise DataError(
+                f"{place}: {wrong} has no class: every image must lie at SPLIT/CLASS/image, neither above nor below, "
+                "or be named in SPLIT.csv with the columns file_name and label"
+            )
         if here.list:
-            _check_same(dataset, role, tree, here, dict(zip(images, labels, strict=True)))
+            _check_same(asked, tree, here, dict(zip(images, labels, strict=True)))
             unread = sorted({*unread, here.list})
-    classes, notes = _filled(classes, labels, place)
-    number: dict[str | None, int] = {None: -1, **{label: index for index, label in enumerate(classes)}}
-    if guessed:
-        notes.append(Note("by-content", len(guessed), f"{place}: read as images by content alone{kinds(guessed)}"))
-    if unread:
-        notes.append(Note("unread", len(unread), f"{place}: not read{kinds(unread)}"))
+    # Images of a class without any here in the other split alone are refused, as of any class that training lacks.
+    used = {*labels}
+    classes = tuple(name for name in found if name in used)
+    number: dict[str | None, int] = {name: index for index, name in enumerate(classes)}
+    empty = [name for name in found if name not in used and not name.startswith(".")]
+    said = (
+        ("empty-folders", empty, f"class folders without an image that can be read: {some(empty)}"),
+        ("by-content", guessed, f"read as images by content alone{kinds(guessed)}"),
+        ("unread", unread, f"not read{kinds(unread)}"),
+    )
 
-    def read(row: int) -> bytes:
+    def path(row: int) -> str:
+        return os.path.join(dataset.path, images[row])
+
+    def image(row: int) -> bytes:
         try:
             return (tree.root / images[row]).read_bytes()
         except OSError as error:
             raise DataError(f"{path(row)}: {error.strerror}") from error
 
-    def path(row: int) -> str:
-        return os.path.join(dataset.path, images[row])
-
-    numbers = np.array([number[label] for label in labels], np.int64)
-    there = _held(tree, splits, bool(here.list))
-    return Rows(numbers, tuple(classes), lambda rows: [read(row) for row in rows], path, tuple(notes), there)
+    # Beside lists, a folder is where their images are.
+    holding = {top for top in tree.tops if not here.list or top.casefold() in sum(USUAL.values(), ())}
+    return Rows(
+        np.array([number.get(label, -1) for label in labels], np.int64),
+        classes,
+        lambda rows: [image(row) for row in rows],
+        path,
+        tuple(Note(kind, len(what), f"{place}: {text}") for kind, what, text in said if what),
+        tuple(name for name, one in splits.items() if one.list or name in holding),
+    )
 
 
 def _splits(dataset: Dataset, tree: Tree) -> dict[str, Place]:
     """By name. A folder in which nothing is named as a split usually is, is one split: ""."""
     folders = [folder for folder in tree.folders if "/" not in folder and not _hidden(folder)]
-    lists = {posixpath.splitext(file)[0]: file for file in _lists(tree, "")}
-    usual = {dataset.train, dataset.test, *USUAL["train"], *USUAL["test"]}
-    if not any(name.casefold() in usual or name in usual for name in (*folders, *lists)):
-        images = _sort(tree, "")[0]
-        only = next(iter(lists.values())) if len(lists) == 1 else ""
-        if only or any(image.count("/") < 2 for image in images):
+    lists: dict[str, list[str]] = {}
+    for file in tree.lists:
+        lists.setdefault(posixpath.dirname(file), []).append(file)
+    named = {posixpath.splitext(file)[0]: file for file in lists.get("", ())}
+    usual = _usual(dataset)
+    if not any(name.casefold() in usual or name in usual for name in (*folders, *named)):
+        only = next(iter(named.values())) if len(named) == 1 else ""
+        if only or any(image.count("/") < 2 for image in _sort(tree, "")[0]):
             return {"": Place("", only)}
-    splits = {name: Place("", file) for name, file in lists.items()}
+    splits = {name: Place("", file) for name, file in named.items()}
     for name in folders:
-        inner = _lists(tree, name)
-        splits[name] = Place(name, lists.get(name) or (inner[0] if len(inner) == 1 else ""))
+        inner = lists.get(name, [])
+        splits[name] = Place(name, named.get(name) or (inner[0] if len(inner) == 1 else ""))
     return splits
 
 
-def _held(tree: Tree, splits: dict[str, Place], listed: bool) -> tuple[str, ...]:
-    """The names of splits that are there. listed: by lists, beside which a folder is where their images are."""
-    known = tuple(suffixes())
-    holding = {file.split("/", 1)[0] for file in tree.files if file.lower().endswith(known)}
-    if listed:
-        holding = {folder for folder in holding if folder.casefold() in sum(USUAL.values(), ())}
-    return tuple(name for name, place in splits.items() if place.list or name in holding)
+def _usual(dataset: Dataset) -> set[str]:
+    return {dataset.train, str(dataset.test), *USUAL["train"], *USUAL["test"]}
 
 
-def _check_layout(dataset: Dataset, split: Split, role: str, tree: Tree, splits: dict[str, Place]) -> None:
-    """Raise DataError where a split is missing because it is packed, or because splits lie inside the classes."""
-    name, usual = getattr(dataset, split), {dataset.train, dataset.test, *USUAL["train"], *USUAL["test"]}
-    if name in splits:
+def _check_layout(asked: Asked, split: Split, tree: Tree, splits: dict[str, Place]) -> None:
+    """Raise DataError where a split is not there, with what is to be done about it."""
+    name, path, role = asked.name(split), asked.dataset.path, f"data.{asked.role}"
+    if not splits:
+        raise DataError(f"{role}.path: {path} holds no image and no table{kinds(tree.files)}")
+    if "" in splits and name != "train":
+        raise NoSplit(
+            f"{role}.{split}: {path} is not divided into splits, so there is no {name!r}; "
+            + ("write test = 0.2 to hold out a part of each class, or " if split == "test" else "")
+            + f"move images of each class to {name}/CLASS/ and the rest to {asked.dataset.train}/CLASS/"
+        )
+    if "" in splits or name in splits:
         return
     packed = [file for file in tree.files if file.startswith(f"{name}.") and _HINTS.get(_suffix(file)) == _UNPACK]
     if packed:
-        raise DataError(f"data.{role}.{split}: {os.path.join(dataset.path, packed[0])} is an archive; unpack it")
+        raise DataError(f"{role}.{split}: {os.path.join(path, packed[0])} is an archive; unpack it")
     inner = [folder for folder in tree.folders if folder.count("/") == 1 and not _hidden(folder)]
-    if inner and all(folder.split("/")[1] in usual for folder in inner):
+    if inner and all(folder.split("/")[1] in _usual(asked.dataset) for folder in inner):
         raise DataError(
-            f"data.{role}.path: {dataset.path} holds CLASS/SPLIT/image, as in {inner[0]}; move the splits to the top: "
+            f"{role}.path: {path} holds CLASS/SPLIT/image, as in {inner[0]}; move the splits to the top: "
             "SPLIT/CLASS/image"
         )
+    asked.check(split, splits)
 
 
-def _check_folders(place: str, images: list[str], depth: int, unread: list[str]) -> None:
-    """Raise DataError unless there are images, and every one lies in a class folder."""
-    if not images:
-        raise DataError(f"{place}: no image can be read{kinds(unread)}")
-    if wrong := next((file for file in images if file.count("/") != depth), None):
-        raise DataError(
-            f"{place}: {wrong} has no class: every image must lie at SPLIT/CLASS/image, neither above nor below, or be "
-            "named in SPLIT.csv with the columns file_name and label"
-        )
-
-
-def _filled(classes: list[str], labels: list[str | None], place: str) -> tuple[list[str], list[Note]]:
-    """The classes that have an image, and what is to be said of the others.
-
-    Images of such a class in the other split alone are refused, as of any class that training lacks.
-    """
-    used = {*labels}
-    empty = [name for name in classes if name not in used]
-    said = f"{place}: class folders without an image that can be read: {some(empty)}"
-    return [name for name in classes if name in used], [Note("empty-folders", len(empty), said)] if empty else []
-
-
-def _check_same(dataset: Dataset, role: str, tree: Tree, place: Place, folders: dict[str, str | None]) -> None:
+def _check_same(asked: Asked, tree: Tree, place: Place, folders: dict[str, str | None]) -> None:
     """Raise DataError for a list whose classes are others than the folders, however named; it may be no such list."""
     try:
-        named = read_list(dataset, role, tree.root, tree.files, place)
+        named = read_list(asked, tree.root, tree.files, place)
     except DataError:
         return
     pairs = {(folders[file], label) for file, label in named.items() if label is not None and file in folders}
     if not len(pairs) == len({folder for folder, _ in pairs}) == len({label for _, label in pairs}):
         raise DataError(
-            f"{os.path.join(dataset.path, place.list)}: its labels divide the images otherwise than the class folders "
-            "beside it; move the one that is not meant out of the way"
+            f"{os.path.join(asked.dataset.path, place.list)}: its labels divide the images otherwise than the class "
+            "folders beside it; move the one that is not meant out of the way"
         )
 
 
-def _lists(tree: Tree, folder: str) -> list[str]:
-    lists = [file for file in tree.files if file.lower().endswith(LISTS)]
-    return [file for file in lists if posixpath.dirname(file) == folder and not _hidden(file)]
-
-
-def _sort(tree: Tree, folder: str) -> tuple[list[str], list[str], list[str]]:
-    """The images of a folder; those of them that only their content shows to be images; what is not read."""
-    images, guessed, unread = [], [], []
+def _sort(tree: Tree, start: str) -> tuple[list[str], list[str], list[str]]:
+    """Of the files of a folder: the images; those of them that only their content shows to be images; all others."""
+    images, guessed, unread, known = list[str](), list[str](), list[str](), suffixes()
     for file in tree.files:
-        if not file.startswith(f"{folder}/" if folder else ""):
-            continue
-        if not _hidden(file) and (_suffix(file) in suffixes() or _opens(tree.root / file)):
+        if file.startswith(start):
+            named = _suffix(file) in known
+            if _hidden(file) or not (named or _opens(tree.root / file)):
+                unread.append(file)
+                continue
             images.append(file)
-            if _suffix(file) not in suffixes():
+            if not named:
                 guessed.append(file)
-        else:
-            unread.append(file)
     return images, guessed, unread
 
 
@@ -267,10 +264,4 @@ def _suffix(file: str) -> str:
 
 
 def _hidden(file: str) -> bool:
-    return any(part.startswith(".") for part in file.split("/"))
-
-
-def _inside(file: str, folder: str) -> str:
-    """A path relative to a folder; "" if it lies elsewhere."""
-    start = f"{folder}/" if folder else ""
-    return file[len(start) :] if file.startswith(start) else ""
+    return file.startswith(".") or "/." in file

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtlctl.data.dataset import Dataset, unlabelled
+from dtlctl.data.dataset import Asked, unlabelled
 from dtlctl.errors import DataError
 
 LISTS = (".csv", ".tsv", ".jsonl")
@@ -26,9 +26,10 @@ class Place(NamedTuple):
     list: str
 
 
-def read_list(dataset: Dataset, role: str, root: Path, files: Collection[str], place: Place) -> dict[str, str | None]:
+def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) -> dict[str, str | None]:
     """The images of a list, and their classes; None for a row without one. Raises DataError."""
-    name = os.path.join(dataset.path, place.list)
+    path = asked.dataset.path
+    name = os.path.join(path, place.list)
     start, end = posixpath.splitext(place.list)
     if twins := [start + other for other in LISTS if other != end and start + other in files]:
         raise DataError(f"{name}: {twins[0]} is a list of the same split; move one of the two out of the way")
@@ -46,8 +47,7 @@ def read_list(dataset: Dataset, role: str, root: Path, files: Collection[str], p
         raise DataError(f"{name}: cannot be read: {error}") from error
     if not rows:
         raise DataError(f"{name}: has no rows")
-    image = _column(dataset, role, name, "image", rows[0])
-    label = _column(dataset, role, name, "label", rows[0])
+    image, label = (_column(asked, name, key, rows[0]) for key in ("image", "label"))
     files, found = set(files), {}
     kinds_of: dict[str, type] = {}
     for row in rows:
@@ -56,7 +56,7 @@ def read_list(dataset: Dataset, role: str, root: Path, files: Collection[str], p
         starts = (posixpath.dirname(place.list), place.folder)
         file = next((p for s in starts if (p := posixpath.normpath(posixpath.join(s, inside))) in files), None)
         if file is None:
-            raise DataError(f"{name}: {written!r} is no file in {dataset.path}")
+            raise DataError(f"{name}: {written!r} is no file in {path}")
         if file in found:
             raise DataError(f"{name}: {written!r} is named twice")
         if None in row:
@@ -69,9 +69,9 @@ def read_list(dataset: Dataset, role: str, root: Path, files: Collection[str], p
     return found
 
 
-def _column(dataset: Dataset, role: str, name: str, key: str, known: Iterable[Any]) -> str:
+def _column(asked: Asked, name: str, key: str, known: Iterable[Any]) -> str:
     """The recipe's, or the only one with a usual name."""
-    wanted = getattr(dataset, key)
+    wanted = getattr(asked.dataset, key)
     found = [column for column in known if (column == wanted if wanted else str(column).casefold() in _COLUMNS[key])]
     if len(found) != 1:
         columns = ", ".join(map(str, known))
@@ -79,5 +79,5 @@ def _column(dataset: Dataset, role: str, name: str, key: str, known: Iterable[An
         if blank := [column for column in known if str(column) != (bare := str(column).strip()) and bare in names]:
             raise DataError(f"{name}: the column {blank[0]!r} has blanks around its name; remove them")
         say = f"has no column {wanted!r}" if wanted else f"has no single column named {' or '.join(_COLUMNS[key])}"
-        raise DataError(f"{name} {say}; set data.{role}.{key} (columns: {columns})")
+        raise DataError(f"{name} {say}; set data.{asked.role}.{key} (columns: {columns})")
     return found[0]

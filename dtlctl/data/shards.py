@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from dtlctl.errors import DataError
@@ -15,31 +13,27 @@ from dtlctl.errors import DataError
 def read_features(file: str) -> Mapping[str, Any]:
     """The columns of a file, as the library describes them."""
     from datasets import Features
-    from pyarrow import parquet
 
-    if file.lower().endswith(".parquet"):
-        return Features.from_arrow_schema(parquet.read_schema(file))
-    return Features.from_arrow_schema(_mapped(file).schema)
+    return Features.from_arrow_schema(_opened(file)[0])
 
 
 def read_column(files: Sequence[str], column: str) -> Any:
-    """An arrow table of one column of these files."""
+    """One column of these files, as arrow has it."""
+    import pyarrow
+
+    return pyarrow.concat_tables([_opened(file)[1](column) for file in files]).column(column)
+
+
+def _opened(file: str) -> tuple[Any, Callable[[str], Any]]:
+    """What a file says of its columns, and a function that reads one of them, of parquet a part of one too."""
     import pyarrow
     from pyarrow import parquet
 
-    parts = [
-        parquet.ParquetFile(file).read(columns=[column])
-        if file.lower().endswith(".parquet")
-        else _mapped(file).read_all().select([column])
-        for file in files
-    ]
-    return pyarrow.concat_tables(parts)
-
-
-def _mapped(file: str) -> Any:
-    import pyarrow
-
-    return pyarrow.ipc.open_stream(pyarrow.memory_map(file))
+    if file.lower().endswith(".parquet"):
+        found = parquet.ParquetFile(file)
+        return found.schema_arrow, lambda column: found.read(columns=[column])
+    table = pyarrow.ipc.open_stream(pyarrow.memory_map(file)).read_all()
+    return table.schema, lambda column: table.select([column])
 
 
 def check_shards(role: str, files: Sequence[str]) -> None:
@@ -61,30 +55,28 @@ def check_shards(role: str, files: Sequence[str]) -> None:
             )
 
 
-@lru_cache(maxsize=1024)
-def files_in(table: Path, image: str | None, changed: int) -> tuple[str, ...]:
+def files_in(file: str, image: str | None) -> set[str]:
     """Files that cells of a parquet or arrow file name instead of holding an image; of a file that is none, nothing.
 
-    image: the recipe's column. changed: the time of the file, for what is known of it is kept.
+    image: the recipe's column.
     """
     import pyarrow
     from pyarrow import parquet
 
     found: set[str] = set()
+    packed = file.lower().endswith(".parquet")
     with suppress(OSError, pyarrow.ArrowException):  # told when it is opened
-        packed = table.suffix.lower() == ".parquet"
-        whole = None if packed else _mapped(str(table)).read_all()
-        for field in whole.schema if whole else parquet.read_schema(table):
+        schema, read = _opened(file)
+        for field in schema:
             cells = pyarrow.types.is_struct(field.type) and {"bytes", "path"} <= {part.name for part in field.type}
             if not cells and (field.name != image or str(field.type) not in ("string", "large_string")):
                 continue
-            if cells and packed and not _holes(parquet.read_metadata(table), f"{field.name}.bytes"):
+            if cells and packed and not _holes(parquet.read_metadata(file), f"{field.name}.bytes"):
                 continue
-            name = f"{field.name}.path" if cells else field.name
-            column = whole[field.name] if whole else parquet.ParquetFile(table).read(columns=[name])[field.name]
+            column = read(f"{field.name}.path" if cells and packed else field.name)[field.name]
             for part in column.chunks:
                 found |= {*map(str, (part.field("path") if cells else part).to_pylist())}
-    return tuple(sorted(path for path in found if os.path.isfile(path)))
+    return {path for path in found if os.path.isfile(path)}
 
 
 def _holes(metadata: Any, column: str) -> bool:

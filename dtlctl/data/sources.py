@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from contextlib import suppress
-from functools import partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +17,124 @@ import numpy as np
 
 from dtlctl.data import builtin, files, subset, tables
 from dtlctl.data.classes import align, some
-from dtlctl.data.dataset import USUAL, Dataset, Note, Rows, Split, builtin_name, kind_of, where
+from dtlctl.data.dataset import USUAL, Asked, Dataset, Note, Rows, Split, builtin_name, kind_of
 from dtlctl.data.shards import files_in
 from dtlctl.errors import DataError
 
 
-def rows(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Path | None, seed: int = 0) -> Rows:
-    """Open a split. `role` is the name of the dataset's table under `[data]`; `scratch` is an existing folder that
-    has to live as long as the rows do; without it no image of a table can be read. The classes are those of the train
-    split, and the test split's labels are matched to them by name. `seed` draws what `test` holds out, where it is a
-    share; with `scratch`, copies of one image are then put on one side. Raises DataError.
+class Source:
+    """One dataset of a recipe: what it is, and its splits. Files are looked at once, when they are first asked for.
+
+    role: the name of the dataset's table under `[data]`. seed: draws a test split that is a share. All raise DataError.
     """
-    share = dataset.test
-    if isinstance(share, str):
-        return _named(dataset, split, image_size, role, scratch)
-    whole = _named(dataset.model_copy(update={"test": "test"}), "train", image_size, role, scratch)
-    if there := [name for name in whole.splits if name.casefold() in USUAL["test"]]:
-        raise DataError(
-            f"data.{role}.test: {dataset.path} has a split {there[0]!r}, so test = {share:g} would hold out a second "
-            f'one; write test = "{there[0]}", or move that split away'
+
+    def __init__(self, dataset: Dataset, role: str = "<role>", seed: int = 0):
+        self.dataset, self.role, self.seed, self.kind = dataset, role, seed, kind_of(dataset.path)
+        self.where = Asked(dataset, role).where
+        named = dataset if isinstance(dataset.test, str) else dataset.model_copy(update={"test": "test"})
+        self._asked = Asked(named, role)
+        self._images = cache(self._in_folder)
+
+    def rows(self, split: Split, image_size: int, scratch: Path | None) -> Rows:
+        """A split. scratch: an existing folder that lives as long as the rows do; an image of a table needs it.
+
+        The classes are those of the train split, and the test split's labels are matched to them by name. Of a test
+        split that is a share, with `scratch`, copies of one image are put on one side.
+        """
+        share = self.dataset.test
+        if isinstance(share, str):
+            return self._named(split, image_size, scratch)
+        whole = self._named("train", image_size, scratch)
+        if there := [name for name in whole.splits if name.casefold() in USUAL["test"]]:
+            raise DataError(
+                f"data.{self.role}.test: {self.dataset.path} has a split {there[0]!r}, so test = {share:g} would hold "
+                f'out a second one; write test = "{there[0]}", or move that split away'
+            )
+        drawn = subset.held_out(whole.labels, whole.classes, share, self.seed, self.where(split))
+        held = drawn[_first_copies(whole) if scratch else slice(None)]
+        for label, name in enumerate(whole.classes):
+            if len({*held[whole.labels == label].tolist()}) == 1:
+                raise DataError(
+                    f"{self.where(split)}: too many images of class {name!r} are copies of each other to hold out "
+                    f"test = {share:g}; remove copies, or leave the class out"
+                )
+        notes = list(whole.notes)
+        if moved := int((held != drawn).sum()):
+            text = f"{self.where('train')}: {moved:,} copies of images went to the side of test = {share:g} where the "
+            notes.append(Note("copies-beside", moved, text + "image is"))
+        chosen = np.flatnonzero(held if split == "test" else ~held)
+        pictures, place = whole.pictures, whole.place
+        return whole._replace(
+            labels=whole.labels[chosen],
+            pictures=lambda rows: pictures(chosen[list(rows)].tolist()),
+            place=lambda row: place(int(chosen[row])),
+            notes=tuple(notes) if split == "train" else (),
         )
-    pictures, place = whole.pictures, whole.place
-    drawn = subset.held_out(whole.labels, whole.classes, share, seed, where(dataset, split))
-    held = drawn[_first_copies(whole) if scratch else slice(None)]
-    for label, name in enumerate(whole.classes):
-        if len({*held[whole.labels == label].tolist()}) == 1:
-            raise DataError(f"{where(dataset, split)}: too many images of class {name!r} are copies of each other to "
-                            f"hold out test = {share:g}; remove copies, or leave the class out")  # fmt: skip
-    notes = list(whole.notes)
-    if moved := int((held != drawn).sum()):
-        text = f"{where(dataset, 'train')}: {moved:,} copies of images went to the side of test = {share:g} where the "
-        notes.append(Note("copies-beside", moved, text + "image is"))
-    chosen = np.flatnonzero(held if split == "test" else ~held)
-    return whole._replace(
-        labels=whole.labels[chosen],
-        pictures=lambda rows: pictures(chosen[list(rows)].tolist()),
-        place=lambda row: place(int(chosen[row])),
-        notes=tuple(notes) if split == "train" else (),
-    )
+
+    def listed(self, split: Split) -> Rows | None:
+        """As `rows` of local data, of which file names and columns of labels are read and no image is; else None."""
+        return self.rows(split, 0, None) if self.kind == "local" else None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells this dataset's content from another's without reading it: JSON values.
+
+        A local dataset is its location, the size and time of every file, of those too that its tables name, and the
+        image formats that can be read. A hub id without a revision is taken for the same whenever it is asked for.
+        """
+        dataset = self.dataset
+        if self.kind == "builtin":
+            return {"builtin": builtin_name(dataset), "version": builtin.VERSION}
+        columns = {"image": dataset.image, "label": dataset.label, "train": dataset.train}
+        if self.kind == "hub":
+            return {"hub": dataset.path, "config": dataset.config, "revision": dataset.revision or "main", **columns}
+        try:
+            own = os.stat(self._root)
+            stats = [*self._tree.stats] if self._tree else [(str(self._root), own.st_size, own.st_mtime_ns)]
+            packed = [name for name, _, _ in stats if name.lower().endswith(tables.SUFFIXES)]
+            named = {path for name in packed for path in files_in(os.path.join(self._root, name), dataset.image)}
+            stats += [(path, (s := os.stat(path)).st_size, s.st_mtime_ns) for path in sorted(named)]
+        except OSError as error:
+            raise DataError(f"data.{self.role}.path: {error.filename}: {error.strerror}") from error
+        listing = hashlib.sha256(json.dumps(stats).encode()).hexdigest()  # once: there may be a million files
+        return {"local": str(self._root), "files": listing, "formats": files.formats(), **columns}
+
+    @cached_property
+    def _root(self) -> Path:
+        root = Path(os.path.abspath(os.path.expanduser(self.dataset.path)))
+        if not root.exists():
+            raise DataError(f"data.{self.role}.path: {self.dataset.path} does not exist (looked for {root})")
+        return root
+
+    @cached_property
+    def _tree(self) -> files.Tree | None:
+        return files.Tree(self._root, self.role) if self._root.is_dir() else None
+
+    @cached_property
+    def _tables(self) -> tables.Tables | None:
+        if self.kind == "hub":
+            return tables.from_hub(self._asked)
+        return tables.from_folder(self._asked, self._tree) if self._tree else tables.from_file(self._asked, self._root)
+
+    def _in_folder(self, split: Split) -> Rows:
+        assert self._tree
+        return files.opened(self._asked, split, self._tree)
+
+    def _named(self, split: Split, image_size: int, scratch: Path | None) -> Rows:
+        """A split that the dataset has by name."""
+        if self.kind == "builtin":
+            pictures, numbers, names = builtin.load(builtin_name(self.dataset), self._asked.name(split), image_size)
+            read = lambda rows: [pictures[n] for n in rows]  # noqa: E731
+            return Rows(np.array(numbers, np.int64), tuple(names), read, partial(self.where, split))
+        if found := self._tables:
+            own, train = found.rows(split, scratch), found.labels("train")[1]
+        else:
+            own, train = self._images(split), self._images("train").classes
+        unused = sorted({*own.splits} - {self._asked.dataset.train, self._asked.dataset.test, ""})
+        if unused and split == "train":
+            text = f"{self.dataset.path}: not used, as neither split of the recipe: {some(unused)}"
+            own = own._replace(notes=(*own.notes, Note("unused", len(unused), text)))
+        return align(own, train, self._asked.where(split), self.dataset.train)
 
 
 def _first_copies(whole: Rows) -> np.ndarray:
@@ -65,73 +146,3 @@ def _first_copies(whole: Rows) -> np.ndarray:
             blob = picture if isinstance(picture, bytes) else picture.tobytes()
             first[row] = known.setdefault(hashlib.blake2b(blob, digest_size=16).digest(), row)
     return first
-
-
-def _named(dataset: Dataset, split: Split, image_size: int, role: str, scratch: Path | None) -> Rows:
-    """A split that the dataset has by name."""
-    kind = kind_of(dataset.path)
-    if kind == "builtin":
-        pictures, numbers, names = builtin.load(builtin_name(dataset), getattr(dataset, split), image_size)
-        read = lambda rows: [pictures[n] for n in rows]  # noqa: E731
-        return Rows(np.array(numbers, np.int64), tuple(names), read, partial(where, dataset, split))
-    source: tables.Source | None
-    if kind == "hub":
-        source = tables.from_hub(dataset, role)
-    elif (root := _local(dataset, role)).is_file():
-        source = tables.from_file(dataset, split, role, root, scratch)
-    else:
-        tree = files.walk(root, role)
-        source = tables.from_folder(dataset, split, role, tree, scratch)
-    if source is None:
-        own = files.opened(dataset, split, role, tree)
-        train = own.classes if split == "train" else files.opened(dataset, "train", role, tree).classes
-    else:
-        own = tables.opened(dataset, split, role, source)
-        train = own.classes if split == "train" else tables.labels(dataset, "train", role, source)[1]
-    unused = sorted({*own.splits} - {dataset.train, dataset.test, ""})
-    if unused and split == "train":
-        text = f"{dataset.path}: not used, as neither split of the recipe: {some(unused)}"
-        own = own._replace(notes=(*own.notes, Note("unused", len(unused), text)))
-    return align(own, train, where(dataset, split), dataset.train)
-
-
-def listed(dataset: Dataset, split: Split, role: str) -> Rows | None:
-    """As `rows` of local data, of which names of files and columns of labels are read and no image is; else None."""
-    if kind_of(dataset.path) != "local":
-        return None
-    return rows(dataset, split, 0, role, None)
-
-
-def identity(dataset: Dataset, role: str) -> dict[str, Any]:
-    """What tells this dataset's content from another's without reading it: JSON values. Raises DataError.
-
-    A local dataset is its location, the size and time of every file, of those too that its tables name, and the image
-    formats that can be read. A hub id without a revision is taken for the same whenever it is asked for.
-    """
-    kind = kind_of(dataset.path)
-    if kind == "builtin":
-        return {"builtin": builtin_name(dataset), "version": builtin.VERSION}
-    columns = {"image": dataset.image, "label": dataset.label, "train": dataset.train}
-    if kind == "hub":
-        return {"hub": dataset.path, "config": dataset.config, "revision": dataset.revision or "main", **columns}
-    root = _local(dataset, role)
-    names = files.walk(root, role).files if root.is_dir() else [""]
-    try:
-        # Of as many files as there may be, paths of pathlib would take longer than the rest.
-        paths = [os.path.join(root, name) if name else str(root) for name in names]
-        stats = [(name, (s := os.stat(path)).st_size, s.st_mtime_ns) for name, path in zip(names, paths, strict=True)]
-        packed = [
-            (path, stat[2]) for path, stat in zip(paths, stats, strict=True) if path.lower().endswith(tables.SUFFIXES)
-        ]
-        named = {path for table, time in packed for path in files_in(Path(table), dataset.image, time)}
-        stats += [(path, (s := os.stat(path)).st_size, s.st_mtime_ns) for path in sorted(named)]
-    except OSError as error:
-        raise DataError(f"data.{role}.path: {error.filename}: {error.strerror}") from error
-    return {"local": str(root), "files": stats, "formats": files.formats(), **columns}
-
-
-def _local(dataset: Dataset, role: str) -> Path:
-    root = Path(os.path.abspath(os.path.expanduser(dataset.path)))
-    if not root.exists():
-        raise DataError(f"data.{role}.path: {dataset.path} does not exist (looked for {root})")
-    return root

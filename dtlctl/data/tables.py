@@ -10,15 +10,15 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dtlctl.console import stop
 from dtlctl.data.classes import some
-from dtlctl.data.dataset import Dataset, Note, Rows, Split, check_split, unlabelled, where
+from dtlctl.data.dataset import Asked, Dataset, Note, Rows, Split, unlabelled
 from dtlctl.data.files import Tree, kinds, suffixes
 from dtlctl.data.lists import LISTS
 from dtlctl.data.shards import check_shards, read_column, read_features
@@ -29,154 +29,167 @@ SUFFIXES = tuple(_BUILDERS)
 """Of files that hold rows of images."""
 
 
-class Source(NamedTuple):
-    """What the library made of a dataset."""
+class Files:
+    """The rows of some local files: labels are read where they lie, images once they are converted in a folder."""
 
-    tables: Mapping[str, Any]  # a `datasets.Dataset` a split
-    files: Mapping[str, list[str]] = {}  # the local files of a split, in the order of its rows
-    notes: tuple[Note, ...] = ()
-    others: tuple[str, ...] = ()  # files and folders of tables or images that belong to no split of the recipe
+    def __init__(self, asked: Asked, files: list[str]):
+        self.asked, self.files = asked, files
+
+    @cached_property
+    def features(self) -> Mapping[str, Any]:
+        check_shards(self.asked.role, self.files)
+        return read_features(self.files[0])
+
+    def column(self, name: str) -> Any:
+        return _load(self.asked, partial(read_column, self.files, name))
+
+    def images(self, scratch: Path) -> Any:
+        kind = _BUILDERS[Path(self.files[0]).suffix.lower()]
+        return _build(self.asked, "", path=kind, data_files={"rows": self.files}, cache_dir=str(scratch))["rows"]
 
 
-class Labels(NamedTuple):
-    """What stands for a table of which no image is wanted: its features, and an arrow table of its labels alone."""
+class Loaded(NamedTuple):
+    """As `Files`, of what the library has loaded: a `datasets.Dataset`."""
 
-    features: Mapping[str, Any]
-    data: Any
+    table: Any
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        return self.table.features
+
+    def column(self, name: str) -> Any:
+        return self.table.data.column(name)
+
+    def images(self, scratch: Path) -> Any:
+        return self.table
 
 
-def from_hub(dataset: Dataset, role: str) -> Source:
+class Tables:
+    """What the library made of a dataset: a table a split. All raise DataError."""
+
+    def __init__(
+        self,
+        asked: Asked,
+        tables: Mapping[str, Files | Loaded],
+        names: Sequence[str] = (),  # of splits, where they are others than of tables
+        notes: Sequence[Note] = (),
+        others: Sequence[str] = (),  # files and folders of tables or images that belong to no split of the recipe
+    ):
+        self.asked, self.tables, self.names, self.notes, self.others = asked, tables, names, tuple(notes), others
+        self.labels = cache(self._labels)
+
+    def rows(self, split: Split, scratch: Path | None) -> Rows:
+        """A split, its labels numbered by its own classes. scratch: for its images; without it there are none."""
+        numbers, classes = self.labels(split)
+        table, place = self.tables[self.asked.name(split)], self._place(split)
+        pictures: Callable[[Sequence[int]], list] = lambda rows: []  # noqa: E731
+        if scratch:
+            image = _columns(self.asked, table.features)[0]
+            pictures = _reader(self.asked, table.images(scratch), image, place)
+        splits = *map(str, self.tables), *self.others
+        return Rows(numbers, classes, pictures, place, self.notes if split == "train" else (), splits)
+
+    def _labels(self, split: Split) -> tuple[np.ndarray, tuple[str, ...]]:
+        """int64 [N], and the classes that they number: the ClassLabel's names, else the sorted values."""
+        from datasets import ClassLabel
+
+        for names in filter(None, (self.names, self.tables)):
+            self.asked.check(split, names)
+        table = self.tables[self.asked.name(split)]
+        column = _columns(self.asked, table.features)[1]
+        feature = table.features[column]
+        values = table.column(column).to_pylist()
+        missing = {value for value in values if unlabelled(value)}
+        if isinstance(feature, ClassLabel):
+            index: dict[Any, int] = {number: number for number in range(len(feature.names))}
+            classes = tuple(feature.names)
+        elif re.fullmatch(r"u?int\d+|(large_)?string", str(getattr(feature, "dtype", ""))):
+            known = sorted(set(values) - missing)
+            index = {value: number for number, value in enumerate(known)}
+            classes = tuple(str(value) for value in known)
+        else:
+            raise DataError(
+                f"data.{self.asked.role}.label: {column!r} of {self.asked.dataset.path} is {feature}, not ClassLabel, "
+                "integer or text"
+            )
+        index.update(dict.fromkeys(missing, -1))
+        if strange := set(values) - index.keys():
+            row = next(row for row, value in enumerate(values) if value in strange)
+            raise DataError(f"{self._place(split)(row)}: label {values[row]!r} is none of the {len(classes)} classes")
+        return np.array([index[value] for value in values], np.int64), classes
+
+    def _place(self, split: Split) -> Callable[[int], str]:
+        """How an error names a row: by its file and its number there, where that is known."""
+        table = self.tables[self.asked.name(split)]
+        files = table.files if isinstance(table, Files) else []
+        if not files or (len(files) > 1 and any(Path(file).suffix.lower() != ".parquet" for file in files)):
+            return partial(self.asked.where, split)
+        from pyarrow import parquet
+
+        ends = np.cumsum([parquet.read_metadata(file).num_rows for file in files[:-1]])
+
+        def place(row: int) -> str:
+            number = int(np.searchsorted(ends, row, "right"))
+            return f"{files[number]}, row {row - (int(ends[number - 1]) if number else 0)}"
+
+        return place
+
+
+def from_hub(asked: Asked) -> Tables:
     """Raises DataError, as all here do."""
-    hint = "; check the id, config and revision, the network, and HF_HUB_OFFLINE and HF_HOME"
-    return Source(_build(dataset, role, hint, path=dataset.path, name=dataset.config, revision=dataset.revision))
+    hint, dataset = "; check the id, config and revision, the network, and HF_HUB_OFFLINE and HF_HOME", asked.dataset
+    found = _build(asked, hint, path=dataset.path, name=dataset.config, revision=dataset.revision)
+    return Tables(asked, {str(name): Loaded(table) for name, table in found.items()})
 
 
-def from_file(dataset: Dataset, split: Split, role: str, root: Path, scratch: Path | None) -> Source:
-    """A parquet or arrow file: the split "train" converted in `scratch`. Without it only labels are read; so below."""
+def from_file(asked: Asked, root: Path) -> Tables:
+    """A parquet or arrow file: the split "train"."""
     if root.suffix.lower() not in _BUILDERS:
         hint = "; write the folder that holds it" if root.suffix.lower() in LISTS else kinds([root.name])
-        raise DataError(f"data.{role}.path: {root} is neither a folder nor a .parquet or .arrow file{hint}")
-    return _by_split(dataset, split, role, {"train": [str(root)]}, scratch)
+        raise DataError(f"data.{asked.role}.path: {root} is neither a folder nor a .parquet or .arrow file{hint}")
+    return Tables(asked, {"train": Files(asked, [str(root)])})
 
 
-def from_folder(dataset: Dataset, split: Split, role: str, tree: Tree, scratch: Path | None) -> Source | None:
+def from_folder(asked: Asked, tree: Tree) -> Tables | None:
     """What `save_to_disk` wrote, or parquet and arrow files; None of a folder that has neither."""
-    root, top = tree.root, [folder for folder in tree.folders if "/" not in folder]
+    dataset, root, top = asked.dataset, tree.root, [folder for folder in tree.folders if "/" not in folder]
     if saved := [name for name in ("", *top) if {"state.json", "dataset_info.json"} <= {*os.listdir(root / name)}]:
-        return Source({name or "train": _load(dataset, role, partial(_saved, root / name)) for name in saved})
-    splits = [name for name in (dataset.train, dataset.test) if name in top]
+        return Tables(asked, {name or "train": Loaded(_load(asked, partial(_saved, root / name))) for name in saved})
+    splits = [name for name in (dataset.train, str(dataset.test)) if name in top]
     starts = tuple(f"{name}/" for name in splits) or ("",)
     inside = [file for file in tree.files if file.startswith(starts)]
     if not any(file.lower().endswith(SUFFIXES) for file in inside):
         return None
     if glob := set(str(root)) & set("*?[]"):
-        raise DataError(f"data.{role}.path: {root} holds {min(glob)!r}, which reads as a pattern; rename the folder")
-    data_files = {}
-    if splits:
-        check_split(dataset, split, role, top)
-        # Left to itself, `datasets` also puts train/test-0.parquet into the test split.
-        data_files = {"data_files": {name: f"{name}/**" for name in splits}}
+        raise DataError(
+            f"data.{asked.role}.path: {root} holds {min(glob)!r}, which reads as a pattern; rename the folder"
+        )
+    # Left to itself, `datasets` also puts train/test-0.parquet into the test split.
+    data_files = {"data_files": {name: f"{name}/**" for name in splits}} if splits else {}
     with tempfile.TemporaryDirectory() as aside:
-        found = _load(dataset, role, lambda: _builder(dataset, path=str(root), cache_dir=aside, **data_files))
-    source = _by_split(dataset, split, role, found.config.data_files, scratch)
+        found = _load(asked, lambda: _builder(dataset, path=str(root), cache_dir=aside, **data_files))
+    tables = {str(name): Files(asked, files) for name, files in found.config.data_files.items()}
     known = {*_BUILDERS, *suffixes()}
-    read = {os.path.realpath(file) for names in source.files.values() for file in names}
+    read = {os.path.realpath(file) for table in tables.values() for file in table.files}
     unread = [f for f in inside if Path(f).suffix.lower() in known and os.path.realpath(root / f) not in read]
     said = f"{dataset.path}: not read beside the tables{kinds(unread)}"
     notes = [Note("unread", len(unread), said)] if unread else []
-    for name in map(str, (dataset.train, dataset.test)):
-        parts = [Path(file).name for file in source.files.get(name, ())]
+    for name in (name for name in (dataset.train, dataset.test) if name in tables):
+        parts = [Path(file).name for file in tables[name].files]
         if len(parts) > 1 and not all(re.search(r"\d$", Path(part).stem) for part in parts):
             text = f"{dataset.path}: split {name!r} is all that {len(parts)} files hold: {some(parts)}"
             notes.append(Note("merged-files", len(parts), text))
-    outside = [
-        file for file in tree.files if not file.startswith((*starts, ".")) and Path(file).suffix.lower() in known
-    ]
-    return source._replace(notes=tuple(notes), others=(*dict.fromkeys(file.split("/")[0] for file in outside),))
+    outside = [f for f in tree.files if not f.startswith((*starts, ".")) and Path(f).suffix.lower() in known]
+    return Tables(asked, tables, top if splits else (), notes, [*dict.fromkeys(f.split("/")[0] for f in outside)])
 
 
-def _by_split(
-    dataset: Dataset, split: Split, role: str, files: Mapping[str, list[str]], scratch: Path | None
-) -> Source:
-    """The train split and `split`, each built alone: together, the library takes one's class names for the other's."""
-    tables: dict[str, Any] = {}
-    for which in {"train": None, split: None}:
-        check_split(dataset, which, role, files)
-        name = getattr(dataset, which)
-        check_shards(role, files[name])
-        if scratch is None:
-            features = read_features(files[name][0])
-            column = _columns(dataset, role, features)[1]
-            tables[name] = Labels(features, _load(dataset, role, partial(read_column, files[name], column)))
-        else:
-            kind = _BUILDERS[Path(files[name][0]).suffix.lower()]
-            tables |= _build(dataset, role, "", path=kind, data_files={name: files[name]}, cache_dir=str(scratch))
-    return Source(tables, files)
-
-
-def opened(dataset: Dataset, split: Split, role: str, source: Source) -> Rows:
-    """A split, its labels numbered by its own classes."""
-    check_split(dataset, split, role, source.tables)
-    name = getattr(dataset, split)
-    numbers, classes = labels(dataset, split, role, source)
-    table, place = source.tables[name], _place(dataset, split, source.files.get(name, []))
-    image = _columns(dataset, role, table.features)[0]
-    pictures = (lambda rows: []) if isinstance(table, Labels) else _reader(dataset, role, table, image, place)
-    splits = *map(str, source.tables), *map(str, source.files), *source.others
-    return Rows(numbers, classes, pictures, place, source.notes if split == "train" else (), splits)
-
-
-def labels(dataset: Dataset, split: Split, role: str, source: Source) -> tuple[np.ndarray, tuple[str, ...]]:
-    """int64 [N], and the classes that they number: the ClassLabel's names, else the sorted values."""
-    from datasets import ClassLabel
-
-    check_split(dataset, split, role, source.tables)
-    table = source.tables[getattr(dataset, split)]
-    column = _columns(dataset, role, table.features)[1]
-    feature = table.features[column]
-    values = table.data.column(column).to_pylist()
-    missing = {value for value in values if unlabelled(value)}
-    if isinstance(feature, ClassLabel):
-        index: dict[Any, int] = {number: number for number in range(len(feature.names))}
-        classes = tuple(feature.names)
-    elif re.fullmatch(r"u?int\d+|(large_)?string", str(getattr(feature, "dtype", ""))):
-        known = sorted(set(values) - missing)
-        index = {value: number for number, value in enumerate(known)}
-        classes = tuple(str(value) for value in known)
-    else:
-        raise DataError(
-            f"data.{role}.label: {column!r} of {dataset.path} is {feature}, not ClassLabel, integer or text"
-        )
-    index.update(dict.fromkeys(missing, -1))
-    for row, value in enumerate(values):
-        if value not in index:
-            place = _place(dataset, split, source.files.get(getattr(dataset, split), []))(row)
-            raise DataError(f"{place}: label {value!r} is none of the {len(classes)} classes")
-    return np.array([index[value] for value in values], np.int64), classes
-
-
-def _place(dataset: Dataset, split: Split, files: list[str]) -> Callable[[int], str]:
-    """How an error names a row: by its file and its number there, where that is known."""
-    if not files or (len(files) > 1 and any(Path(file).suffix.lower() != ".parquet" for file in files)):
-        return partial(where, dataset, split)
-    from pyarrow import parquet
-
-    ends = np.cumsum([parquet.read_metadata(file).num_rows for file in files[:-1]])
-
-    def place(row: int) -> str:
-        number = int(np.searchsorted(ends, row, "right"))
-        return f"{files[number]}, row {row - (int(ends[number - 1]) if number else 0)}"
-
-    return place
-
-
-def _build(dataset: Dataset, role: str, hint: str, **arguments: Any) -> Mapping[str, Any]:
+def _build(asked: Asked, hint: str, **arguments: Any) -> Mapping[str, Any]:
     def build() -> Mapping[str, Any]:
-        builder = _builder(dataset, **arguments)
+        builder = _builder(asked.dataset, **arguments)
         builder.download_and_prepare()
         return builder.as_dataset()
 
-    return _load(dataset, role, build, hint)
+    return _load(asked, build, hint)
 
 
 def _builder(dataset: Dataset, **arguments: Any) -> Any:
@@ -199,7 +212,7 @@ def _builder(dataset: Dataset, **arguments: Any) -> Any:
     return builder
 
 
-def _load(dataset: Dataset, role: str, load: Callable[[], Any], hint: str = "") -> Any:
+def _load(asked: Asked, load: Callable[[], Any], hint: str = "") -> Any:
     try:
         with _silence():
             tables = load()
@@ -213,7 +226,7 @@ def _load(dataset: Dataset, role: str, load: Callable[[], Any], hint: str = "") 
         while type(cause).__name__.startswith("DatasetGeneration") and cause.__cause__:
             cause = cause.__cause__
         reason = " ".join((str(cause) or type(cause).__name__).split())[:300]
-        raise DataError(f"data.{role}.path: {dataset.path} could not be loaded: {reason}{hint}") from error
+        raise DataError(f"data.{asked.role}.path: {asked.dataset.path} could not be loaded: {reason}{hint}") from error
     stop.obey()
     return tables
 
@@ -245,36 +258,27 @@ def _silence() -> Iterator[None]:
             hub.enable_progress_bars()
 
 
-def _columns(dataset: Dataset, role: str, features: Mapping[str, Any]) -> tuple[str, str]:
-    """The names of the image and the label column."""
+def _columns(asked: Asked, features: Mapping[str, Any]) -> tuple[str, str]:
+    """The names of the image and the label column: the recipe's, or the only ones of their types."""
     from datasets import ClassLabel, Image
 
-    image = _column(dataset, role, features, "image", Image)
-    return image, _column(dataset, role, features, "label", ClassLabel)
+    names, path, known = list[str](), asked.dataset.path, ", ".join(features)
+    for key, kind in (("image", Image), ("label", ClassLabel)):
+        name, where = getattr(asked.dataset, key), f"data.{asked.role}.{key}"
+        if name not in (None, *features):
+            hint = nearest(name, features)
+            raise DataError(f"{where}: {path} has no column {name!r}{hint} (columns: {known})")
+        found = [name] if name else [column for column, feature in features.items() if isinstance(feature, kind)]
+        if len(found) != 1:
+            raise DataError(
+                f"{path}: {len(found) or 'no'} columns of type {kind.__name__}, so the {key} column cannot be "
+                f"guessed; set {where} (columns: {known})"
+            )
+        names += found
+    return names[0], names[1]
 
 
-def _column(
-    dataset: Dataset, role: str, features: Mapping[str, Any], key: Literal["image", "label"], kind: type
-) -> str:
-    name, known = getattr(dataset, key), ", ".join(features)
-    if name in features:
-        return name
-    if name is not None:
-        raise DataError(
-            f"data.{role}.{key}: {dataset.path} has no column {name!r}{nearest(name, features)} (columns: {known})"
-        )
-    found = [column for column, feature in features.items() if isinstance(feature, kind)]
-    if len(found) != 1:
-        raise DataError(
-            f"{dataset.path}: {len(found) or 'no'} columns of type {kind.__name__}, so the {key} column cannot be "
-            f"guessed; set data.{role}.{key} (columns: {known})"
-        )
-    return found[0]
-
-
-def _reader(
-    dataset: Dataset, role: str, table: Any, column: str, place: Callable[[int], str]
-) -> Callable[[Sequence[int]], list]:
+def _reader(asked: Asked, table: Any, column: str, place: Callable[[int], str]) -> Callable[[Sequence[int]], list]:
     import datasets
 
     try:
@@ -283,9 +287,8 @@ def _reader(
     except DtlError:
         raise
     except Exception as error:  # pyarrow's casts raise TypeError, ValueError and its own
-        raise DataError(
-            f"data.{role}.image: column {column!r} of {dataset.path} is {table.features[column]}, not images"
-        ) from error
+        said = f"column {column!r} of {asked.dataset.path} is {table.features[column]}, not images"
+        raise DataError(f"data.{asked.role}.image: {said}") from error
 
     def read(row: int, value: dict[str, Any] | None) -> bytes:
         if value and value["bytes"] is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -11,7 +10,8 @@ import numpy as np
 from dtlctl.data import cache as decoded
 from dtlctl.data import overlap, subset
 from dtlctl.data.dataset import Note, Split
-from dtlctl.data.entry import Images
+from dtlctl.data.entry import Images, Wanted
+from dtlctl.data.sources import Source
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.processes import Processes
 
@@ -25,6 +25,7 @@ class Datasets:
 
     def __init__(self, recipe: Recipe, processes: Processes):
         self.recipe, self.processes = recipe, processes
+        self.source = cache(self._source)
         self.images = cache(self._images)
         self.index = cache(self._index)
         self.whole = cache(partial(self._images, split="train", whole=True))
@@ -75,23 +76,23 @@ class Datasets:
 
     def cached(self, role: str, split: Split, whole: bool = False) -> Images | None:
         """As `images`, where nothing has to be decoded for it; else None."""
-        return self._asked(decoded.cached, role, split, whole)()
+        return decoded.cached(self.source(role), split, self.recipe.model.image_size, self._wanted(role, whole))
 
     def _images(self, role: str, split: Split, whole: bool = False) -> Images:
         images = self.cached(role, split, whole) if self.processes.count == 1 else None
         if images is None:
-            load = self._asked(decoded.load, role, split, whole)
+            asked = self.source(role), split, self.recipe.model.image_size, self._wanted(role, whole)
             with self.processes.progress(f"decode {role} {split}", 1) as bar:
-                self.processes.by_main(lambda: load(progress=bar.at))
-            images = load()
+                self.processes.by_main(lambda: decoded.load(*asked, bar.at))
+            images = decoded.load(*asked)
         return images
 
-    def _asked(self, way: Callable[..., Any], role: str, split: Split, whole: bool) -> Callable[..., Any]:
-        """A way to images, of this split."""
-        wanted = None if whole else partial(self._draw, role)
+    def _source(self, role: str) -> Source:
         seed = self.recipe.stream("subset/source")  # for test splits of all roles, which may share a dataset
-        size = self.recipe.model.image_size
-        return partial(way, self.recipe.data.of(role), split, size, role=role, seed=seed, wanted=wanted)
+        return Source(self.recipe.data.of(role), role, seed)
+
+    def _wanted(self, role: str, whole: bool) -> Wanted | None:
+        return None if whole else partial(self._draw, role)
 
     def _draw(self, role: str, labels: np.ndarray, classes: int) -> np.ndarray:
         table, seed = self.recipe.data.of(role), self.recipe.stream(f"subset/{role}")

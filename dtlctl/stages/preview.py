@@ -18,9 +18,8 @@ from torch.nn.functional import cross_entropy
 from dtlctl.attacks.attackers import Frozen
 from dtlctl.console.machine import busy
 from dtlctl.data import overlap, subset
-from dtlctl.data.dataset import Rows, Split, is_hub
+from dtlctl.data.dataset import Rows, Split
 from dtlctl.data.entry import Images
-from dtlctl.data.sources import listed
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import CheckpointError, DataError
 from dtlctl.model import networks
@@ -105,12 +104,13 @@ def _describe(experiment: Experiment, role: str) -> dict[str, Any]:
     dataset = experiment.recipe.data.of(role)
     told: dict[str, Any] = {"role": role, "path": dataset.path, "decoded": False, "notes": []}
     told |= dict.fromkeys(("images", "test_images", "classes"))
-    if is_hub(dataset) and dataset.revision is None:
+    source = experiment.data.source(role)
+    if source.kind == "hub" and dataset.revision is None:
         told["notes"].append("revision not pinned")
     found: dict[Split, Images | Rows] = {}
     try:
         for split in SPLITS:
-            if opened := experiment.data.cached(role, split) or listed(dataset, split, role):
+            if opened := experiment.data.cached(role, split) or source.listed(split):
                 found[split] = opened
     except DataError as error:
         told["notes"].append(str(error))

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from dtlctl.console.machine import busy, cores
-from dtlctl.data import files, sources, subset
+from dtlctl.data import files, subset
 from dtlctl.data.dataset import Dataset, Rows, Split, kind_of
+from dtlctl.data.sources import Source
 from dtlctl.errors import CheckpointError, DataError, NoSplit, RecipeError, one_line
 from dtlctl.model import networks
 from dtlctl.model.weights import read
@@ -93,7 +94,7 @@ def look(path: str, role: str) -> dict[str, Any]:
         for split in ("train", "test"):
             dataset, found[split] = _opened(dataset, split, role, Path(folder))
         if not isinstance(dataset.test, str):
-            found["train"] = sources.rows(dataset, "train", SIDES[0], role, Path(folder))
+            found["train"] = Source(dataset, role).rows("train", SIDES[0], Path(folder))
         train, test = found["train"], found["test"]
         chosen = np.flatnonzero(train.labels >= 0)
         chosen = chosen[np.linspace(0, len(chosen) - 1, min(LOOKED, len(chosen)), dtype=int)]
@@ -114,12 +115,12 @@ def look(path: str, role: str) -> dict[str, Any]:
 def _opened(dataset: Dataset, split: Split, role: str, scratch: Path) -> tuple[Dataset, Rows]:
     """A split, and the dataset with the name that this split has, or with a test split held out where it has none."""
     try:
-        return dataset, sources.rows(dataset, split, SIDES[0], role, scratch)
+        return dataset, Source(dataset, role).rows(split, SIDES[0], scratch)
     except NoSplit as error:
         if not error.usual and split == "train":
             raise
         dataset = dataset.model_copy(update={split: error.usual[0] if error.usual else HELD_OUT})
-        return dataset, sources.rows(dataset, split, SIDES[0], role, scratch)
+        return dataset, Source(dataset, role).rows(split, SIDES[0], scratch)
 
 
 def _picture(rows: Rows, row: int, role: str) -> tuple[tuple[int, int], str]:

@@ -44,7 +44,7 @@ def test_the_document_has_every_way_with_its_ratio_and_its_error(dtlctl):
 
 def test_the_error_is_that_of_the_gradient():
     """|1.1 r - r| / |r| = 0.1, at a cosine of 1; of -r: 2, at -1."""
-    subject = Bench("resnet8", "small", 8, 8, "float32", torch.device("cpu"))
+    subject = Bench(meter.Setup("resnet8", "small", 8, 8, "float32", False, 1, True), torch.device("cpu"))
     reference = subject.reference(2)
     for factor, error, cosine in ((1.1, 0.1, 1), (-1.0, 2, -1)):
         for parameter, r in zip(subject.parameters, reference, strict=True):

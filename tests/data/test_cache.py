@@ -11,6 +11,7 @@ from PIL import Image
 
 from dtlctl.data import cache, entry
 from dtlctl.data.dataset import Dataset
+from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -36,7 +37,7 @@ def image_folder(root: Path) -> Dataset:
 
 def test_an_entry_is_read_only_arrays_and_progress_counts_images(tmp_path):
     calls = []
-    images = cache.load(image_folder(tmp_path / "d"), "train", 8, progress=lambda *call: calls.append(call))
+    images = cache.load(Source(image_folder(tmp_path / "d")), "train", 8, progress=lambda *call: calls.append(call))
     assert images.pixels.shape == (2, 3, 8, 8) and images.pixels.dtype == np.uint8
     assert isinstance(images.pixels, np.memmap) and not images.pixels.flags.writeable
     assert images.labels.tolist() == [0, 1] and images.labels.dtype == np.int64
@@ -48,51 +49,51 @@ def test_batches_keep_the_order(tmp_path, monkeypatch):
     """Drawn twice, with one image a task and with all in one."""
     dataset = Dataset(path="builtin:digits")
     monkeypatch.setattr(cache, "_BATCH", 1000)
-    whole = cache.load(dataset, "test", 8)
+    whole = cache.load(Source(dataset), "test", 8)
     shutil.rmtree(cache.folder())
     monkeypatch.setattr(cache, "_BATCH", 1)
-    single = cache.load(dataset, "test", 8)
+    single = cache.load(Source(dataset), "test", 8)
     assert (single.pixels == whole.pixels).all() and single.fingerprint == whole.fingerprint
     assert len(single.labels) == 797
 
 
 def test_a_second_load_decodes_nothing(tmp_path, monkeypatch):
     dataset = image_folder(tmp_path / "d")
-    assert cache.cached(dataset, "train", 4) is None
-    first = cache.load(dataset, "train", 4)
+    assert cache.cached(Source(dataset), "train", 4) is None
+    first = cache.load(Source(dataset), "train", 4)
 
     def never(*_):
         raise AssertionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "rows", never)
-        for again in (cache.load(dataset, "train", 4), cache.cached(dataset, "train", 4)):
+        patch.setattr(Source, "rows", never)
+        for again in (cache.load(Source(dataset), "train", 4), cache.cached(Source(dataset), "train", 4)):
             assert (again.pixels == first.pixels).all() and (again.labels == first.labels).all()
             assert again[2:7] == first[2:7] and (again.known == first.known).all()
-        assert cache.cached(dataset, "test", 4) is cache.cached(dataset, "train", 5) is None
-    assert cache.load(dataset, "train", 5).pixels.shape == (2, 3, 5, 5)
-    assert cache.cached(dataset, "train", 4) is not None
+        assert cache.cached(Source(dataset), "test", 4) is cache.cached(Source(dataset), "train", 5) is None
+    assert cache.load(Source(dataset), "train", 5).pixels.shape == (2, 3, 5, 5)
+    assert cache.cached(Source(dataset), "train", 4) is not None
 
 
 @pytest.mark.parametrize("change", ["add", "rewrite", "remove"])
 def test_a_changed_folder_is_decoded_again(tmp_path, change):
     dataset = image_folder(tmp_path / "d")
     (tmp_path / "d/train/b/2.png").write_bytes((tmp_path / "d/train/b/1.png").read_bytes())
-    before = cache.load(dataset, "train", 4)
+    before = cache.load(Source(dataset), "train", 4)
     if change == "remove":
         (tmp_path / "d/train/b/2.png").unlink()
     else:
         plain("lime").save(tmp_path / "d/train/b" / ("3.png" if change == "add" else "2.png"))
-    assert cache.cached(dataset, "train", 4) is None
-    assert cache.load(dataset, "train", 4).fingerprint != before.fingerprint
+    assert cache.cached(Source(dataset), "train", 4) is None
+    assert cache.load(Source(dataset), "train", 4).fingerprint != before.fingerprint
 
 
 def test_the_key_tells_columns_and_splits_apart(tmp_path):
     dataset = image_folder(tmp_path / "d")
-    cache.load(dataset, "train", 4)
-    assert cache.cached(dataset.model_copy(update={"fraction": 0.5, "augment": "none"}), "train", 4) is not None
+    cache.load(Source(dataset), "train", 4)
+    assert cache.cached(Source(dataset.model_copy(update={"fraction": 0.5, "augment": "none"})), "train", 4) is not None
     for change in ({"label": "label"}, {"image": "image"}, {"train": "test"}):
-        assert cache.cached(dataset.model_copy(update=change), "train", 4) is None
+        assert cache.cached(Source(dataset.model_copy(update=change)), "train", 4) is None
 
 
 DAMAGE = {
@@ -109,12 +110,12 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_entry_is_made_again(tmp_path, cache_folder, damage):
     dataset = image_folder(tmp_path / "d")
-    whole = cache.load(dataset, "train", 4)
+    whole = cache.load(Source(dataset), "train", 4)
     pixels = whole.pixels.copy()
     (entry,) = cache_folder.iterdir()
     DAMAGE[damage](entry)
-    assert cache.cached(dataset, "train", 4) is None
-    again = cache.load(dataset, "train", 4)
+    assert cache.cached(Source(dataset), "train", 4) is None
+    again = cache.load(Source(dataset), "train", 4)
     assert (again.pixels == pixels).all() and again.fingerprint == whole.fingerprint
     assert list(cache_folder.iterdir()) == [entry]
 
@@ -122,14 +123,18 @@ def test_a_damaged_entry_is_made_again(tmp_path, cache_folder, damage):
 def test_the_fingerprint_is_of_the_content(tmp_path):
     one = image_folder(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    first, copy = (cache.load(d, "train", 4) for d in (one, Dataset(path=str(tmp_path / "two"))))
+    first, copy = (cache.load(Source(d), "train", 4) for d in (one, Dataset(path=str(tmp_path / "two"))))
     assert first.fingerprint == copy.fingerprint and len(first.fingerprint) == 64
-    others = [first.fingerprint, cache.load(one, "test", 4).fingerprint, cache.load(one, "train", 5).fingerprint]
+    others = [
+        first.fingerprint,
+        cache.load(Source(one), "test", 4).fingerprint,
+        cache.load(Source(one), "train", 5).fingerprint,
+    ]
     for number, rename in enumerate((("train/b", "train/c"), ("train/a", "train/z"))):
         root = shutil.copytree(tmp_path / "one", tmp_path / f"renamed{number}")
         os.rename(root / rename[0], root / rename[1])
         os.rename(root / rename[0].replace("train", "test"), root / rename[1].replace("train", "test"))
-        others.append(cache.load(Dataset(path=str(root)), "train", 4).fingerprint)
+        others.append(cache.load(Source(Dataset(path=str(root))), "train", 4).fingerprint)
     assert len(set(others)) == 5
 
 
@@ -159,37 +164,37 @@ def test_only_wanted_images_are_decoded_each_once(large, tmp_path, monkeypatch):
     (tmp_path / "d/train/b/3.png").write_bytes(b"broken")
     decoded, decode = [], cache.decode
     monkeypatch.setattr(cache, "decode", lambda *a: decoded.append(Path(a[2]).name) or decode(*a))
-    first = cache.load(dataset, "train", 4, wanted=some(0, 2))
+    first = cache.load(Source(dataset), "train", 4, wanted=some(0, 2))
     assert (decoded, first.rows.tolist(), len(first.labels)) == (["0.png", "2.png"], [0, 2], 4)
     assert first.pixels[:, 0, 0, 0].tolist() == [10, 0, 30, 0]
-    assert cache.cached(dataset, "train", 4, wanted=some(0, 1)) is None
-    second = cache.load(dataset, "train", 4, wanted=some(0, 1))
+    assert cache.cached(Source(dataset), "train", 4, wanted=some(0, 1)) is None
+    second = cache.load(Source(dataset), "train", 4, wanted=some(0, 1))
     assert decoded == ["0.png", "2.png", "1.png"] and second.split == first.split
     assert second.fingerprint != first.fingerprint
-    assert cache.cached(dataset, "train", 4, wanted=some(0, 2)).fingerprint == first.fingerprint
-    assert len(cache.load(dataset, "test", 4, wanted=some(0, 2)).rows) == 2
+    assert cache.cached(Source(dataset), "train", 4, wanted=some(0, 2)).fingerprint == first.fingerprint
+    assert len(cache.load(Source(dataset), "test", 4, wanted=some(0, 2)).rows) == 2
     with pytest.raises(DataError, match=r"3\.png: the image cannot be decoded"):
-        cache.load(dataset, "train", 4)
+        cache.load(Source(dataset), "train", 4)
 
 
 def test_a_small_split_is_decoded_whole_but_for_broken_images_that_nobody_wants(tmp_path):
     """4 images, one of them broken, by its path: an error for who wants it."""
     dataset = grey(tmp_path / "d", *map(np.uint8, (10, 20, 30, 40)))
     (tmp_path / "d/train/b/3.png").write_bytes(b"broken")
-    images = cache.load(dataset, "train", 4, wanted=some(0, 2))
+    images = cache.load(Source(dataset), "train", 4, wanted=some(0, 2))
     assert images.rows.tolist() == [0, 1, 2] and images.pixels[:, 0, 0, 0].tolist() == [10, 20, 30, 0]
     assert [(note.kind, note.number) for note in images.notes] == [("broken", 1)]
     assert "b/3.png: the image cannot be decoded" in images.notes[0].text
-    again = cache.cached(dataset, "train", 4, wanted=some(1))
+    again = cache.cached(Source(dataset), "train", 4, wanted=some(1))
     assert (again.fingerprint, again.notes) == (images.fingerprint, images.notes)
     for wanted in (None, some(3)):
         with pytest.raises(DataError, match=r"3\.png: the image cannot be decoded"):
-            cache.load(dataset, "train", 4, wanted=wanted)
+            cache.load(Source(dataset), "train", 4, wanted=wanted)
 
 
 def test_what_is_not_decoded_takes_no_room_on_the_disk(large, cache_folder):
     """1,000 digits of 3 x 64 x 64 bytes are 12 MB; ten of them 123 kB."""
-    cache.load(Dataset(path="builtin:digits"), "train", 64, wanted=lambda labels, _: np.arange(0, 1000, 100))
+    cache.load(Source(Dataset(path="builtin:digits")), "train", 64, wanted=lambda labels, _: np.arange(0, 1000, 100))
     (entry,) = cache_folder.iterdir()
     pixels = (entry / "pixels.npy").stat()
     assert pixels.st_size > 12e6 and pixels.st_blocks * 512 < 1e6
@@ -198,18 +203,18 @@ def test_what_is_not_decoded_takes_no_room_on_the_disk(large, cache_folder):
 def test_one_scale_for_a_split_whatever_is_wanted_of_it(large, tmp_path):
     """Value 1000 alone would be read as 10 bits, 249; the split holds 12 bits, by which its test split is read too."""
     dataset = grey(tmp_path / "d", *map(np.uint16, (1000, 500, 4095, 7)))
-    images = cache.load(dataset, "train", 4, wanted=some(0))
+    images = cache.load(Source(dataset), "train", 4, wanted=some(0))
     assert images.rule.full == 4095 and images.pixels[0, 0, 0, 0] == round(1000 / 4095 * 255) == 62
     assert [note.number for note in images.notes] == [4]
-    assert cache.load(dataset, "test", 4, wanted=some(0)).pixels[0, 0, 0, 0] == 62
+    assert cache.load(Source(dataset), "test", 4, wanted=some(0)).pixels[0, 0, 0, 0] == 62
 
 
 def test_a_test_split_of_more_than_8_bits_is_read_by_the_whole_train_split(large, tmp_path):
     """The wanted training image has 8 bits; another has 16, of which the darker test image alone would say 12."""
     dataset = grey(tmp_path / "d", np.uint8(10), np.uint16(65535), np.uint8(30), np.uint8(4))
     Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(tmp_path / "d/test/b/1.png")
-    assert cache.load(dataset, "train", 4, wanted=some(0)).rule.full is None
-    assert cache.load(dataset, "test", 4, wanted=some(0)).pixels[1, 0, 0, 0] == round(4000 / 257) == 16
+    assert cache.load(Source(dataset), "train", 4, wanted=some(0)).rule.full is None
+    assert cache.load(Source(dataset), "test", 4, wanted=some(0)).pixels[1, 0, 0, 0] == round(4000 / 257) == 16
 
 
 def test_a_decode_that_was_stopped_goes_on(tmp_path, monkeypatch):
@@ -227,34 +232,34 @@ def test_a_decode_that_was_stopped_goes_on(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(cache, "decode", stopped)
-        cache.load(dataset, "train", 4)
+        cache.load(Source(dataset), "train", 4)
     monkeypatch.setattr(cache, "decode", lambda *a: decoded.append(Path(a[2]).name) or decode(*a))
-    assert cache.load(dataset, "train", 4).pixels[:, 0, 0, 0].tolist() == [*range(10, 18)]
+    assert cache.load(Source(dataset), "train", 4).pixels[:, 0, 0, 0].tolist() == [*range(10, 18)]
     assert decoded == ["4.png", "5.png", "6.png", "7.png"]
 
 
 def test_rows_that_are_others_by_now_are_not_mixed_with_those_of_before(large, tmp_path, monkeypatch):
     """What a hub id without a revision may be."""
-    monkeypatch.setattr(cache, "identity", lambda *_: "the same")
-    cache.load(grey(tmp_path / "d", *map(np.uint8, (1, 2, 3, 4))), "train", 4, wanted=some(0))
+    monkeypatch.setattr(Source, "identity", "the same")
+    cache.load(Source(grey(tmp_path / "d", *map(np.uint8, (1, 2, 3, 4)))), "train", 4, wanted=some(0))
     with pytest.raises(DataError, match="not what it was when it was first read; remove "):
-        cache.load(grey(tmp_path / "e", *map(np.uint8, (1, 2, 3, 4, 5, 6))), "train", 4)
+        cache.load(Source(grey(tmp_path / "e", *map(np.uint8, (1, 2, 3, 4, 5, 6)))), "train", 4)
 
 
 def test_the_winner_of_a_race_is_used(tmp_path, cache_folder, monkeypatch):
     """Another process publishes the same entry between our look and our rename."""
-    dataset, rows, theirs = image_folder(tmp_path / "d"), cache.rows, []
+    dataset, rows, theirs = image_folder(tmp_path / "d"), Source.rows, []
 
     def overtaken(*arguments):
         if not theirs:
             theirs.append(None)
-            theirs[0] = cache.load(dataset, "train", 4)
+            theirs[0] = cache.load(Source(dataset), "train", 4)
             (entry,) = (p for p in cache_folder.iterdir() if p.suffix != ".tmp")
             theirs.append((entry / "pixels.npy").stat().st_ino)
         return rows(*arguments)
 
-    monkeypatch.setattr(cache, "rows", overtaken)
-    ours = cache.load(dataset, "train", 4)
+    monkeypatch.setattr(Source, "rows", overtaken)
+    ours = cache.load(Source(dataset), "train", 4)
     (entry,) = cache_folder.iterdir()
     assert (entry / "pixels.npy").stat().st_ino == theirs[1]
     assert ours.fingerprint == theirs[0].fingerprint
@@ -262,8 +267,8 @@ def test_the_winner_of_a_race_is_used(tmp_path, cache_folder, monkeypatch):
 
 def test_two_processes_at_once(cache_folder):
     program = (
-        "from dtlctl.data import cache, dataset\n"
-        "print(cache.load(dataset.Dataset(path='builtin:digits'), 'train', 16).fingerprint)"
+        "from dtlctl.data import cache, dataset, sources\n"
+        "print(cache.load(sources.Source(dataset.Dataset(path='builtin:digits')), 'train', 16).fingerprint)"
     )
     both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     one, other = (process.communicate(timeout=120)[0] for process in both)
@@ -274,7 +279,7 @@ def test_two_processes_at_once(cache_folder):
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, cache_folder):
     cache_folder.write_text("a file")
     with pytest.raises(DataError, match=f"cannot write the image cache {cache_folder}: .*; set DTLCTL_CACHE"):
-        cache.load(Dataset(path="builtin:digits"), "test", 8)
+        cache.load(Source(Dataset(path="builtin:digits")), "test", 8)
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(cache_folder):
@@ -283,7 +288,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(cache_folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
     try:
         with pytest.raises(DataError, match=f"cannot write the image cache {cache_folder}: "):
-            cache.load(Dataset(path="builtin:digits"), "test", 16)
+            cache.load(Source(Dataset(path="builtin:digits")), "test", 16)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(cache_folder.iterdir()) == []
@@ -304,7 +309,7 @@ def test_real_data():
     """20 classes with 100 training and 50 test images each."""
     dataset = Dataset(path=str(SHARED / "tin20b"))
     for split, each in (("train", 100), ("test", 50)):
-        images = cache.load(dataset, split, 32)
+        images = cache.load(Source(dataset), split, 32)
         assert images.pixels.shape == (20 * each, 3, 32, 32)
         assert np.bincount(images.labels).tolist() == [each] * 20
         assert 90 < images.pixels.mean() < 130 and images.pixels.std(0).min() > 20

@@ -8,6 +8,7 @@ from PIL import Image
 
 from dtlctl.data import cache
 from dtlctl.data.dataset import Dataset
+from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
 
 NFC, NFD, CYRILLIC = "caf\u00e9", "cafe\u0301", "c\u0430t"
@@ -39,7 +40,7 @@ def folders(root, **classes) -> Dataset:
 
 
 def load(dataset, split="train"):
-    return cache.load(dataset, split, 4, role="source")
+    return cache.load(Source(dataset, "source"), split, 4)
 
 
 def notes(images) -> dict[str, tuple[int, str]]:

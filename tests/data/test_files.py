@@ -11,6 +11,7 @@ from PIL import Image
 
 from dtlctl.data import cache, files
 from dtlctl.data.dataset import Dataset
+from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
 
 
@@ -39,7 +40,7 @@ def folder(root: Path, *paths: str, **content: bytes) -> Dataset:
 
 
 def load(dataset, split="train"):
-    return cache.load(dataset, split, 4, role="source")
+    return cache.load(Source(dataset, "source"), split, 4)
 
 
 def seen(images) -> list[tuple[int, str]]:
@@ -145,7 +146,7 @@ def test_the_key_knows_which_formats_can_be_read(tmp_path, monkeypatch):
     dataset = folder(tmp_path / "d", *BASE)
     load(dataset)
     monkeypatch.setattr(files, "formats", lambda: ("PNG", "HEIF"))
-    assert cache.cached(dataset, "train", 4) is None
+    assert cache.cached(Source(dataset), "train", 4) is None
 
 
 # Layouts -------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dtlctl.data import cache
 from dtlctl.data.dataset import Dataset
+from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
 
 
@@ -34,7 +35,7 @@ def image_folder(root: Path, first=None, name="0.png", **options) -> Dataset:
 
 def first_pixels(dataset, size=4) -> np.ndarray:
     """[size, size, 3] of the first training image."""
-    return cache.load(dataset, "train", size).pixels[0].transpose(1, 2, 0)
+    return cache.load(Source(dataset), "train", size).pixels[0].transpose(1, 2, 0)
 
 
 def palette(**info) -> Image.Image:
@@ -111,7 +112,7 @@ def test_a_bomb_is_refused_and_nothing_global_is_changed(tmp_path, side):
     (tmp_path / "d/train/b/1.png").write_bytes(bomb(side))
     before = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
     with pytest.raises(DataError, match=r"d/train/b/1.png: the image is too large"):
-        cache.load(dataset, "train", 4)
+        cache.load(Source(dataset), "train", 4)
     assert (Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == before
 
 
@@ -121,10 +122,10 @@ def test_a_broken_image_is_named_and_leaves_nothing_half_made(tmp_path, cache_fo
     path = tmp_path / "d/train/b/1.png"
     path.write_bytes(path.read_bytes()[:45] if broken is None else broken)
     with pytest.raises(DataError, match=r"/d/train/b/1.png: the image cannot be decoded: ") as error:
-        cache.load(dataset, "train", 4)
+        cache.load(Source(dataset), "train", 4)
     assert "\n" not in str(error.value) and "BytesIO" not in str(error.value)
     assert [path.suffix for path in cache_folder.iterdir()] == [""]
-    assert cache.cached(dataset, "train", 4) is None
+    assert cache.cached(Source(dataset), "train", 4) is None
 
 
 def test_postscript_is_not_even_identified(tmp_path):
@@ -134,4 +135,4 @@ def test_postscript_is_not_even_identified(tmp_path):
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
     )
     with pytest.raises(DataError, match=r"b/1.png: the image cannot be decoded: it is no image of a known format"):
-        cache.load(dataset, "train", 4)
+        cache.load(Source(dataset), "train", 4)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from dtlctl.data import cache
 from dtlctl.data.dataset import Dataset
+from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
 
 
@@ -30,7 +31,7 @@ def folder(root: Path, form: str, train: list, test: list | None = None) -> Data
 
 def seen(dataset: Dataset, split: str = "train") -> tuple[list[int], list[str]]:
     """The value of each image in the order of the files' names, and the kinds of notes."""
-    images = cache.load(dataset, split, 4, role="source")  # type: ignore[arg-type]
+    images = cache.load(Source(dataset, "source"), split, 4)  # type: ignore[arg-type]
     order = [0, 2, 1, 3] if len(images.labels) == 4 else [0, 1]
     return np.asarray(images.pixels)[order, 0, 0, 0].tolist(), [note.kind for note in images.notes]
 
@@ -69,7 +70,7 @@ def test_the_test_split_is_read_as_the_train_split_was(tmp_path: Path):
     assert np.allclose(seen(dataset, "test")[0], [51, 0, 25.5, 0], atol=1)
     larger = folder(tmp_path / "e", "png", train, [np.uint16(9000), np.uint16(0)])
     with pytest.raises(DataError, match="values up to 9000 are no part of 0-4095"):
-        cache.load(larger, "test", 4)
+        cache.load(Source(larger), "test", 4)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_the_test_split_is_read_as_the_train_split_was(tmp_path: Path):
 )
 def test_what_cannot_be_known_is_refused(tmp_path: Path, form: str, values: list, reason: str):
     with pytest.raises(DataError, match=reason):
-        cache.load(folder(tmp_path / "d", form, values), "train", 4)
+        cache.load(Source(folder(tmp_path / "d", form, values)), "train", 4)
 
 
 GREY = np.full((4, 4), 4095, ">u2").tobytes()
@@ -140,7 +141,7 @@ def test_16_bit_colours_are_read_at_their_upper_bits_or_refused(tmp_path: Path, 
 def test_what_stays_dark_on_the_scale_of_all_is_said(tmp_path: Path, values: list, test: list | None, said: str):
     """A 16th of 65535 is 4095.9: class b is probably of 12 bits. Floats of 0 to 0.01 are no shares of 1."""
     dataset = folder(tmp_path / "d", "tif" if isinstance(values[0], np.float32) else "png", values, test or values)
-    images = cache.load(dataset, "test" if test else "train", 4, role="source")  # type: ignore[arg-type]
+    images = cache.load(Source(dataset, "source"), "test" if test else "train", 4)  # type: ignore[arg-type]
     texts = [note.text for note in images.notes if note.kind == "dark"]
     assert len(texts) == bool(said) and all(said in text for text in texts)
 
@@ -156,7 +157,7 @@ def test_more_frames_than_the_first_are_said(tmp_path: Path):
                 frames[0].save(path, save_all=True, append_images=frames[1:])
             else:
                 frames[0].save(path)
-    images = cache.load(Dataset(path=str(tmp_path / "d")), "train", 4)
+    images = cache.load(Source(Dataset(path=str(tmp_path / "d"))), "train", 4)
     assert images.pixels[:, 0, 0, 0].tolist() == [9] * 4
     assert [(note.kind, note.number) for note in images.notes] == [("frames", 2)]
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dtlctl.data import cache
 from dtlctl.data.dataset import Dataset
+from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
 
 
@@ -31,7 +32,7 @@ def png(level: int) -> dict:
 
 
 def load(dataset, split="train"):
-    return cache.load(dataset, split, 4, role="source")
+    return cache.load(Source(dataset, "source"), split, 4)
 
 
 def levels(images) -> list[int]:
@@ -146,7 +147,7 @@ def test_a_missing_path(tmp_path):
     gone = Dataset(path=str(tmp_path / "gone"))
     assert message(gone).startswith(f"data.source.path: {tmp_path}/gone does not exist")
     with pytest.raises(DataError, match="does not exist"):
-        cache.cached(gone, "train", 4)
+        cache.cached(Source(gone), "train", 4)
 
 
 @pytest.mark.parametrize("content", [{}, {"train/notes.txt": b"x"}, {"train.parquet": b"PAR1 or not"}])
@@ -197,7 +198,7 @@ def test_a_share_of_each_class_is_held_out_by_the_seed(tmp_path, start):
     train, test = load(dataset), load(dataset, "test")
     assert np.bincount(test.labels).tolist() == [2, 1, 1] and np.bincount(train.labels).tolist() == [8, 4, 1]
     assert sorted(levels(train) + levels(test)) == [*range(1, 18)] and test.classes == ("a", "b", "c")
-    other = cache.load(dataset, "test", 4, role="source", seed=1)
+    other = cache.load(Source(dataset, "source", seed=1), "test", 4)
     assert levels(other) != levels(test) and other.fingerprint != test.fingerprint
     assert np.bincount(other.labels).tolist() == [2, 1, 1]
 
@@ -226,7 +227,7 @@ def test_copies_of_an_image_are_on_one_side_of_a_share(tmp_path):
     shutil.copy(tmp_path / "d/a/1.png", tmp_path / "d/b/1-copy.png")
     moved = []
     for seed in range(6):
-        train, test = (cache.load(dataset, split, 4, role="source", seed=seed) for split in ("train", "test"))
+        train, test = (cache.load(Source(dataset, "source", seed), split, 4) for split in ("train", "test"))
         assert not {*levels(train)} & {*levels(test)} and len(train.labels) + len(test.labels) == 16
         moved += [note.number for note in train.notes if note.kind == "copies-beside"]
         assert not test.notes

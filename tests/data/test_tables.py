@@ -12,6 +12,7 @@ from PIL import Image
 
 from dtlctl.data import cache
 from dtlctl.data.dataset import Dataset
+from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
 
 
@@ -49,7 +50,7 @@ def parquet(folder: Path, train, test, names=("train.parquet", "test.parquet"), 
 
 
 def load(dataset, split="train"):
-    return cache.load(dataset, split, 4, role="source")
+    return cache.load(Source(dataset, "source"), split, 4)
 
 
 def levels(images) -> list[int]:
@@ -276,8 +277,8 @@ def test_a_table_that_holds_its_images_is_not_read_for_its_key(tmp_path, monkeyp
     from pyarrow import parquet as files
 
     dataset = parquet(tmp_path / "d", table([0, 1]), table([0, 1]))
-    monkeypatch.setattr(files, "ParquetFile", lambda *_, **__: pytest.fail("the table is read"))
-    assert cache.cached(dataset, "train", 4) is None
+    monkeypatch.setattr(files.ParquetFile, "read", lambda *_, **__: pytest.fail("the table is read"))
+    assert cache.cached(Source(dataset), "train", 4) is None
 
 
 def test_tables_that_make_up_one_split_unasked_are_named(tmp_path):

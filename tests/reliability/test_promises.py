@@ -23,6 +23,7 @@ from dtlctl.console.progress import Progress
 from dtlctl.console.stop import SIGNALS
 from dtlctl.data import cache
 from dtlctl.data.dataset import Dataset
+from dtlctl.data.sources import Source
 from dtlctl.errors import CheckpointError, RecipeError, Stopped
 from dtlctl.model import networks
 from dtlctl.recipe.loading import load
@@ -162,13 +163,13 @@ def test_a_half_written_file_of_a_dead_process_with_our_number_is_in_nobodys_way
 def test_a_dead_process_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "cache"))
     program = (
-        "import os, signal; from dtlctl.data import cache, dataset\n"
+        "import os, signal; from dtlctl.data import cache, dataset, sources\n"
         "cache._decode = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "cache.load(dataset.Dataset(path='builtin:digits'), 'train', 8)"
+        "cache.load(sources.Source(dataset.Dataset(path='builtin:digits')), 'train', 8)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {"", ".tmp"}
-    cache.load(Dataset(path="builtin:digits"), "train", 8)
+    cache.load(Source(Dataset(path="builtin:digits")), "train", 8)
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [""]
 
 

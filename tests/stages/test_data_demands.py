@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dtlctl.data import cache
+from dtlctl.data.sources import Source
 from dtlctl.errors import RecipeError
 from dtlctl.model import networks
 from dtlctl.recipe import network_demands
@@ -21,7 +22,7 @@ def decode(recipe_file: Path) -> None:
     recipe = load(recipe_file)
     for dataset in (recipe.data.source, recipe.data.target):
         for split in ("train", "test"):
-            cache.load(dataset, split, recipe.model.image_size)
+            cache.load(Source(dataset), split, recipe.model.image_size)
 
 
 def test_more_stages_than_the_network_has_end_every_command_before_data_is_read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from dtlctl.data import cache
+from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
 from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
@@ -75,7 +77,7 @@ def test_nothing_is_decoded(trained: Path, tmp_path: Path, monkeypatch: pytest.M
     changes = ('piggyback.attackers=[{kind="probe"}]', 'piggyback.choose_on="test"')
     recipe = load(trained, list(changes))
     for dataset in (recipe.data.source, recipe.data.piggyback["again"]):
-        cache.load(dataset, "train", recipe.model.image_size)
+        cache.load(Source(dataset), "train", recipe.model.image_size)
     before = sorted((tmp_path / "half").iterdir())
     planned(trained, *changes)
     assert sorted((tmp_path / "half").iterdir()) == before
@@ -179,3 +181,17 @@ def test_check_decodes_on_request_and_then_knows_all(call, recipe_file: Path, tm
     monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "cache"))
     code, out, err = call("check", recipe_file, "--decode", "-q")
     assert (code, err) == (0, "") and "?" not in out and "decoded" not in out and "min on this machine" in out
+
+
+def test_a_folder_is_looked_at_once(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By both splits, for the key and for the classes; a role of its own folder looks at that alone."""
+    for number in range(8):
+        path = tmp_path / "photos" / ("train", "test")[number % 2] / "ab"[number // 4] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number,) * 3).save(path)
+    looked, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(os.path.relpath(path, tmp_path)) or scan(path))
+    found = planned(recipe_file, f"data.target.path={tmp_path / 'photos'}", "data.target.fraction=1")
+    assert next(row["images"] for row in found["data"] if row["role"] == "target") == 4
+    inside = [f"photos/{split}{name}" for split in ("test", "train") for name in ("", "/a", "/b")]
+    assert sorted(path for path in looked if path.startswith("photos")) == ["photos", *inside]
