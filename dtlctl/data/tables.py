@@ -154,7 +154,10 @@ def from_folder(asked: Asked, tree: Tree) -> Tables | None:
     """What `save_to_disk` wrote, or parquet and arrow files; None of a folder that has neither."""
     dataset, root, top = asked.dataset, tree.root, [folder for folder in tree.folders if "/" not in folder]
     if saved := [name for name in ("", *top) if {"state.json", "dataset_info.json"} <= {*os.listdir(root / name)}]:
-        return Tables(asked, {name or "train": Loaded(_load(asked, partial(_saved, root / name))) for name in saved})
+        from datasets import load_from_disk
+
+        found = {name: _load(asked, partial(load_from_disk, str(root / name))).with_format(None) for name in saved}
+        return Tables(asked, {name or "train": Loaded(table) for name, table in found.items()})
     splits = [name for name in (dataset.train, str(dataset.test)) if name in top]
     starts = tuple(f"{name}/" for name in splits) or ("",)
     inside = [file for file in tree.files if file.startswith(starts)]
@@ -167,8 +170,8 @@ def from_folder(asked: Asked, tree: Tree) -> Tables | None:
     # Left to itself, `datasets` also puts train/test-0.parquet into the test split.
     data_files = {"data_files": {name: f"{name}/**" for name in splits}} if splits else {}
     with tempfile.TemporaryDirectory() as aside:
-        found = _load(asked, lambda: _builder(dataset, path=str(root), cache_dir=aside, **data_files))
-    tables = {str(name): Files(asked, files) for name, files in found.config.data_files.items()}
+        builder = _load(asked, lambda: _builder(dataset, path=str(root), cache_dir=aside, **data_files))
+    tables = {str(name): Files(asked, files) for name, files in builder.config.data_files.items()}
     known = {*_BUILDERS, *suffixes()}
     read = {os.path.realpath(file) for table in tables.values() for file in table.files}
     unread = [f for f in inside if Path(f).suffix.lower() in known and os.path.realpath(root / f) not in read]
@@ -231,31 +234,23 @@ def _load(asked: Asked, load: Callable[[], Any], hint: str = "") -> Any:
     return tables
 
 
-def _saved(folder: Path) -> Any:
-    from datasets import load_from_disk
-
-    return load_from_disk(str(folder)).with_format(None)
-
-
 @contextmanager
 def _silence() -> Iterator[None]:
     """Progress is the caller's to show, and what goes wrong is said once, by us."""
     import datasets
     from huggingface_hub import utils as hub
 
-    shown = not datasets.are_progress_bars_disabled(), not hub.are_progress_bars_disabled()
+    shown: list[Any] = [library for library in (datasets, hub) if not library.are_progress_bars_disabled()]
     said = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    hub.disable_progress_bars()
+    for library in shown:
+        library.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(said)
-        if shown[0]:
-            datasets.enable_progress_bars()
-        if shown[1]:
-            hub.enable_progress_bars()
+        for library in shown:
+            library.enable_progress_bars()
 
 
 def _columns(asked: Asked, features: Mapping[str, Any]) -> tuple[str, str]:
