@@ -106,24 +106,13 @@ def opened(asked: Asked, split: Split, tree: Tree) -> Rows:
     images, guessed, unread = _sort(tree, start)
     labels: list[str | None] = [file.split("/", depth + 1)[depth] for file in images]
     if here.list and (len({*labels}) < 2 or any(file.count("/") == depth for file in images)):
-        lists = [splits[name] for name in (dataset.train, dataset.test) if name in splits and splits[name].list]
-        read = {one: read_list(asked, tree.root, tree.files, one) for one in dict.fromkeys((here, *lists))}
-        known = {name for one, rows in read.items() for name in (one.list, *rows)}
-        unread, named = [file for file in (*unread, *images) if file not in known], read[here]
+        known, named = _named(asked, tree, splits, here)
+        unread = [file for file in (*unread, *images) if file not in known]
         images, labels, guessed = list(named), list(named.values()), []
         found = sorted({label for label in labels if label is not None})
     else:
         found = [f[len(start) :] for f in tree.folders if f.startswith(start) and f.count("/") == depth]
-        for key in ("image", "label"):
-            if (column := getattr(dataset, key)) not in (None, key):
-                raise DataError(f"data.{asked.role}.{key}: {dataset.path} has class folders, and no column {column!r}")
-        if not images:
-            raise DataError(f"{place}: no image can be read{kinds(unread)}")
-        if wrong := next((file for file in images if file.count("/") != depth + 1), None):
-            raise DataError(
-                f"{place}: {wrong} has no class: every image must lie at SPLIT/CLASS/image, neither above nor below, "
-                "or be named in SPLIT.csv with the columns file_name and label"
-            )
+        _check_folders(asked, split, images, depth + 1, unread)
         if here.list:
             _check_same(asked, tree, here, dict(zip(images, labels, strict=True)))
             unread = sorted({*unread, here.list})
@@ -178,6 +167,14 @@ def _splits(dataset: Dataset, tree: Tree) -> dict[str, Place]:
     return splits
 
 
+def _named(asked: Asked, tree: Tree, splits: dict[str, Place], here: Place) -> tuple[set[str], dict[str, str | None]]:
+    """The lists of both splits and all that they name; the images of the one `here`, and their classes."""
+    names = (asked.dataset.train, asked.name("test"))
+    places = [here, *(splits[name] for name in names if name in splits and splits[name].list)]
+    read = {place: read_list(asked, tree.root, tree.files, place) for place in dict.fromkeys(places)}
+    return {name for place, rows in read.items() for name in (place.list, *rows)}, read[here]
+
+
 def _usual(dataset: Dataset) -> set[str]:
     return {dataset.train, str(dataset.test), *USUAL["train"], *USUAL["test"]}
 
@@ -205,6 +202,21 @@ def _check_layout(asked: Asked, split: Split, tree: Tree, splits: dict[str, Plac
             "SPLIT/CLASS/image"
         )
     asked.check(split, splits)
+
+
+def _check_folders(asked: Asked, split: Split, images: list[str], depth: int, unread: list[str]) -> None:
+    """Raise DataError unless there are images, each right in a class folder, and no columns are asked for."""
+    for key in ("image", "label"):
+        if (column := getattr(asked.dataset, key)) not in (None, key):
+            said = f"{asked.dataset.path} has class folders, and no column {column!r}"
+            raise DataError(f"data.{asked.role}.{key}: {said}")
+    if not images:
+        raise DataError(f"{asked.where(split)}: no image can be read{kinds(unread)}")
+    if wrong := next((file for file in images if file.count("/") != depth), None):
+        raise DataError(
+            f"{asked.where(split)}: {wrong} has no class: every image must lie at SPLIT/CLASS/image, neither above nor "
+            "below, or be named in SPLIT.csv with the columns file_name and label"
+        )
 
 
 def _check_same(asked: Asked, tree: Tree, place: Place, folders: dict[str, str | None]) -> None:
