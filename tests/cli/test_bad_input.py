@@ -214,7 +214,7 @@ def test_memory_that_runs_out_is_told_with_the_job_and_its_keys(opened, monkeypa
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(runner, "_stage", lambda _: fail)
+    monkeypatch.setattr("dtlctl.stages.dispose.dispose", fail)
     monkeypatch.setattr(runner.data_demands, "check", lambda *_: None)
     experiment = opened('dispose.one.unlearn={kind="gradient-collision", chunks=4, memory="recompute"}')
     smaller = "a batch_size below %d, or more processes, each on a device of its own"
@@ -227,7 +227,7 @@ def test_memory_that_runs_out_is_told_with_the_job_and_its_keys(opened, monkeypa
             runner.run(experiment, ("dispose",), only=(model,), force=True)
         assert str(caught.value) == f"RECIPE: dispose/{model}: memory ran out\nit takes less with {ways}"
         assert caught.value.exit_code == 1
-    monkeypatch.setattr(runner, "_stage", lambda _: lambda *_: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr("dtlctl.stages.dispose.dispose", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         runner.run(experiment, ("dispose",), only=("rand",), force=True)
 
