@@ -224,7 +224,10 @@ def verify(
 
     one_process("verify: start it as one process, without a launcher")
     found = card.verify(folder, _experiment(recipe, overrides, RUNS, quiet=True) if recipe else None)
-    print(json.dumps(found) if as_json else "\n".join(f"{name} {value}" for name, value in found.items()))
+    shown = {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in found.items()}
+    print(json.dumps(found) if as_json else "\n".join(f"{name} {value}" for name, value in shown.items()))
+    measured = ", and Acc_t is what was measured here" if recipe else ""
+    say(f"{folder}: every file is what its card says{measured}", quiet=False)
 
 
 def sweep(

@@ -27,8 +27,9 @@ class Progress:
 
     def __init__(self, title: str, total: int, *, enabled: bool = True):
         self.title, self.total, self.enabled = title, total, enabled
-        self._done = self._images = 0
+        self._done = self._images = self._before = 0
         self._started = self._said = time.monotonic()
+        self._note = ""
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> Progress:
@@ -44,10 +45,14 @@ class Progress:
             self._bar.stop()
 
     def advance(self, count: int = 1, images: int = 0) -> None:
+        if not images and not self._done:
+            self._before = count  # done in an earlier run, so no part of this one's pace
         self._done += count
         self._images += images
         if self._bar is not None:
             self._bar.advance(self._task, count)
+        else:
+            self._line()
 
     def goes_on(self, done: int, saved: str | None) -> None:
         """Begin with so much that is done already. saved: when it was, which is said."""
@@ -62,15 +67,21 @@ class Progress:
             self._bar.update(self._task, total=total, completed=done)
         self._done = done
         if self._bar is None:
-            self.show({})
+            self._line()
 
     def show(self, metrics: dict[str, float]) -> None:
         """Say where the work stands; without a terminal at most every ten seconds."""
-        note = " ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "step")
+        self._note = " ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "step")
         if self._images:
-            note += f" {self._images / max(time.monotonic() - self._started, 1e-9):.0f} images/s"
+            self._note += f" {self._images / max(time.monotonic() - self._started, 1e-9):.0f} images/s"
         if self._bar is not None:
-            self._bar.update(self._task, note=note)
-        elif self.enabled and time.monotonic() - self._said > 10:
-            self._said = time.monotonic()
-            say(f"{self.title} {self._done}/{self.total} {note}")
+            self._bar.update(self._task, note=self._note)
+        else:
+            self._line()
+
+    def _line(self) -> None:
+        """A line now and then, with what is left by the pace since the work began here."""
+        if self.enabled and (now := time.monotonic()) - self._said > 10:
+            self._said, paced = now, max(self._done - self._before, 1) / (now - self._started)
+            left = (self.total - self._done) / paced
+            say(f"{self.title} {self._done}/{self.total} {self._note} {left / 60:.0f} min left".replace("  ", " "))

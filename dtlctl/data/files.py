@@ -84,12 +84,18 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
 
 
+WHOLE = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"II*": "TIFF", b"RIFF": "WebP"}
+"""How files of these formats begin."""
+
+
 def reason(blob: bytes) -> str:
     """Why the content of a file is no image that can be read."""
     if not blob:
         return "it is empty"
     if blob[4:8] == b"ftyp":
         return "it is HEIF or AVIF; pip install pillow-heif, or -U pillow for AVIF"
+    if name := next((name for start, name in WHOLE.items() if blob.startswith(start)), None):
+        return f"it is a {name} that is cut short or broken"
     return f"it is no image of a known format (it begins with {blob[:12]!r})"
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dtlctl.errors import CheckpointError, RecipeError, suggest
 from dtlctl.model.networks import DEPTHS, TIMM, precision, timm_options
-from dtlctl.report import tables, templates
+from dtlctl.recipe.settings import Publish
+from dtlctl.report import tables, templates, verdict
 from dtlctl.report.results import recipe_of, results_of
 from dtlctl.report.summary import summarise
 from dtlctl.run import export
@@ -25,10 +27,12 @@ PREPROCESSING = {
 
 
 def evidence(experiment: Experiment) -> dict[str, Any]:
-    """What the run's report says. Raises RecipeError where the run was made from another recipe."""
-    if recipe_of(experiment.folder).resolved() != experiment.recipe.resolved():
+    """What the run's report says, under the limits of this call. RecipeError where the run is of another recipe."""
+    made, asked = ({**one.resolved(), "publish": None} for one in (recipe_of(experiment.folder), experiment.recipe))
+    if made != asked:
         raise RecipeError(f"{experiment.folder}: made from other settings; run: {experiment.command('run')}")
-    return summarise([experiment.folder])
+    document = summarise([experiment.folder])
+    return document | {"verdict": asdict(verdict.verdict(document, experiment.recipe.publish))}
 
 
 def known(experiment: Experiment, model: str | None, document: dict[str, Any] | None = None) -> str:
@@ -36,8 +40,8 @@ def known(experiment: Experiment, model: str | None, document: dict[str, Any] | 
     names = [job.model for job in experiment.jobs if job.stage in ("finetune", "dispose")]
     model = model or (document["verdict"]["recommended"] if document else None)
     if model is None:
-        why = f": {document['verdict']['sentences'][0]}" if document else " of a file"
-        raise RecipeError(f"export: say which model, as --model NAME (one of {', '.join(names)}){why}")
+        why = f"{document['verdict']['sentences'][0]} Else say" if document else "a file has no verdict: say"
+        raise RecipeError(f"export: {why} which model, as --model NAME (one of {', '.join(names)})")
     if model not in names:
         raise RecipeError(f"--model {model}: {experiment.source} has no such model with a target head"
                           f"{suggest(model, names)}")  # fmt: skip
@@ -142,7 +146,7 @@ def _card(
         classes=len(described["classes"]),
         arch=described["arch"],
         size=described["image_size"],
-        sentences=document["verdict"]["sentences"],
+        sentences=_sentences(document, model, recipe.publish or Publish()),
         table=tables.render([_table(evidence, model)]).strip(),
         audit=next((row.get("audit_auc") for row in document["rows"] if row["model"] == model), None),
         attackers=templates.said("who", document["recipe"]["piggyback"]) if own["attacks"] else "",
@@ -151,6 +155,16 @@ def _card(
         lineage=_lineage(experiment, model, hashes),
         never=never,
     )
+
+
+def _sentences(document: dict[str, Any], model: str, limits: Publish) -> list[str]:
+    """The verdict, with what the limits say of the model in this folder, whichever is recommended."""
+    chosen, sentences = document["verdict"]["recommended"], document["verdict"]["sentences"]
+    if model == chosen:
+        return sentences
+    own = [f"[publish] {text}" for _, text in verdict.held(document["evidence"], model, limits)]
+    first = f"This is {model}, which is not what the verdict recommends."
+    return [first, *own, *(text for text in sentences if not text.startswith("[publish]"))]
 
 
 def _table(evidence: dict[str, Any], model: str) -> tables.Table:

@@ -59,5 +59,6 @@ def _head(experiment: Experiment, job: Job[Any], model: Classifier, given: weigh
             if head == "target" or not given.classes:
                 raise
             other = f"; {error}"
+    experiment.processes.say(f"{job.title}: fitting a {head} head on the frozen features")
     count = readout.fit_head(experiment, model, head, [("train", experiment.data.index(head))])
     return f"no head for the {head} in it{other}: {FITTED} of {count:,} images"

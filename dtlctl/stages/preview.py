@@ -108,12 +108,9 @@ def _describe(experiment: Experiment, role: str) -> dict[str, Any]:
     if source.kind == "hub" and dataset.revision is None:
         told["notes"].append("revision not pinned")
     found: dict[Split, Images | Rows] = {}
-    try:
-        for split in SPLITS:
-            if opened := experiment.data.cached(role, split) or source.listed(split):
-                found[split] = opened
-    except DataError as error:
-        told["notes"].append(str(error))
+    for split in SPLITS:
+        if opened := experiment.data.cached(role, split) or source.listed(split):
+            found[split] = opened
     if train := found.get("train"):
         counts = np.bincount(train.labels[train.labels >= 0], minlength=len(train.classes)).tolist()
         told["images"] = sum(subset.sizes(counts, dataset.fraction, dataset.balance))

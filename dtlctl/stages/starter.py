@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from dtlctl.recipe.loading import validated
 from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.plan import jobs
 from dtlctl.stages.preview import Clock, cost, rendered, words
+from dtlctl.training.price import EXPECTED, resolution
 
 MINUTES = 30
 """What all of it may take: well within an hour, for other machines and other moments differ."""
@@ -34,6 +36,8 @@ HELD_OUT = 0.2
 EPOCHS = (5, 40)
 """Of pre-training: fewer teach too little; more are left to whoever has the time."""
 SIDES = (16, 24, 32, 48, 64, 96, 128, 160, 224)
+PRICE = 1.0
+"""Points of Acc_t that the disposal may cost; [publish] allows besides what so many test images cannot tell from it."""
 LOOKED = 48
 """Images of a dataset that are opened for their size."""
 
@@ -49,6 +53,8 @@ def write(
     folders = "-".join(Path(path).name.removeprefix("builtin:") for path in (source, target))
     usual = re.sub(r"[^\w.-]+", "-", folders, flags=re.ASCII).strip("-._")[:64]
     each = max(4, min(20, min(own["counts"]) // 20))
+    outputs = _network_of(weights, SIDES[0])[2] if weights else 0
+    told_to = resolution(max(1, seen["target"]["tests"]), EXPECTED)
     told: dict[str, Any] = {
         "toml": partial(json.dumps, ensure_ascii=False),
         "name": name or usual.rstrip(".") or "mine",
@@ -60,6 +66,9 @@ def write(
         "each": min(each, *own["counts"]),
         "few": round(min(1.0, each * len(own["counts"]) / sum(own["counts"])), 6),
         "limit": MINUTES,
+        "told": told_to,
+        "most": float(max(2, math.ceil(PRICE + told_to))),
+        "adopted": "finetune" if outputs == len(seen["target"]["counts"]) != len(own["counts"]) else "pretrain",
         "weights": weights,
     }
     for arch, stem, side in _networks(max(own["side"], seen["target"]["side"]), size, gpu, weights):
@@ -138,7 +147,7 @@ def _networks(found: int, size: int | None, gpu: bool, weights: str | None) -> I
     """(arch, stem, image size) from what one would like to what a slow machine can do; found: the images' side."""
     side = size or max(side for side in SIDES if side <= max(SIDES[0], min(found, 224 if gpu else 64)))
     if weights:
-        yield *_network_of(weights, side), side
+        yield *_network_of(weights, side)[:2], side
     elif gpu:
         yield "resnet18", "small" if side <= 64 else "imagenet", side
     else:
@@ -148,16 +157,16 @@ def _networks(found: int, size: int | None, gpu: bool, weights: str | None) -> I
             yield "resnet8", "small", 32
 
 
-def _network_of(weights: str, side: int) -> tuple[str, str]:
-    """The arch and stem that weights are of: a ResNet's. Raises CheckpointError for any others."""
+def _network_of(weights: str, side: int) -> tuple[str, str, int]:
+    """The arch and stem that weights are of, a ResNet's, and their head's outputs. CheckpointError for any others."""
     usual = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152, 10)]
     pairs = [*((arch, "imagenet") for arch in usual), *((arch, "small") for arch in (*usual, *networks.DEPTHS))]
     image = {"width": None, "image_size": side, "mean": networks.MEAN, "std": networks.STD}
     failures: list[CheckpointError] = []
     for arch, stem in pairs:
         try:
-            read(weights, {"arch": arch, "stem": stem, **image})
-            return arch, stem
+            head = read(weights, {"arch": arch, "stem": stem, **image}).head
+            return arch, stem, len(head[1]) if head else 0
         except CheckpointError as error:
             failures.append(error)
     raise failures[0]

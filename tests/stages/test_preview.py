@@ -195,3 +195,9 @@ def test_a_folder_is_looked_at_once(recipe_file: Path, tmp_path: Path, monkeypat
     assert next(row["images"] for row in found["data"] if row["role"] == "target") == 4
     inside = [f"photos/{split}{name}" for split in ("test", "train") for name in ("", "/a", "/b")]
     assert sorted(path for path in looked if path.startswith("photos")) == ["photos", *inside]
+
+
+def test_data_that_is_not_there_is_no_plan(recipe_file: Path, call):
+    """As a run would end; a note beside "valid" is read by nobody."""
+    code, out, err = call("check", recipe_file, "--set", "data.target.path=./nowhere")
+    assert (code, out) == (4, "") and "data.target.path" in err and "nowhere" in err
