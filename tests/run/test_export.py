@@ -198,7 +198,7 @@ def test_onnx_without_its_packages_or_in_a_file_is_one_line(experiment: Experime
         assert not Path(to).exists()
 
 
-@pytest.mark.parametrize("number", [2**22 + 1, os.getpid()])
+@pytest.mark.parametrize("number", [2**22 + 1, os.getpid()], ids=["another", "this process"])
 def test_what_a_killed_export_left_is_put_in_order(tmp_path: Path, monkeypatch, number: int):
     """It dies between its two renames; the next one dies before it has written anything, and the earlier is back.
 
