@@ -491,7 +491,7 @@ def test_one_image_a_class_cannot_tune_and_that_is_told_before_anything_trains(r
     experiment = Experiment(
         load(recipe_file, [ATTACKERS, "data.piggyback.again.fraction=0.01"]), recipe_file.parent, quiet=True
     )
-    reason = r"data\.piggyback\.again\.fraction: 0\.01: tuned attackers hold out images: .*; make it larger"
+    reason = r"data\.piggyback\.again\.fraction: 0\.01: images are held out: .*; make it larger"
     with pytest.raises(DataError, match=f"^RECIPE: {reason}$"):
         run(experiment, ("pretrain", "finetune", "piggyback"))
     assert not experiment.folder.exists()

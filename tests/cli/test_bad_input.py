@@ -113,12 +113,6 @@ def test_data_of_the_last_stage_is_looked_at_before_the_first_trains(call, recip
     assert not list((tmp_path / "runs").rglob("model.json"))
 
 
-def test_check_shows_a_missing_dataset_as_a_note(call, recipe_file: Path):
-    code, out, _ = call("check", recipe_file, "--set", "data.source.path=./nowhere")
-    assert code == 0
-    assert "note: data.source.path: ./nowhere does not exist" in out
-
-
 def test_a_truncated_checkpoint_stops_what_depends_on_it(call, recipe_file: Path, tmp_path: Path):
     assert call("pretrain", recipe_file, "--quiet")[0] == 0
     weights = tmp_path / "runs" / "tiny" / "pretrain" / "model.safetensors"
