@@ -44,7 +44,8 @@ LABELS = {
     "rand-both": "random labels, both", "fresh-both": "fresh stages alone, both",
     "rand-fresh": "random labels, fresh stages, both", "null-both": "null-space, fresh stages, both",
     "lr-0.01": "learning rate 0.01", "lr-0.1": "learning rate 0.1", "gc-src-kd": "distilled on source images",
-    "gc-tgt-kd": "distilled on target images", "gc-tgt-ce": "target labels", "gc-tgt-a-gem": "A-GEM on target images",
+    "gc-tgt-kd": "distilled on target images", "gc-tgt-ce": "target labels",
+    "regrown": "no unlearning loss, grown anew", "gc-tgt-a-gem": "A-GEM on target images",
 }  # fmt: skip
 """A model in a table: its unlearning loss, fresh stages, and whose images retain, where not the source's alone."""
 GREY, ORANGE, BLUE, PURPLE, GREEN = "#555b63", "#d55e00", "#0072b2", "#aa4499", "#00805a"
