@@ -1,8 +1,9 @@
 """WB: the white-box attack of Nasr et al. (arXiv:1812.00910), after Del Grosso et al. (arXiv:2203.09481).
 
 The attacker knows the weights, the image and its true label. He trains a network on all that the model does with the
-images whose membership he knows: hidden features, logits, loss, label, and the gradient by each layer's weights. His
-threshold comes from images of his that were not trained on, and nobody flips its sign by the images that are judged.
+images whose membership he knows: hidden features, logits, loss, label, and norms of the gradient by each layer's
+weights. Theirs has a branch for each of these; here they stand side by side. His threshold comes from images of his
+that were not trained on, and nobody flips its sign by the images that are judged.
 """
 
 from __future__ import annotations
