@@ -107,17 +107,17 @@ def test_lengths_follow_the_machine(clock, tmp_path: Path):
     """
     images(tmp_path / "s", 2, 500, 1)
     images(tmp_path / "t", 2, 50, 1)
-    clock(0.01)  # 30 minutes are 180,000 images: (180,000 - 141,280) / 960 = 40.3 epochs
+    clock(0.008)  # 24 minutes are 180,000 images: (180,000 - 141,280) / 960 = 40.3 epochs
     recipe = written(tmp_path)
     assert (recipe.model.arch, recipe.model.image_size, recipe.pretrain.epochs) == ("resnet20", 16, 40)
     assert recipe.data.source.fraction == 1
     assert recipe.data.piggyback["source"].fraction == 0.04  # a twentieth, at most 20 of each class
     text = (tmp_path / "recipe.toml").read_text()
-    assert "takes 30 to 60 min" in text  # (141,280 + 40 * 960) images at 0.01 and 0.02 s: 29.9 and 59.9
-    clock(0.0125)  # 144,000 images: 2.8 epochs fit, too few; so the smaller network, and a quarter of the time: 37.5
+    assert "takes 24 to 48 min" in text  # (141,280 + 40 * 960) images at 0.008 and 0.016 s: 23.96 and 47.9
+    clock(0.01)  # 144,000 images: 2.8 epochs fit, too few; so the smaller network, and a quarter of the time: 37.5
     recipe = written(tmp_path)
     assert (recipe.model.arch, recipe.pretrain.epochs, recipe.data.source.fraction) == ("resnet8", 37, 1)
-    clock(1.0)  # 450 images of 960 fit into the quarter: 0.469 epochs, or a fraction of 0.094 five times
+    clock(0.8)  # 450 images of 960 fit into the quarter: 0.469 epochs, or a fraction of 0.094 five times
     recipe = written(tmp_path)
     assert (recipe.pretrain.epochs, recipe.data.source.fraction) == (5, 0.094)
     assert recipe.data.piggyback["source"].balance == "classes"
