@@ -31,7 +31,10 @@ def init(
     source: Annotated[str | None, typer.Option(metavar="PATH", help="Private data, as `path` in a recipe.")] = None,
     target: Annotated[str | None, typer.Option(metavar="PATH", help="Data of the task that you publish.")] = None,
     attacker: Annotated[str | None, typer.Option(metavar="PATH", help="Data that an attacker may have.")] = None,
-    weights: Annotated[str | None, typer.Option(metavar="FILE", help="A network trained on it already.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A network trained on the source already, or on the target after it."),
+    ] = None,
     size: Annotated[int | None, typer.Option(min=8, max=1024, help="Pixels; default: by the images.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the run; default: by the folders.")] = None,
     quiet: Quiet = False,

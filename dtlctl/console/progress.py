@@ -45,8 +45,6 @@ class Progress:
             self._bar.stop()
 
     def advance(self, count: int = 1, images: int = 0) -> None:
-        if not images and not self._done:
-            self._before = count  # done in an earlier run, so no part of this one's pace
         self._done += count
         self._images += images
         if self._bar is not None:
@@ -58,6 +56,7 @@ class Progress:
         """Begin with so much that is done already. saved: when it was, which is said."""
         if saved and self.enabled:
             say(f"{self.title}: goes on from step {done} of {self.total}, saved at {saved}")
+        self._before = done  # no part of this run's pace
         self.advance(done)
 
     def at(self, done: int, total: int) -> None:
@@ -84,4 +83,5 @@ class Progress:
         if self.enabled and (now := time.monotonic()) - self._said > 10:
             self._said, paced = now, max(self._done - self._before, 1) / (now - self._started)
             left = (self.total - self._done) / paced
-            say(f"{self.title} {self._done}/{self.total} {self._note} {left / 60:.0f} min left".replace("  ", " "))
+            ahead = f"{left / 60:.0f} min left" if left >= 90 else f"{left:.0f} s left"
+            say(" ".join(filter(None, [self.title, f"{self._done}/{self.total}", self._note, ahead])))

@@ -66,6 +66,7 @@ def write(
         "each": min(each, *own["counts"]),
         "few": round(min(1.0, each * len(own["counts"]) / sum(own["counts"])), 6),
         "limit": MINUTES,
+        "price": PRICE,
         "told": told_to,
         "most": float(max(2, math.ceil(PRICE + told_to))),
         "adopted": "finetune" if outputs == len(seen["target"]["counts"]) != len(own["counts"]) else "pretrain",

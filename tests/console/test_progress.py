@@ -12,7 +12,7 @@ def test_a_line_tells_the_pace_and_what_is_left(monkeypatch: pytest.MonkeyPatch,
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with progress.Progress("pretrain", 1000) as bar:
-        bar.advance(400)
+        bar.goes_on(400, None)
         for step in range(100):
             now[0] = 0.2 * (step + 1)
             bar.advance(1, images=64)

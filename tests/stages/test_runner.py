@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,9 +56,7 @@ def test_run_makes_every_artefact_and_prints_the_table(recipe_file: Path, dtlctl
     assert tl["data"]["target"]["images"] == 20  # 1,000 training digits, 2 %: two a class
     assert tl["processes"] == 1
 
-    started = time.monotonic()
     again = dtlctl("run", recipe_file)
-    assert time.monotonic() - started < 15  # 5 s on a quiet machine
     assert again.returncode == 0
     assert again.stdout == first.stdout
     assert "everything is up to date" in again.stderr
