@@ -1,4 +1,4 @@
-"""Images, decoded and resized once, each when it is first asked for, kept as one memory-mapped array.
+"""Images, decoded and resized once, each when it is first asked for, and kept in one array; streamed, only looked at.
 
 An entry's name is a hash of everything that its content depends on. It is made beside its place and renamed into it,
 then filled (`entry`), so that any number of processes may ask for it at once.
@@ -27,14 +27,15 @@ from dtlctl.console.machine import alive, cores
 from dtlctl.data import entry as entries
 from dtlctl.data.dataset import Rows, Split
 from dtlctl.data.entry import Entry, Images, Wanted
-from dtlctl.data.pixels import Depth, Rule, dark, decide, decode
+from dtlctl.data.pixels import Depth, Rule, dark, decide, decode, hashed
 from dtlctl.data.sources import Source
+from dtlctl.data.stream import Streamed
 from dtlctl.errors import DataError
 from dtlctl.storage.checkpoint import sync, write
 
 # Changing how images are chosen, decoded, resized or stored must change this number: it is part of the key.
 _FORMAT = 7
-_BATCH = 64  # images a task
+_BATCH, _BYTES = 64, 1 << 22  # images a task, at most, and bytes of their pixels
 
 Progress = Callable[[int, int], None]
 Item = TypeVar("Item")
@@ -46,6 +47,8 @@ def load(
 ) -> Images:
     """A split as RGB images of `image_size` x `image_size` pixels, decoded unless that has been done before.
 
+    Where the recipe streams, or lets it be chosen and they would fill the disk, they are looked at and not kept.
+
     See `pixels.decode` for what becomes of an image. wanted: of the train split, the images that are; else all are.
     Where one of these has more than 8 bits, all are decoded; of a test split, those of the train split too, whose rule
     it is read by. `progress(done, total)` is called with numbers of images. Raises DataError: a source that cannot be
@@ -56,32 +59,67 @@ def load(
     def train_rule(whole: bool) -> Rule:
         return load(source, "train", image_size, None if whole else wanted, progress).rule
 
-    place, own = _place(source, split, image_size), wanted if split == "train" else None
-    entry = entries.read(place, image_size)
-    if entry is None or entry.missing(own).size:
-        work = place.with_name(f"{place.name}.{platform.node()}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
-        try:
-            _sweep(place)
-            (work / "scratch").mkdir(parents=True)
-            rows = source.rows(split, image_size, work / "scratch")
-            if entry is None:
-                _check_classes(rows, split, source.where(split))
-                entries.create(rows, work / "entry", image_size, source.where(split))
-                entry = _publish(work / "entry", place, image_size)
-            _decode(rows, entry, own, train_rule if split == "test" else None, progress)
-        except OSError as error:
-            raise DataError(f"cannot write the image cache {place.parent}: {error}; set DTLCTL_CACHE") from error
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        entry = entries.read(place, image_size)
-        assert entry and not entry.missing(own).size
-    return entry.images(own)
+    if there := cached(source, split, image_size, wanted):
+        return there
+    own = wanted if split == "train" else None
+    streamed = _is_streamed(source, split, image_size, own)
+    place = _place(source, split, image_size, streamed)
+    work = place.with_name(f"{place.name}.{platform.node()}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
+    try:
+        _sweep(place)
+        (work / "scratch").mkdir(parents=True)
+        rows = source.rows(split, image_size, _rows_of(place) if streamed else work / "scratch")
+        entry = entries.read(place, image_size, streamed)
+        if entry is None:
+            _check_classes(rows, split, source.where(split))
+            entries.create(rows, work / "entry", image_size, source.where(split), streamed)
+            entry = _publish(work / "entry", place, image_size, streamed)
+        _decode(rows, entry, own, train_rule if split == "test" else None, progress)
+    except OSError as error:
+        raise DataError(f"cannot write the image cache {place.parent}: {error}; set DTLCTL_CACHE") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    there = cached(source, split, image_size, wanted)
+    assert there
+    return there
 
 
 def cached(source: Source, split: Split, image_size: int, wanted: Wanted | None = None) -> Images | None:
     """What `load` would return, if it needs no decoding. Of local files only names, sizes and times are read."""
-    own, entry = wanted if split == "train" else None, entries.read(_place(source, split, image_size), image_size)
-    return None if entry is None or entry.missing(own).size else entry.images(own)
+    own = wanted if split == "train" else None
+    for streamed in {"cache": (False,), "stream": (True,), "auto": (False, True)}[source.dataset.decode]:
+        place = _place(source, split, image_size, streamed)
+        entry = entries.read(place, image_size, streamed)
+        if entry is not None and not entry.missing(own).size:
+            return entry.images(own, _stream(source, split, entry) if streamed else entry.arrays["pixels"])
+    return None
+
+
+def _is_streamed(source: Source, split: Split, image_size: int, wanted: Wanted | None) -> bool:
+    """As the recipe says; or where the decoded images would take more than half of what is free on the cache's disk."""
+    if source.dataset.decode != "auto" or source.kind == "builtin":
+        return source.dataset.decode == "stream"
+    rows = source.rows(split, image_size, None)
+    labels = rows.labels[rows.labels >= 0]
+    images = (
+        len(labels) if wanted is None else max(len(wanted(labels, len(rows.classes))), min(len(labels), entries.WHOLE))
+    )
+    there = next(path for path in (folder(), *folder().parents) if path.exists())
+    return 3 * image_size**2 * images > shutil.disk_usage(there).free // 2
+
+
+def _stream(source: Source, split: Split, entry: Entry) -> Streamed:
+    def opened() -> Rows:
+        return source.rows(split, entry.size, _rows_of(entry.place))
+
+    return Streamed(opened, entry.arrays["hashes"], entry.full, entry.size)
+
+
+def _rows_of(place: Path) -> Path:
+    """Where a table's rows stay as long as they may be streamed: in an image's own bytes, not decoded."""
+    rows = place.with_name(f"{place.name}.rows")
+    rows.mkdir(parents=True, exist_ok=True)
+    return rows
 
 
 def folder() -> Path:
@@ -91,7 +129,7 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dtlctl"
 
 
-def _place(source: Source, split: Split, image_size: int) -> Path:
+def _place(source: Source, split: Split, image_size: int, streamed: bool) -> Path:
     dataset = source.dataset
     if split == "test" and dataset.test == dataset.train:
         raise DataError(
@@ -103,6 +141,7 @@ def _place(source: Source, split: Split, image_size: int) -> Path:
         "source": source.identity,
         "split": getattr(dataset, split) if isinstance(dataset.test, str) else [split, dataset.test, source.seed],
         "image_size": image_size,
+        **({"decode": "stream"} if streamed else {}),
     }
     return folder() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
@@ -115,13 +154,13 @@ def _sweep(place: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _publish(work: Path, place: Path, image_size: int) -> Entry:
+def _publish(work: Path, place: Path, image_size: int, streamed: bool) -> Entry:
     """Rename a new entry into its place, or take the one that another process put there meanwhile."""
     while True:
         try:
             os.rename(work, place)
         except OSError:
-            theirs = entries.read(place, image_size)
+            theirs = entries.read(place, image_size, streamed)
             if theirs is not None:
                 return theirs
             if not place.exists():
@@ -133,7 +172,7 @@ def _publish(work: Path, place: Path, image_size: int) -> Entry:
             shutil.rmtree(damaged, ignore_errors=True)
         else:
             sync(place.parent)
-            entry = entries.read(place, image_size)
+            entry = entries.read(place, image_size, streamed)
             assert entry is not None
             return entry
 
@@ -150,11 +189,11 @@ def _decode(
     if entry.classes != source.classes or not np.array_equal(entry.labels, source.labels[kept]):
         raise DataError(f"{entry.name}: it is not what it was when it was first read; remove {entry.place}")
     depths: dict[int, Depth] = {}
-    size = entry.arrays["pixels"].shape[-1]
 
     def decoded(rows: np.ndarray, rule: Rule | None) -> Iterator[entries.Part]:
-        chunks, done = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)], 0
-        task = lambda chunk: _batch(source, kept[chunk], needed[chunk], size, rule)  # noqa: E731
+        size = max(1, min(_BATCH, _BYTES // (3 * entry.size**2)))
+        chunks, done = [rows[start : start + size] for start in range(0, len(rows), size)], 0
+        task = lambda chunk: _batch(source, kept[chunk], needed[chunk], entry.size, rule)  # noqa: E731
         with closing(_parallel(task, chunks)) as batches:
             for chunk, (pixels, hashes, states, found, broken) in zip(chunks, batches, strict=True):
                 depths.update({int(chunk[place]): depth for place, depth in found.items()})
@@ -205,8 +244,7 @@ def _batch(
             depths[place] = depth
         if image is not None and (rule or depth is None):
             pixels[place], states[place] = image, entries.FRAMES if frames else entries.DECODED
-    digests = b"".join(hashlib.blake2b(image.data, digest_size=entries.HASH.itemsize).digest() for image in pixels)
-    return pixels, np.frombuffer(digests, entries.HASH), states, depths, broken
+    return pixels, hashed(pixels), states, depths, broken
 
 
 def _check_classes(source: Rows, split: Split, place: str) -> None:

@@ -92,6 +92,10 @@ class Dataset(Strict):
     """What a fraction below 1 has of each class: the same number, as in the paper, or (`keep`) its share."""
     augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
     """Of training batches. `crop`: shifts by up to an eighth of the image, black moving in; `flip`: mirrors half."""
+    decode: Literal["auto", "cache", "stream"] = "auto"
+    """`cache`: every image once, kept at 3 bytes a pixel; `stream`: once to look at it, then whenever a batch needs it,
+    by processes of their own, kept nowhere. `auto` streams what would take more than half of the room left on the
+    cache's disk. Images and results are the same."""
 
     @field_validator("test")
     @classmethod

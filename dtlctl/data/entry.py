@@ -3,13 +3,15 @@
 `meta.json` and `labels.npy` are of the whole split. `state.npy` says which rows of `pixels.npy` and `hashes.npy` have
 been decoded, and is written once these are on the disk. What a row becomes is the same whoever decodes it, so any
 number of processes may fill an entry at once, and none of them is waited for. `rule.json` is there where an image of
-more than 8 bits is: then every row has been looked at, because one rule holds for all.
+more than 8 bits is: then every row has been looked at, because one rule holds for all. Of images that are streamed
+there is no `pixels.npy`; the rest is the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
@@ -19,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dtlctl.data.dataset import Note, Rows
-from dtlctl.data.pixels import Rule
+from dtlctl.data.pixels import HASH, Rule
+from dtlctl.data.stream import Streamed
 from dtlctl.storage.checkpoint import sync
 
-HASH = np.dtype("V16")
 RULE, SAID = "rule.json", "broken.txt"
 _SAFE = 8192  # images between two waits for the disk: no more are decoded in vain by a process that is killed
 _KINDS = {"pixels": np.dtype("u1"), "hashes": HASH, "state": np.dtype("u1")}
@@ -38,10 +40,42 @@ Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Places of rows; their pixels, hashes and states."""
 
 
+class Kept:
+    """uint8 [N, 3, S, S] in a file, read by any index of numpy's; not mapped, as it may be larger than addresses are.
+
+    Raises OSError and ValueError for a file that does not hold them.
+    """
+
+    dtype = np.dtype("u1")
+
+    def __init__(self, path: Path):
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        if np.lib.format.read_magic(self._file) != (1, 0):
+            raise ValueError(f"{path}: of another version")
+        self.shape, _, dtype = np.lib.format.read_array_header_1_0(self._file)
+        self.offset, self._each = self._file.tell(), math.prod(self.shape[1:])
+        if dtype != self.dtype or os.fstat(self._file.fileno()).st_size < self.offset + len(self) * self._each:
+            raise ValueError(f"{path}: not {self.shape} bytes")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        rows = key if isinstance(key, np.ndarray) and key.dtype == np.int64 else np.arange(len(self))[key]
+        found = np.empty((*rows.shape, *self.shape[1:]), np.uint8)
+        for row, image in zip(rows.reshape(-1).tolist(), found.reshape(-1, self._each), strict=True):
+            if os.preadv(self._file.fileno(), [image.data], self.offset + row * self._each) != self._each:
+                raise OSError(f"{self._file.name}: cut short at image {row}")
+        return found
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        return self[:]
+
+
 class Images(NamedTuple):
     """One split in memory, or nearly so. Of pixels and hashes only those of `rows` are there."""
 
-    pixels: np.ndarray  # uint8 [N, 3, S, S], RGB, memory-mapped, read-only
+    pixels: np.ndarray | Kept | Streamed  # uint8 [N, 3, S, S], RGB: `pixels[rows]` is an array
     labels: np.ndarray  # int64 [N], indices into `classes`
     classes: tuple[str, ...]
     fingerprint: str  # SHA-256, in hex, of hashes of `rows`, labels and class names: the content, not the file
@@ -69,7 +103,8 @@ class Entry(NamedTuple):
     name: str  # of the split, for messages
     notes: list[Note]
     rule: Rule | None  # None as long as no image of more than 8 bits has been seen
-    arrays: dict[str, np.memmap]  # pixels, hashes, state
+    size: int  # of an image: pixels a side
+    arrays: dict[str, Any]  # hashes, state, mapped; `Kept` pixels, unless they are streamed
 
     def needed(self, wanted: Wanted | None) -> np.ndarray:
         """bool [N]: which images are wanted."""
@@ -84,9 +119,9 @@ class Entry(NamedTuple):
         others = len(needed) <= WHOLE
         return np.flatnonzero(((state == 0) & (needed | others)) | ((state == BROKEN) & needed))
 
-    def images(self, wanted: Wanted | None) -> Images:
+    def images(self, wanted: Wanted | None, pixels: Kept | Streamed) -> Images:
         """What `missing` leaves nothing of."""
-        pixels, hashes, state = self.arrays["pixels"], self.arrays["hashes"], np.array(self.arrays["state"])
+        hashes, state = self.arrays["hashes"], np.array(self.arrays["state"])
         rows = np.flatnonzero(state != BROKEN if len(state) <= WHOLE else self.needed(wanted))
         listed = hashlib.sha256(json.dumps([self.classes, pixels.shape]).encode())
         listed.update(self.labels.astype("<i8").tobytes())
@@ -99,10 +134,19 @@ class Entry(NamedTuple):
         if len(state) <= WHOLE and len(rows) < len(state):
             text = f"{self.name}: {len(state) - len(rows)} images that cannot be decoded are outside of the subset"
             notes = [*notes, Note("broken", len(state) - len(rows), text + self._broken())]
+        if isinstance(pixels, Streamed):
+            text = f"{self.name}: images are decoded when a batch needs them, and not kept"
+            notes = [*notes, Note("streamed", len(rows), text)]
         return Images(
             pixels, self.labels, self.classes, content.hexdigest(), listed.hexdigest(), self.dropped, tuple(notes),
             hashes, self.rule or Rule(), rows, self.place.name,
         )  # fmt: skip
+
+    def full(self) -> int | None:
+        """By what images of more than 8 bits are divided, as far as is known by now."""
+        with suppress(OSError):
+            return Rule(*json.loads((self.place / RULE).read_bytes())["rule"]).full
+        return None
 
     def _broken(self) -> str:
         with suppress(OSError):
@@ -113,19 +157,19 @@ class Entry(NamedTuple):
         """Write decoded rows, part after part; their states last, once the rest is on the disk."""
         with ExitStack() as stack:
             # Plain writes, not stores into a map: on a full disk a store is a SIGBUS.
-            files = {name: stack.enter_context(open(self.place / f"{name}.npy", "r+b")) for name in _KINDS}
+            files = {name: stack.enter_context(open(self.place / f"{name}.npy", "r+b")) for name in self.arrays}
             waiting: dict[int, np.ndarray] = {}
 
             def put(name: str, values: Iterable[tuple[int, np.ndarray]]) -> None:
-                for row, value in values:
+                for row, value in values if name in files else ():
                     files[name].seek(self.arrays[name].offset + row * value.nbytes)
                     files[name].write(value.tobytes())
 
             def safe() -> None:
-                for name in ("pixels", "hashes", "state"):
+                for name, file in files.items():  # states last
                     put("state", waiting.items() if name == "state" else ())
-                    files[name].flush()
-                    os.fsync(files[name].fileno())
+                    file.flush()
+                    os.fsync(file.fileno())
                 waiting.clear()
 
             for rows, pixels, hashes, states in parts:
@@ -137,14 +181,16 @@ class Entry(NamedTuple):
             safe()
 
 
-def create(source: Rows, work: Path, image_size: int, name: str) -> None:
+def create(source: Rows, work: Path, image_size: int, name: str, streamed: bool) -> None:
     """Write an entry of which no row is decoded into the new folder `work`. name: of the split, for messages."""
     work.mkdir()
     kept = source.labels[source.labels >= 0]
     np.save(work / "labels.npy", kept)
-    for array, shape in _shapes(len(kept), image_size).items():
-        # Holes take no room on the disk.
-        np.lib.format.open_memmap(str(work / f"{array}.npy"), "w+", _KINDS[array], shape)
+    for array, shape in _shapes(len(kept), image_size, streamed).items():
+        with open(work / f"{array}.npy", "wb") as file:
+            about = {"descr": np.lib.format.dtype_to_descr(_KINDS[array]), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, about)
+            file.truncate(file.tell() + math.prod(shape) * _KINDS[array].itemsize)  # holes take no room on the disk
     dropped = len(source.labels) - len(kept)
     meta = {"classes": source.classes, "dropped": dropped, "name": name, "notes": source.notes}
     (work / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -152,24 +198,32 @@ def create(source: Rows, work: Path, image_size: int, name: str) -> None:
         sync(path)
 
 
-def read(place: Path, image_size: int) -> Entry | None:
+def read(place: Path, image_size: int, streamed: bool) -> Entry | None:
     """A sound entry, or None. Content is not verified: only a crash of the machine could have changed it."""
+    names = _shapes(0, image_size, streamed)
     try:
         meta = json.loads((place / "meta.json").read_bytes())
-        arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in _KINDS}
+        load: dict[str, Callable[[Path], Any]] = {"pixels": Kept}
+        arrays = {name: load.get(name, _mapped)(place / f"{name}.npy") for name in names}
         labels = np.load(place / "labels.npy")
         wide: dict[str, Any] = {"notes": [], "rule": None}
         if (place / RULE).exists():
             wide = json.loads((place / RULE).read_bytes())
         notes = [Note(*note) for note in (*meta["notes"], *wide["notes"])]
         rule = Rule(*wide["rule"]) if wide["rule"] else None
-        entry = Entry(place, labels, tuple(meta["classes"]), meta["dropped"], meta["name"], notes, rule, arrays)
+        classes, dropped, name = tuple(meta["classes"]), meta["dropped"], meta["name"]
+        entry = Entry(place, labels, classes, dropped, name, notes, rule, image_size, arrays)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
-    shapes = _shapes(len(labels), image_size)
-    fits = all((arrays[name].shape, arrays[name].dtype) == (shapes[name], kind) for name, kind in _KINDS.items())
+    shapes = _shapes(len(labels), image_size, streamed)
+    fits = all((arrays[name].shape, arrays[name].dtype) == (shape, _KINDS[name]) for name, shape in shapes.items())
     return entry if fits and labels.dtype == np.int64 else None
 
 
-def _shapes(images: int, size: int) -> dict[str, tuple[int, ...]]:
-    return {"pixels": (images, 3, size, size), "hashes": (images,), "state": (images,)}
+def _mapped(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
+
+
+def _shapes(images: int, size: int, streamed: bool) -> dict[str, tuple[int, ...]]:
+    kept = {} if streamed else {"pixels": (images, 3, size, size)}
+    return {**kept, "hashes": (images,), "state": (images,)}

@@ -51,7 +51,7 @@ class Source:
                 f'out a second one; write test = "{there[0]}", or move that split away'
             )
         drawn = subset.held_out(whole.labels, whole.classes, share, self.seed, self.where(split))
-        held = drawn[_first_copies(whole) if scratch else slice(None)]
+        held = drawn[_first_copies(whole, scratch / "copies.npy") if scratch else slice(None)]
         for label, name in enumerate(whole.classes):
             if len({*held[whole.labels == label].tolist()}) == 1:
                 raise DataError(
@@ -137,12 +137,18 @@ class Source:
         return align(own, train, self._asked.where(split), self.dataset.train)
 
 
-def _first_copies(whole: Rows) -> np.ndarray:
-    """int64 [N]: by row the first one whose image has the same bytes, in its file or, of a picture, in its pixels."""
+def _first_copies(whole: Rows, file: Path) -> np.ndarray:
+    """int64 [N]: by row the first one whose image has the same bytes, in its file or, of a picture, in its pixels.
+
+    file: where this is kept, as every image is read for it.
+    """
+    with suppress(OSError, ValueError, EOFError):
+        return np.load(file)
     first, known = np.arange(len(whole.labels)), dict[bytes, int]()
     for row in np.flatnonzero(whole.labels >= 0).tolist():
         with suppress(DataError):  # of an image that cannot be read; it is told where it is decoded
             (picture,) = whole.pictures([row])
             blob = picture if isinstance(picture, bytes) else picture.tobytes()
             first[row] = known.setdefault(hashlib.blake2b(blob, digest_size=16).digest(), row)
+    np.save(file, first)
     return first

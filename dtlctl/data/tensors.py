@@ -1,16 +1,24 @@
-"""Batches as tensors: cut from the decoded array, moved once, augmented all together on the device."""
+"""Batches as tensors: taken from decoded images, or from those that a stream decodes, augmented on the device."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dtlctl.data.entry import Kept
+from dtlctl.data.stream import AHEAD, Streamed
+
+Pixels = np.ndarray | Kept | Streamed
+"""uint8 [N, 3, S, S]: `pixels[rows]` is an array of these rows."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,13 @@ class Batches:
     Every epoch is a fresh permutation; a rest smaller than a batch is left to the next epoch's luck. A dataset
     smaller than one batch is one batch. Crops and flips are drawn for the global batch, then shared out.
 
-    pixels: uint8 arrays [N, 3, S, S], taken one after the other; labels: integers, one an image of all of them; index:
-    the rows, of all of them, that are trained on. Nothing else of the arrays is read or moved.
+    pixels: one or several, taken one after the other; labels: integers, one an image of all of them; index: the rows,
+    of all of them, that are trained on. Nothing else of the pixels is read, decoded or moved.
     """
 
     def __init__(
         self,
-        pixels: np.ndarray | Sequence[np.ndarray],
+        pixels: Pixels | list[Pixels],
         labels: np.ndarray,
         index: np.ndarray,
         *,
@@ -62,26 +70,38 @@ class Batches:
         self.augment, self.seed, self.device, self.share = augment, seed, device, share
         self.rows = torch.from_numpy(np.ascontiguousarray(index))
         self.labels = torch.from_numpy(np.asarray(labels)[index]).to(device)
-        self.pixels = [_shared(array) for array in ([pixels] if isinstance(pixels, np.ndarray) else pixels)]
-        self._resident = _resident(self.pixels, self.rows, device)
-        self._epoch, self._order, self._order_there = -1, self.rows, self.rows
+        self.pixels = pixels if isinstance(pixels, list) else [pixels]
+        self._ahead = AHEAD * any(isinstance(one, Streamed) for one in self.pixels)
+        self._resident = None if self._ahead else _resident(self.pixels, self.rows, device)
+        self._orders: dict[int, tuple[Tensor, Tensor]] = {}
+        self._begun: dict[int, Callable[[], np.ndarray]] = {}
 
     def __getitem__(self, step: int) -> Batch:
-        epoch, place = divmod(step, self.images // self.batch_size)
-        if epoch != self._epoch:
-            order = torch.randperm(self.images, generator=_generator(self.seed, 0, epoch))
-            self._epoch, self._order = epoch, order
-            self._order_there = sent(order, self.device)  # once an epoch, not a part of it every step
-        part = slice(place * self.batch_size, (place + 1) * self.batch_size)
-        places, there = self.share.of(self._order[part]), self.share.of(self._order_there[part])
-        rows = self.rows[places]
+        places, there = self._places(step)
         if self._resident is None:
-            x = sent(_taken(self.pixels, rows), self.device)
+            steps = range(step, step + self._ahead + 1)
+            self._begun = {number: self._begun.get(number) or self._begin(number) for number in steps}
+            x = sent(torch.from_numpy(self._begun[step]()), self.device)
         else:
             x = self._resident.index_select(0, there)
         if self.augment != "none":
             x = crop_and_flip(x, *self._draw(step, x.shape[-1] // 8))
-        return Batch(_scaled(x), self.labels[there], rows)
+        return Batch(_scaled(x), self.labels[there], self.rows[places])
+
+    def _begin(self, step: int) -> Callable[[], np.ndarray]:
+        return _begin(self.pixels, self.rows[self._places(step)[0]].numpy())
+
+    def _places(self, step: int) -> tuple[Tensor, Tensor]:
+        """Which of the rows this process takes at a step: on the CPU, and on the device."""
+        epoch, place = divmod(step, self.images // self.batch_size)
+        if epoch not in self._orders:
+            order = torch.randperm(self.images, generator=_generator(self.seed, 0, epoch))
+            # Sent once an epoch, not a part of it every step. At the end of an epoch the next one's may be needed too.
+            last = dict([*self._orders.items()][-1:])
+            self._orders = {**last, epoch: (order, sent(order, self.device))}
+        part = slice(place * self.batch_size, (place + 1) * self.batch_size)
+        order, there = self._orders[epoch]
+        return self.share.of(order[part]), self.share.of(there[part])
 
     def _draw(self, step: int, padding: int) -> tuple[Tensor, Tensor]:
         generator = _generator(self.seed, 1, step)
@@ -91,18 +111,26 @@ class Batches:
 
 
 def evaluation_batches(
-    pixels: np.ndarray,
+    pixels: Pixels,
     labels: np.ndarray,
     rows: np.ndarray | None = None,
     *,
     device: torch.device,
     share: Share = Share(),
-    batch_size: int = 512,
+    batch_size: int | None = None,
 ) -> Iterator[Batch]:
-    """This process's share of a split, or of some rows of it, in order, as it is; no more than a batch is copied."""
+    """This process's share of a split, or of some rows of it, in order, as it is; no more than a batch is copied.
+
+    Of a stream a few more are decoded ahead. Without a batch_size it is 512, of images above 64 pixels less.
+    """
+    batch_size = batch_size or min(512, 512 * 64**2 // pixels.shape[-1] ** 2 + 1)
     chosen = torch.arange(len(labels)) if rows is None else torch.from_numpy(rows)
-    for part in share.of(chosen).split(batch_size):
-        x, y = (sent(torch.from_numpy(np.array(values[part.numpy()])), device) for values in (pixels, labels))
+    parts, ahead = share.of(chosen).split(batch_size), AHEAD * isinstance(pixels, Streamed)
+    coming, begun = iter(parts), deque[Callable[[], np.ndarray]]()
+    for part in parts:
+        for later in islice(coming, ahead + 1 - len(begun)):
+            begun.append(_begin([pixels], later.numpy()))
+        x, y = (sent(torch.from_numpy(values), device) for values in (begun.popleft()(), labels[part.numpy()]))
         yield Batch(_scaled(x), y, part)
 
 
@@ -140,35 +168,35 @@ def _scaled(x: Tensor) -> Tensor:
     return x.float().div_(255)
 
 
-def _shared(pixels: np.ndarray) -> Tensor:
-    """The array as a tensor on the CPU that shares its memory."""
-    with warnings.catch_warnings():
-        # torch warns that a read-only memory map must not be written to; rows are only ever gathered from it.
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(pixels)
+def _begin(pixels: Sequence[Pixels], rows: np.ndarray) -> Callable[[], np.ndarray]:
+    """These rows of pixels that follow each other, for when they are called for; a stream's are begun at once."""
+    if len(pixels) == 1:
+        return pixels[0].ask(rows) if isinstance(pixels[0], Streamed) else partial(pixels[0].__getitem__, rows)
+    start, parts = 0, list[tuple[np.ndarray, Callable[[], np.ndarray]]]()
+    for one in pixels:
+        here = (rows >= start) & (rows < start + len(one))
+        parts.append((here, _begin([one], rows[here] - start)))
+        start += len(one)
+
+    def joined() -> np.ndarray:
+        found = np.empty((len(rows), *pixels[0].shape[1:]), np.uint8)
+        for here, part in parts:
+            found[here] = part()
+        return found
+
+    return joined
 
 
-def _taken(arrays: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """These rows of arrays that follow each other."""
-    if len(arrays) == 1:  # `index_select` copies whole images and is several times as fast as an index in brackets
-        return arrays[0].index_select(0, rows)
-    found, start = arrays[0].new_empty(len(rows), *arrays[0].shape[1:]), 0
-    for array in arrays:
-        here = (rows >= start) & (rows < start + len(array))
-        found[here] = array.index_select(0, rows[here] - start)
-        start += len(array)
-    return found
-
-
-def _resident(arrays: Sequence[Tensor], rows: Tensor, device: torch.device) -> Tensor | None:
+def _resident(pixels: Sequence[Pixels], rows: Tensor, device: torch.device) -> Tensor | None:
     """The rows on the accelerator, where they take at most a quarter of its free memory; else None."""
-    size = len(rows) * arrays[0][:1].nbytes
+    shape = pixels[0].shape[1:]
+    size = len(rows) * math.prod(shape)
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] // 4:
         return None
-    there = torch.empty(len(rows), *arrays[0].shape[1:], dtype=arrays[0].dtype, device=device)
+    there = torch.empty(len(rows), *shape, dtype=torch.uint8, device=device)
     for start in range(0, len(rows), 4096):
         part = rows[start : start + 4096]
-        there[start : start + len(part)] = _taken(arrays, part).to(device)
+        there[start : start + len(part)] = torch.from_numpy(_begin(pixels, part.numpy())()).to(device)
     return there
 
 

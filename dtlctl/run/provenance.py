@@ -47,7 +47,7 @@ def renamed(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> dict[str,
     found = {}
     for role in job.roles:
         was, now = sidecar["datasets"][role]["table"], recipe.data.of(role).model_dump(mode="json")
-        names = sorted(now.keys() - {"fraction", "balance", "augment"})
+        names = sorted(now.keys() - {"fraction", "balance", "augment", "decode"})
         changed = [key for key in names if now[key] != was.get(key)]
         before, after = (
             ", ".join(f"{key} = {json.dumps(table.get(key), ensure_ascii=False)}" for key in changed)

@@ -191,7 +191,7 @@ class Repetition:
         attacker.prepare(model, self.fresh, self._pixels("train", self.own[rows], size), amount)
         return model
 
-    def _whole(self, split: Split, rows: np.ndarray | None = None, size: int = 512) -> Iterator[Batch]:
+    def _whole(self, split: Split, rows: np.ndarray | None = None, size: int | None = None) -> Iterator[Batch]:
         """All of a split, or of these rows, on this process: trials are shared out, batches are not."""
         images, device = self.experiment.data.images(self.job.dataset, split), self.experiment.engine.device
         return evaluation_batches(images.pixels, images.labels, rows, device=device, batch_size=size)

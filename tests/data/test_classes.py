@@ -130,4 +130,4 @@ def test_a_class_that_lost_all_its_labels_is_named(tmp_path):
 def test_an_empty_text_is_no_class(tmp_path):
     train = load(parquet(tmp_path / "d", (["a", "", "b"], "string"), (["a"], "string")))
     assert (train.classes, train.labels.tolist(), train.dropped) == (("a", "b"), [0, 1], 1)
-    assert (train.pixels[:, 0, 0, 0] == np.array([0, 2])).all()
+    assert (train.pixels[:][:, 0, 0, 0] == np.array([0, 2])).all()

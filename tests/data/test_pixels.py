@@ -158,7 +158,7 @@ def test_more_frames_than_the_first_are_said(tmp_path: Path):
             else:
                 frames[0].save(path)
     images = cache.load(Source(Dataset(path=str(tmp_path / "d"))), "train", 4)
-    assert images.pixels[:, 0, 0, 0].tolist() == [9] * 4
+    assert images.pixels[:][:, 0, 0, 0].tolist() == [9] * 4
     assert [(note.kind, note.number) for note in images.notes] == [("frames", 2)]
 
 

@@ -54,7 +54,7 @@ def load(dataset, split="train"):
 
 
 def levels(images) -> list[int]:
-    return images.pixels[:, 0, 0, 0].tolist()
+    return images.pixels[:][:, 0, 0, 0].tolist()
 
 
 def message(dataset, split="train") -> str:

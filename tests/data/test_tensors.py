@@ -81,7 +81,7 @@ def test_a_step_gives_an_accelerator_little_to_do(monkeypatch, augment, copies, 
     """Where the images lie there already, as here: each of these costs a launch, each copy a wait for memory too."""
     copied, sent = [], tensors.sent
     monkeypatch.setattr(tensors, "sent", lambda tensor, device: copied.append(tensor) or sent(tensor, device))
-    monkeypatch.setattr(tensors, "_resident", lambda arrays, rows, device: arrays[0][rows].to(device))
+    monkeypatch.setattr(tensors, "_resident", lambda pixels, rows, device: torch.tensor(pixels[0])[rows].to(device))
     batches = make(augment=augment, device=torch.device("meta"))
     batches[0]  # an epoch's order is sent with its first batch
     copied.clear()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from dtlctl.data import entry
+from dtlctl.data.stream import Streamed
 from dtlctl.errors import CheckpointError
 from dtlctl.recipe.loading import load
+from dtlctl.recipe.plan import STAGES
 from dtlctl.report.results import refuse_other_images
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages.runner import run
@@ -34,6 +39,44 @@ def test_a_large_split_is_decoded_as_far_as_it_is_drawn(
     held = first.data.held_back("target")
     assert len(held) == 980 and all(images.pixels[row].any() for row in held)
     assert Experiment(first.recipe, tmp_path, quiet=True).data.identity("target") == one
+
+
+STREAMED = [f"data.{role}.decode=stream" for role in ("source", "target", "piggyback.again")]
+
+
+def test_a_run_on_streamed_images_is_the_same(finished: Path, tmp_path: Path):
+    """Every stage, to the same bits as from the cache, and under the same keys."""
+    experiment, kept = Experiment(load(finished, STREAMED), tmp_path / "streamed", quiet=True), tmp_path / "runs/tiny"
+    with experiment.results.opened():
+        run(experiment, STAGES)
+    assert type(experiment.data.images("piggyback.again", "test").pixels) is Streamed
+    for name in (job.path for job in experiment.jobs):
+        one, other = read_sidecar(kept / name), read_sidecar(experiment.folder / name)
+        for sidecar in (one, other):
+            sidecar["metrics"].pop("cost", None)
+        for part in ("key", "metrics", "history", "weights_sha256"):
+            assert one.get(part) == other.get(part), (name, part)
+
+
+KILLED = """
+import sys
+from dtlctl.cli.app import main
+from tests.reliability.driver import sabotage
+sabotage("step:8=kill")
+main()
+"""
+
+
+def test_a_training_on_streamed_images_goes_on_after_kill_9_to_the_same_bits(finished: Path, tmp_path: Path, call):
+    """Killed before step 8 of 12, in the middle of an epoch of 5."""
+    more = [word for change in ("name=killed", "checkpoint_minutes=0", *STREAMED) for word in ("--set", change)]
+    command, root = [sys.executable, "-c", KILLED, "pretrain", str(finished), *more], Path(__file__).parents[2]
+    killed = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, check=False)
+    assert killed.returncode == -9 and not (tmp_path / "runs/killed/pretrain/model.json").exists()
+    code, _, err = call("pretrain", finished, *more)
+    assert code == 0 and "goes on from step 6 of 12" in err
+    weights = [tmp_path / "runs" / name / "pretrain/model.safetensors" for name in ("tiny", "killed")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_a_held_out_test_split_is_one_for_all_roles_and_in_the_key(
