@@ -122,7 +122,7 @@ def refit(model: Classifier, head: str, features: Tensor, labels: Tensor, classe
     the attacker fits a new one on must not tell him who is a member, so these are images of his own, as many members as
     others, which are neither attacked nor judged: only a difference in the *features* is then measured.
     """
-    scaler, fitted = logistic(features.detach().double().cpu().numpy(), labels.cpu().numpy())
+    scaler, fitted = logistic(features.detach().cpu().double().numpy(), labels.cpu().numpy())
     found = getattr(fitted, "coef_", np.zeros((1, features.shape[1]))) / scaler.scale_
     offset = getattr(fitted, "intercept_", np.zeros(1)) - found @ scaler.mean_
     if len(fitted.classes_) == 2:  # one row, of the second class against the first

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtlctl.attacks.signals import Observation
+from dtlctl.console import devices
 from dtlctl.model.networks import Classifier
 from dtlctl.model.small_maps import unfold
 
@@ -97,7 +98,7 @@ def seven(gradient: Tensor) -> Tensor:
     In float64: fourth powers of small gradients leave the range of float32. Skewness and excess kurtosis are those of
     scipy.stats (biased); both are 0 for a constant vector.
     """
-    flat = gradient.flatten(1).double()
+    flat = devices.exact(gradient.flatten(1))
     size, mean = flat.abs(), flat.mean(1)
     second, third, fourth = ((flat - mean[:, None]).pow(power).mean(1) for power in (2, 3, 4))
     spread = torch.where(second > 0, second, 1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dtlctl.attacks import features
 from dtlctl.attacks.membership import Guess, Known, auc
+from dtlctl.console import devices
 
 
 class Observation:
@@ -76,10 +77,10 @@ def modified_entropy(view: Observation) -> dict[str, Tensor]:
 
     Unlike the entropy it tells a confident right answer (0) from a confident wrong one (large).
     """
-    log_p = view.logits.double().log_softmax(1)
+    log_p = devices.exact(view.logits).log_softmax(1)
     p = log_p.exp()
     log_rest = torch.log1p(-p.clamp(max=1 - 1e-12))  # log(1 - p_i)
-    own = F.one_hot(view.labels, p.shape[1]).bool()
+    own = F.one_hot(view.labels.to(p.device), p.shape[1]).bool()
     return {"modified-entropy": torch.where(own, (1 - p) * log_p, p * log_rest).sum(1)}
 
 
@@ -91,8 +92,8 @@ FEW = 16
 
 def scaled(logits: Tensor, labels: Tensor) -> Tensor:
     """The logit of the true class's probability, log p / (1 - p), float64 [n], of logits [n, K]: about Gaussian."""
-    own = F.one_hot(labels, logits.shape[1]).bool()
-    logits = logits.double()
+    logits = devices.exact(logits)
+    own = F.one_hot(labels.to(logits.device), logits.shape[1]).bool()
     return logits[own] - logits.masked_fill(own, -torch.inf).logsumexp(1)
 
 
@@ -103,7 +104,8 @@ def rmia(view: Observation, out: Tensor, a: float = OFFLINE) -> dict[str, Tensor
     images z whose ratio is at most that of x, over γ. For one model that is the same increasing function of this ratio
     for every x, so it ranks the images in the same way.
     """
-    return {"rmia": _ratio(scaled(view.logits, view.labels), out.to(view.logits.device), a)}
+    own = scaled(view.logits, view.labels)
+    return {"rmia": _ratio(own, out.to(own.device), a)}
 
 
 def _ratio(own: Tensor, out: Tensor, a: float) -> Tensor:
@@ -127,7 +129,8 @@ def lira(view: Observation, out: Tensor) -> dict[str, Tensor]:
     out: as for `rmia`. In deviations of the Gaussian of the image's own R answers; with few of them, of all images'
     answers about their means. It ranks as the paper's 1 - Pr(Z > own) does, which would round to 1.
     """
-    own, out = scaled(view.logits, view.labels), out.to(view.logits.device)
+    own = scaled(view.logits, view.labels)
+    out = out.to(own.device)
     variance = out.var(1, unbiased=False)
     if out.shape[1] < FEW:
         variance = torch.full_like(variance, float(variance.mean()))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtlctl.bench import meter
+from dtlctl.console import devices
 from dtlctl.console.progress import Progress
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import RecipeError
@@ -62,16 +63,18 @@ class Bench:
 
     def reference(self, chunks: int) -> tuple[Tensor, ...]:
         """The gradient in float64."""
-        exact = copy.deepcopy(self.model).double()
+        x = devices.exact(self.x)
+        exact = copy.deepcopy(self.model).to(x.device).double()
         exact.precision, parameters = "float64", list(exact.parameters())
-        pairs = list(zip(self.x.double().chunk(chunks), self.y.chunk(chunks), strict=True))
+        pairs = list(zip(x.chunk(chunks), self.y.to(x.device).chunk(chunks), strict=True))
         found = collision.collide(lambda pair: F.cross_entropy(exact(pair[0], "source"), pair[1]), parameters, pairs)
         return torch.autograd.grad(found.surrogate, parameters, materialize_grads=True)
 
     def error(self, reference: Sequence[Tensor]) -> tuple[float, float]:
         """|g - r| / |r| of the gradient that is there, and its cosine to the reference, over all parameters at once."""
         both = zip(self.parameters, reference, strict=True)
-        ours = torch.cat([(torch.zeros_like(r) if p.grad is None else p.grad).double().flatten() for p, r in both])
+        grads = [torch.zeros_like(r) if p.grad is None else devices.exact(p.grad) for p, r in both]
+        ours = torch.cat([g.flatten() for g in grads])
         theirs = torch.cat([r.flatten() for r in reference])
         return float((ours - theirs).norm() / theirs.norm()), float(F.cosine_similarity(ours, theirs, dim=0))
 
@@ -92,7 +95,7 @@ def run(setup: meter.Setup, chunks: str, ways: str | None) -> dict[str, Any]:
         for way in chosen:
             if way not in WAYS:
                 raise ValueError(f"--ways {way}: unknown (valid: {', '.join(WAYS)})")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(devices.kind())
         bench = Bench(setup, device)
     except ValueError as error:
         raise RecipeError(f"bench: {error}") from None
@@ -117,9 +120,9 @@ def measure(bench: Bench, cells: Sequence[tuple[str, int]], repeats: int, progre
         for way, c in cells:
             bench.model.zero_grad()
             if turn:
-                started = meter.clock(bench.device)
+                started = devices.clock(bench.device)
                 bench.step(way, c)
-                seconds[way, c].append(meter.clock(bench.device) - started)
+                seconds[way, c].append(devices.clock(bench.device) - started)
             else:  # the first turn warms up, and measures what need not be repeated
                 peaks[way, c] = meter.peak(partial(bench.step, way, c), bench.device)
                 if way.startswith("gc"):

@@ -1,11 +1,9 @@
-"""What both benchmarks share: what is measured, the clock, the bytes of a step, and the machine."""
+"""What both benchmarks share: what is measured, the bytes of a step, and the machine."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import platform
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dtlctl.console import devices
 from dtlctl.model import networks
 
 
@@ -37,12 +36,8 @@ class Setup(NamedTuple):
 
     def document(self, device: torch.device, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """The rows, beside what a time depends on whatever is timed: the device, its instructions, threads, torch."""
-        name = platform.processor() or platform.machine()
-        with suppress(OSError):
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
         machine = {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+            "device": devices.name(device),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -51,23 +46,17 @@ class Setup(NamedTuple):
         return {"machine": machine | more, "repeats": self.repeats, "rows": rows}
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def peak(step: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes that a step needs at most, beyond what is held already."""
     gc.collect()
     with suppress(AttributeError, OSError):  # glibc keeps what was freed, and a step would seem to need nothing
         ctypes.CDLL(None).malloc_trim(0)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if devices.peak(device) is not None:
+        there: Any = torch.get_device_module(device)
+        there.reset_peak_memory_stats(device)
+        before = there.memory_allocated(device)
         step()
-        return torch.cuda.max_memory_allocated(device) - before
+        return there.max_memory_allocated(device) - before
     status = Path("/proc/self/status")
     try:  # Linux forgets the highest resident size when told so
         Path("/proc/self/clear_refs").write_text("5")

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dtlctl.bench.meter import Setup, clock
+from dtlctl.bench.meter import Setup
+from dtlctl.console.devices import clock
 from dtlctl.data.sources import Source
 from dtlctl.recipe.settings import Training
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from dtlctl.cli import commands
 from dtlctl.cli.bench import bench
 from dtlctl.cli.init import init, schema
 from dtlctl.console import stop
-from dtlctl.errors import DtlError
+from dtlctl.errors import DtlError, RecipeError
 
 HELP = """Disposable transfer learning: pre-train on private data, fine-tune on a small task, dispose of the rest.
 
@@ -60,16 +61,27 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a table with "?" for what the terminal lacks, such as "λ"
     try:
         app(prog_name="dtlctl")
-    except DtlError as error:
-        if os.environ.get("DTLCTL_DEBUG"):
+    except Exception as error:
+        foreseen = _foreseen(error)
+        if foreseen is None or os.environ.get("DTLCTL_DEBUG"):
             raise
         where = f"[process {rank}] " if (rank := os.environ.get("RANK", "0")) != "0" else ""
-        print(f"{where}error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except ModuleNotFoundError as error:
-        if error.name not in ("fcntl", "resource"):
-            raise
-        print("error: dtlctl runs on Linux and macOS; on Windows start it in WSL", file=sys.stderr)
-        sys.exit(2)
+        print(f"{where}error: {foreseen}", file=sys.stderr)
+        sys.exit(foreseen.exit_code)
     finally:
         stop.finish()
+
+
+def _foreseen(error: Exception) -> DtlError | None:
+    """The error as a user should see it; None for one that nobody has foreseen."""
+    if isinstance(error, DtlError):
+        return error
+    if isinstance(error, ModuleNotFoundError) and error.name in ("fcntl", "resource"):
+        return RecipeError("dtlctl runs on Linux and macOS; on Windows start it in WSL")
+    if lacking := re.search(r"'(aten::[\w.]+)' (?:is not .*for the|with arguments from the) '?(\w+)", str(error)):
+        return RecipeError(
+            f"{lacking[2]}: torch has no {lacking[1]} for this device\n"
+            "set ACCELERATE_USE_CPU=1 to run on the CPU, or, on Apple's GPUs, PYTORCH_ENABLE_MPS_FALLBACK=1 to do this "
+            "operation alone there"
+        )
+    return None

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtlctl.console import devices
 from dtlctl.data.entry import Kept
 from dtlctl.data.stream import AHEAD, Streamed
 
@@ -191,7 +192,8 @@ def _resident(pixels: Sequence[Pixels], rows: Tensor, device: torch.device) -> T
     """The rows on the accelerator, where they take at most a quarter of its free memory; else None."""
     shape = pixels[0].shape[1:]
     size = len(rows) * math.prod(shape)
-    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] // 4:
+    room = devices.memory(device)
+    if room is None or size > room[0] // 4:
         return None
     there = torch.empty(len(rows), *shape, dtype=torch.uint8, device=device)
     for start in range(0, len(rows), 4096):

@@ -15,8 +15,10 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         x = input.to(torch.promote_types(input.dtype, torch.float32))
-        count = _sum_over_processes(x.new_full((), x.numel() // x.shape[1]))
-        mean = _sum_over_processes(x.sum((0, 2, 3))) / count
+        own = torch.cat([x.sum((0, 2, 3)), x.new_full((1,), x.numel() // x.shape[1])])  # one message for both
+        total = _sum_over_processes(own)
+        count = total[-1].detach()
+        mean = total[:-1] / count
         centred = x - mean[:, None, None]
         variance = _sum_over_processes((centred**2).sum((0, 2, 3))) / count
         with torch.no_grad():

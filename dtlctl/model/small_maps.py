@@ -14,7 +14,7 @@ class SmallMapConv2d(nn.Conv2d):
     """A convolution that is one product on the CPU where every output place sees all of a map of at most 2x2."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        windows = None if input.is_cuda else self.windows(*input.shape[-2:])
+        windows = None if input.device.type != "cpu" else self.windows(*input.shape[-2:])
         if windows is None:
             return super()._conv_forward(input, weight, bias)
         size = [1 + (side + 2 * p - k) // s for side, p, k, s in zip(input.shape[-2:], *self._geometry(), strict=True)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
+from dtlctl.console import devices
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks
 from dtlctl.model.networks import Classifier
@@ -86,7 +86,7 @@ class Disposal:
         The student is left as it is, and so are the random numbers.
         """
         probe = self._probe()
-        with torch.random.fork_rng([source.x.device] if source.x.device.type == "cuda" else []):
+        with devices.forked(source.x.device):
             step = probe._look(source, target)
             keep = self.retain.loss(step)
             drive = self.retain.guard(self.unlearn.loss(step)[0], keep, step)
@@ -102,15 +102,16 @@ class Disposal:
         for exact in (False, True):
             probe = self._probe()
             if exact:
-                probe.student.double().precision = "float64"
-                source, probe.mode = replace(source, x=source.x.double()), "recompute"
+                x = devices.exact(source.x)
+                probe.student.to(x.device).double().precision = "float64"
+                source, probe.mode = Batch(x, source.y.to(x.device), source.rows), "recompute"
             for module in probe.student.modules():
                 if isinstance(module, _DropoutNd | StochasticDepth):
                     module.eval()
             with networks.precision(probe.student.precision):
                 step = probe._look(source, None)
                 found = step.gradient(self.unlearn.loss(step)[0])
-                gradients.append(torch.cat([g.double().flatten() for g in found]))
+                gradients.append(torch.cat([devices.exact(g).flatten() for g in found]))
         ours, theirs = gradients
         return float(F.cosine_similarity(ours, theirs, dim=0))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dtlctl.console import machine
+from dtlctl.console import devices, machine
 from dtlctl.data.tensors import Batch, Share
 from dtlctl.model.networks import Classifier, watched
 from dtlctl.objectives.batched import Tape, batchable, collide_batched, record
@@ -127,7 +127,7 @@ def recomputing(student: Classifier, batch: Batch, chunks: int) -> Callable[[int
     seed, device = int(torch.randint(2**62, ())), batch.x.device
 
     def one(number: int) -> ChunkOutputs:
-        with _momenta(student, 0.0), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with _momenta(student, 0.0), devices.forked(device):
             torch.manual_seed(seed + number)
             return _outputs(student, _chunk(batch, number, chunks))
 
@@ -191,6 +191,5 @@ def _momenta(student: nn.Module, within: float | None = None) -> Iterator[list[t
 
 
 def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return machine.memory()
+    known = devices.memory(device)
+    return known[1] if known else machine.memory()

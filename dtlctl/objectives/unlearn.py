@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
+from dtlctl.console import devices
 from dtlctl.data.tensors import sent
 from dtlctl.errors import RecipeError
 from dtlctl.objectives.collision import KnownGradient
@@ -124,7 +125,7 @@ class NullSpace(OnePart):
         answers = answers - total / images
         (square,) = step.all_reduce([answers.T @ answers])
         # Once for all stages: on an accelerator the eigenvalues behind it are waited for.
-        inverse = torch.linalg.pinv(square, rtol=1e-5, hermitian=True)
+        inverse = torch.linalg.pinv(devices.able(square), rtol=1e-5, hermitian=True).to(square.device)
         parts = [_unexplained(map_.flatten(1), answers, inverse, step) for map_ in seen.maps[-self.stages :]]
         scalars, values = zip(*parts, strict=True)
         return _mean(list(scalars)), _mean(list(values))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dtlctl import __version__
+from dtlctl.console import devices
 from dtlctl.data.dataset import Dataset
 from dtlctl.data.entry import Images
 from dtlctl.data.subset import sizes
@@ -64,13 +65,12 @@ def circumstances(device: torch.device, processes: int) -> dict[str, Any]:
 
     from accelerate import __version__ as accelerate_version
 
-    on_gpu = device.type == "cuda"
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else peak,
+        "peak_memory_bytes": devices.peak(device) or peak,
         "processes": processes,
-        "device": torch.cuda.get_device_name(device) if on_gpu else (platform.processor() or device.type),
+        "device": devices.name(device),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {
             "dtlctl": __version__,

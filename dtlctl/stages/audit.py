@@ -158,7 +158,7 @@ class Head:
     def _see(self, attack: Attack, views: list[Observation]) -> list[dict[str, np.ndarray]]:
         """What the attack sees of every image of all processes' shares, in order: of members and of others."""
         gather, seen = self.experiment.engine.gather, [attack.observe(view, self.settings.adv_steps) for view in views]
-        return [{name: gather(values.double()).cpu().numpy() for name, values in side.items()} for side in seen]
+        return [{name: gather(values).cpu().double().numpy() for name, values in side.items()} for side in seen]
 
     def _judge(self, attack: Attack, name: str, seen: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         """Repeated trials: {name: numbers}; an attack that trains nothing has one for each thing it saw."""

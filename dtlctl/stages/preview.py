@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dtlctl.attacks.attackers import Frozen
+from dtlctl.console import devices
 from dtlctl.console.machine import busy
 from dtlctl.data import overlap, subset
 from dtlctl.data.dataset import Rows, Split
@@ -132,7 +132,7 @@ class Clock:
     """
 
     def __init__(self, recipe: Recipe):
-        self.recipe, self.device = recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.recipe, self.device = recipe, torch.device(devices.kind())
         self.parameters = sum(p.numel() for p in self._network().parameters())
         self.image = cache(self._image)
 
@@ -143,11 +143,9 @@ class Clock:
         size = min(settings.batch_size, max(MOST, 2 * chunks)) // chunks * chunks
         loss, times = self._loss(variant, size), list[float]()
         while len(times) < 4 or (sum(times) < 1.0 and len(times) < 20):
-            started = time.perf_counter()
+            started = devices.clock(self.device)
             loss().backward()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
+            times.append(devices.clock(self.device) - started)
         return np.array([min(times[1:]), max(times[1:])]) / size  # the first is not counted
 
     def _network(self) -> networks.Classifier:

@@ -57,7 +57,7 @@ def uncertainty(experiment: Experiment, model: Classifier) -> dict[str, float]:
     with torch.no_grad():
         seen, batches = model.through("source"), experiment.trainer.split("source", "test")
         parts = [-entropy(Observation(seen, [(batch.x, batch.y)]))["entropy"] for batch in batches]
-    found = experiment.engine.gather(torch.cat(parts)).double()
+    found = experiment.engine.gather(torch.cat(parts)).cpu().double()
     check_finite(found)
     mean = float(found.mean())
     return {"nats": mean, "share_of_log_k": mean / math.log(max(2, model.classes["source"]))}

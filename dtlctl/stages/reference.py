@@ -93,10 +93,10 @@ def _reference(experiment: Experiment, number: int, count: int, inside: np.ndarr
     model.eval()
     found: list[float] = []
     for split, seen in zip(SPLITS, (rows, np.arange(len(test.labels))), strict=True):
-        answers = [torch.zeros(0, device=engine.device, dtype=torch.float64)]
+        answers = [torch.zeros(0, dtype=torch.float64)]
         with torch.no_grad():
             for batch in experiment.trainer.split("source", split, seen):
-                answers.append(signals.scaled(model(batch.x, "source"), batch.y))
+                answers.append(signals.scaled(model(batch.x, "source"), batch.y).cpu())
         said = engine.gather(torch.cat(answers))
         check_finite(said)
         found += said.tolist()

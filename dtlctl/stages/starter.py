@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dtlctl.console import devices
 from dtlctl.console.machine import busy, cores
 from dtlctl.data import files, subset
 from dtlctl.data.dataset import Dataset, Rows, Split, kind_of
@@ -49,7 +50,8 @@ def write(
     seen = {"source": look(source, "source"), "target": look(target, "target")}
     if attacker:
         seen["piggyback.attacker"] = look(attacker, "piggyback.attacker")
-    own, gpu = seen["source"], torch.cuda.is_available()
+    own, device = seen["source"], torch.device(devices.kind())
+    gpu = device.type != "cpu"
     folders = "-".join(Path(path).name.removeprefix("builtin:") for path in (source, target))
     usual = re.sub(r"[^\w.-]+", "-", folders, flags=re.ASCII).strip("-._")[:64]
     each = max(4, min(20, min(own["counts"]) // 20))
@@ -58,7 +60,7 @@ def write(
     told: dict[str, Any] = {
         "toml": partial(json.dumps, ensure_ascii=False),
         "name": name or usual.rstrip(".") or "mine",
-        "machine": f"{cores()} CPU cores, {torch.cuda.get_device_name() if gpu else 'no GPU'}",
+        "machine": f"{cores()} CPU cores, {devices.name(device) if gpu else 'no GPU'}",
         "gpu": gpu,
         "source": own,
         "target": seen["target"],

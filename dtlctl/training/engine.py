@@ -22,7 +22,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from dtlctl.console import stop
+from dtlctl.console import devices, stop
 from dtlctl.console.progress import Progress
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import DivergedError, RecipeError, Stopped
@@ -39,8 +39,6 @@ from dtlctl.training.resume import HELD_OUT, State, StateFile
 Model = TypeVar("Model", bound=nn.Module)
 Objective = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 """number of the step -> (scalar to back-propagate, detached scalars to report); means over this process's share."""
-_ZERO = torch.zeros((), dtype=torch.float64)
-"""What sums start from: adding to it turns any number into float64."""
 
 
 @dataclass
@@ -69,9 +67,9 @@ class Engine(Collectives):
             if name not in map(str, get_available_trackers()):
                 raise RecipeError(f"track.with: {name} is not installed here; pip install {name.replace('_', '-')}")
         try:
-            # Without a GPU, Accelerate must be told so, or it looks for a backend that cannot start.
+            # Where it is the CPU, Accelerate must be told so, or it starts processes that know nothing of each other.
             self.accelerator = Accelerator(
-                cpu=not torch.cuda.is_available(),
+                cpu=devices.kind() == "cpu",
                 mixed_precision="no",
                 log_with=[*trackers] or None,
                 project_dir=folder / "track" if trackers else None,
@@ -161,16 +159,15 @@ class Engine(Collectives):
         loss, parts = objective(state.step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = self._share_gradients([p for p in model.parameters() if p.requires_grad], clip)
+        norm = self._share(model, clip)
         # Where it is 1, a fused step changes nothing, and nobody had to wait for the number. No nan is below infinity.
         optimizer.found_inf = (~(norm < torch.inf)).float()  # type: ignore[attr-defined]
         for name, value in {**parts, "gradient_norm": norm}.items():
-            state.sums[name] = state.sums.get(name, _ZERO) + value.detach()
+            state.sums[name] = state.sums.get(name, 0) + value.detach().to(devices.widest(self.device))
         if self.device.type == "cpu":
             check_reports(state, state.step + 1)
         state.lr = max(group["lr"] for group in optimizer.param_groups)
         optimizer.step()
-        self.average_([b for b in model.buffers() if b.is_floating_point()])
         state.step += 1
 
     def _report(
@@ -230,12 +227,13 @@ class Engine(Collectives):
             raise DivergedError(f"training diverged: {what}\n{REMEDY}")
         return answers == 1
 
-    def _share_gradients(self, parameters: list[nn.Parameter], clip: float | None) -> Tensor:
-        """Average gradients over processes, clip them, and return their norm from before clipping."""
+    def _share(self, model: nn.Module, clip: float | None) -> Tensor:
+        """Average gradients and buffers over processes, by one message; clip gradients; their norm from before that."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
-        self.average_(grads)
+        self.average_([*grads, *(b for b in model.buffers() if b.is_floating_point())])
         norm = nn.utils.get_total_norm(grads)
         if clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)

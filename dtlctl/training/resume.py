@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dtlctl.console import devices
 from dtlctl.errors import CheckpointError, one_line
 from dtlctl.storage import checkpoint
 from dtlctl.strict import Strict
@@ -29,7 +30,6 @@ from dtlctl.training.collectives import Collectives
 
 HELD_OUT = "held_out"
 """Of a row: the accuracy in % on images held out, where it decides when a training stops."""
-_CUDA = 16  # bytes of the random state of an accelerator
 
 
 @dataclass
@@ -40,7 +40,7 @@ class State:
     rows: list[dict[str, int | float]] = field(default_factory=list)
     """The reports so far."""
     sums: dict[str, Tensor] = field(default_factory=dict)
-    """This process's sums since the last report: float64 scalars."""
+    """This process's sums since the last report: scalars."""
     seconds: float = 0.0
     """Time spent up to the start or the last restore."""
     lr: float = 0.0
@@ -131,7 +131,8 @@ class StateFile:
             own = document.sums[rank % processes]
             if processes != group.processes:  # only the mean over processes matters
                 own = {name: fmean(each[name] for each in document.sums) for name in own}
-            state.sums = {n: torch.tensor(v, dtype=torch.float64, device=group.device) for n, v in own.items()}
+            zero = torch.zeros((), dtype=devices.widest(group.device), device=group.device)
+            state.sums = {name: zero + value for name, value in own.items()}
             _set_random(tensors["random"][rank % processes], group.device)
         except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
             raise self._unusable(error) from None
@@ -187,16 +188,16 @@ class StateFile:
 
 
 def _random(device: torch.device) -> Tensor:
-    """uint8 [n + 16]: the states of torch's generators on the CPU and, where there is one, on the accelerator."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.zeros(_CUDA, dtype=torch.uint8)
-    return torch.cat([torch.get_rng_state(), cuda])
+    """uint8 [n]: the states of torch's generators on the CPU and, behind it, on the accelerator, where there is one."""
+    there = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
+    return torch.cat([torch.get_rng_state(), *there])
 
 
 def _set_random(state: Tensor, device: torch.device) -> None:
-    cpu, cuda = state[:-_CUDA], state[-_CUDA:]
-    torch.set_rng_state(cpu.clone())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(cuda.clone(), device)
+    here, there = state.tensor_split([len(torch.get_rng_state())])
+    torch.set_rng_state(here.clone())
+    if device.type != "cpu" and len(there):  # a state that was saved on a CPU has none
+        torch.get_device_module(device).set_rng_state(there.clone())
 
 
 def _weights(optimizer: Optimizer) -> list[Tensor]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 
-import torch
-
+from dtlctl.console import devices
 from dtlctl.errors import RecipeError
 from dtlctl.model.networks import Precision
 
-_OFF = ("", "0", "no", "none", "false", "n", "f", "off", "auto")
 _BARE = "every process holds the whole model; leave it out, and use more processes or a smaller batch_size"
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": _BARE,
@@ -23,7 +21,7 @@ REFUSED = {
 }
 """What Accelerate would take from these variables and a recipe says otherwise, with what to do instead.
 
-ACCELERATE_USE_CPU and ACCELERATE_CPU_AFFINITY are honoured, and ACCELERATE_TORCH_DEVICE where it is the CPU or a GPU.
+ACCELERATE_USE_CPU and ACCELERATE_CPU_AFFINITY are honoured, and ACCELERATE_TORCH_DEVICE where that is here.
 """
 _PRECISIONS = {"bf16": "bfloat16", "no": None, "": None}
 
@@ -32,7 +30,7 @@ def check(precision: Precision) -> None:
     """Raise RecipeError for a variable that asks for what the recipe or this package does not do."""
     for name, remedy in REFUSED.items():
         value = os.environ.get(name, "").strip().lower()
-        if value not in _OFF and (name, value) != ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"):
+        if value not in devices.OFF and (name, value) != ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"):
             raise RecipeError(f"{name}={os.environ[name]} is set: {remedy}")
     mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower()
     if _PRECISIONS.get(mixed, mixed) not in (None, precision):
@@ -41,8 +39,10 @@ def check(precision: Precision) -> None:
             f'ACCELERATE_MIXED_PRECISION={mixed} is set, but the recipe has precision = "{precision}": {wanted}'
             ", or launch with --mixed_precision no"
         )
-    device = os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu")
-    if device.partition(":")[0] not in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        raise RecipeError(f"ACCELERATE_TORCH_DEVICE={device} is set, which is no CPU and no CUDA GPU that is here")
+    device, kind = os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu"), devices.kind()
+    if device.partition(":")[0] not in ("cpu", kind):
+        raise RecipeError(f"ACCELERATE_TORCH_DEVICE={device} is set, which is no CPU and no accelerator that is here")
+    if precision == "float64" and kind in devices.NO_FLOAT64:
+        raise RecipeError(f'precision = "float64": {kind} has none; set ACCELERATE_USE_CPU=1, or another precision')
     if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0" and precision == "tf32":
         raise RecipeError('NVIDIA_TF32_OVERRIDE=0 is set, but the recipe has precision = "tf32": unset it')

@@ -1,6 +1,7 @@
 """A training step mixes no devices and waits for no copy, shown on torch's `meta` device in an accelerator's place.
 
-Tensors on `meta` have shapes and no numbers: nothing is computed there, and asking for a number is an error.
+Tensors on `meta` have shapes and no numbers: nothing is computed there, and asking for a number is an error. As on
+Apple's GPUs, there is no float64 either.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dtlctl.attacks import signals
 from dtlctl.attacks.registry import ATTACKS
 from dtlctl.attacks.signals import Observation
+from dtlctl.console import devices
 from dtlctl.data import tensors
 from dtlctl.model import batchnorm, networks
 from dtlctl.objectives import unlearn
@@ -49,8 +52,12 @@ class Watch(TorchDispatchMode):
         if name == "_to_copy" and options.get("device") is not None:
             met |= {options["device"].type}
         assert len(met) < 2 or (self.sending and name == "_to_copy"), f"{name} between {sorted(met)}"
+        result = func(*args, **options)
+        wide = [t for t in tree_leaves((args, options, result)) if isinstance(t, torch.Tensor) and t.is_meta]
+        wide = [t for t in wide if t.dtype == torch.float64 and "meta" in devices.NO_FLOAT64]
+        assert not wide, f"{name} in float64"
         self.seen |= met
-        return func(*args, **options)
+        return result
 
 
 class Made(TorchFunctionMode):
@@ -87,6 +94,15 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
         finally:
             watch.sending = False
 
+    able: list[torch.Tensor] = []
+
+    def pinv(square: torch.Tensor, **_: object) -> torch.Tensor:
+        assert square is able[-1], "torch's pinv takes float64 along"
+        return square
+
+    monkeypatch.setattr(devices, "NO_FLOAT64", ("meta",))
+    monkeypatch.setattr(devices, "able", lambda tensor: able.append(tensor) or tensor)
+    monkeypatch.setattr(torch.linalg, "pinv", pinv)
     for module in (tensors, unlearn):
         monkeypatch.setattr(module, "sent", pinned)
     monkeypatch.setattr(Engine, "_step", watched)
@@ -125,6 +141,7 @@ def test_the_watch_sees_what_mixes_and_what_is_not_pinned(watch):
             lambda: here.to(META),
             lambda: there[torch.ones(2, dtype=torch.int64)],
             lambda: torch.tensor(1.0, device=META),
+            there.double,
         ):
             with pytest.raises(AssertionError):
                 wrong()
@@ -163,3 +180,18 @@ def test_what_an_attack_sees_stays_on_its_device(attack):
     with Watch(), Made():
         seen = ATTACKS[attack].observe(view, 20)
     assert {(len(values), values.device) for values in seen.values()} == {(6, META)}
+
+
+@pytest.mark.parametrize("attack", ["modified-entropy", "grad-x", "rmia", "lira"])
+def test_an_attack_that_wants_float64_has_it_on_the_cpu(attack, monkeypatch):
+    monkeypatch.setattr(devices, "exact", lambda tensor: torch.rand(tensor.shape, dtype=torch.float64))
+    model = networks.build("resnet8", {"source": 3, "target": 2}, width=4, image_size=8).eval().to(META)
+    x, y = torch.empty(6, 3, 8, 8, device=META), torch.zeros(6, dtype=torch.int64)
+    y = y.to(META) if attack == "grad-x" else y  # it is called with the images; the others' labels pick numbers out
+    view = Observation(model.through("source"), [(x, y)])
+    with Watch():
+        if attack in ATTACKS:
+            seen = ATTACKS[attack].observe(view, 20)
+        else:
+            seen = getattr(signals, attack)(view, torch.rand(6, 2, dtype=torch.float64))
+    assert {values.device.type for values in seen.values()} == {"cpu"}

@@ -42,7 +42,7 @@ PLAIN = {
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "float32", "no double backward"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "float32", "batch_size in the recipe is that of a step"),
         ("ACCELERATE_GRADIENT_CLIPPING", "1", "float32", "clip in the recipe"),
-        ("ACCELERATE_TORCH_DEVICE", "mps", "float32", "no CPU and no CUDA GPU"),
+        ("ACCELERATE_TORCH_DEVICE", "mps", "float32", "no CPU and no accelerator"),
         ("NVIDIA_TF32_OVERRIDE", "0", "tf32", "unset it"),
         ("ACCELERATE_USE_CPU", "perhaps", "float32", "accelerate: invalid truth value perhaps"),
     ],
