@@ -128,7 +128,7 @@ def test_the_steps_that_are_timed_are_those_of_the_recipe(recipe_file: Path, mon
     The first is not counted, so an image of 8 takes 2 / 8 to 4 / 8 s.
     """
     now = iter([0, 1, 1, 3, 3, 6, 6, 10] * 2)
-    monkeypatch.setattr(preview.time, "perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr(preview.devices, "clock", lambda device: float(next(now)))
     sizes: list[int] = []
     noise = preview.Clock._noise
     monkeypatch.setattr(preview.Clock, "_noise", lambda self, size: sizes.append(size) or noise(self, size))
