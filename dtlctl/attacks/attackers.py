@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from dtlctl.attacks.features import EMBEDDING, logistic, nearest
-from dtlctl.attacks.tuning import Setting
+from dtlctl.attacks.tuning import WEIGHT_DECAY, Setting
 from dtlctl.errors import RecipeError
 from dtlctl.model.networks import Classifier, renew
 from dtlctl.strict import Algorithm
@@ -51,6 +51,8 @@ class LowRank(nn.Module):
 
 class _Attacker(Algorithm):
     kind: str
+    tried: ClassVar[str]
+    """The field of what is tuned besides `amounts()` and, of those who fit classifiers, the stage."""
     varied: ClassVar[tuple[str, ...]] = ()
     """The fields that say how much `prepare` may do, to be tuned."""
     datasets: list[str] | None = Field(None, min_length=1)
@@ -65,12 +67,17 @@ class _Attacker(Algorithm):
     def amounts(self) -> Sequence[float | None]:
         return [amount for name in self.varied for amount in getattr(self, name)] or (None,)
 
+    def table(self) -> dict[str, Any]:
+        """What a recipe would say of him, wherever he attacks."""
+        return {"kind": self.kind, **self.model_dump(mode="json", exclude_defaults=True, exclude={"datasets"})}
+
 
 class _Trained(_Attacker):
     """What every attacker who trains by gradients can vary."""
 
+    tried: ClassVar[str] = "lr"
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """`sgd` has momentum 0.9; both have weight decay 0.0005."""
+    """`sgd` has momentum 0.9."""
     lr: list[Rate] = Field([0.001, 0.01, 0.1, 1.0], min_length=1)
     """Learning rates to try."""
     steps: int = Field(150, ge=1, le=10_000_000)
@@ -79,6 +86,12 @@ class _Trained(_Attacker):
     """Images a step; a smaller training part is one batch."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises; then it falls to zero along a cosine."""
+    weight_decay: float = Field(WEIGHT_DECAY, ge=0, le=1)
+    """Weight decay, of all weights."""
+    augment: Literal["none", "crop", "crop-flip"] | None = None
+    """What is done to his images; default: what the dataset's table says."""
+    head: Literal["drawn", "fitted"] = "drawn"
+    """The new head begins as it is drawn, or (`fitted`) as a logistic regression on the features (arXiv:2202.10054)."""
 
     def grid(self, stages: Sequence[str] = ()) -> list[Setting]:
         return [Setting(self.kind, self.optimizer, rate, None, much) for much in self.amounts() for rate in self.lr]
@@ -166,14 +179,24 @@ class Lora(_Trained):
             parametrize.register_parametrization(layer, "weight", LowRank(start.weight, int(amount or 1)))
 
 
+class SelfTraining(_Trained):
+    """All weights are trained, also on images without labels, by his own answers where he is sure of them.
+
+    Pseudo-labels (Lee 2013, ICML workshop on challenges in representation learning) above a threshold, as in FixMatch
+    (arXiv:2001.07685). The images are those that `fraction` leaves out of the dataset; their labels are never read.
+    """
+
+    kind: Literal["self-training"] = "self-training"
+    threshold: float = Field(0.8, ge=0, lt=1)
+    """The probability from which on an answer counts as a label. A step has as many images without labels as with."""
+
+
 class Frozen(_Attacker):
     """Attackers who train nothing but a classifier of features.
 
     Features are computed once, in eval mode, without augmentation, and standardised with the training images' moments.
     """
 
-    tried: ClassVar[str]
-    """The field of what is tuned besides the stage and `amounts()`."""
     stage: Literal["any", "embedding"] = "any"
     """`any`: the mean of each stage's maps, or the embedding, whichever is best; `embedding`: it alone."""
 
@@ -217,7 +240,7 @@ class Compressed(_Linear):
 
     varied: ClassVar[tuple[str, ...]] = ("bits", "prune")
     kind: Literal["compressed"] = "compressed"
-    bits: list[Annotated[int, Field(ge=2, le=16)]] = Field([8, 4], min_length=1)
+    bits: list[Annotated[int, Field(ge=2, le=16)]] = Field([8, 4], min_length=0)
     """Bits of a weight to try; each output channel has a scale of its own."""
     prune: list[Annotated[float, Field(gt=0, lt=1)]] = Field([0.5], min_length=0)
     """Shares of each layer's weights to try without, the smallest."""
@@ -253,6 +276,7 @@ class Knn(Frozen):
 
 
 Attacker = Annotated[
-    Full | Probe | LastBlock | Renorm | RenormProbe | Norms | Lora | Compressed | Knn, Field(discriminator="kind")
+    Full | Probe | LastBlock | Renorm | RenormProbe | Norms | Lora | SelfTraining | Compressed | Knn,
+    Field(discriminator="kind"),
 ]
 """Every attacker that a recipe can name."""

@@ -135,4 +135,4 @@ def refit(model: Classifier, head: str, features: Tensor, labels: Tensor, classe
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(weight))
         layer.bias.copy_(torch.from_numpy(bias))
-    model.requires_grad_(False)
+    layer.requires_grad_(False)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from dtlctl.data.tensors import Batch, Batches
 from dtlctl.errors import DataError
@@ -58,6 +58,8 @@ class Trial(NamedTuple):
     """Empty where the training diverged before the first, or a probe's features are not finite."""
     acc_pl: float | None = None
     """% of the images that judge, once it was made again with all images that he has; None where that diverged."""
+    table: dict[str, Any] | None = None
+    """Of a search: the attacker who does this and nothing else, as a recipe would name him."""
 
     @property
     def best(self) -> Evaluation | None:
@@ -67,7 +69,8 @@ class Trial(NamedTuple):
         """As a sidecar keeps it, when it was tried, or at last made again."""
         step, val = self.best[:2] if self.best else (None, None)
         found = {"acc_pl": self.acc_pl} if final else {"evaluations": [list(one) for one in self.evaluations]}
-        return {**self.setting._asdict(), "seed": self.seed, "step": step, "val": val, **found}
+        table = {"table": self.table} if self.table else {}
+        return {**self.setting._asdict(), "seed": self.seed, "step": step, "val": val, **found, **table}
 
 
 def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -107,21 +110,24 @@ def train(
     *,
     steps: int,
     warmup: float,
+    weight_decay: float = WEIGHT_DECAY,
+    unlabelled: Batches | None = None,
+    threshold: float = 1.0,
     until: int | None = None,
     held_out: Callable[[], Iterable[Batch]] | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[Evaluation]:
     """Train all of `model` in place by cross-entropy, on this process alone, along a schedule of `steps` steps.
 
-    until: stop after so many of them. held_out: makes the batches of held-out images; with them the model is tested
-    `EVALUATIONS` times, ends with the weights of its best test, and all are returned. A loss that is not finite ends
-    the training; without held-out images nothing tells.
+    unlabelled: images to learn from too, by `pseudo_labelled`. until: stop after so many steps. held_out: makes the
+    batches of held-out images; with them the model is tested `EVALUATIONS` times, ends with the weights of its best
+    test, and all are returned. A loss that is not finite ends the training; without held-out images nothing tells.
     """
     parameters: Any = [p for p in model.parameters() if p.requires_grad]
     if setting.optimizer == "adam":
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, setting.rate, weight_decay=WEIGHT_DECAY)
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, setting.rate, weight_decay=weight_decay)
     else:
-        optimizer = torch.optim.SGD(parameters, setting.rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.SGD(parameters, setting.rate, MOMENTUM, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(min(step, steps - 1), steps, warmup))
     every, evaluations, best_state = max(1, steps // EVALUATIONS), [], None
     for step in range(until or steps):
@@ -129,7 +135,11 @@ def train(
             break
         batch = batches[step]
         model.train()
-        loss = F.cross_entropy(model(batch.x), batch.y)
+        if unlabelled is None:
+            loss = F.cross_entropy(model(batch.x), batch.y)
+        else:
+            own, others = model(torch.cat([batch.x, unlabelled[step].x])).tensor_split([len(batch.y)])
+            loss = F.cross_entropy(own, batch.y) + pseudo_labelled(others, threshold)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -144,6 +154,15 @@ def train(
     if best_state is not None:
         model.load_state_dict(best_state)
     return evaluations
+
+
+def pseudo_labelled(logits: Tensor, threshold: float) -> Tensor:
+    """Mean over images, by logits [n, K], of the cross-entropy to the likeliest class; 0 for those below the threshold.
+
+    Pseudo-labels (Lee 2013), of those that are likely enough (FixMatch, arXiv:2001.07685, of one view).
+    """
+    likelihood, labels = logits.detach().softmax(1).max(1)
+    return (F.cross_entropy(logits, labels, reduction="none") * (likelihood >= threshold)).mean()
 
 
 @torch.no_grad()

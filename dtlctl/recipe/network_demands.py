@@ -1,6 +1,7 @@
 """What a recipe demands of its network, looked at before anything trains."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -53,6 +54,8 @@ def _lacking(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 if not known:
                     reason = f"the stages of {arch} are not known; choose another network or variant"
                 yield f"dispose.{name}.{key}", reason
+    if recipe.piggyback.search and not find_spec("optuna"):
+        yield "piggyback.search", "needs the package optuna: pip install 'dtlctl[optuna]'; or leave it out, for grids"
     batch_norms = nn.modules.batchnorm._BatchNorm
     needed: dict[str, tuple[str, Any]] = {
         "renorm": ("batch normalisation", batch_norms),

@@ -44,13 +44,18 @@ class Job(Generic[Settings]):
             "layer_decay": None,
             "patience": None,
             "settle": None,
+            "search": None,
         }.items():
             if name in settings and settings[name] == usual:  # as if there were no choice
                 del settings[name]
+        for attacker in settings.get("attackers", []):
+            for name, usual in {"weight_decay": 5e-4, "augment": None, "head": "drawn"}.items():
+                if name in attacker and attacker[name] == usual:
+                    del attacker[name]
         if not settings.get("attackers", True):
             # Without tuned attackers there is nothing that these keys could have changed.
-            for name in ("attackers", "attack_seeds", "held_out", "choose_on"):
-                del settings[name]
+            for name in ("attackers", "attack_seeds", "held_out", "choose_on", "search"):
+                settings.pop(name, None)
         if not settings.get("cka", True):
             del settings["cka"]
         elif self.stage == "audit":  # the others that it is compared with made this one
@@ -72,6 +77,7 @@ class Job(Generic[Settings]):
             parts |= {"unlearn": settings.unlearn.revision, "retain": settings.retain.revision}
         if self.stage == "piggyback":
             parts |= {attacker.kind: attacker.revision for attacker in settings.attackers}
+            parts |= {"search": settings.search.revision} if settings.search and settings.attackers else {}
         if self.stage == "audit":
             known = {**{name: attack.revision for name, attack in ATTACKS.items()}, **REFERENCED}
             parts |= {name: known[name] for name in settings.attacks}

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dtlctl.attacks.attackers import Attacker
+from dtlctl.attacks.search import Search
 from dtlctl.objectives.retain import Distill, Retain
 from dtlctl.objectives.unlearn import GradientCollision, Unlearn
 from dtlctl.strict import Algorithm, Strict
@@ -192,12 +193,20 @@ class Piggyback(Training):
     """Whom to attack; without it `scratch`, `TGT`, `pre`, `TL` and all variants."""
     attackers: list[Attacker] = Field([])
     """Tuned attackers, besides the one setting of this table."""
+    search: Search | None = None
+    """The attackers search among their settings, instead of trying grids."""
     attack_seeds: int = Field(1, ge=1, le=100)
     """Repetitions of every tuned attacker, each with its own head, split and batches."""
     choose_on: Literal["own", "test"] = "own"
     """What chooses settings: images of the attacker's own, or half of the test split; then the other half judges."""
     held_out: float = Field(0.25, gt=0, lt=1)
     """The share of his own images that chooses settings: the same number of every class, at least one."""
+
+    @model_validator(mode="after")
+    def _whose_settings(self) -> Piggyback:
+        if self.search and not self.attackers:
+            raise ValueError('search is among the settings of attackers; name some, as attackers = [{ kind = "full" }]')
+        return self
 
     def attacking(self, dataset: str) -> Piggyback:
         """The table with those attackers alone who attack that dataset."""

@@ -19,7 +19,7 @@ COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#b
            "#882255", "#332288", "#999933", "#aa4499")  # fmt: skip
 INK = "#010203"
 """Nearly black, and in a page the text's own colour: there it becomes `currentColor`."""
-NAMES = ("piggyback", "roc", "tradeoff-*", "steps-*", "sweep-*", "curve-*")
+NAMES = ("piggyback", "roc", "tradeoff-*", "steps-*", "sweep-*", "curve-*", "strength-*")
 """Of all figures of a report."""
 WHO = {"piggyback": "the one setting", "piggyback_worst": "the tuned attacker"}
 """Whose accuracy a figure shows, by the row's key."""
@@ -40,7 +40,7 @@ Curves = dict[str, list[list[float]]]
 
 
 def of_table(table: dict[str, Any]) -> dict[str, Drawing]:
-    """Figures by file name, of one report: Fig. 2, the trade-off of Fig. 6, and the attack's steps."""
+    """Figures by file name, of one report: Fig. 2, the trade-off of Fig. 6, the attack's steps, and its trials."""
     rows = [row for row in table["rows"] if row["piggyback"]]
     sets = piggyback_sets(rows)
     colours = colours_of(row["model"] for row in table["rows"])
@@ -62,6 +62,11 @@ def of_table(table: dict[str, Any]) -> dict[str, Drawing]:
         if any(len(curve) > 1 for curve in curves.values()):
             figure = _lines(curves, colours, "steps of the attack", "Acc_pl (%)", f"{name}: steps to recover")
             found[f"steps-{name}"] = figure, "How fast the attacker of the one setting gets there."
+        strength = {row["model"]: row.get("strength", {}).get(name, []) for row in rows}
+        if any(len(curve) > 1 for curve in strength.values()):
+            y, title = "best on images that choose (%)", f"{name}: strength against budget"
+            figure = _lines(strength, colours, "trials", y, title, log=True)
+            found[f"strength-{name}"] = figure, "What more trials get the attacker: where it still rises, more would."
     return found
 
 

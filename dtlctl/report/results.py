@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from base64 import b64decode
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +23,9 @@ Row = dict[str, Any]
 """The numbers of one model by name; those of ATTACKS by name and piggyback dataset."""
 ATTACKS = {"piggyback": "acc_pl", "piggyback_worst": "acc_pl_worst", "piggyback_max": "acc_pl_max"}
 """The sidecar's metric behind each kind of Acc_pl: of the one setting, the tuned attacker, the best by test images."""
+
+BUDGETS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
+"""Numbers of trials after which an attacker's strength is told, besides all that he made."""
 
 NEVER_SAW_THE_SOURCE = ("scratch", "TGT")
 """Nothing of the source can be recovered from these: what an attacker gets is what he learned himself."""
@@ -113,7 +117,29 @@ def _attack(job: Job[Any], sidecar: Row) -> Row:
         found["tuned_by"] = [" at ".join(filter(None, map(one.get, ("kind", "stage")))) for one in chosen]
     if chosen and not half:
         found["held_out"] = fmean(one["val"] for one in chosen)
-    return found
+    if trials := metrics.get("trials"):
+        found["strength"] = strength(trials, in_order=job.settings.search is not None)
+    return found | {name: metrics[name] for name in ("winner",) if name in metrics}
+
+
+def strength(trials: Sequence[Row], *, in_order: bool) -> list[list[float]]:
+    """[[k, %], ...]: how well the best of k trials does on the images that choose, for `BUDGETS` and for all trials.
+
+    Of a search these are the first k. A grid has no order: then it is the mean over all ways to take k of n, of which
+    the i-th from below is the best in C(i-1, k-1). A repetition is a budget of its own, and the mean is over them.
+    """
+    seeds: dict[int, list[float]] = {}
+    for one in trials:
+        seeds.setdefault(one["seed"], []).append(one["val"] or 0.0)  # null: it diverged
+    n = min(map(len, seeds.values()))
+
+    def best(found: list[float], k: int) -> float:
+        if in_order:
+            return max(found[:k])
+        ways = [math.comb(i, k - 1) for i in range(len(found))]
+        return sum(value * way / math.comb(len(found), k) for value, way in zip(sorted(found), ways, strict=True))
+
+    return [[k, fmean(best(found, k) for found in seeds.values())] for k in sorted({*BUDGETS, n}) if k <= n]
 
 
 def refuse_other_images(results: Iterable[Result], *, one_seed: bool) -> None:

@@ -28,9 +28,10 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     accuracies in %, means over seeds; with several seeds each number x has x_ci, the half width of its 95 % t
     interval. A number that was not measured is left out. vs_TL and vs_TGT are rows of differences, taken seed by seed,
     so that their intervals are those of the difference. Under tuned attackers a row also has piggyback_worst and
-    piggyback_max, and tuned_by, the chosen kinds and their stages; curves holds [[steps of the attack, %], ...] by
-    dataset. evidence is that of `evidence.evidence`, older names results in the folders that are not of this recipe's
-    present models, and from both follows the verdict. audits_sha256 stands for all that audit.md shows besides; caveats
+    piggyback_max, tuned_by (the chosen kinds and their stages), strength ([[trials, %], ...], `results.strength`) and,
+    of a search, winner; curves holds [[steps of the attack, %], ...] by dataset. evidence is that of
+    `evidence.evidence`, older names results in the folders that are not of this recipe's present models, and from both
+    follows the verdict. audits_sha256 stands for all that audit.md shows besides; caveats
     are sentences. Raises CheckpointError for what is no run or no sidecar, RecipeError for recipes that differ in more.
     """
     recipes = [recipe_of(run) for run in runs]
@@ -49,9 +50,12 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     rows = []
     for model, own in by_seed.items():
         row = _average(model, numbers[model])
-        if "curves" in own[0]:
-            curves = {s: [one["curves"].get(s, []) for one in own] for s in row["piggyback"]}
-            row["curves"] = {s: _mean_curve(each) for s, each in curves.items()}
+        for kind in [kind for kind in ("curves", "strength") if kind in own[0]]:
+            curves = {s: [one.get(kind, {}).get(s, []) for one in own] for s in row["piggyback"]}
+            row[kind] = {s: _mean_curve(each) for s, each in curves.items()}
+        if "winner" in own[0]:
+            sets = own[0]["winner"]
+            row["winner"] = {s: [one["winner"][s] for one in own if s in one.get("winner", {})] for s in sets}
         if "tuned_by" in own[0]:
             sets = own[0]["tuned_by"]
             row["tuned_by"] = {s: [who for one in own for who in one.get("tuned_by", {}).get(s, [])] for s in sets}

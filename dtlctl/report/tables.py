@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dtlctl.report.results import ATTACKS, Row
+from dtlctl.report.results import ATTACKS, BUDGETS, Row
 from dtlctl.report.templates import span
 
 Columns = dict[str, tuple[str, ...]]
@@ -46,6 +46,7 @@ def of_report(document: dict[str, Any]) -> list[Table]:
         tables.append(_differences(document, sets))
     if any(row.get("piggyback_worst") for row in rows):
         tables.append(_tuned(document))
+        tables += [_strength(rows, name) for name in sets if any(row.get("strength", {}).get(name) for row in rows)]
     return tables
 
 
@@ -115,6 +116,23 @@ def _tuned(document: dict[str, Any]) -> Table:
         "with its 95 % interval."
     )
     return Table(note, ["Model", *(f"{s} {kind}" for s in sets for kind in kinds)], lines, "Under tuned attackers")
+
+
+def _strength(rows: Sequence[Row], name: str) -> Table:
+    """What more trials get an attacker on one dataset, and the settings that a search chose."""
+    curves = {row["model"]: dict(row["strength"][name]) for row in rows if row.get("strength", {}).get(name)}
+    winners = {row["model"]: row["winner"][name] for row in rows if name in row.get("winner", {})}
+    budgets = [k for k in BUDGETS if any(k in curve for curve in curves.values())]
+    lines = []
+    for model, curve in curves.items():
+        told = [f"{curve[k]:.1f}" if k in curve else "–" for k in budgets]
+        lines.append([model, *told, f"{curve[max(curve)]:.1f} ({max(curve)})"])
+        lines[-1] += ["; ".join(dict.fromkeys(winners.get(model, ["–"])))] if winners else []
+    note = (
+        f"Strength against budget on {name}: accuracy in % on the images that choose, of the best of so many trials; "
+        "of a search the first ones, of a grid the mean over all orders. It flatters: other images judge."
+    )
+    return Table(note, ["Model", *map(str, budgets), "all", *["what the search chose"] * bool(winners)], lines)
 
 
 def cell(row: Row, name: str, dataset: str | None = None, *, form: str = ".1f") -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dtlctl.attacks import tuning
+from dtlctl.attacks.attackers import SelfTraining
 from dtlctl.errors import DataError, RecipeError
 from dtlctl.objectives.unlearn import NullSpace
 from dtlctl.recipe.plan import Job
@@ -41,6 +42,12 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
                 _images_for_a_price(experiment, job)
         if job.stage == "piggyback" and job.settings.attackers:
             _images_to_hold_out(experiment, job)
+            asking = any(isinstance(attacker, SelfTraining) for attacker in job.settings.attackers)
+            if asking and not len(experiment.data.held_back(job.dataset)):
+                raise DataError(
+                    f"{experiment.source}: data.{job.dataset}.fraction: it leaves no images out, and self-training "
+                    "learns from these; set it to 0.1, say, or leave the dataset out of the attacker's datasets"
+                )
 
 
 def local_chunks(settings: Dispose, processes: int, title: str) -> int:

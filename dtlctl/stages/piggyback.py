@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from statistics import mean, median
@@ -21,7 +21,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
 from dtlctl.attacks import features, tuning
-from dtlctl.attacks.attackers import Attacker, Frozen
+from dtlctl.attacks.attackers import Attacker, Frozen, SelfTraining
+from dtlctl.attacks.search import Point, reusable, search
 from dtlctl.attacks.tuning import Evaluation, Setting, Trial
 from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batch, evaluation_batches
@@ -30,6 +31,7 @@ from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Piggyback
 from dtlctl.run.experiment import Experiment
+from dtlctl.storage import checkpoint
 from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import History
 
@@ -62,29 +64,27 @@ def piggyback(experiment: Experiment, job: Job[Piggyback]) -> None:
 def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: float) -> dict[str, Any]:
     """Metrics of the tuned attackers; `single`: Acc_pl of the table's one setting.
 
-    Each attacker tries his grid on the training part of his images and keeps what is best on the held-out part, the
-    step too; with that he trains once more, on all he has, and is left out if that diverges. The worst case is the
-    attacker who is best on held-out images. `acc_pl_max` looks at the images that judge instead: no attacker can do
-    that, so it is an upper bound.
+    Each attacker tries his grid, or what a search suggests, on the training part of his images and keeps what is best
+    on the held-out part, the step too; with that he trains once more, on all he has, and is left out if that diverges.
+    The worst case is the attacker who is best on held-out images. `acc_pl_max` looks at the images that judge instead:
+    no attacker can do that, so it is an upper bound.
     """
-    started, kinds = time.perf_counter(), dict.fromkeys(attacker.kind for attacker in job.settings.attackers)
+    started = time.perf_counter()
     trials: list[Trial] = []
     finals: list[list[Trial]] = []
-    total = 1
 
-    def done(count: int) -> None:
-        bar.at(len(trials) + count, total)
+    def done(count: int, of: int) -> None:
+        bar.at(len(trials) + count, job.settings.attack_seeds * of)
 
-    with experiment.processes.progress(f"{job.title}: attackers", total) as bar:
+    with experiment.processes.progress(f"{job.title}: attackers", 1) as bar:
         for seed in range(job.settings.attack_seeds):
             repetition = Repetition(experiment, job, seed)
-            grid, total = repetition.grid, job.settings.attack_seeds * len(repetition.grid)
-            tasks = [partial(repetition.attempt, *point) for point in grid]
-            trying = parts.each(f"trial-{seed}", Trial, tasks, repetition.stop.is_set)
-            tried = share_out(repetition, trying, done)
+            points, tried = _tried(repetition, job.settings, parts, done)
+            kinds = dict.fromkeys(trial.setting.kind for trial in tried)
             best = [tuning.choose([t for t in tried if t.setting.kind == kind]) for kind in kinds]
-            finishing = [partial(repetition.finish, grid[tried.index(trial)][0], trial) for trial in best if trial]
-            again = share_out(repetition, parts.each(f"final-{seed}", Trial, finishing, repetition.stop.is_set))
+            finishing = [partial(repetition.finish, points[tried.index(trial)][0], trial) for trial in best if trial]
+            name = f"final-{seed}-{_digest([trial.document() for trial in best if trial])}"
+            again = share_out(repetition, parts.each(name, Trial, finishing, repetition.stop.is_set))
             trials.extend(tried)
             finals.append(again)
     seconds, fits = time.perf_counter() - started, len(experiment.engine.gather_objects(parts.made))
@@ -99,8 +99,39 @@ def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: fl
         "chosen": [final.document(final=True) for final in chosen],
         "attackers": [final.document(final=True) for again in finals for final in again],
         "trials": [trial.document() for trial in trials],
+        **({"winner": reusable(final.table or {} for final in chosen)} if chosen and job.settings.search else {}),
         **(cost if fits == len(trials) + sum(map(len, finals)) else {}),  # of a part it would say nothing
     }
+
+
+def _tried(
+    repetition: Repetition, settings: Piggyback, parts: Parts, done: Callable[[int, int], None]
+) -> tuple[list[Point], list[Trial]]:
+    """The settings of all attackers' grids, or those that a search suggests, and what came of each.
+
+    done: told how many are tried, and of how many.
+    """
+    total = settings.search.trials if settings.search else len(repetition.grid)
+
+    def attempt(points: Sequence[Point], before: int = 0, part: str = "") -> list[Trial]:
+        tasks = [partial(repetition.attempt, *point) for point in points]
+        trying = parts.each(f"trial-{repetition.seed}{part}", Trial, tasks, repetition.stop.is_set)
+        return share_out(repetition, trying, lambda count: done(before + count, total))
+
+    def suggested(points: list[Point], before: int) -> list[Trial]:
+        wave = _digest([[attacker.table(), setting] for attacker, setting in points])
+        found = attempt(points, before, f"-{before}-{wave}")
+        return [trial._replace(table=attacker.table()) for trial, (attacker, _) in zip(found, points, strict=True)]
+
+    if not settings.search:
+        return repetition.grid, attempt(repetition.grid)
+    seed = repetition.experiment.recipe.stream(f"{repetition.tag}/search")
+    return search(settings.attackers, repetition.stages, settings.search.trials, seed, suggested)
+
+
+def _digest(what: list[Any]) -> str:
+    """For the names of parts: another release of Optuna may suggest other settings."""
+    return checkpoint.key({"what": what})[:12]
 
 
 def start(experiment: Experiment, job: Job[Piggyback], head: str, *, alone: bool = False) -> Classifier:
@@ -130,11 +161,13 @@ class Repetition:
             self.held, self.judges = ("train", held), np.arange(len(test))
         self.model = start(experiment, job, f"{self.tag}/head", alone=True).through(HEAD)
         self.fresh = experiment.trainer.new_model({}, f"{self.tag}/fresh", global_batch_norm=False)
+        asked = any(isinstance(attacker, SelfTraining) for attacker in job.settings.attackers)
+        self.left_out = experiment.data.held_back(job.dataset) if asked else self.own[:0]
         self.stop = threading.Event()
         self.features: dict[Any, Features] = {}
         read = [self.seen(a, n) for a in job.settings.attackers if isinstance(a, Frozen) for n in a.amounts()]
-        stages = features.distinct(read[0]["train"][0]) if read else []
-        self.grid = [(one, setting) for one in job.settings.attackers for setting in one.grid(stages)]
+        self.stages = features.distinct(read[0]["train"][0]) if read else []
+        self.grid: list[Point] = [(one, setting) for one in job.settings.attackers for setting in one.grid(self.stages)]
         """Every attacker with every setting that he tries."""
 
     def attempt(self, attacker: Attacker, setting: Setting) -> Trial:
@@ -161,11 +194,29 @@ class Repetition:
         look = partial(self._whole, split, self.own[rows] if split == "train" else rows)
         model, size = self._prepared(attacker, places, setting.amount), attacker.batch_size
         batches = self.experiment.trainer.batches(self.job.dataset, size, f"{self.tag}/batches", self.own[places])
+        batches.augment = attacker.augment or batches.augment
+        if attacker.head == "fitted" and not self._fit_head(model, self.own[places]):
+            return []
+        more: dict[str, Any] = {}
+        if isinstance(attacker, SelfTraining):
+            tag = f"{self.tag}/unlabelled"
+            unlabelled = self.experiment.trainer.batches(self.job.dataset, size, tag, self.left_out)
+            unlabelled.augment = batches.augment
+            more = {"unlabelled": unlabelled, "threshold": attacker.threshold}
         looks = tuning.train(
             model, batches, setting, steps=attacker.steps, warmup=attacker.warmup, until=until,
-            held_out=None if until else look, stopped=self.stop.is_set,
+            weight_decay=attacker.weight_decay, held_out=None if until else look, stopped=self.stop.is_set, **more,
         )  # fmt: skip
         return [tuning.evaluate(model, look(), until)] if until else looks
+
+    def _fit_head(self, model: Classifier, rows: np.ndarray) -> bool:
+        """Fit the head to what the model makes of these images; False where that is not finite."""
+        found = features.read(model.eval(), self._pixels("train", rows))[features.EMBEDDING]
+        if not np.isfinite(found).all():
+            return False
+        features.refit(model, HEAD, torch.from_numpy(found), torch.from_numpy(self.labels[rows]), model.classes[HEAD])
+        model.heads[HEAD].requires_grad_(True)
+        return True
 
     def seen(self, attacker: Frozen, amount: float | None = None) -> Features:
         """What such an attacker sees of his own images, and of the test split: read once for all who see the same."""

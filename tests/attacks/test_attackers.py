@@ -33,6 +33,7 @@ ATTACKERS = (
     'piggyback.attackers=[{kind="full", lr=[0.01, 0.1], steps=4}, {kind="full", optimizer="adam", lr=[0.01], steps=4}, '
     '{kind="probe", C=[0.1, 1.0]}, {kind="last-block", lr=[0.05], steps=4}, {kind="renorm", lr=[0.05], steps=4}, '
     '{kind="renorm-probe", C=[1.0]}, {kind="norms", lr=[0.05], steps=4}, {kind="lora", lr=[0.05], rank=[1], steps=4}, '
+    '{kind="self-training", lr=[0.05], steps=4}, '
     '{kind="compressed", bits=[4], prune=[], C=[1.0]}, {kind="knn", k=[1]}]'
 )
 
@@ -284,6 +285,106 @@ def test_training_keeps_the_best_look_and_survives_divergence():
             assert tuning.evaluate(model, held(), best.step) == pytest.approx(best)
 
 
+class Points:
+    """All of some points in every batch."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor):
+        self.x, self.y = x, y
+
+    def __getitem__(self, step: int) -> Any:
+        return self
+
+
+def self_trained(x: torch.Tensor, y: torch.Tensor, more: bool) -> float:
+    """% of points [N, 2] with labels that a linear classifier tells, of which it knew two, and saw the others or not.
+
+    The two lie at (-0.3, 0.9) and (0.3, -0.9), so that by them alone the classes are told by x - 3 y.
+    """
+    model = torch.nn.Linear(2, 2)
+    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    known: Any = Points(torch.tensor([[-0.3, 0.9], [0.3, -0.9]]), torch.tensor([0, 1]))
+    others: Any = Points(x, torch.full_like(y, -1))  # no label is read, or the cross-entropy would refuse it
+    setting = Setting("self-training", "sgd", 0.2)
+    extra: Any = {"unlabelled": others, "threshold": 0.8} if more else {}
+    tuning.train(model, known, setting, steps=300, warmup=0.1, **extra)
+    return tuning.evaluate(model, [known.__class__(x, y)], 300).accuracy
+
+
+def test_self_training_finds_the_gap_between_clusters_and_nothing_in_noise(monkeypatch: pytest.MonkeyPatch):
+    """Two clusters at x = -1 and 1 with deviations of 0.25: two points leave the tenth wrong that has |y| above 1/3.
+
+    That is 1.3 deviations. By its own answers where it is sure, the classifier gets all. Of labels that nothing in the
+    images tells it gets half, as before. Shuffled answers teach nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(400) % 2
+    clusters = torch.stack([2.0 * y - 1, 0.0 * y], 1) + 0.25 * torch.randn(400, 2, generator=generator)
+    alone, both = self_trained(clusters, y, False), self_trained(clusters, y, True)
+    assert 80 < alone < 95 and both > 99.5
+    noise = torch.randn(400, 2, generator=generator)
+    assert abs(self_trained(noise, y, True) - 50) < 8 and abs(self_trained(noise, y, False) - 50) < 8
+
+    def shuffled(logits: torch.Tensor, threshold: float) -> torch.Tensor:
+        likelihood, labels = logits.detach().softmax(1).max(1)
+        labels = labels[torch.randperm(len(labels), generator=generator)]
+        return (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * (likelihood >= threshold)).mean()
+
+    monkeypatch.setattr(tuning, "pseudo_labelled", shuffled)
+    assert self_trained(clusters, y, True) < 95
+
+
+def test_only_answers_that_are_sure_count_as_labels():
+    """Probabilities of 0.9 and 0.6: of the mean over two images the first has -log 0.9 / 2, the second nothing."""
+    logits = torch.log(torch.tensor([[0.9, 0.1], [0.4, 0.6]]))
+    assert float(tuning.pseudo_labelled(logits, 0.8)) == pytest.approx(-math.log(0.9) / 2)
+    assert float(tuning.pseudo_labelled(logits, 0.5)) == pytest.approx(-(math.log(0.9) + math.log(0.6)) / 2)
+
+
+def test_self_training_sees_what_the_subset_leaves_out_and_no_label_of_it(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """30 of 1,000 digits are his: 970 are without labels for him. A dataset that is his as a whole leaves none."""
+    change = 'piggyback.attackers=[{kind="self-training", lr=[0.1], steps=4}]'
+    experiment = Experiment(load(recipe_file, [change]), recipe_file.parent, quiet=True)
+    (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
+    repetition, seen = Repetition(experiment, job, 0), []
+    train = tuning.train
+    monkeypatch.setattr(tuning, "train", lambda *a, **k: seen.append((a[1], k)) or train(*a, **k))
+    trial = repetition.attempt(*repetition.grid[0])
+    ((own, options),) = seen
+    rows = options["unlabelled"].rows.tolist()
+    assert options["threshold"] == 0.8 and len(rows) == 970
+    assert set(rows).isdisjoint(experiment.data.index("piggyback.again").tolist())
+    assert set(own.rows.tolist()) < set(experiment.data.index("piggyback.again").tolist())
+    options["unlabelled"].labels.fill_(-1)  # the cross-entropy refuses it
+    assert repetition.attempt(*repetition.grid[0]) == trial
+    whole = load(recipe_file, [change, "data.piggyback.again.fraction=1.0"])
+    with pytest.raises(DataError, match=r"^RECIPE: data\.piggyback\.again\.fraction: .*self-training"):
+        run(Experiment(whole, recipe_file.parent, quiet=True), ("piggyback",), only=("scratch",))
+
+
+def test_a_head_that_is_fitted_starts_as_the_probe_of_the_embedding(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """After no step the model answers as a logistic regression with C = 1 does; then all its weights are trained."""
+    change = 'piggyback.attackers=[{kind="full", head="fitted", augment="none", lr=[0.1], steps=2}, {kind="probe"}]'
+    experiment = Experiment(load(recipe_file, [change]), recipe_file.parent, quiet=True)
+    (job,) = [job for job in experiment.jobs if job.title == "piggyback/scratch/again"]
+    repetition, (full, probe) = Repetition(experiment, job, 0), job.settings.attackers
+    (x, y), test = ((read["embedding"].astype(float), labels) for read, labels in repetition.seen(probe).values())
+    answers, train = [], tuning.train
+
+    def look(model: Any, batches: Any, *rest: Any, **options: Any) -> Any:
+        assert all(parameter.requires_grad for parameter in model.parameters()) and batches.augment == "none"
+        answers.append(tuning.evaluate(model, repetition._whole("test"), 0))
+        return train(model, batches, *rest, **options)
+
+    monkeypatch.setattr(tuning, "train", look)
+    repetition.attempt(full, full.grid()[0])
+    expected = tuning.evaluate_probe(logistic(x[repetition.train], y[repetition.train], 1.0), *test)
+    assert answers[0].accuracy == pytest.approx(expected.accuracy, abs=0.3)
+    assert answers[0].loss == pytest.approx(expected.loss, rel=1e-3)
+
+
 def test_a_linear_probe_separates_what_is_separable():
     """Two clusters at -1 and +1 of one feature, the other feature constant: all right, whatever C."""
     x, y = np.array([[-1.0, 3], [-0.9, 3], [0.9, 3], [1.0, 3]]), np.array([0, 0, 1, 1])
@@ -294,7 +395,7 @@ def test_a_linear_probe_separates_what_is_separable():
 
 
 def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file: Path):
-    """2 + 1 settings of full, 2 of probe on 3 stages, 2 of last-block, 1 each of 3, 3 each of 3: 23 a seed."""
+    """2 + 1 settings of full, 2 of probe on 3 stages, 2 of last-block, 1 each of 4, 3 each of 3: 24 a seed."""
     documents = []
     for name, threads in (("one", 1), ("two", 2)):
         experiment = Experiment(
@@ -310,11 +411,22 @@ def test_every_attacker_leaves_its_trials_and_one_thread_equals_two(recipe_file:
         {k: v for k, v in d.items() if k not in ("trials_per_minute", "attack_seconds")} for d in documents
     )
     assert metrics == other
-    assert len(metrics["trials"]) == 46
+    assert len(metrics["trials"]) == 48
     stages = {t["stage"] for t in metrics["trials"] if t["kind"] == "probe"}
     assert stages == {"stage1", "stage2", "embedding"}  # the third stage's mean is the embedding
     assert {t["amount"] for t in metrics["trials"] if t["kind"] == "last-block"} == {1, 2}
-    kinds = ["full", "probe", "last-block", "renorm", "renorm-probe", "norms", "lora", "compressed", "knn"]
+    kinds = [
+        "full",
+        "probe",
+        "last-block",
+        "renorm",
+        "renorm-probe",
+        "norms",
+        "lora",
+        "self-training",
+        "compressed",
+        "knn",
+    ]
     assert [final["kind"] for final in metrics["attackers"]] == kinds * 2
     for seed in (0, 1):
         finals = [s for s in metrics["attackers"] if s["seed"] == seed]
@@ -417,7 +529,7 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
     held_out, tested = {"full": 60.0, "probe": 70.0}, {"full": 20.0, "probe": 10.0}
 
     class Fake:
-        stop, model = threading.Event(), torch.nn.Identity()
+        stop, model, seed = threading.Event(), torch.nn.Identity(), 0
 
         def __init__(self, experiment: Experiment, *_: object):
             self.experiment = experiment

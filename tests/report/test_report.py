@@ -18,7 +18,7 @@ from dtlctl.attacks.attackers import Attacker, Frozen
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.plan import jobs
-from dtlctl.report import audit, figures, files, summary, tables, templates
+from dtlctl.report import audit, figures, files, results, summary, tables, templates
 from dtlctl.report.intervals import Figure, Number, share
 from dtlctl.report.results import ATTACKS
 from dtlctl.storage import checkpoint
@@ -102,7 +102,7 @@ def test_differences_are_taken_seed_by_seed(recipe_file: Path):
     assert [cell.strip() for cell in lines[1][3:-1]] == ["-3.0 ± 4.3", "-3.0 ± 4.3", "-1.0 ± 0.0"]
 
 
-def put(path: Path, **metrics: float) -> None:
+def put(path: Path, **metrics: object) -> None:
     """Change metrics of a sidecar."""
     document = json.loads(path.read_text())
     document["metrics"] |= metrics
@@ -340,7 +340,8 @@ def test_the_page_tells_what_every_kind_of_attacker_tries():
     attackers = [kind() for kind in get_args(kinds)]
     assert len(attackers) >= 5
     tuned = [one.model_dump(mode="json") for one in attackers]
-    said = templates.said("who", {"attackers": tuned, "choose_on": "own", "steps": 3, "epochs": None, "lr": 0.05})
+    usual = {"choose_on": "own", "steps": 3, "epochs": None, "lr": 0.05, "search": None}
+    said = templates.said("who", {**usual, "attackers": tuned})
     for one in attackers:
         varied = ("k" if one.kind == "knn" else "C") if isinstance(one, Frozen) else "sgd, learning rate"
         rates = dict.fromkeys(setting.rate for setting in one.grid())
@@ -695,3 +696,31 @@ def test_the_table_says_which_images_chose(recipe_file: Path):
         shown = templates.said("who", table["recipe"]["piggyback"])
         assert ("the test split picks nothing" in shown) is (choose_on == "own")
         assert ("the other half judges it" in shown) is (choose_on == "test")
+
+
+def test_strength_against_budget_by_hand(recipe_file: Path):
+    """Of a grid with 40, 20 and one that diverged: a trial has 20 on average, the better of two (40 + 40 + 20) / 3.
+
+    A search has them in this order in one repetition, and 10, 50, 50 in another: 25, 45, 45. The page shows both, and
+    the search's winner; where there is no trial there is neither.
+    """
+    trials = [{"seed": 0, "val": value} for value in (40.0, None, 20.0)]
+    assert results.strength(trials, in_order=False) == [[1, pytest.approx(20)], [2, pytest.approx(100 / 3)], [3, 40]]
+    more = [{"seed": 1, "val": value} for value in (10.0, 50.0, 50.0)]
+    assert results.strength([*trials, *more], in_order=True) == [[1, 25], [2, 45], [3, 45]]
+
+    found = {}
+    for name, changes in {"grid": TUNED, "search": (*TUNED, "piggyback.search={trials=3}"), "none": ()}.items():
+        run = fake_run(recipe_file, name, 0, 70.0, *changes)
+        for model in ("scratch", "TL", "gc") if changes else ():
+            own = {"winner": 'attackers = [{ kind = "knn" }]'} if name == "search" else {}
+            put(run / f"piggyback/{model}/again.json", acc_pl_worst=30.0, acc_pl_max=30.0, trials=trials, **own)
+        files.write(summary.summarise([run]), run / "report", "dtlctl report", [run])
+        found[name] = unescape((run / "report/report.html").read_text())
+        assert (run / "report/strength-again.svg").exists() == bool(changes)
+    table = (recipe_file.parent / "search/report/table.md").read_text()
+    (line,) = [line for line in table.splitlines() if line.startswith("| gc") and "knn" in line]
+    told = ["gc", "40.0", "40.0", "40.0 (3)", 'attackers = [{ kind = "knn" }]']
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == told
+    assert ["what the search chose" in page for page in found.values()] == [False, True, False]
+    assert ["33.3" in page for page in found.values()] == [True, False, False]
