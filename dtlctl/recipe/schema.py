@@ -136,6 +136,8 @@ class Recipe(Strict):
                     f"dispose.{variant}.unlearn: a collision in bfloat16 can point elsewhere (cosine 0.86 to float64 "
                     'was measured); write precision = "float32", or a bound that the run must hold, as cosine = 0.99'
                 )
+        if self.piggyback.search and not self.piggyback.attackers:
+            raise ValueError("piggyback.search: among whose settings? name attackers, or leave it out")
         for number, attacker in enumerate(self.piggyback.attackers):
             for dataset in attacker.datasets or []:
                 if dataset not in self.data.piggyback:

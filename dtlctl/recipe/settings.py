@@ -127,9 +127,8 @@ class Dispose(Training):
     """The last share of the steps trains on the retaining loss alone."""
     settle: int | None = Field(None, ge=2, le=40)
     """End early: where at so many checks in a row neither price nor probe moved by more than a point (of
-    40 a run, 2 % of its time).
-    With a price to find λ for, after 70 % of the steps. The probe looks at test images of the source, and without a
-    `price` the price so far is that on test images of the target: report such a run as one that saw them."""
+    40 a run, 2 % of its time). With a price to find λ for, after 70 % of the steps. The probe looks at test images of
+    the source, and without a `price` the price so far at those of the target: report that the run saw them."""
     init: Literal["TL", "fresh"] = "fresh"
     """Where it starts: from a new network (`fresh`), or from `TL`, which is the default beside `fresh_stages`."""
     fresh_stages: int = Field(0, ge=0)
@@ -201,12 +200,6 @@ class Piggyback(Training):
     """What chooses settings: images of the attacker's own, or half of the test split; then the other half judges."""
     held_out: float = Field(0.25, gt=0, lt=1)
     """The share of his own images that chooses settings: the same number of every class, at least one."""
-
-    @model_validator(mode="after")
-    def _whose_settings(self) -> Piggyback:
-        if self.search and not self.attackers:
-            raise ValueError('search is among the settings of attackers; name some, as attackers = [{ kind = "full" }]')
-        return self
 
     def attacking(self, dataset: str) -> Piggyback:
         """The table with those attackers alone who attack that dataset."""

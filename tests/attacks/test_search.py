@@ -160,7 +160,7 @@ def test_a_result_depends_on_the_search_and_without_one_is_as_before(recipe_file
     elsewhere = 'piggyback.attackers=[{kind="probe", datasets=["other"]}]'
     more = "data.piggyback.other={like='target'}"
     assert described(elsewhere, SEARCH[1], more) == described(more)
-    with pytest.raises(RecipeError, match=r"piggyback: .*search.*attackers"):
+    with pytest.raises(RecipeError, match=r"piggyback\.search: .*attackers"):
         load(recipe_file, [SEARCH[1]])
 
 
