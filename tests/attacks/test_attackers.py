@@ -452,7 +452,7 @@ def test_who_is_trained_on_is_not_looked_at_and_nobody_sees_the_test_split(
     trial = repetition.attempt(attacker, attacker.grid()[0])
     repetition.finish(attacker, trial)
     (tried, looking), (again, last) = seen
-    pixels = torch.from_numpy(experiment.data.images("source", "train").pixels).float() / 255
+    pixels = torch.from_numpy(experiment.data.images("source", "train").pixels[:]).float() / 255
     held = sorted(set(experiment.data.index("piggyback.again").tolist()) - set(tried.rows.tolist()))
     assert (len(tried.rows), len(held), len(again.rows)) == (20, 10, 30)
     assert torch.allclose(torch.cat([batch.x for batch in looking["held_out"]()]), pixels[held])
@@ -512,7 +512,7 @@ def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monke
     tried = repetition.attempt(full, full.grid()[0])
     monkeypatch.setattr(tuning, "evaluate", lambda m, b, n: judged.extend(b := list(b)) or evaluate(m, b, n))
     repetition.finish(full, tried)
-    pixels = torch.from_numpy(experiment.data.images("source", "test").pixels).float() / 255
+    pixels = torch.from_numpy(experiment.data.images("source", "test").pixels[:]).float() / 255
     assert [len(rows) for rows, _ in seen] == [30, 30]
     assert torch.allclose(torch.cat([batch.x for batch in seen[0][1]["held_out"]()]), pixels[held])
     assert torch.allclose(torch.cat([batch.x for batch in judged]), pixels[repetition.judges])
