@@ -81,7 +81,7 @@ def main() -> None:
             spread = f"({min(times):.3f} to {max(times):.3f})"
             print(f"{name:8}{median(times):.3f} s a step {spread}, {median(sizes[name]):.1f} MB sent")
         one, other = (dict(model.named_parameters()) for _, model, _ in ways.values())
-        apart = max(float((one[name] - other[name]).norm() / one[name].norm()) for name in one)
+        apart = max(float(((one[name] - other[name]).norm() / one[name].norm()).detach()) for name in one)
         print(f"weights differ by {apart:.0e} at most, relative, after {(TURNS + 1) * STEPS} steps")
 
 
