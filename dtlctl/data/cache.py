@@ -25,6 +25,7 @@ from PIL import Image
 
 from dtlctl.console.machine import alive, cores
 from dtlctl.data import entry as entries
+from dtlctl.data.classes import some
 from dtlctl.data.dataset import Rows, Split
 from dtlctl.data.entry import Entry, Images, Wanted
 from dtlctl.data.pixels import Depth, Rule, dark, decide, decode, hashed
@@ -193,16 +194,21 @@ def _decode(
     def decoded(rows: np.ndarray, rule: Rule | None) -> Iterator[entries.Part]:
         size = max(1, min(_BATCH, _BYTES // (3 * entry.size**2)))
         chunks, done = [rows[start : start + size] for start in range(0, len(rows), size)], 0
+        failed: list[DataError] = []
         task = lambda chunk: _batch(source, kept[chunk], needed[chunk], entry.size, rule)  # noqa: E731
         with closing(_parallel(task, chunks)) as batches:
             for chunk, (pixels, hashes, states, found, broken) in zip(chunks, batches, strict=True):
                 depths.update({int(chunk[place]): depth for place, depth in found.items()})
-                if broken:
-                    write(entry.place / entries.SAID, str(broken[0]).encode())
+                failed += [error for place, error in broken.items() if needed[chunk[place]]]
+                if unneeded := [error for place, error in broken.items() if not needed[chunk[place]]]:
+                    write(entry.place / entries.SAID, str(unneeded[0]).encode())
                 yield chunk, pixels, hashes, states
                 done += len(chunk)
                 if progress:
                     progress(done, len(rows))
+        if failed:  # all of them at once, so that nobody has to begin again for each
+            others = [str(error).partition(": the image ")[0] for error in failed[1:]]
+            raise DataError(f"{failed[0]}" + (f"\n{len(others)} more: {some(others, 20)}" if others else ""))
 
     entry.write(decoded(entry.missing(wanted), entry.rule))
     if entry.rule is None:
@@ -220,14 +226,14 @@ def _decode(
 
 def _batch(
     source: Rows, rows: np.ndarray, needed: np.ndarray, size: int, rule: Rule | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, Depth], list[DataError]]:
-    """uint8 [n, 3, size, size], hashes, states, depths by place where there are any, and what is wrong with some.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, Depth], dict[int, DataError]]:
+    """uint8 [n, 3, size, size], hashes, states, and by place: depths where there are any, what is wrong with some.
 
-    Images of more than 8 bits are not there, and black, without the `rule` that scales them. Raises DataError for one
-    that is `needed` and cannot be decoded.
+    Images of more than 8 bits are not there, and black, without the `rule` that scales them; so is one that is `needed`
+    and cannot be decoded.
     """
     pixels, states = np.zeros((len(rows), 3, size, size), np.uint8), np.zeros(len(rows), np.uint8)
-    depths, broken, read = {}, [], []
+    depths, broken, read = {}, dict[int, DataError](), []
     with suppress(DataError):  # that of one is raised below
         read = source.pictures(rows.tolist())
     for place, number in enumerate(rows.tolist()):
@@ -235,10 +241,8 @@ def _batch(
             picture = read[place] if read else source.pictures([number])[0]
             image, depth, frames = decode(picture, size, source.place(number), rule and rule.full)
         except DataError as error:
-            if needed[place]:
-                raise
-            broken.append(error)
-            states[place] = entries.BROKEN
+            broken[place] = error
+            states[place] = 0 if needed[place] else entries.BROKEN
             continue
         if depth is not None:
             depths[place] = depth

@@ -128,6 +128,18 @@ def test_a_broken_image_is_named_and_leaves_nothing_half_made(tmp_path, cache_fo
     assert cache.cached(Source(dataset), "train", 4) is None
 
 
+def test_all_broken_images_are_named_at_once(tmp_path):
+    """Who has to mend his folder should not have to begin again for each; what could be decoded is kept."""
+    dataset = image_folder(tmp_path / "d")
+    for name in ("a/0", "b/0", "b/1"):
+        (tmp_path / f"d/train/{name}.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"a/0.png: the image cannot be decoded: .*\n2 more: .*b/0.png', .*b/1.png'$"):
+        cache.load(Source(dataset), "train", 4)
+    (tmp_path / "d/train/b/1.png").unlink()
+    with pytest.raises(DataError, match=r"a/0.png: the image cannot be decoded: .*\n1 more: .*b/0.png'$"):
+        cache.load(Source(dataset), "train", 4)
+
+
 def test_postscript_is_not_even_identified(tmp_path):
     """PIL would hand it to Ghostscript."""
     dataset = image_folder(tmp_path / "d")
