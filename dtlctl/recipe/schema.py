@@ -171,7 +171,9 @@ class Recipe(Strict):
 
     @property
     def audit_models(self) -> list[str]:
-        return self.audit.models or [*(["pre"] * ("pre" in self.references)), "TL", *self.dispose]
+        if self.audit.models is not None:
+            return self.audit.models
+        return [*(["pre"] * ("pre" in self.references)), "TL", *self.dispose]
 
     def stream(self, tag: str) -> int:
         """A 32-bit seed for one use of randomness, independent of every other tag's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -105,11 +105,10 @@ PRICE, PASSES = 1.0, 10
 
 
 class Dispose(Training):
-    """One variant: minimises `(1 − lambda) · retain + lambda · unlearn` (Eq. 1). An epoch is one of the source.
+    """One variant: minimises `(1 − lambda) · retain + lambda · unlearn` (Eq. 1). An empty table is the recommended
+    one, of 10 epochs of the source."""
 
-    An empty table is the recommended disposal; without a length it has 10 epochs.
-    """
-
+    revision: ClassVar[int] = 2
     batch_size: int = Field(64, ge=2, le=65_536)
     """Images a step."""
     clip: float | None = Field(10.0, gt=0)
@@ -127,7 +126,7 @@ class Dispose(Training):
     """The last share of the steps trains on the retaining loss alone."""
     settle: int | None = Field(None, ge=2, le=40)
     """End early: where at so many checks in a row neither price nor probe moved by more than a point (of
-    40 a run, 2 % of its time). With a price to find λ for, after 70 % of the steps. The probe looks at test images of
+    40 a run, 2 % of its time). With a price to find λ for, after 85 % of the steps. The probe looks at test images of
     the source, and without a `price` the price so far at those of the target: report that the run saw them."""
     init: Literal["TL", "fresh"] = "fresh"
     """Where it starts: from a new network (`fresh`), or from `TL`, which is the default beside `fresh_stages`."""
@@ -237,8 +236,8 @@ class Audit(Algorithm):
     """Learning rate of the relearning readout, constant."""
     cka: bool = False
     """Also compare every stage of `TL` and the variants with that of `TL`, `TGT`, `pre` and a new network."""
-    models: list[str] | None = Field(None, min_length=1)
-    """Whom to attack; without it `pre`, `TL` and all variants. `scratch` and `TGT` never saw the source."""
+    models: list[str] | None = None
+    """Whom to attack, in `[]` nobody; default: `pre`, `TL`, all variants. `scratch` and `TGT` never saw the source."""
 
     @model_validator(mode="after")
     def _references(self) -> Audit:

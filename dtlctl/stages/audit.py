@@ -95,7 +95,8 @@ class Head:
 
     def __init__(self, experiment: Experiment, job: Job[Audit], role: Role):
         self.experiment, self.job, self.settings, self.role = experiment, job, job.settings, role
-        self.groups, self.matched = _groups(experiment, job, role)
+        self.groups, self.matched = groups(experiment, job, role)
+        say_left_out(experiment, job, self.matched)
         self.model = experiment.trainer.load_model(job.model).eval().requires_grad_(False)
 
     def views(self) -> list[Observation]:
@@ -176,7 +177,7 @@ def _clocks() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def _groups(experiment: Experiment, job: Job[Audit], role: Role = "source") -> tuple[Groups, dict[str, int]]:
+def groups(experiment: Experiment, job: Job[Audit], role: Role = "source") -> tuple[Groups, dict[str, int]]:
     """As many members as others of every class, drawn at random; in reprobe mode a fifth is for the attacker's head.
 
     And what was left out: {"pairs", "members_left_out", "others_left_out", "classes_left_out", "copies"}: classes that
@@ -199,18 +200,25 @@ def _groups(experiment: Experiment, job: Job[Audit], role: Role = "source") -> t
     if pairs < LEAST:
         raise DataError(
             f"{job.title}: {len(labels)} members and {len(answers)} non-members make {pairs} pairs of one class, too "
-            f"few; {LEAST} are needed: more {role} images, or a test split with the same classes"
-        )
-    if alone or pairs < WORTH_SAYING * min(len(labels), len(answers)):
-        experiment.processes.say(
-            f"{job.title}: {pairs} members and as many non-members are matched by class, of {len(labels)} and "
-            f"{len(answers)}: the splits hold their classes in other shares, {alone} in one alone"
+            f"few; {LEAST} are needed: more {role} images, or a test split with the same classes; audit.models = [] "
+            "does without"
         )
     head = round(HEAD_SHARE * pairs) if role == "source" and "reprobe" in job.settings.modes else 0
     attacked = slice(head, head + min(pairs - head, job.settings.images))
     parts = members[attacked], others[attacked], members[:head], others[:head]
     left_out = {"members_left_out": len(labels) - pairs, "others_left_out": len(answers) - pairs}
     return Groups(*map(np.sort, parts)), {"pairs": pairs, **left_out, "classes_left_out": alone, "copies": copies}
+
+
+def say_left_out(experiment: Experiment, job: Job[Audit], matched: dict[str, int]) -> None:
+    """Say it where much, or a class, is left out; matched: as `groups` returns it."""
+    pairs, alone = matched["pairs"], matched["classes_left_out"]
+    members, others = (pairs + matched[f"{side}_left_out"] for side in ("members", "others"))
+    if alone or pairs < WORTH_SAYING * min(members, others):
+        experiment.processes.say(
+            f"{job.title}: {pairs} members and as many non-members are matched by class, of {members} and {others}: "
+            f"the splits hold their classes in other shares, {alone} in one alone"
+        )
 
 
 def _head_state(experiment: Experiment, job: Job[Audit]) -> str:

@@ -19,7 +19,9 @@ from dtlctl.training.price import images_for, price
 from dtlctl.training.resume import State
 
 LOOKED_AT, LOOKED_AT_BY_PROBE = 1000, 600
-"""Images that the price on the way, and the probe, look at, at most; in the end the price is measured on all."""
+"""Images that the price on the way, and the probe, look at, at most; where the price steers, it is measured on all."""
+PROBED_CLASSES = 10
+"""Of the source, at most: so few images tell some classes apart, or a hundred not at all."""
 STILL = 1.0
 """Points within which a number that does not move stays."""
 
@@ -44,7 +46,9 @@ class Checks:
         every = max(1, self.length // balance.CHECKS)
         self.steps = range(0, self.length, every)
         most = max(100, every * source.batch_size // 4)
-        self.probed = _evenly(len(experiment.data.images("source", "test").labels), min(LOOKED_AT_BY_PROBE, most))
+        labels = experiment.data.images("source", "test").labels
+        own = np.flatnonzero(np.isin(labels, _evenly(int(labels.max()) + 1, PROBED_CLASSES)))
+        self.probed = own[_evenly(len(own), min(LOOKED_AT_BY_PROBE, most))]
         self.split: Split = "train" if self.allowed else "test"
         tested = len(experiment.data.images("target", "test").labels)
         self.rows = experiment.data.held_back("target") if self.allowed else _evenly(tested, min(LOOKED_AT, most))
@@ -59,7 +63,8 @@ class Checks:
 
     def check(self, step: int) -> dict[str, float]:
         """The price so far and the probe's accuracy in %, and λ from here on."""
-        now = price(self.before[self.few], self._right(self.disposal.student, self.rows[self.few]))
+        few = slice(None) if step >= balance.FORMED * self.length else self.few
+        now = price(self.before[few], self._right(self.disposal.student, self.rows[few]))
         probe = self._probe(self.disposal.student)
         row = {"price": now.points, "price_half_width": now.half_width, "source_probe": probe}
         if not self.allowed:

@@ -13,6 +13,7 @@ from dtlctl.objectives.unlearn import NullSpace
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Dispose, Piggyback
 from dtlctl.run.experiment import Experiment
+from dtlctl.stages.audit import groups
 from dtlctl.training.price import EXPECTED, images_for, resolution
 
 
@@ -48,6 +49,10 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
                     f"{experiment.source}: data.{job.dataset}.fraction: it leaves no images out, and self-training "
                     "learns from these; set it to 0.1, say, or leave the dataset out of the attacker's datasets"
                 )
+    for job in {job.roles: job for job in jobs if job.stage == "audit"}.values():
+        for role in job.roles:
+            if role == "source" or "target" in job.settings.modes:
+                groups(experiment, job, role)
 
 
 def local_chunks(settings: Dispose, processes: int, title: str) -> int:
@@ -108,8 +113,9 @@ def _images_for_a_price(experiment: Experiment, job: Job[Dispose]) -> None:
         )
     if allowed is not None and (half := resolution(count, EXPECTED)) > allowed:
         experiment.processes.say(
-            f"{job.title}: {count:,} target images held back tell a price to about ± {half:.1f} points; lambda is kept "
-            f"low enough for {allowed:g} nevertheless; {images_for(allowed, EXPECTED):,} images would tell it"
+            f"{job.title}: {count:,} target images are held back to measure the price, which they tell to about "
+            f"± {half:.1f} points, where {allowed:g} is allowed: to be safe lambda is kept lower "
+            f"({images_for(allowed, EXPECTED):,} such images would be enough)"
         )
 
 

@@ -91,7 +91,7 @@ def test_members_and_others_have_the_same_classes(recipe_file: Path, monkeypatch
     answers = experiment.data.images("source", "test").labels
     tail = np.concatenate([np.flatnonzero(labels == digit)[: 8 * (digit + 1)] for digit in range(10)])
     monkeypatch.setattr(experiment.data, "index", lambda role: np.sort(tail))
-    groups, matched = auditing._groups(experiment, job)
+    groups, matched = auditing.groups(experiment, job)
     for members, others in ((groups.members, groups.others), (groups.head_members, groups.head_others)):
         assert (np.bincount(labels[members], minlength=10) == np.bincount(answers[others], minlength=10)).all()
     pairs = sum(min(8 * (digit + 1), int((answers == digit).sum())) for digit in range(10))
@@ -125,9 +125,9 @@ def test_non_members_that_are_members_are_left_out_or_refused(
     monkeypatch.setattr(experiment.data, "images", copied)
     if refused and trained_on:
         with pytest.raises(DataError, match=r"audit/pre: data\.source: 8 of 797 non-members are members"):
-            auditing._groups(experiment, job)
+            auditing.groups(experiment, job)
         return
-    groups, matched = auditing._groups(experiment, job)
+    groups, matched = auditing.groups(experiment, job)
     assert matched["copies"] == (5 if trained_on else 0)
     assert bool({*range(5)} & {*groups.others, *groups.head_others}) <= (not trained_on)
 
@@ -146,7 +146,7 @@ def test_non_members_that_only_the_target_was_trained_on_are_left_out(recipe_fil
         return found._replace(hashes=hashes)
 
     monkeypatch.setattr(experiment.data, "images", copied)
-    assert [auditing._groups(experiment, jobs[f"audit/{model}"])[1]["copies"] for model in ("pre", "TL")] == [0, 5]
+    assert [auditing.groups(experiment, jobs[f"audit/{model}"])[1]["copies"] for model in ("pre", "TL")] == [0, 5]
 
 
 def test_classes_of_one_split_alone_are_left_out_and_told(recipe_file: Path, monkeypatch, capsys):
@@ -156,7 +156,8 @@ def test_classes_of_one_split_alone_are_left_out_and_told(recipe_file: Path, mon
     labels, subset = experiment.data.images("source", "train").labels, experiment.data.index("source")
     monkeypatch.setattr(experiment.data, "index", lambda role: subset[labels[subset] != 9])
     experiment.processes.quiet = False
-    groups, matched = auditing._groups(experiment, job)
+    groups, matched = auditing.groups(experiment, job)
+    auditing.say_left_out(experiment, job, matched)
     assert matched["classes_left_out"] == 1
     assert 9 not in experiment.data.images("source", "test").labels[groups.others]
     assert "the splits hold their classes in other shares, 1 in one alone" in capsys.readouterr().err
@@ -209,7 +210,7 @@ def test_who_of_the_targets_images_was_trained_on_is_asked_through_the_target_he
         run(experiment, ("pretrain", "finetune", "audit"), only=("pre", "TL"))
     assert "target" not in metrics(experiment, "pre")
     (job,) = [job for job in experiment.jobs if job.title == "audit/TL"]
-    groups, _ = auditing._groups(experiment, job, "target")
+    groups, _ = auditing.groups(experiment, job, "target")
     assert groups.members.tolist() == sorted(experiment.data.index("target").tolist()) and len(groups.others) == 20
     model, scores = experiment.trainer.load_model("TL").eval(), []
     for split, rows in (("train", groups.members), ("test", groups.others)):

@@ -137,3 +137,12 @@ def test_one_pass_of_a_network_that_cannot_is_told_before_data_is_read(call, rec
     reason += 'batch norms; write "auto", "keep" or "recompute"'
     for command in ("check", "run"):
         assert call(command, recipe_file, *words) == (2, "", f"error: {recipe_file}: {reason}\n")
+
+
+def test_an_audit_without_enough_images_ends_a_run_before_anything_trains(call, recipe_file: Path, tmp_path: Path):
+    """Ten members make ten pairs at most; twenty are needed. `models = []` audits nobody."""
+    few = ("--set", "data.source.fraction=0.01", "--set", "dispose={}")
+    code, _, err = call("run", recipe_file, *few)
+    assert code == 4 and "10 pairs of one class, too few" in err and "audit.models = []" in err
+    assert not list((tmp_path / "runs").rglob("model.json"))
+    assert load(recipe_file, ["audit.models=[]"]).audit_models == []
