@@ -11,12 +11,13 @@ from dtlctl.report.results import ATTACKS, NEVER_SAW_THE_SOURCE, Row
 Models = Mapping[str, Sequence[Row]]
 """Rows by model, one a seed."""
 Evidence = dict[str, Any]
-"""Of one model: {"acc_t", "accuracy", "images", "price", "gain", "attacks": {dataset: {...}}}, of what was measured.
+"""Of one model: {"acc_t", "accuracy", "images", "price", "gain", "passes", "attacks": {dataset: {...}}}, of what was
+measured.
 
-accuracy: Acc_t with its interval; price: points of it lost from TL; gain: points above TGT. An attack has the
-"accuracy" of the strongest attacker, "attacker", the "images" that judge it, "tuned" (whether any attacker tuned
-himself), "above": {scratch, TGT, TL: points above them} and "recovered". Each of these numbers is an
-`intervals.Figure`. Of `pre`, which nobody publishes, the attacks alone.
+accuracy: Acc_t with its interval; price: points of it lost from TL; gain: points above TGT; passes: of its disposal
+over the source, in the seed that had fewest. An attack has the "accuracy" of the strongest attacker, "attacker", the
+"images" that judge it, "tuned" (whether any attacker tuned himself), "above": {scratch, TGT, TL: points above them}
+and "recovered". Each of these numbers is an `intervals.Figure`. Of `pre`, which nobody publishes, the attacks alone.
 """
 
 
@@ -55,6 +56,8 @@ def _target(models: Models, model: str) -> Evidence:
             pairs = [(a, b) for a, b in zip(before, after, strict=True) if "answers" in a.keys() & b.keys()]
             both = [(a["answers"], b["answers"]) for a, b in pairs]
             found[name] = cost([row["acc_t"] for row in before], [row["acc_t"] for row in after], both).figure()
+    if passes := [row["passes"] for row in own if "passes" in row]:
+        found["passes"] = min(passes)
     return {**found, "attacks": {}}
 
 

@@ -94,6 +94,9 @@ def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
                     row.setdefault(what, {})[job.dataset.partition(".")[2]] = value
             else:
                 row.update({name: float(value) for name, value in metrics.items() if name != "correct"})
+                if job.stage == "dispose":
+                    trained = sidecar["history"][-1]["step"] * sidecar["batch"]["source"]
+                    row["passes"] = trained / sidecar["data"]["source"]["images"]
                 if answers := metrics.get("correct", {}).get("acc_t"):
                     row["answers"] = unpacked(answers, sidecar["data"]["target"]["test_images"])
     return {model: row for model, row in rows.items() if row["piggyback"] or len(row) > 2}

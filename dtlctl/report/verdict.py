@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtlctl.errors import EvidenceError
-from dtlctl.recipe.settings import Publish
+from dtlctl.recipe.settings import PASSES, Publish
 from dtlctl.report.evidence import Evidence
 from dtlctl.report.intervals import Figure
 from dtlctl.report.results import NEVER_SAW_THE_SOURCE
@@ -112,10 +112,12 @@ def _against(found: dict[str, Evidence], model: str, limits: Publish) -> list[st
             why.append(f"attackers of {name} are not shown to get less than from TL")
         elif limits.recovered is not None and own["attacks"][name]["recovered"]["value"] > limits.recovered:
             why.append(f"more than {limits.recovered:.0%} is recovered on {name}")
-    if limits.price is None and own["price"]["value"] > YARDSTICK:
-        why.append(f"it costs more than {YARDSTICK:g} points, the yardstick where [publish] has no price")
-    elif limits.price is not None and own["price"]["value"] > limits.price:
-        why.append(f"it costs more than {limits.price:g} points")
+    most = YARDSTICK if limits.price is None else limits.price
+    yardstick = ", the yardstick where [publish] has no price" if limits.price is None else ""
+    if own["price"]["value"] > most:
+        why.append(f"it costs more than {most:g} points{yardstick}")
+        if round(passes := own.get("passes", PASSES)) < PASSES:
+            why[-1] += f"; after {passes:.2g} passes over the source, where {PASSES} are recommended: longer costs less"
     return why
 
 

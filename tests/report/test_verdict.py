@@ -65,6 +65,15 @@ def test_what_a_sidecar_keeps_of_the_answers_is_what_they_were():
     assert packed(np.array([1, 0, 0, 0, 0, 0, 0, 1, 1], bool)) == "gYA="  # 0x81 0x80
 
 
+@pytest.mark.parametrize(("right", "passes", "longer"), [(65.0, 2.0, True), (65.0, 10.0, False), (69.5, 2.0, False)])
+def test_who_pays_too_much_for_a_short_disposal_is_told_so(right: float, passes: float, longer: bool):
+    """2 points are the yardstick: 5 are lost, or half a point. Of two seeds the shorter disposal counts."""
+    seeds = [models(gc=(right, 30.0)) for _ in range(2)]
+    for seed, more in zip(seeds, (0.0, 20.0), strict=True):
+        seed["gc"]["passes"] = passes + more
+    assert ("longer" in " ".join(judged(*seeds).models["gc"]["reasons"])) is longer
+
+
 def test_a_price_is_paired_and_an_accuracy_has_wilsons_interval():
     """5 of 1,000 images lost, none gained: (6 - 1) / 1002 ± 1.96 sqrt((7 / 1002 - (5 / 1002)²) / 1002), in %.
 
