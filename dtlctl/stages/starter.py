@@ -27,15 +27,29 @@ from dtlctl.model.weights import read
 from dtlctl.recipe.loading import validated
 from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.plan import jobs
+from dtlctl.recipe.settings import PASSES
+from dtlctl.stages import audit
 from dtlctl.stages.preview import Clock, cost, rendered, words
 from dtlctl.training.price import EXPECTED, resolution
 
-MINUTES = 24
-"""What training and attackers may take by the quickest steps: with images to read and the audit about half an hour."""
+MINUTES = 18
+"""What training and attackers may take by the quickest steps. Real ones were seen to take a quarter longer; with images
+to read and the audit it is about half an hour."""
 HELD_OUT = 0.2
 """Of each class, for testing, where there is no test split."""
-EPOCHS = (5, 40)
-"""Of pre-training: fewer teach too little; more are left to whoever has the time."""
+EPOCHS = 2
+"""Of pre-training for each pass of the disposal over the source: it is the disposal that a short run starves, first of
+target accuracy. What ten passes leave goes to pre-training."""
+MOST = 40
+"""Epochs of pre-training: more are left to whoever has the time."""
+LEAST, STEPS = 4, 400
+"""Passes of a disposal, and steps where half of the time gives them: with fewer, a new network does not get as far as
+TL. A smaller network or fewer images come first."""
+BATCH = 64
+ATTACK, WEAKEST = 150, 30
+"""Steps that an attacker gets; fewer, but not fewer than so many, where all of them would take a third of the time."""
+UNIT = {"fraction": 1.0, "epochs": 1, "steps": 1, "passes": 1.0, "attack": ATTACK}
+"""Lengths of a recipe that is written to be timed."""
 SIDES = (16, 24, 32, 48, 64, 96, 128, 160, 224)
 PRICE = 1.0
 """Points of Acc_t that the disposal may cost; [publish] allows besides what so many test images cannot tell from it."""
@@ -68,6 +82,9 @@ def write(
         "each": min(each, *own["counts"]),
         "few": round(min(1.0, each * len(own["counts"]) / sum(own["counts"])), 6),
         "limit": MINUTES,
+        "usual": ATTACK,
+        "recommended": PASSES,
+        "audited": audit.LEAST,
         "price": PRICE,
         "told": told_to,
         "most": float(max(2, math.ceil(PRICE + told_to))),
@@ -75,19 +92,33 @@ def write(
         "weights": weights,
     }
     for arch, stem, side in _networks(max(own["side"], seen["target"]["side"]), size, gpu, weights):
-        told |= {"arch": arch, "stem": stem, "size": side, "epochs": 1, "fraction": 1.0, "minutes": "?"}
-        epoch, others = _seconds(_render(told), {role: found["counts"] for role, found in seen.items()})
-        room = 60 * MINUTES - others[0]  # by the quickest steps, or a busy moment decides
-        if room >= EPOCHS[0] * epoch[0]:
+        told |= {"arch": arch, "stem": stem, "size": side, "minutes": "?"} | UNIT
+        spent = _seconds(_render(told), {role: found["counts"] for role, found in seen.items()})
+        # By the quickest steps, or a busy moment decides.
+        epoch, step, attacks, rest = (float(spent[name][0]) for name in ("pretrain", "dispose", "piggyback", "rest"))
+        told["attack"] = int(max(WEAKEST, min(ATTACK, ATTACK * 20 * MINUTES / (attacks or 1))))
+        spent["rest"] += spent["piggyback"] * told["attack"] / ATTACK
+        room = 60 * MINUTES - rest - attacks * told["attack"] / ATTACK
+        told |= lengths(max(room, 15 * MINUTES), sum(own["counts"]), epoch, step)
+        if told["fraction"] == 1 and told["attack"] == ATTACK and room >= 15 * MINUTES:
             break
-    fits = max(room, 15 * MINUTES) / (epoch[0] or 1)
-    told["epochs"] = int(max(EPOCHS[0], min(EPOCHS[1], fits)))
-    if fits < EPOCHS[0]:
-        told["fraction"] = float(f"{fits / EPOCHS[0]:.2g}")
-    passes = told["epochs"] * told["fraction"]
-    total = (passes * epoch + others) / 60
-    told["minutes"] = words(total, "min") + (f" ({note})" if (note := busy()) else "")
+    total = told["epochs"] * told["fraction"] * spent["pretrain"] + told["steps"] * spent["dispose"] + spent["rest"]
+    told["minutes"] = words(total / 60, "min") + (f" ({note})" if (note := busy()) else "")
     return _render(told)
+
+
+def lengths(room: float, images: int, epoch: float, step: float) -> dict[str, float]:
+    """The share of the source's images, the epochs of pre-training and the disposal's length that fit into `room`.
+
+    room, epoch, step: seconds, of an epoch of pre-training and of a step of the disposal.
+    """
+    fits = room / (EPOCHS * epoch + step * images / BATCH)
+    fraction = min(1.0, float(f"{fits / LEAST:.2g}"))
+    passes = min(PASSES, max(LEAST, fits))
+    steps = max(1, int(passes * fraction * images / BATCH), min(STEPS, int(room / 2 / step)))
+    left = (room - steps * step) / (fraction * epoch) if epoch else 0.0
+    epochs = int(min(MOST, max(EPOCHS * LEAST, left)))
+    return {"fraction": fraction, "epochs": epochs, "steps": steps, "passes": steps * BATCH / (fraction * images)}
 
 
 def look(path: str, role: str) -> dict[str, Any]:
@@ -186,17 +217,16 @@ def _render(told: dict[str, Any]) -> str:
     return aligned + "\n"
 
 
-def _seconds(text: str, counts: dict[str, list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """What an epoch of pre-training takes here, and what all the rest does but the audit."""
+def _seconds(text: str, counts: dict[str, list[int]]) -> dict[str, np.ndarray]:
+    """What these stages take here as the recipe has them, and all the "rest" but the audit: [2] seconds each."""
     recipe = validated(tomllib.loads(text), "init")
     clock = Clock(recipe)
-    epoch, others = np.zeros(2), np.zeros(2)
+    seconds = {stage: np.zeros(2) for stage in ("pretrain", "dispose", "piggyback", "rest")}
     for job in jobs(recipe):
+        if job.stage == "audit":
+            continue
         dataset = recipe.data.of(job.dataset)
         of = counts.get(job.dataset, counts["source"])
         images = sum(subset.sizes(of, dataset.fraction, dataset.balance))
-        if job.stage == "pretrain":
-            epoch = cost(job, images, clock)
-        elif job.stage != "audit":
-            others = others + cost(job, images, clock)
-    return epoch, others
+        seconds[job.stage if job.stage in seconds else "rest"] += cost(job, images, clock)
+    return seconds

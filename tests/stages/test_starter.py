@@ -68,8 +68,8 @@ def test_what_init_prints_is_checked_and_run_as_it_is(call, clock, tmp_path: Pat
     assert "36 training images of 3 classes, 12 of each; 21 test images; 20x28 pixels, L" in out
     assert "notes.txt" in out
     # The lengths alone are cut: this is about what goes with what, not about learning.
-    quick = re.sub(r"^(epochs|steps) = \d+", r"\1 = 4", out, flags=re.MULTILINE).replace("lr = [", "steps = 4, lr = [")
-    quick = quick.replace('"resnet20"', '"resnet8"\nwidth = 4')
+    quick = re.sub(r"\b(epochs|steps) = \d+", r"\1 = 4", out)
+    quick = quick.replace('"resnet20"', '"resnet8"\nwidth = 4').replace("channels_last = true", "")
     (tmp_path / "mine.toml").write_text(quick)
     recipe = load(tmp_path / "mine.toml")
     assert recipe.name == "my-photos-products"
@@ -101,26 +101,44 @@ def test_weights_say_which_network_they_are_of(clock, tmp_path: Path, arch: str,
 def test_lengths_follow_the_machine(clock, tmp_path: Path):
     """1,000 images of 2 classes, 20 x 28: 16 pixels fit. Image passes, at a quicker and quicker machine:
 
-    fine-tuning twice, max(60, 100/2) = 60 steps of 64, of 80 images: 7,680. Disposal: max(400, 1000/32) steps of 64:
-    25,600. Three models: 150 steps of 40 images (2 x 20), three trainings of `full` and two of `renorm`, each again 150
-    steps of 40: 6 x 6,000 = 36,000 a model. All: 141,280. An epoch: 1000 // 64 = 15 steps of 64 = 960.
+    fine-tuning twice, max(60, 100/2) = 60 steps of 64, of 80 images: 7,680. Three models: 150 steps of 40 images (2 x
+    20), three trainings of `full` and two of `renorm`, each again 150 steps of 40: 6 x 6,000 = 36,000 a model: 108,000.
+    An epoch: 1000 // 64 = 15 steps of 64 = 960; 400 steps of disposal: 25,600.
     """
     images(tmp_path / "s", 2, 500, 1)
     images(tmp_path / "t", 2, 50, 1)
-    clock(0.008)  # 24 minutes are 180,000 images: (180,000 - 141,280) / 960 = 40.3 epochs
+    clock(0.003)  # 18 minutes are 360,000 images: (360,000 - 115,680 - 25,600) / 960 = 228 epochs
     recipe = written(tmp_path)
     assert (recipe.model.arch, recipe.model.image_size, recipe.pretrain.epochs) == ("resnet20", 16, 40)
-    assert recipe.data.source.fraction == 1
+    assert (recipe.dispose["gc"].steps, recipe.data.source.fraction) == (400, 1)  # 25.6 passes: no fewer steps
     assert recipe.data.piggyback["source"].fraction == 0.04  # a twentieth, at most 20 of each class
+    assert [one.steps for one in recipe.piggyback.attackers[:2]] == [150, 150]
     text = (tmp_path / "recipe.toml").read_text()
-    assert "takes 24 to 48 min" in text  # (141,280 + 40 * 960) images at 0.008 and 0.016 s: 23.96 and 47.9
-    clock(0.01)  # 144,000 images: 2.8 epochs fit, too few; so the smaller network, and a quarter of the time: 37.5
+    assert "takes 9.0 to 18 min" in text  # (141,280 + 40 * 960) images at 0.003 and 0.006 s: 8.98 and 17.97
+    clock(0.02)  # 54,000 images: a third are 25 steps of attackers; with 30 they see 21,600; so the smaller network
+    recipe = written(tmp_path)  # 24,720 are left; half of them are 193 steps, 12,352; (24,720 - 12,352) / 960 = 12.9
+    assert (recipe.model.arch, recipe.pretrain.epochs, recipe.data.source.fraction) == ("resnet8", 12, 1)
+    assert (recipe.dispose["gc"].steps, recipe.piggyback.steps, recipe.piggyback.attackers[1].steps) == (193, 30, 30)
+    clock(0.6)  # 1,800 images, of them a quarter for this: 450 / (2 * 960 + 1,000) = 0.154 passes where 4 are the least
     recipe = written(tmp_path)
-    assert (recipe.model.arch, recipe.pretrain.epochs, recipe.data.source.fraction) == ("resnet8", 37, 1)
-    clock(0.8)  # 450 images of 960 fit into the quarter: 0.469 epochs, or a fraction of 0.094 five times
-    recipe = written(tmp_path)
-    assert (recipe.pretrain.epochs, recipe.data.source.fraction) == (5, 0.094)
+    assert (recipe.pretrain.epochs, recipe.data.source.fraction, recipe.dispose["gc"].steps) == (8, 0.039, 3)
     assert recipe.data.piggyback["source"].balance == "classes"
+
+
+@pytest.mark.parametrize(
+    ("room", "fraction", "epochs", "steps"),
+    [
+        (60_000.0, 1.0, 40, 10_000),  # all that is recommended, and no more than 40 epochs
+        (36_000.0, 1.0, 26, 10_000),  # 36,000 / (2 * 600 + 1,000 * 2) = 11.25; what ten passes leave: 26.7
+        (16_000.0, 1.0, 10, 5_000),  # 5 passes, 10,000 s; 6,000 s of pre-training
+        (6_400.0, 0.5, 8, 2_000),  # 2 passes: half of the images four times
+    ],
+)
+def test_the_disposal_comes_before_more_pre_training(room: float, fraction: float, epochs: int, steps: int):
+    """64,000 images, so a pass has 1,000 steps; a step takes 2 s, an epoch 600 s; two epochs for a pass."""
+    found = starter.lengths(room, 64_000, 600.0, 2.0)
+    assert (found["fraction"], found["epochs"], found["steps"]) == (fraction, epochs, steps)
+    assert found["passes"] == steps * 64 / (fraction * 64_000)
 
 
 @pytest.mark.parametrize(
