@@ -3,8 +3,6 @@
 The attacker knows the weights, the image and its true label; nothing is trained.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import warnings

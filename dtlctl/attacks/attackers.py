@@ -4,8 +4,6 @@ Each kind is one class: its recipe fields, and `prepare`, which changes the mode
 one is a class here and its name in `Attacker`. How an attacker is tuned on data of his own is in `tuning.py`.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal

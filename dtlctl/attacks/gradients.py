@@ -5,8 +5,6 @@ fits a logistic regression. The model is in eval mode: no image's loss depends o
 has the gradients of a whole batch.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -3,8 +3,6 @@
 This file turns what an attack sees of each image into the numbers that are reported; `registry.py` names the attacks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The membership attacks by name: what each sees of an image, and who makes a score of it. A new one is a line here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ The suggestions are Optuna's (arXiv:1907.10902), by its tree-structured Parzen e
 he may try is what the attackers' own fields say: there is no other list of it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args

@@ -4,8 +4,6 @@ The attacker knows what the model answers, the image and its true label. The che
 each is a number an image, the higher the likelier a member.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 

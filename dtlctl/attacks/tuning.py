@@ -1,7 +1,5 @@
 """Tuning an attacker: held-out images choose the setting and the step; those that judge him choose nothing."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -6,8 +6,6 @@ weights. Theirs has a branch for each of these; here they stand side by side. Hi
 that were not trained on, and nobody flips its sign by the images that are judged.
 """
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a step of gradient collision costs on this machine, beside a step of cross-entropy, in one run."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from functools import partial

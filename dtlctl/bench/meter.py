@@ -1,7 +1,5 @@
 """What both benchmarks share: what is measured, the bytes of a step, and the machine."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The script that people write to train a network on a `datasets` table, for `bench --train`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, repeat

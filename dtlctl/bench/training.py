@@ -1,7 +1,5 @@
 """How many images a second training takes here: on ready tensors, as `pretrain` does it, and by a plain script."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from statistics import median
 from typing import Any

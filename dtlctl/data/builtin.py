@@ -5,8 +5,6 @@ the 1,797 real handwritten images of scikit-learn (UCI, 8x8 pixels). Drawing is 
 image i of a split depend on the dataset, the split and i alone.
 """
 
-from __future__ import annotations
-
 import zlib
 from pathlib import Path
 

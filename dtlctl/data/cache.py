@@ -4,8 +4,6 @@ An entry's name is a hash of everything that its content depends on. It is made 
 then filled (`entry`), so that any number of processes may ask for it at once.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Class names of two splits, brought together by name: a number means a class only beside its own split's names."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import defaultdict

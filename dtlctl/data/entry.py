@@ -7,8 +7,6 @@ more than 8 bits is: then every row has been looked at, because one rule holds f
 there is no `pixels.npy`; the rest is the same.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Images in a local folder: what one walk finds, in class folders or named by a list, and what of it is not read."""
 
-from __future__ import annotations
-
 import os
 import posixpath
 import warnings

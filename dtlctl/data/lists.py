@@ -1,7 +1,5 @@
 """Lists that name the images of a split and their classes: CSV, TSV, JSON lines."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io

@@ -1,7 +1,5 @@
 """Images that stand in two places, told by the hashes of their decoded pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

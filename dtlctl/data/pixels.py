@@ -1,7 +1,5 @@
 """One image as RGB bytes, and the one rule by which a dataset's values of more than 8 bits become bytes."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re

@@ -1,7 +1,5 @@
 """Parquet and arrow files as they lie on the disk: what they say of themselves before the rows are read."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress

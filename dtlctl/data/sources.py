@@ -3,8 +3,6 @@
 `rows` opens one of the splits of a `Dataset`. Nothing is decoded here, and the network is used for a hub id only.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

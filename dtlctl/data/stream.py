@@ -6,8 +6,6 @@ serves one reader in one order; here a training, its tests and several attackers
 stand.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """Subsets of a train split: the γ of the paper."""
 
-from __future__ import annotations
-
 import hashlib
 import zlib
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 The only file that knows how the library finds its files, what it raises, and where it is silently wrong.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import tempfile

@@ -1,7 +1,5 @@
 """Batches as tensors: taken from decoded images, or from those that a stream decodes, augmented on the device."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

@@ -8,8 +8,6 @@ interval is not larger: one that so many images cannot resolve at `compare.disag
 trains, and where the measured interval is wider after all, no λ counts as reached.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

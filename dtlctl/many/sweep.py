@@ -1,7 +1,5 @@
 """`dtlctl sweep`: a recipe over a grid of changes, each point a run of its own, common parents made once."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -6,8 +6,6 @@ ten, and changes as a network forms. So λ follows from a ratio r of what the tw
 from then on goes up where the price so far is below the allowed one, and down where it is above.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

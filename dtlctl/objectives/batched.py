@@ -13,8 +13,6 @@ A convolution is the same with its unfolded input; its rows are images times pla
 that to pay, g_m is formed, with small weights. The result is exact, at a cost that hardly depends on c.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field

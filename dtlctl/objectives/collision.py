@@ -9,8 +9,6 @@ Notation: g_m is the gradient of chunk m's mean loss, H_m its Hessian, G the sum
 *global* batch, C(c,2) = c(c-1)/2 the number of unordered pairs. `batched.py` computes the same faster for some nets.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

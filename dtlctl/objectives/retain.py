@@ -4,8 +4,6 @@ Each kind is one class: its recipe fields, its loss, and `guard`, which may bend
 are mixed. A new one is a class here and its name in `Retain`.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal
 
 import torch

@@ -3,8 +3,6 @@
 All chunks in one pass, one after the other, or one at a time again.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

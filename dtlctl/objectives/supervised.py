@@ -1,7 +1,5 @@
 """Learning from labels: the loss of pre-training, fine-tuning and piggybacking."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch.nn.functional as F

@@ -3,8 +3,6 @@
 Each kind is one class: its recipe fields and its loss. A new one is a class here and its name in `Unlearn`.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal

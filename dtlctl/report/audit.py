@@ -1,7 +1,5 @@
 """Membership inference in the form of the paper's Table 2, with log-log ROC curves; from sidecars and nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path

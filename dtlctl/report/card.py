@@ -1,7 +1,5 @@
 """A model's folder for others: weights, `config.json`, and a Hugging Face model card with the evidence."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict

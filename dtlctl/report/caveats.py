@@ -1,7 +1,5 @@
 """What a reader of the tables must be told beside them: sentences, computed from the rows of every seed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 

@@ -1,7 +1,5 @@
 """What the verdict is about, model by model, with the intervals of images and seeds: from the rows of every seed."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Figures, drawn small enough to be read on a telephone, each as PNG and SVG."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """A report's files in its folder: tables, figures, and a page with all of them that fetches nothing from anywhere."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tables and figures over the points of a sweep."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Statistics: 95 % intervals over seeds and over test images, differences, and the share that an attacker recovers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a run's folder says was measured: its sidecars, and the numbers in them by model."""
 
-from __future__ import annotations
-
 import json
 import math
 from base64 import b64decode

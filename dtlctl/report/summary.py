@@ -1,7 +1,5 @@
 """The numbers of a report: means, intervals and differences over the seeds, from sidecars and nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path

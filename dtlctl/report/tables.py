@@ -1,7 +1,5 @@
 """The tables of a report as data, and as Markdown that also reads well as plain text."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

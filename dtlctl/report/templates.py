@@ -1,7 +1,5 @@
 """The templates of this folder, and how a number with its interval reads in them."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

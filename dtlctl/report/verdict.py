@@ -1,7 +1,5 @@
 """May it be published? Sentences from the numbers of a report, and no more than these numbers say."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The datasets of a run, by their roles: source, target, piggyback.NAME."""
 
-from __future__ import annotations
-
 from functools import cache, partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A model that exists already, in place of one that the run would train: `pre`, TGT, TL, or a reference."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

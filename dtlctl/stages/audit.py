@@ -1,7 +1,5 @@
 """What a model still tells about its source training set: membership inference (section 4.4), and two readouts."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from functools import partial

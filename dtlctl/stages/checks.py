@@ -1,7 +1,5 @@
 """What a disposal has done so far: its price, and what a quick probe gets from the source; its λ, if that is found."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a recipe demands of its data and of the processes that share it, looked at before anything trains."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """theta_dtl = TRAIN(theta_tl, (1 - lambda) L_retain + lambda L_unlearn): dispose of the source (Eq. 1)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from dtlctl.console.progress import say

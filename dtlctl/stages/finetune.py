@@ -1,7 +1,5 @@
 """theta_tl = TRAIN(theta_pre, L(theta; D_t)): adapt to the target (section 3.1); without a parent, TGT."""
 
-from __future__ import annotations
-
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Finetune

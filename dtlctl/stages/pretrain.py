@@ -1,7 +1,5 @@
 """theta_pre = TRAIN(theta_0, L(theta; D_s)): learn the source from scratch (section 3.1)."""
 
-from __future__ import annotations
-
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Pretrain

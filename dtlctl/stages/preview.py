@@ -1,7 +1,5 @@
 """What `dtlctl check` shows: the plan of a recipe and its cost, without training or fetching anything."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache

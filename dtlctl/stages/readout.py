@@ -4,8 +4,6 @@ None is an attack: the owner takes them, with all of his source data. A high ent
 so the steps that it takes to come back stand beside it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -4,8 +4,6 @@ The attacker knows the model's source head, the images with their true labels, a
 trains reference models himself, each on a random half of all images, members and non-members alike.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache, partial
 from typing import Annotated, NamedTuple
 

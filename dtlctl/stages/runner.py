@@ -1,7 +1,5 @@
 """The stages of disposable transfer learning, each a function of (experiment, job) in a file that tells its story."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from functools import cache
 from importlib import import_module

@@ -1,7 +1,5 @@
 """What `dtlctl init --source DIR --target DIR` prints: a recipe for somebody's data, that this machine can do."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """What the processes of a run do together: agree, wait for the main one, stop at once, sum and gather."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta

@@ -5,8 +5,6 @@ all-reduce a step. DistributedDataParallel is not used because it does not suppo
 second-order objectives rest.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager

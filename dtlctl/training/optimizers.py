@@ -1,7 +1,5 @@
 """Optimisers and learning rates as a stage's settings ask for them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

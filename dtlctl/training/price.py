@@ -1,7 +1,5 @@
 """What a change of a model costs: accuracy lost on the same images, with the interval that so many images give it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

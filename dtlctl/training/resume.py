@@ -5,8 +5,6 @@ safetensors file whose metadata holds the JSON part, so that one rename publishe
 step i are functions of the seed and i: the step is the sampler's position too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

@@ -1,7 +1,5 @@
 """Settings that reach a run through its environment, where `accelerate launch` and `accelerate config` leave them."""
 
-from __future__ import annotations
-
 import os
 
 from dtlctl.console import devices
