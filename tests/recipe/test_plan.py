@@ -14,6 +14,7 @@ from dtlctl.objectives.unlearn import GradientCollision, RandomLabels
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.plan import Job, jobs
 from dtlctl.recipe.settings import Dispose, Pretrain
+from dtlctl.strict import Algorithm
 
 ATTACKERS = 'piggyback.attackers=[{kind="full", lr=[0.1], steps=20}]'
 
@@ -35,12 +36,12 @@ def job(recipe_file: Path, title: str, *overrides: str) -> tuple[Job[Any], Any]:
     ],
 )
 def test_a_mended_part_makes_its_results_anew_and_no_others(
-    recipe_file: Path, monkeypatch, mended: type, stale: set[str]
+    recipe_file: Path, monkeypatch, mended: type[Algorithm], stale: set[str]
 ):
     titles = ("pretrain", "finetune", "dispose/gc", "dispose/rand", "piggyback/TL/again", "audit/TL")
     found = {title: job(recipe_file, title, ATTACKERS) for title in titles}
     before = {title: one.described(recipe) for title, (one, recipe) in found.items()}
-    monkeypatch.setattr(mended, "revision", 2)
+    monkeypatch.setattr(mended, "revision", mended.revision + 1)
     assert {title for title, (one, recipe) in found.items() if one.described(recipe) != before[title]} == stale
 
 
