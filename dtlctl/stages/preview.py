@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dtlctl.attacks.attackers import Frozen
 from dtlctl.console import devices
 from dtlctl.console.machine import busy
 from dtlctl.data import overlap, subset
@@ -25,7 +24,7 @@ from dtlctl.objectives.disposal import Disposal
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.experiment import Experiment
-from dtlctl.stages import data_demands
+from dtlctl.stages import attack_costs, data_demands
 from dtlctl.stages.reference import missing
 from dtlctl.storage import checkpoint
 
@@ -42,9 +41,8 @@ def plan(
     decode: what a run would decode, first, with progress unless `quiet`; then all is known.
     Every job has a state: "to do"; "done"; "stale", made from other settings, data or parents; "unreadable"; or "not
     checked", a sidecar that is there while the data it was made from is not decoded. Times are pairs of seconds,
-    from the quickest and the slowest of a few real steps on this machine, for what is not done. Of an audit they have
-    the training of rmia's references alone. Raises RecipeError and DataError, naming the recipe's file `source`, where
-    the network or decoded data lacks what the recipe asks for.
+    from the quickest and the slowest of a few real steps on this machine, for what is not done. Raises RecipeError and
+    DataError, naming the recipe's file `source`, where the network or decoded data lacks what the recipe asks for.
     """
     experiment, roles = Experiment(recipe, out, source=source, quiet=quiet), ["source", "target"]
     roles += [f"piggyback.{name}" for name in recipe.data.piggyback]
@@ -63,7 +61,11 @@ def plan(
     rows = [_job(experiment, job, data, clock) for job in experiment.jobs]
     audits = [row for row in rows if row["stage"] == "audit" and row["state"] != "done"]
     if audits:  # trained for the first, and kept for the others
-        audits[0]["seconds"] = _references(experiment, data["source"], clock)
+        each = attack_costs.audit(recipe.audit, data["source"], data["target"], clock)
+        for row in audits:
+            row["seconds"] = None if each is None else each.tolist()
+        if each is not None:
+            audits[0]["seconds"] = (each + _references(experiment, data["source"], clock)).tolist()
     known = [row["seconds"] for row in rows if row["seconds"] is not None]
     return {
         "recipe": recipe.name,
@@ -131,7 +133,9 @@ class Clock:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.device = recipe, torch.device(devices.kind())
-        self.parameters = sum(p.numel() for p in self._network().parameters())
+        network = self.network()
+        self.parameters = sum(p.numel() for p in network.parameters())
+        self.features, self.stages = network.features, len(networks.stages(network.backbone)) + 1
         self.image = cache(self._image)
 
     def _image(self, variant: str = "") -> np.ndarray:
@@ -146,21 +150,21 @@ class Clock:
             times.append(devices.clock(self.device) - started)
         return np.array([min(times[1:]), max(times[1:])]) / size  # the first is not counted
 
-    def _network(self) -> networks.Classifier:
+    def network(self) -> networks.Classifier:
         spec = self.recipe.model
         model = networks.build(heads={"source": 100, "target": 10}, **spec.model_dump(exclude={"channels_last"}))
         model.precision, model.channels_last = self.recipe.precision, spec.channels_last
         return model.to(self.device)
 
-    def _noise(self, size: int) -> Batch:
+    def noise(self, size: int) -> Batch:
         x = torch.rand(size, 3, *2 * [self.recipe.model.image_size], device=self.device)
         return Batch(x, torch.zeros(size, dtype=torch.int64, device=self.device), torch.arange(size))
 
     def _loss(self, variant: str, size: int) -> Callable[[], Tensor]:
-        student, batch = self._network(), self._noise(size)
+        student, batch = self.network(), self.noise(size)
         if not variant:
             return lambda: cross_entropy(student(batch.x, "source"), batch.y)
-        settings, teacher = self.recipe.dispose[variant], self._network().eval().requires_grad_(False)
+        settings, teacher = self.recipe.dispose[variant], self.network().eval().requires_grad_(False)
         unlearn, retain, lam = settings.unlearn, settings.retain, settings.lam or 0.5
         fixed: Any = {"batch_norm": "train", "images": size, "label_seed": 0}
         disposal = Disposal(lam, unlearn, retain, student, teacher, chunks=unlearn.chunks, **fixed)
@@ -184,16 +188,14 @@ def _state(experiment: Experiment, job: Job[Any], data: dict[str, Any]) -> str:
     return "stale"
 
 
-def _references(experiment: Experiment, source: dict[str, Any], clock: Clock) -> list[float] | None:
+def _references(experiment: Experiment, source: dict[str, Any], clock: Clock) -> np.ndarray:
     """What the missing references take; each sees half of the source's images, its test split among them."""
     count, settings = experiment.recipe.audit.references, experiment.recipe.pretrain
     if not count:
-        return [0.0, 0.0]
-    if source["images"] is None or source["test_images"] is None:
-        return None
+        return np.zeros(2)
     half = (source["images"] + source["test_images"]) // 2
     images = settings.total_steps(half) * min(settings.batch_size, half)
-    return (clock.image() * missing(experiment, count) * images).tolist()
+    return clock.image() * missing(experiment, count) * images
 
 
 def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: Clock) -> dict[str, Any]:
@@ -202,7 +204,9 @@ def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: Clo
     steps = asked if images is None or size is None else job.settings.total_steps(images)
     seconds: list[float] | None = [0.0, 0.0]
     if size is not None and state != "done":
-        seconds = None if images is None else cost(job, images, clock).tolist()
+        known = data[job.dataset]
+        tests, classes = known["test_images"] or 0, known["classes"]
+        seconds = None if images is None else cost(job, images, clock, tests, classes).tolist()
     return {
         "title": job.title,
         "stage": job.stage,
@@ -214,13 +218,12 @@ def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: Clo
     }
 
 
-def cost(job: Job[Any], images: int, clock: Clock) -> np.ndarray:
-    """Seconds [2] that a job that trains takes on so many images."""
+def cost(job: Job[Any], images: int, clock: Clock, tests: int = 0, classes: int = 10) -> np.ndarray:
+    """Seconds [2] that a job that trains takes on so many images of so many classes; tests: of its test split."""
     settings = job.settings
     seen = settings.total_steps(images) * min(settings.batch_size, images)
     if job.stage == "dispose":
         return ((1 - settings.repair) * clock.image(job.model) + settings.repair * clock.image()) * seen
     if job.stage == "piggyback":
-        trained = [(a, len(a.grid()) + 1) for a in settings.attackers if not isinstance(a, Frozen)]
-        seen += settings.attack_seeds * sum(count * a.steps * min(a.batch_size, images) for a, count in trained)
+        return clock.image() * seen + attack_costs.attackers(settings, images, tests, classes, clock)
     return clock.image() * seen

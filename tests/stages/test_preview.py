@@ -11,14 +11,16 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dtlctl.data import cache
 from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
+from dtlctl.recipe import network_demands
 from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
-from dtlctl.stages import preview
+from dtlctl.stages import attack_costs, preview
 from dtlctl.stages.runner import run
 
 
@@ -36,13 +38,19 @@ def quickest(document: dict) -> dict[str, float]:
 
 @pytest.fixture
 def trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny recipe after its disposals; nobody may start an engine. An image costs 1 to 2 s, in gc 4 to 8."""
+    """The tiny recipe after its disposals; nobody may start an engine. An image costs 1 to 2 s, in gc 4 to 8.
+
+    An audit costs 5 to 10 s. The network has one stage of 8 features.
+    """
     experiment = Experiment(load(recipe_file), recipe_file.parent, quiet=True)
     run(experiment, ("pretrain", "finetune", "dispose"))
     monkeypatch.setattr(Experiment, "engine", property(lambda _: pytest.fail("an engine was started")))
     seconds = {"gc": np.array([4.0, 8.0])}
-    fake = SimpleNamespace(parameters=1, image=lambda variant="": seconds.get(variant, np.array([1.0, 2.0])))
+    fake = SimpleNamespace(
+        parameters=1, features=8, stages=1, image=lambda variant="": seconds.get(variant, np.array([1.0, 2.0]))
+    )
     monkeypatch.setattr(preview, "Clock", lambda _: fake)
+    monkeypatch.setattr(attack_costs, "audit", lambda *_: np.array([5.0, 10.0]))
     monkeypatch.setattr(preview, "busy", lambda: None)
     return recipe_file
 
@@ -88,7 +96,7 @@ def test_the_cost_counts_references_once_and_nothing_that_is_done(trained: Path)
 
     pretrain 2 epochs of 5 steps of 20 = 200; TGT and TL 4 of 10 each; gc 6 of 8, half of them 1 and half of them 4
     times as dear: 120; rand 4 of 8 = 32; three attacks, 3 of 10 each. A reference sees (100 + 797) / 2 = 448 images,
-    2 epochs of 22 steps of 20 = 880, and there are four.
+    2 epochs of 22 steps of 20 = 880, and there are four. Each audit takes 5 s besides.
     """
     rmia = ("pretrain.epochs=2", "audit.references=4", 'audit.attacks=["rmia"]')
     found = planned(trained, *rmia)
@@ -99,27 +107,64 @@ def test_the_cost_counts_references_once_and_nothing_that_is_done(trained: Path)
         "dispose/gc": 120,
         "dispose/rand": 32,
         **dict.fromkeys((f"piggyback/{model}/again" for model in ("scratch", "TL", "gc")), 30),
-        "audit/pre": 3520,
-        **dict.fromkeys((f"audit/{model}" for model in ("TL", "gc", "rand")), 0),
+        "audit/pre": 3525,
+        **dict.fromkeys((f"audit/{model}" for model in ("TL", "gc", "rand")), 5),
     }
     assert all(row["seconds"][1] == 2 * row["seconds"][0] for row in found["jobs"])
-    total = (200 + 40 + 120 + 32 + 90 + 3520) / 60
+    total = (200 + 40 + 120 + 32 + 90 + 3520 + 20) / 60
     assert found["minutes"] == [round(total, 1), round(2 * total, 1)]
     text = preview.text(found)
-    assert "audit/pre                        attack; the references of rmia, 3520 to 7040 s\n" in text
-    assert text.endswith("67 to 133 min on this machine, without the attacks of the audit themselves")
-    assert planned(trained)["minutes"] == [1.5, 3.0]  # the three attacks alone
+    assert "audit/pre                        attack, 3525 to 7050 s\n" in text
+    assert text.endswith("67 to 134 min on this machine")
+    assert planned(trained)["minutes"] == [1.8, 3.7]  # three attackers and four audits
     alone: Any = SimpleNamespace(agree=lambda code: code, by_main=lambda work: work())
     answers = Experiment(load(trained, list(rmia)), trained.parent).results.reference_answers()
     answers.common(alone, "2", list[float], lambda: [0.5])
-    assert quickest(planned(trained, *rmia))["audit/pre"] == 3 * 880
+    assert quickest(planned(trained, *rmia))["audit/pre"] == 3 * 880 + 5
 
 
-def test_the_cost_of_attackers_is_that_of_those_who_train_weights(trained: Path):
-    """Besides the 30 images of the one setting: `full` 2 rates and once more, each 4 steps of 10: 120. Probes: 0."""
-    full = '{kind="full", lr=[0.1, 0.2], steps=4, batch_size=10}'
-    found = planned(trained, f'piggyback.attackers=[{full}, {{kind="probe"}}, {{kind="renorm-probe"}}]')
-    assert quickest(found)["piggyback/TL/again"] == 150
+def test_the_cost_of_attackers_is_that_of_steps_looks_features_and_fits(trained: Path, monkeypatch):
+    """Besides the 30 images of the one setting, with a fit in 6 s and a forward pass as a third of a step:
+
+    `full`: 2 rates and once more, each 4 steps of 10: 120; 2 · 10 looks at 7.5 held-out images and one at 797, 947 / 3.
+    A probe: features of 827 images, and 4 fits and a last one, on as many threads. In a search of 12 trials each has 4,
+    `full` half of its steps: 5 · 2 · 10 and (4 · 10 · 7.5 + 797) / 3. `self-training` takes two images for one.
+    """
+    monkeypatch.setattr(attack_costs, "_fit", lambda *_: 6.0)
+    full, threads = '{kind="full", lr=[0.1, 0.2], steps=4, batch_size=10}', torch.get_num_threads()
+    attackers = f'piggyback.attackers=[{full}, {{kind="probe"}}, {{kind="renorm-probe"}}]'
+    probes = 2 * (827 / 3 + 30 / threads)
+    found = quickest(planned(trained, attackers))["piggyback/TL/again"]
+    assert found == pytest.approx(30 + 120 + 947 / 3 + probes)
+    monkeypatch.setattr(network_demands, "find_spec", lambda name: True)
+    found = quickest(planned(trained, attackers, "piggyback.search={trials=12}"))["piggyback/TL/again"]
+    assert found == pytest.approx(30 + 100 + 1097 / 3 + probes)
+    doubled = f"piggyback.attackers=[{full.replace('full', 'self-training')}]"
+    assert quickest(planned(trained, doubled))["piggyback/TL/again"] == pytest.approx(30 + 240 + 947 / 3)
+
+
+def test_the_cost_of_an_audit_is_that_of_looks_and_judging(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever is timed takes a second: a look at 8 images, and one repeat. 100 members and as many others: 25 looks.
+
+    loss: 25 + (20 + 1) / 2, as a repeat alone judges all images too. adv-dist: two numbers, so 25 + 21, and of its 5
+    steps 4 more in 2 searches on 200 images of 0.01 to 0.02 s. wb: 25 and 3 repeats. rmia: as loss. Relearning: 10
+    steps of 64 images; entropy: 797 images at a third. Of the target's 20 images rmia has none.
+    """
+    monkeypatch.setattr(attack_costs, "seconds", lambda work: (work(), 1.0)[1])
+    attacks = (
+        'audit={attacks=["loss", "adv-dist", "wb", "rmia"], modes=["as-is"], repeats=20, adv_steps=5, references=2}'
+    )
+    recipe = load(recipe_file, [attacks, "audit.relearn_steps=10"])
+    clock: Any = preview.Clock(recipe)
+    clock.image = lambda: np.array([0.01, 0.02])
+    source, target = {"images": 100, "test_images": 797}, {"images": 20, "test_images": 797}
+    found = attack_costs.audit(recipe.audit, source, target, clock)
+    low = (25 + 10.5) + (25 + 21 + 16) + (25 + 3) + (25 + 10.5) + 6.4 + 797 / 300
+    assert found == pytest.approx([low, low + 16 + 6.4 + 797 / 300])
+    both = recipe.audit.model_copy(update={"modes": ["as-is", "target"]})
+    more = (5 + 10.5) + (5 + 21 + 3.2) + (5 + 3)
+    assert attack_costs.audit(both, source, target, clock) == pytest.approx([low + more, found[1] + more + 3.2])
+    assert attack_costs.audit(recipe.audit, {**source, "images": None}, target, clock) is None
 
 
 def test_the_steps_that_are_timed_are_those_of_the_recipe(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
@@ -130,8 +175,8 @@ def test_the_steps_that_are_timed_are_those_of_the_recipe(recipe_file: Path, mon
     now = iter([0, 1, 1, 3, 3, 6, 6, 10] * 2)
     monkeypatch.setattr(preview.devices, "clock", lambda device: float(next(now)))
     sizes: list[int] = []
-    noise = preview.Clock._noise
-    monkeypatch.setattr(preview.Clock, "_noise", lambda self, size: sizes.append(size) or noise(self, size))
+    noise = preview.Clock.noise
+    monkeypatch.setattr(preview.Clock, "noise", lambda self, size: sizes.append(size) or noise(self, size))
     chunks: list[int] = []
     disposal = preview.Disposal
 

@@ -43,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch):
     """Set how long an image takes: every network the same, in training and disposal."""
 
     def takes(seconds: float) -> None:
-        fake = SimpleNamespace(image=lambda variant="": np.array([seconds, 2 * seconds]))
+        fake = SimpleNamespace(image=lambda variant="": np.array([seconds, 2 * seconds]), features=8, stages=1)
         monkeypatch.setattr(starter, "Clock", lambda _: fake)
 
     takes(1e-4)

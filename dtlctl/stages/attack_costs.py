@@ -1,0 +1,99 @@
+"""What attacks cost here: a little of each is done on noise, timed, and multiplied. Coarse, and a matter of seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dtlctl.attacks import membership, signals
+from dtlctl.attacks.attackers import Frozen, SelfTraining
+from dtlctl.attacks.registry import ATTACKS, Attack
+from dtlctl.attacks.tuning import EVALUATIONS
+from dtlctl.recipe.settings import Audit, Piggyback
+
+if TYPE_CHECKING:
+    from dtlctl.stages.preview import Clock
+
+LOOKED, FITTED = 8, 256
+"""Images that an attack looks at, and that a classifier is fitted to."""
+FORWARD = 1 / 3
+"""A forward pass, as a share of a step of training."""
+
+
+def attackers(settings: Piggyback, images: int, tests: int, classes: int, clock: Clock) -> np.ndarray:
+    """Seconds [2] that tuned attackers take with so many images of their own; tests: of the test split."""
+    held, total = tests // 2 if settings.choose_on == "test" else settings.held_out * images, np.zeros(2)
+    for attacker in settings.attackers:
+        tried: float = len(attacker.grid([""] * clock.stages))
+        if settings.search:
+            tried = settings.search.trials / len(settings.attackers)
+        if isinstance(attacker, Frozen):
+            rates = getattr(attacker, attacker.tried)
+            fit = _fit(type(attacker), rates[len(rates) // 2], min(images, FITTED), classes, clock.features)
+            total += (tried + 1) * fit * max(1.0, images / FITTED) / torch.get_num_threads()
+            total += FORWARD * clock.image() * (images + tests) * len(attacker.amounts())
+        else:  # a search tries shorter ones too
+            steps = attacker.steps * (0.5 if settings.search else 1) * (2 if isinstance(attacker, SelfTraining) else 1)
+            looks = FORWARD * (tried * EVALUATIONS * held + tests)
+            total += ((tried + 1) * steps * min(attacker.batch_size, images) + looks) * clock.image()
+    return settings.attack_seeds * total
+
+
+def audit(settings: Audit, source: dict[str, Any], target: dict[str, Any], clock: Clock) -> np.ndarray | None:
+    """Seconds [2] that the audit of one model takes besides reference models, by what is known of the data, if it is.
+
+    source, target: {"images", "test_images", ...}.
+    """
+    total = np.zeros(2)
+    for mode in settings.modes:
+        known = target if mode == "target" else source
+        if known["images"] is None or known["test_images"] is None:
+            return None
+        images = min(settings.images, known["images"], known["test_images"])
+        for name in settings.attacks:
+            if mode != "target" or name in ATTACKS:
+                total += _attack(name, images, settings, clock)
+    looked = source["test_images"] + (5 * min(1000, source["test_images"]) if settings.cka else 0)
+    return total + (64 * settings.relearn_steps + FORWARD * looked) * clock.image()
+
+
+def _attack(name: str, images: int, settings: Audit, clock: Clock) -> np.ndarray:
+    """Seconds [2] of one attack on so many members and as many others."""
+    attack = ATTACKS.get(name, Attack(lambda view, _: signals.loss(view), membership.single))
+    model, noise = clock.network().eval().requires_grad_(False).through("source"), clock.noise(LOOKED)
+    seen: dict[str, Any] = {}
+
+    def look() -> None:
+        seen.update(attack.observe(signals.Observation(model, [(noise.x, noise.y)]), 1))
+
+    look()  # what it imports is not counted
+    looking = seconds(look) / LOOKED
+    made = np.random.default_rng(0).standard_normal
+    alone = attack.attacker is membership.single  # then each name is judged by itself, and one repeat judges twice
+    judged = dict(list(seen.items())[:1] if alone else seen)
+    both = [{one: made((images, *values.shape[1:])) for one, values in judged.items()} for _ in range(2)]
+    repeats: float = settings.wb_repeats if attack.slow else settings.repeats
+    repeats = len(seen) * (repeats + 1) / 2 if alone else repeats
+    judging = seconds(lambda: membership.trial(both[0], both[1], attack.attacker, 1, 0))
+    steps = 2 * (settings.adv_steps - 1) if name == "adv-dist" else 0  # of two searches, each with a gradient
+    return repeats * judging + 2 * images * (looking + steps * clock.image())
+
+
+@cache
+def _fit(kind: Any, rate: float, images: int, classes: int, width: int) -> float:
+    """Seconds to fit a frozen attacker's classifier to so many images with `width` features of noise each."""
+    x, y = np.random.default_rng(0).standard_normal((images, width)), np.arange(images) % classes
+    kind().fit(x[:2], y[:2], rate)  # what it imports is not counted
+    return seconds(lambda: kind().fit(x, y, rate))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
