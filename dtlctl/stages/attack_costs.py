@@ -19,7 +19,7 @@ from dtlctl.recipe.settings import Audit, Piggyback
 if TYPE_CHECKING:
     from dtlctl.stages.preview import Clock
 
-LOOKED, FITTED = 8, 256
+LOOKED, FITTED = 16, 256
 """Images that an attack looks at, and that a classifier is fitted to."""
 FORWARD = 1 / 3
 """A forward pass, as a share of a step of training."""
@@ -55,6 +55,7 @@ def audit(settings: Audit, source: dict[str, Any], target: dict[str, Any], clock
         if known["images"] is None or known["test_images"] is None:
             return None
         images = min(settings.images, known["images"], known["test_images"])
+        total += FORWARD * 2 * images * clock.image()  # shared by all attacks that see no more than answers
         for name in settings.attacks:
             if mode != "target" or name in ATTACKS:
                 total += _attack(name, images, settings, clock)
@@ -66,22 +67,23 @@ def _attack(name: str, images: int, settings: Audit, clock: Clock) -> np.ndarray
     """Seconds [2] of one attack on so many members and as many others."""
     attack = ATTACKS.get(name, Attack(lambda view, _: signals.loss(view), membership.single))
     model, noise = clock.network().eval().requires_grad_(False).through("source"), clock.noise(LOOKED)
-    seen: dict[str, Any] = {}
-
-    def look() -> None:
-        seen.update(attack.observe(signals.Observation(model, [(noise.x, noise.y)]), 1))
-
-    look()  # what it imports is not counted
-    looking = seconds(look) / LOOKED
+    few, view = (signals.Observation(model, [(noise.x[:n], noise.y[:n])]) for n in (2, LOOKED))
+    seen = attack.observe(few, 1)  # what it imports is not counted
+    signals.loss(view)  # nor are answers, which the attacks share
+    looking = seconds(lambda: attack.observe(view, 1)) / LOOKED
     made = np.random.default_rng(0).standard_normal
     alone = attack.attacker is membership.single  # then each name is judged by itself, and one repeat judges twice
-    judged = dict(list(seen.items())[:1] if alone else seen)
-    both = [{one: made((images, *values.shape[1:])) for one, values in judged.items()} for _ in range(2)]
+    shapes = {one: values.shape[1:] for one, values in (list(seen.items())[:1] if alone else seen.items())}
+
+    def judge(count: int) -> None:
+        members, others = ({one: made((count, *shape)) for one, shape in shapes.items()} for _ in range(2))
+        membership.trial(members, others, attack.attacker, 1, 0)
+
+    judge(50)  # nor is what this imports
     repeats: float = settings.wb_repeats if attack.slow else settings.repeats
-    repeats = len(seen) * (repeats + 1) / 2 if alone else repeats
-    judging = seconds(lambda: membership.trial(both[0], both[1], attack.attacker, 1, 0))
+    judging = seconds(lambda: judge(images)) * (len(seen) * (repeats + 1) / 2 if alone else repeats)
     steps = 2 * (settings.adv_steps - 1) if name == "adv-dist" else 0  # of two searches, each with a gradient
-    return repeats * judging + 2 * images * (looking + steps * clock.image())
+    return judging + 2 * images * (looking + steps * clock.image())
 
 
 @cache

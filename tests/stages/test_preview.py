@@ -144,11 +144,11 @@ def test_the_cost_of_attackers_is_that_of_steps_looks_features_and_fits(trained:
 
 
 def test_the_cost_of_an_audit_is_that_of_looks_and_judging(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
-    """Whatever is timed takes a second: a look at 8 images, and one repeat. 100 members and as many others: 25 looks.
+    """Whatever is timed takes a second: a look at 16 images, and one repeat. 100 members, 100 others: 12.5 looks.
 
-    loss: 25 + (20 + 1) / 2, as a repeat alone judges all images too. adv-dist: two numbers, so 25 + 21, and of its 5
-    steps 4 more in 2 searches on 200 images of 0.01 to 0.02 s. wb: 25 and 3 repeats. rmia: as loss. Relearning: 10
-    steps of 64 images; entropy: 797 images at a third. Of the target's 20 images rmia has none.
+    loss: 12.5 + (20 + 1) / 2, as a repeat alone judges all images too. adv-dist: two numbers, so 12.5 + 21, and of its
+    5 steps 4 more in 2 searches on 200 images of 0.01 to 0.02 s. wb: 12.5 and 3 repeats. rmia: as loss. Relearning: 10
+    steps of 64 images; entropy and answers: 997 images at a third. Of the target's 20 images rmia has none.
     """
     monkeypatch.setattr(attack_costs, "seconds", lambda work: (work(), 1.0)[1])
     attacks = (
@@ -159,11 +159,12 @@ def test_the_cost_of_an_audit_is_that_of_looks_and_judging(recipe_file: Path, mo
     clock.image = lambda: np.array([0.01, 0.02])
     source, target = {"images": 100, "test_images": 797}, {"images": 20, "test_images": 797}
     found = attack_costs.audit(recipe.audit, source, target, clock)
-    low = (25 + 10.5) + (25 + 21 + 16) + (25 + 3) + (25 + 10.5) + 6.4 + 797 / 300
-    assert found == pytest.approx([low, low + 16 + 6.4 + 797 / 300])
+    low = (12.5 + 10.5) + (12.5 + 21 + 16) + (12.5 + 3) + (12.5 + 10.5) + 6.4 + 997 / 300
+    assert found == pytest.approx([low, low + 16 + 6.4 + 997 / 300])
     both = recipe.audit.model_copy(update={"modes": ["as-is", "target"]})
-    more = (5 + 10.5) + (5 + 21 + 3.2) + (5 + 3)
-    assert attack_costs.audit(both, source, target, clock) == pytest.approx([low + more, found[1] + more + 3.2])
+    more = (2.5 + 10.5) + (2.5 + 21 + 3.2) + (2.5 + 3) + 40 / 300
+    high = found[1] + more + 3.2 + 40 / 300
+    assert attack_costs.audit(both, source, target, clock) == pytest.approx([low + more, high])
     assert attack_costs.audit(recipe.audit, {**source, "images": None}, target, clock) is None
 
 
