@@ -34,7 +34,7 @@ from dtlctl.storage.checkpoint import sync, write
 
 # Changing how images are chosen, decoded, resized or stored must change this number: it is part of the key.
 _FORMAT = 7
-_BATCH, _BYTES = 64, 1 << 22  # images a task, at most, and bytes of their pixels
+_BATCH, _BYTES = 64, 1 << 20  # images a task, at most, and bytes of their pixels
 
 Progress = Callable[[int, int], None]
 Item = TypeVar("Item")
