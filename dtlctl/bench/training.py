@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
@@ -14,6 +14,7 @@ from dtlctl.console.progress import Progress
 from dtlctl.data import cache
 from dtlctl.data.dataset import Dataset
 from dtlctl.data.sources import Source
+from dtlctl.data.stream import AHEAD
 from dtlctl.data.tensors import Batch, Batches, Share
 from dtlctl.errors import RecipeError
 from dtlctl.model import networks
@@ -22,6 +23,7 @@ from dtlctl.recipe.settings import Training
 from dtlctl.training.engine import Engine
 
 WARM_UP = 3  # steps of every way before any is timed
+DECODE: tuple[Literal["cache", "stream"], ...] = ("cache", "stream")
 Way = tuple[str, int | None]
 """A name, and the number of workers of a plain script."""
 Turn = Callable[[int, int], float]
@@ -45,18 +47,18 @@ def run(setup: meter.Setup, data: str, steps: int) -> dict[str, Any]:
     """
     try:
         networks.check(setup.arch, setup.stem, None, setup.image_size)
-        source = Source(Dataset(path=data), "source")
+        sources = [Source(Dataset(path=data, decode=way), "source") for way in DECODE]
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
         raise RecipeError(f"bench: --data: {reason}") from None
     except ValueError as error:
         raise RecipeError(f"bench: {error}") from None
     with Progress("decode", 1, enabled=not setup.quiet) as progress:
-        images = cache.load(source, "train", setup.image_size, progress=progress.at)
-    size, count = setup.batch_size, len(images.labels)
+        kept, looked_at = (cache.load(one, "train", setup.image_size, progress=progress.at) for one in sources)
+    size, count = setup.batch_size, len(kept.labels)
     if count < size:
         raise RecipeError(f"bench: --batch-size {size}: {data} has only {count} training images")
-    engine, classes = Engine(setup.precision), len(images.classes)
+    engine, classes = Engine(setup.precision), len(kept.classes)
     plan = Training(steps=steps, batch_size=size, lr=0.01, schedule="constant")
 
     def ours(batches: Batches, channels_last: bool) -> Turn:
@@ -64,22 +66,17 @@ def run(setup: meter.Setup, data: str, steps: int) -> dict[str, Any]:
         model.channels_last = channels_last
         return _turn(engine, engine.place(model, global_batch_norm=True), batches, plan)
 
-    batches = Batches(
-        images.pixels,
-        images.labels,
-        np.arange(count),
-        batch_size=size,
-        augment="crop-flip",
-        seed=0,
-        device=engine.device,
-    )
+    more: Any = {"batch_size": size, "augment": "crop-flip", "seed": 0, "device": engine.device}
+    batches, streamed = (Batches(one.pixels, one.labels, np.arange(count), **more) for one in (kept, looked_at))
     ready, other = Ready(batches[0]), "ready-contiguous" if setup.channels_last else "ready-channels-last"
     turns: dict[Way, Turn] = {
         ("ready", None): ours(ready, setup.channels_last),
         (other, None): ours(ready, not setup.channels_last),
         ("dtlctl", None): ours(batches, setup.channels_last),
+        ("stream", None): _in_flow(ours(streamed, setup.channels_last)),
+        ("decode", None): _in_flow(_fetching(streamed, engine)),
     }
-    table = plain.table(source, setup)
+    table = plain.table(sources[0], setup)
     for workers in sorted({0, cores() - 1}):
         turns["plain", workers] = plain.turns(table, setup, classes, workers, plan, engine.device)
     progress = Progress("bench", (setup.repeats + 1) * len(turns), enabled=not setup.quiet)
@@ -99,6 +96,29 @@ def _turn(engine: Engine, model: networks.Classifier, batches: Batches, plan: Tr
         return engine.train(model, onwards, plan, steps, plan.batch_size, silent, lambda _: {}, reports=1).seconds
 
     return turn
+
+
+def _fetching(batches: Batches, engine: Engine) -> Turn:
+    """Batches, and nothing done with them."""
+
+    def turn(first: int, steps: int) -> float:
+        started = meter.clock(engine.device)
+        for step in range(first, first + steps):
+            batches[step]
+        return meter.clock(engine.device) - started
+
+    return turn
+
+
+def _in_flow(turn: Turn) -> Turn:
+    """Batches that were decoded before the turn are used up untimed; no two turns have a batch in common."""
+
+    def later(first: int, steps: int) -> float:
+        start = first * (1 + AHEAD)
+        turn(start, AHEAD)
+        return turn(start + AHEAD, steps)
+
+    return later
 
 
 def measure(turns: dict[Way, Turn], steps: int, repeats: int, progress: Progress) -> dict[Way, list[float]]:
@@ -147,4 +167,8 @@ def text(document: dict[str, Any]) -> str:
         workers = "-" if row["workers"] is None else row["workers"]
         numbers = f"{row['seconds']:9.4f}{row['images_per_second']:10.0f}{row['to_ready']:9.3f}{row['to_plain']:9.2f}"
         lines.append(f"{row['way']:20}{workers:>8}{numbers}")
+    seconds = {row["way"]: row["seconds"] for row in document["rows"]}
+    if "stream" in seconds:
+        share = max(seconds["ready"], seconds["decode"]) / seconds["stream"]
+        lines.append(f"stream has {100 * share:.0f} % of the speed of the slower of ready and decode")
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""From a path to batches: sources, columns and labels, subsets, the decoded cache, tensors. It knows no model."""
+"""From a path to batches: sources, columns and labels, subsets, cache and stream, tensors. It knows no model."""
