@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dtlctl.bench import meter, plain
+from dtlctl.console import devices
 from dtlctl.console.machine import cores
 from dtlctl.console.progress import Progress
 from dtlctl.data import cache
@@ -102,10 +103,10 @@ def _fetching(batches: Batches, engine: Engine) -> Turn:
     """Batches, and nothing done with them."""
 
     def turn(first: int, steps: int) -> float:
-        started = meter.clock(engine.device)
+        started = devices.clock(engine.device)
         for step in range(first, first + steps):
             batches[step]
-        return meter.clock(engine.device) - started
+        return devices.clock(engine.device) - started
 
     return turn
 
