@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 
 START = 1.0
 """The first ratio: both terms weigh the same."""
-CHECKS = 40
-"""How often a run looks at its price and its gradients."""
-FORMED = 0.85
+CHECKS, APART = 40, 10
+"""How often a run looks at its price and its gradients, and how many steps lie between at least: a look costs as much
+as a few of them."""
+FORMED = 0.7
 """The share of the steps after which the price steers: before, it tells how far the network has come, and how large
-the steps are (with one-cycle, a tenth of the largest from here on)."""
+the steps are."""
 GAIN, FULL = 0.5, 3.0
 """A check changes log r by at most GAIN, where the price is FULL points or more away from the allowed one."""
 SMOOTH = 0.5
@@ -25,11 +26,8 @@ LEAST, MOST = 1e-4, 1 - 1e-4
 
 
 def aim(allowed: float, half_width: float) -> float:
-    """The price to steer at, in points: the allowed one, or less by what the images cannot resolve of it, down to 0.
-
-    Below that no disposal would be left where images are few: a price under 0 is luck.
-    """
-    return min(allowed, max(0.0, 2 * allowed - half_width))
+    """The price to steer at, in points: the allowed one, or less by what the images cannot resolve of it."""
+    return min(allowed, 2 * allowed - half_width)
 
 
 def ratio(rows: Sequence[Mapping[str, float]], share: float, price: float, wanted: float) -> float:

@@ -50,7 +50,7 @@ def _target(models: Models, model: str) -> Evidence:
     known = min((count for count in images if count), default=None)
     found: Evidence = {"acc_t": kept.value, "accuracy": kept.figure(), "images": known}
     for name, before, after in (("price", models.get("TL"), own), ("gain", own, models.get("TGT"))):
-        if before and after and all("acc_t" in row for row in (*before, *after)):
+        if before and after and before is not after and all("acc_t" in row for row in (*before, *after)):
             pairs = [(a, b) for a, b in zip(before, after, strict=True) if "answers" in a.keys() & b.keys()]
             both = [(a["answers"], b["answers"]) for a, b in pairs]
             found[name] = cost([row["acc_t"] for row in before], [row["acc_t"] for row in after], both).figure()

@@ -41,7 +41,7 @@ class Checks:
         self.allowed = job.settings.price
         self.source, self.target = source, target
         self.length = job.settings.total_steps(source.images)
-        every = max(1, self.length // balance.CHECKS)
+        every = max(balance.APART, self.length // balance.CHECKS)
         self.steps = range(0, self.length, every)
         most = max(100, every * source.batch_size // 4)
         labels = experiment.data.images("source", "test").labels

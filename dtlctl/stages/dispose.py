@@ -1,10 +1,12 @@
 """theta_dtl = TRAIN(theta_tl, (1 - lambda) L_retain + lambda L_unlearn): dispose of the source (Eq. 1)."""
 
+from contextlib import suppress
+
 from torch import Tensor
 
 from dtlctl.console.progress import say
 from dtlctl.data.tensors import Batches
-from dtlctl.errors import RecipeError
+from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.model.networks import Classifier, renew
 from dtlctl.objectives.disposal import Disposal
 from dtlctl.recipe.plan import Job
@@ -23,6 +25,8 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
     chunks = data_demands.local_chunks(settings, engine.processes, job.title)
     # Collisions need each chunk's own batch statistics; one chunk means the statistics of the global batch.
     own_statistics = settings.unlearn.chunks > 1
+    if job.model == next(iter(experiment.recipe.dispose)):
+        _say_what_there_is_to_keep(experiment)
     teacher = experiment.trainer.load_model("TL", global_batch_norm=not own_statistics).eval().requires_grad_(False)
     student = _student(experiment, job, teacher.classes, global_batch_norm=not own_statistics)
     disposal = Disposal(
@@ -65,6 +69,17 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
             "try a larger lambda or lr"
         )
     experiment.results.publish(job, metrics, history, student)
+
+
+def _say_what_there_is_to_keep(experiment: Experiment) -> None:
+    """Say it before the dearest stages where the source has brought nothing: then TGT is what to publish."""
+    with suppress(CheckpointError):  # of a TGT that is not there
+        kept, alone = (experiment.results.require(model)["metrics"]["acc_t"] for model in ("TL", "TGT"))
+        if kept <= alone:
+            experiment.processes.say(
+                f"TL has {kept:.1f} % on the target and TGT, which never saw the source, {alone:.1f} %: the source has "
+                "brought nothing that a disposal could keep; pre-train or fine-tune longer, or publish TGT"
+            )
 
 
 def _student(

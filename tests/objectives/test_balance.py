@@ -42,10 +42,9 @@ def test_the_ratio_falls_where_the_price_is_above_and_rises_where_it_is_below():
 
 
 def test_images_that_cannot_resolve_a_price_lower_what_is_aimed_at():
-    """Of ± 0.4 nothing is lacking; ± 2.5 are 0.5 more than the price of 2: 2 − 0.5; ± 9 leave nothing: no loss seen."""
+    """Of ± 0.4 nothing is lacking; ± 3 are 2 more than the price of 1: aimed at 1 − 2."""
     assert balance.aim(1.0, 0.4) == 1.0
-    assert balance.aim(2.0, 2.5) == 1.5
-    assert balance.aim(1.0, 9.0) == 0.0
+    assert balance.aim(1.0, 3.0) == -1.0
 
 
 def test_a_run_under_control_ends_at_its_price():

@@ -19,6 +19,13 @@ from dtlctl.stages import checks
 from dtlctl.stages.runner import run
 from dtlctl.training.price import price
 
+
+@pytest.fixture(autouse=True)
+def after_each_step(monkeypatch: pytest.MonkeyPatch):
+    """These disposals are short: a check after each step."""
+    monkeypatch.setattr(balance, "APART", 1)
+
+
 STAGES = ("pretrain", "finetune", "dispose")
 PRICED = "dispose={gc={price=2.0, repair=0.0, steps=24, batch_size=8, lr=0.02, unlearn={kind='gradient-collision'}}}"
 
@@ -155,3 +162,30 @@ def test_the_quick_probe_by_hand():
 def test_settle_and_repair_exclude_each_other(recipe_file: Path):
     with pytest.raises(RecipeError, match="settle = 3: it would end before repair"):
         load(recipe_file, ["dispose.gc.settle=3"])
+
+
+def test_a_short_disposal_has_fewer_checks(recipe_file: Path, monkeypatch):
+    """A check costs as much as some steps: of 24 steps there are checks after 10 and 20, and where a row is due."""
+    monkeypatch.setattr(balance, "APART", 10)
+    one = experiment(recipe_file)
+    run(one, STAGES)
+    assert {row["step"] for row in sidecar(one, "dispose/gc")["history"]} >= {10, 20, 24}
+    looked = [row["step"] for row in sidecar(one, "dispose/gc")["history"] if "ratio" in row]
+    assert len(looked) < 24
+
+
+@pytest.mark.parametrize(("tl", "tgt", "told"), [(31.5, 34.5, 1), (34.5, 34.5, 1), (40.0, 34.5, 0)])
+def test_a_source_that_brought_nothing_is_told_before_the_disposal(
+    recipe_file: Path, capsys, tl: float, tgt: float, told: int
+):
+    """Once, before the first of two variants; the accuracies are written into the sidecars here."""
+    one = experiment(recipe_file, "runs", "dispose.rand={lambda=0.5, steps=1, batch_size=8, unlearn={kind='uniform'}}")
+    run(one, STAGES[:2])
+    for path, accuracy in (("finetune", tl), ("target-only", tgt)):
+        file = one.folder / path / "model.json"
+        made = json.loads(file.read_text())
+        made["metrics"]["acc_t"] = accuracy
+        file.write_text(json.dumps(made))
+    one.processes.quiet = False
+    run(one, STAGES)
+    assert capsys.readouterr().err.count("publish TGT") == told
