@@ -48,9 +48,9 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
                     "learns from these; set it to 0.1, say, or leave the dataset out of the attacker's datasets"
                 )
     for job in {job.roles: job for job in jobs if job.stage == "audit"}.values():
-        for role in job.roles:
-            if role == "source" or "target" in job.settings.modes:
-                groups(experiment, job, role)
+        groups(experiment, job, "source")
+        if "target" in job.roles and "target" in job.settings.modes:
+            groups(experiment, job, "target")
 
 
 def local_chunks(settings: Dispose, processes: int, title: str) -> int:
