@@ -119,7 +119,7 @@ def _card(
     """The model card as Markdown, its metadata before it."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    recipe, evidence, code = experiment.recipe, document["evidence"], _code(described)
+    recipe, evidence = experiment.recipe, document["evidence"]
     own = evidence[model]
     task: Any = {"task_type": "image-classification", "metric_type": "accuracy"}
     results = [EvalResult(dataset_name="target", dataset_type="target", metric_name="Acc_t, %",
@@ -129,7 +129,7 @@ def _card(
                                   metric_name=f"Acc_pl, %, of an attacker ({attack['attacker']})", **task))  # fmt: skip
     data = ModelCardData(
         model_name=f"{recipe.name}-{model}",
-        library_name="timm" if described["arch"].startswith(TIMM) else "torchvision" if code else "dtlctl",
+        library_name="timm" if described["arch"].startswith(TIMM) else "torchvision",
         pipeline_tag="image-classification",
         tags=["disposable-transfer-learning"],
         eval_results=results,
@@ -148,7 +148,7 @@ def _card(
         table=tables.render([_table(evidence, model)]).strip(),
         audit=next((row.get("audit_auc") for row in document["rows"] if row["model"] == model), None),
         attackers=templates.said("who", document["recipe"]["piggyback"]) if own["attacks"] else "",
-        code=code,
+        code=_code(described),
         onnx=onnx,
         lineage=_lineage(experiment, model, hashes),
         never=never,
@@ -178,12 +178,11 @@ def _table(evidence: dict[str, Any], model: str) -> tables.Table:
 
 
 def _code(described: dict[str, Any]) -> str:
-    """How plain torchvision or timm loads it; nothing where neither can."""
+    """How plain torchvision or timm loads it; what torchvision has no name for is built of its blocks."""
     arch, size = described["arch"], described["image_size"]
-    if arch in DEPTHS:
-        return ""
     options = timm_options(arch, size) if arch.startswith(TIMM) else {}
-    return templates.render("load.py.j2", **{**described, "classes": len(described["classes"]), "options": options})
+    told = {**described, "classes": len(described["classes"]), "options": options, "depth": DEPTHS.get(arch)}
+    return templates.render("load.py.j2", **told)
 
 
 def _lineage(experiment: Experiment, model: str, hashes: dict[str, str]) -> dict[str, str]:
