@@ -13,6 +13,9 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands
 from dtlctl.storage import checkpoint
 
+NAMED = 6
+"""Results that are named, of those that are there already."""
+
 
 def run(
     experiment: Experiment, stages: Collection[Stage], *, only: Collection[str] = (), force: bool = False
@@ -24,13 +27,19 @@ def run(
     or the processes cannot do for one of them.
     """
     # What is adopted comes first: whether it fits is not told after hours of training.
-    done, chosen = [], sorted(experiment.chosen(stages, only), key=lambda job: not job.weights)
+    chosen = sorted(experiment.chosen(stages, only), key=lambda job: not job.weights)
+    there, done = list[str](), list[Job[Any]]()
     data_demands.check(experiment, chosen)
     earlier = cache(lambda: Earlier(relatives(experiment.folder.parent, experiment.recipe.name)))
     for job in chosen:
-        if not force and (experiment.results.done(job) or _taken_over(experiment, job, earlier)):
+        if not force and ((own := experiment.results.done(job)) or _taken_over(experiment, job, earlier)):
             experiment.results.tidy(job)
+            there += [job.title] * own
             continue
+        if there:
+            more = f" and {len(there) - NAMED} more" if len(there) > NAMED else ""
+            experiment.processes.say(f"up to date: {', '.join(there[:NAMED])}{more}")
+            there.clear()
         if experiment.results.scratch(job).exists() and (parts := experiment.results.parts(job).count()):
             experiment.processes.say(f"{job.title}: goes on with {parts} finished part{'s' * (parts > 1)}")
         try:

@@ -93,6 +93,15 @@ def test_a_change_redoes_only_what_depends_on_it(recipe_file: Path):
         run(stale, ("finetune",), only=("TL",))
 
 
+def test_what_is_up_to_date_is_named_where_work_goes_on(recipe_file: Path, capsys):
+    one = Experiment(load(recipe_file), recipe_file.parent / "runs", quiet=True)
+    run(one, ("pretrain",))
+    one.processes.quiet = False
+    for said in (1, 0):  # nothing is left to do the second time
+        run(one, ("pretrain", "finetune"), only=("pre", "TL"))
+        assert capsys.readouterr().err.count("up to date: pretrain\n") == said
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(recipe_file: Path):
     results = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
