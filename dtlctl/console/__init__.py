@@ -1,1 +1,1 @@
-"""The process and who started it: progress, signals, the cores it may use."""
+"""The process and who started it: progress, signals, the device and cores it may use. It knows no room."""

@@ -1,1 +1,1 @@
-"""The stages, each a function of a run and a job in a file that tells its story; and their runner."""
+"""The stages, each a function of a run and a job in a file that tells its story; their runner. They know no report."""

@@ -1,1 +1,1 @@
-"""What is on disk: checkpoints, finished parts, the lock of a folder. Whole or not at all, whatever happens."""
+"""Files: checkpoints, finished parts, the lock of a folder. Whole or not at all, whatever happens. It knows no room."""
