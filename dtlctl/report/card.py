@@ -28,7 +28,8 @@ def evidence(experiment: Experiment) -> dict[str, Any]:
     """What the run's report says, under the limits of this call. RecipeError where the run is of another recipe."""
     made, asked = ({**one.resolved(), "publish": None} for one in (recipe_of(experiment.folder), experiment.recipe))
     if made != asked:
-        raise RecipeError(f"{experiment.folder}: made from other settings; run: {experiment.command('run')}")
+        other = ", ".join(name for name in asked if made.get(name) != asked[name])
+        raise RecipeError(f"{experiment.folder}: made from other settings of {other}; run: {experiment.command('run')}")
     document = summarise([experiment.folder])
     return document | {"verdict": asdict(verdict.verdict(document, experiment.recipe.publish))}
 
