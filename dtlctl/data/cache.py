@@ -99,6 +99,7 @@ def _is_streamed(source: Source, split: Split, image_size: int, wanted: Wanted |
     if source.dataset.decode != "auto" or source.kind == "builtin":
         return source.dataset.decode == "stream"
     rows = source.rows(split, image_size, None)
+    _check_classes(rows, split, source.where(split))
     labels = rows.labels[rows.labels >= 0]
     images = (
         len(labels) if wanted is None else max(len(wanted(labels, len(rows.classes))), min(len(labels), entries.WHOLE))

@@ -28,6 +28,8 @@ steps = 1
 batch_size = 4
 [piggyback]
 steps = 1
+[audit]
+models = []
 """
 
 

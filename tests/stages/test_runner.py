@@ -15,6 +15,7 @@ import torch
 from dtlctl.cli.app import main
 from dtlctl.errors import CheckpointError, DivergedError, RecipeError
 from dtlctl.model import networks
+from dtlctl.objectives import balance
 from dtlctl.objectives.disposal import Disposal
 from dtlctl.objectives.retain import Distill
 from dtlctl.objectives.unlearn import GradientCollision
@@ -121,9 +122,10 @@ def test_repair_ends_with_the_retaining_loss_alone(recipe_file: Path):
     assert ["unlearn" in row for row in history] == [True, True, True, False, False, False]
 
 
-def test_a_row_of_the_history_is_of_unlearning_or_of_repair(recipe_file: Path):
+def test_a_row_of_the_history_is_of_unlearning_or_of_repair(recipe_file: Path, monkeypatch):
     """20 steps, a check after each, repair from round(20 * 0.55) = 11 on. NEG's loss is minus the source loss:
     so are means over the same steps."""
+    monkeypatch.setattr(balance, "APART", 1)
     change = 'dispose={neg={lambda=0.1, steps=20, batch_size=8, lr=0.02, repair=0.45, unlearn={kind="negative-ce"}}}'
     experiment = new_experiment(recipe_file, change)
     run(experiment, ("pretrain", "finetune", "dispose"), only=("pre", "TL", "neg"))
