@@ -115,7 +115,8 @@ def _against(found: dict[str, Evidence], model: str, limits: Publish) -> list[st
     if own["price"]["value"] > most:
         why.append(f"it costs more than {most:g} points{yardstick}")
         if round(passes := own.get("passes", PASSES)) < PASSES:
-            why[-1] += f"; after {passes:.2g} passes over the source, where {PASSES} are recommended: longer costs less"
+            short = f"after {passes:.2g} passes over the source, where {PASSES} are recommended"
+            why[-1] += f"; {short}: longer costs less, and may leave attackers more"
     return why
 
 
