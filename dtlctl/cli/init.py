@@ -35,6 +35,9 @@ def init(
         str | None,
         typer.Option(metavar="FILE", help="A network trained on the source already, or on the target after it."),
     ] = None,
+    arch: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The network: resnet18, timm:NAME, ...; default: what fits here.")
+    ] = None,
     size: Annotated[int | None, typer.Option(min=8, max=1024, help="Pixels; default: by the images.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the run; default: by the folders.")] = None,
     quiet: Quiet = False,
@@ -44,13 +47,13 @@ def init(
         raise RecipeError("init: --source and --target go together")
     if [listed, which is not None, source is not None].count(True) != 1:
         raise RecipeError("init: give --source PATH --target PATH, or NAME of a shipped recipe, or --list")
-    if source is None and (attacker or weights or size or name):
-        raise RecipeError("init: --attacker, --weights, --size and --name are for a recipe from --source and --target")
+    if source is None and (attacker or weights or arch or size or name):
+        raise RecipeError("init: --attacker, --weights, --arch, --size and --name go with --source and --target")
     if source is not None and target is not None:
         say("init: looking at the data, and measuring some steps of training", quiet)
         from dtlctl.stages import starter
 
-        print(starter.write(source, target, attacker, weights, size, name), end="")
+        print(starter.write(source, target, attacker, weights, arch, size, name), end="")
         return
     known = shipped()
     if which is not None and which not in known:

@@ -157,10 +157,12 @@ def tensors_of(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _of_timm(config: dict[str, Any]) -> dict[str, Any]:
-    """What timm's config.json, in a folder from the hub, says of classes and preprocessing."""
+    """What timm's config.json, in a folder from the hub, says of the network, classes and preprocessing."""
     told = config.get("pretrained_cfg", {})
     said = {name: told[name] for name in ("mean", "std") if name in told} | {"classes": config.get("label_names")}
+    said |= {"timm": config["architecture"]} if "architecture" in config else {}
     if size := told.get("input_size"):
+        said["side"] = size[-1]
         said["resize"] = f"{size[-1]} pixels (crop_pct {told.get('crop_pct')}, {told.get('interpolation')})"
     return said
 

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dtlctl.data.dataset import Dataset, Rows, Split, kind_of
 from dtlctl.data.sources import Source
 from dtlctl.errors import CheckpointError, DataError, NoSplit, RecipeError, one_line
 from dtlctl.model import networks
-from dtlctl.model.weights import read
+from dtlctl.model.weights import REGISTRY, read, tensors_of
 from dtlctl.recipe.loading import validated
 from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.plan import jobs
@@ -56,9 +57,13 @@ LOOKED = 48
 
 
 def write(
-    source: str, target: str, attacker: str | None, weights: str | None, size: int | None, name: str | None
-) -> str:
-    """The recipe as TOML. Raises what the stages would for data and weights that they cannot use."""
+    source: str, target: str, attacker: str | None, weights: str | None, arch: str | None, size: int | None,
+    name: str | None,
+) -> str:  # fmt: skip
+    """The recipe as TOML. Raises what the stages would for data and weights that they cannot use.
+
+    arch: the network, as in a recipe; None for one that fits this machine, or for that of the weights.
+    """
     seen = {"source": look(source, "source"), "target": look(target, "target")}
     if attacker:
         seen["piggyback.attacker"] = look(attacker, "piggyback.attacker")
@@ -67,7 +72,8 @@ def write(
     folders = "-".join(Path(path).name.removeprefix("builtin:") for path in (source, target))
     usual = re.sub(r"[^\w.-]+", "-", folders, flags=re.ASCII).strip("-._")[:64]
     each = max(4, min(20, min(own["counts"]) // 20))
-    outputs = _network_of(weights, SIDES[0])[2] if weights else 0
+    side = _side(max(own["side"], seen["target"]["side"]), size, gpu)
+    network, outputs = adopted(weights, arch, side) if weights else ({}, 0)
     told_to = resolution(max(1, seen["target"]["tests"]), EXPECTED)
     told: dict[str, Any] = {
         "toml": partial(json.dumps, ensure_ascii=False),
@@ -88,9 +94,10 @@ def write(
         "most": float(max(2, math.ceil(PRICE + told_to))),
         "adopted": "finetune" if outputs == len(seen["target"]["counts"]) != len(own["counts"]) else "pretrain",
         "weights": weights,
+        "asked": arch is not None,
     }
-    for arch, stem, side in _networks(max(own["side"], seen["target"]["side"]), size, gpu, weights):
-        told |= {"arch": arch, "stem": stem, "size": side, "minutes": "?"} | UNIT
+    for told["model"] in [network] if weights else _networks(side, arch, gpu, size is not None):
+        told |= {"minutes": "?"} | UNIT
         spent = _seconds(_render(told), {role: found["counts"] for role, found in seen.items()})
         # By the quickest steps, or a busy moment decides.
         epoch, step, attacks, rest = (float(spent[name][0]) for name in ("pretrain", "dispose", "piggyback", "rest"))
@@ -175,33 +182,49 @@ def _picture(rows: Rows, row: int, role: str) -> tuple[tuple[int, int], str]:
         raise DataError(f"data.{role}.path: {rows.place(row)}: {reason}") from None
 
 
-def _networks(found: int, size: int | None, gpu: bool, weights: str | None) -> Iterator[tuple[str, str, int]]:
-    """(arch, stem, image size) from what one would like to what a slow machine can do; found: the images' side."""
-    side = size or max(side for side in SIDES if side <= max(SIDES[0], min(found, 224 if gpu else 64)))
-    if weights:
-        yield *_network_of(weights, side)[:2], side
-    elif gpu:
-        yield "resnet18", "small" if side <= 64 else "imagenet", side
-    else:
-        yield "resnet20", "small", side
-        yield "resnet8", "small", side
-        if not size and side > 32:
-            yield "resnet8", "small", 32
+def _side(found: int, size: int | None, gpu: bool) -> int:
+    """Of the images that the network gets; found: of those that there are."""
+    return size or max(side for side in SIDES if side <= max(SIDES[0], min(found, 224 if gpu else 64)))
 
 
-def _network_of(weights: str, side: int) -> tuple[str, str, int]:
-    """The arch and stem that weights are of, a ResNet's, and their head's outputs. CheckpointError for any others."""
-    usual = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152, 10)]
-    pairs = [*((arch, "imagenet") for arch in usual), *((arch, "small") for arch in (*usual, *networks.DEPTHS))]
-    image = {"width": None, "image_size": side, "mean": networks.MEAN, "std": networks.STD}
-    failures: list[CheckpointError] = []
-    for arch, stem in pairs:
+def _networks(side: int, arch: str | None, gpu: bool, fixed: bool) -> Iterator[dict[str, Any]]:
+    """Keys of [model], from what one would like to what a slow machine can do; fixed: images are of that side."""
+    if arch or gpu:
+        found = arch or "resnet18"
+        small = found in networks.DEPTHS or (found.startswith("resnet") and side <= 64)
+        yield {"arch": found, "stem": "small" if small else "imagenet", "image_size": side}
+        return
+    yield {"arch": "resnet20", "stem": "small", "image_size": side}
+    yield {"arch": "resnet8", "stem": "small", "image_size": side}
+    if not fixed and side > 32:
+        yield {"arch": "resnet8", "stem": "small", "image_size": 32}
+
+
+def adopted(weights: str, arch: str | None, side: int) -> tuple[dict[str, Any], int]:
+    """Keys of [model] for the network that weights are of, and their head's outputs.
+
+    By `arch`, or what the file or the config.json of its folder says, or else of any ResNet that they fit.
+    side: of the images, unless the network takes those alone that it was trained on. Raises CheckpointError.
+    """
+    said = {} if weights.startswith(REGISTRY) else tensors_of(weights)[1]
+    own = {key: said[key] for key in ("width", "mean", "std") if said.get(key)}
+    told = arch or said.get("arch") or ("timm" in said and f"{networks.TIMM}{said['timm']}")
+    archs = [told] if told else [*(f"resnet{depth}" for depth in (18, 34, 50, 101, 152, 10)), *networks.DEPTHS]
+    stems = [said["stem"]] if "stem" in said else ["imagenet", "small"]
+    sides = dict.fromkeys([side, *(said[key] for key in ("image_size", "side") if key in said), 224])
+    failures: list[Exception] = []
+    for stem, name, size in product(stems, archs, sides):
+        keys = {"arch": name, "stem": stem, "image_size": size, **own}
+        network = {"width": None, "mean": networks.MEAN, "std": networks.STD, **keys}
         try:
-            head = read(weights, {"arch": arch, "stem": stem, **image}).head
-            return arch, stem, len(head[1]) if head else 0
-        except CheckpointError as error:
+            networks.check(name, stem, network["width"], size)
+            head = read(weights, network).head
+            return keys, len(head[1]) if head else 0
+        except (CheckpointError, ValueError, TypeError) as error:  # a header may hold anything
             failures.append(error)
-    raise failures[0]
+    fitted = [error for error in failures if isinstance(error, CheckpointError)] or failures
+    more = "" if told else "\nwhere it is no ResNet, name it: --arch mobilenet_v3_small, --arch timm:NAME"
+    raise CheckpointError(f"{weights}: {str(fitted[0]).removeprefix(f'{weights}: ')}{more}")
 
 
 def _render(told: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -53,7 +54,7 @@ def clock(monkeypatch: pytest.MonkeyPatch):
 
 
 def written(folder: Path, *arguments: object) -> Recipe:
-    options: dict[str, Any] = {"attacker": None, "weights": None, "size": None, "name": None}
+    options: dict[str, Any] = {"attacker": None, "weights": None, "arch": None, "size": None, "name": None}
     options |= dict(zip(options, arguments, strict=False))
     text = starter.write(str(folder / "s"), str(folder / "t"), **options)
     (folder / "recipe.toml").write_text(text)
@@ -151,25 +152,77 @@ def test_images_are_not_blown_up(clock, tmp_path: Path, size: tuple[int, int], a
     """The largest usual size that the median image has; 64 pixels at most where there is no GPU."""
     images(tmp_path / "s", 2, 4, 1, size)
     images(tmp_path / "t", 2, 4, 1, (8, 8))
-    assert written(tmp_path, None, None, asked).model.image_size == found
+    assert written(tmp_path, None, None, None, asked).model.image_size == found
 
 
 def test_a_gpu_gets_a_larger_network_and_the_stem_for_its_images():
-    assert [*starter._networks(500, None, True, None)] == [("resnet18", "imagenet", 224)]
-    assert [*starter._networks(40, None, True, None)] == [("resnet18", "small", 32)]
-    slower = [*starter._networks(500, None, False, None)]
-    assert slower == [("resnet20", "small", 64), ("resnet8", "small", 64), ("resnet8", "small", 32)]
+    def found(side: int, *, gpu: bool, arch: str | None = None, size: int | None = None):
+        one = starter._networks(starter._side(side, size, gpu), arch, gpu, size is not None)
+        return [(keys["arch"], keys["stem"], keys["image_size"]) for keys in one]
+
+    assert found(500, gpu=True) == [("resnet18", "imagenet", 224)]
+    assert found(40, gpu=True) == [("resnet18", "small", 32)]
+    slower = [("resnet20", "small", 64), ("resnet8", "small", 64), ("resnet8", "small", 32)]
+    assert found(500, gpu=False) == slower
+    assert found(500, gpu=False, size=48) == [("resnet20", "small", 48), ("resnet8", "small", 48)]
+    assert found(500, gpu=False, arch="mobilenet_v2") == [("mobilenet_v2", "imagenet", 64)]
+    assert found(40, gpu=True, arch="resnet32") == [("resnet32", "small", 32)]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "asked", "side"),
+    [
+        ("mobilenetv3_small_050", {"mean": [0.5] * 3, "std": [0.25] * 3}, None, 16),
+        ("mobilenetv3_small_050", None, "timm:mobilenetv3_small_050", 16),
+        ("vit_tiny_patch16_224", {"input_size": [3, 64, 64]}, None, 64),
+    ],
+)
+def test_a_network_of_timm_is_told_by_its_folder_or_by_name(
+    clock, tmp_path: Path, name: str, config: dict[str, Any] | None, asked: str | None, side: int
+):
+    """With the normalisation that it was trained with; a transformer takes images of the size that it was built for."""
+    timm = pytest.importorskip("timm", reason="the extra timm is not installed")
+    images(tmp_path / "s", 3, 4, 1)
+    images(tmp_path / "t", 2, 4, 1)
+    options = {"img_size": 64} if name.startswith("vit") else {}
+    (tmp_path / "net").mkdir()
+    save_file(timm.create_model(name, num_classes=3, **options).state_dict(), tmp_path / "net/model.safetensors")
+    if config is None:
+        with pytest.raises(CheckpointError, match="--arch"):
+            written(tmp_path, None, str(tmp_path / "net"))
+    else:
+        told = {"architecture": name, "pretrained_cfg": config}
+        (tmp_path / "net/config.json").write_text(json.dumps(told))
+    recipe = written(tmp_path, None, str(tmp_path / "net"), asked)
+    usual = {"mean": [*networks.MEAN], "std": [*networks.STD]}
+    assert recipe.pretrain is not None and recipe.pretrain.weights == str(tmp_path / "net")
+    assert (recipe.model.arch, recipe.model.image_size) == (f"timm:{name}", side)
+    assert {"mean": recipe.model.mean, "std": recipe.model.std} == usual | {
+        key: numbers for key, numbers in (config or {}).items() if key in usual
+    }
+
+
+def test_an_export_says_its_own_width(clock, tmp_path: Path):
+    images(tmp_path / "s", 3, 4, 1)
+    images(tmp_path / "t", 2, 4, 1)
+    spec: dict[str, Any] = {"arch": "resnet8", "stem": "small", "width": 24, "image_size": 16, "mean": [0.4, 0.5, 0.6]}
+    model = networks.build(heads={"target": 2}, **spec)
+    header = {"dtlctl": json.dumps({**spec, "std": [1.0, 1.0, 1.0], "classes": ["class0", "class1"]})}
+    save_file(model.plain_state("target"), tmp_path / "net.safetensors", header)
+    recipe = written(tmp_path, None, str(tmp_path / "net.safetensors"))
+    assert {**recipe.model.model_dump(), **spec} == recipe.model.model_dump()
+    assert recipe.finetune.weights
 
 
 def test_an_attackers_images_are_a_dataset_of_their_own(clock, tmp_path: Path):
     images(tmp_path / "s", 2, 4, 1)
     images(tmp_path / "t", 2, 4, 1)
-    recipe = written(tmp_path, str(images(tmp_path / "his", 2, 4, 1)), None, None, "other")
+    recipe = written(tmp_path, str(images(tmp_path / "his", 2, 4, 1)), None, None, None, "other")
     assert recipe.name == "other"
     assert recipe.data.piggyback["attacker"].path == str(tmp_path / "his")
     assert set(recipe.data.piggyback) == {"source", "attacker"}
     with pytest.raises(RecipeError, match="name: a name is 1 to 64"):
-        written(tmp_path, None, None, None, "a/b")
+        written(tmp_path, None, None, None, None, "a/b")
 
 
 def test_a_file_name_cannot_write_into_the_recipe(clock, tmp_path: Path):
@@ -200,7 +253,7 @@ def test_what_is_no_dataset_is_told_as_a_run_would(clock, tmp_path: Path):
     with pytest.raises(DataError, match=r"data\.target\.path: .*class1/0\.png: it is no image"):
         written(tmp_path)
     with pytest.raises(DataError, match=r"data\.source\.path: typo is no folder"):
-        starter.write("typo", str(tmp_path / "t"), None, None, None, None)
+        starter.write("typo", str(tmp_path / "t"), None, None, None, None, None)
 
 
 def test_folders_without_a_test_split_have_a_part_held_out(clock, tmp_path: Path):
