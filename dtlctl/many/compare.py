@@ -3,9 +3,10 @@
 The paper adjusts λ so that "the differently unlearned models are compared with similar target accuracy" (section 4.2).
 Here λ is searched with real disposals, from the recipe's own outwards. The price that steers it is that on images that
 nothing is trained or tested on: the part of the target's train split that the recipe's `fraction` leaves out. TL and
-the variant answer the same ones (`training.price`). A tolerance is resolved where the half width of the price's 95 %
-interval is not larger: one that so many images cannot resolve at `compare.disagreement` is refused before anything
-trains, and where the measured interval is wider after all, no λ counts as reached.
+the variant answer the same ones (`training.price`); a TL from outside, which may have learned them, answers the test
+images. A tolerance is resolved where the half width of the price's 95 % interval is not larger: one that so many images
+cannot resolve at `compare.disagreement` is refused before anything trains, and where the measured interval is wider
+after all, no λ counts as reached.
 """
 
 import json
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from dtlctl.console.progress import say
+from dtlctl.data.dataset import Split
 from dtlctl.errors import DivergedError, RecipeError
 from dtlctl.many.sweep import folder_name, one_process, perform
 from dtlctl.recipe.loading import load, validated
@@ -31,7 +33,7 @@ from dtlctl.run.earlier import relatives
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands
 from dtlctl.storage import checkpoint
-from dtlctl.training.price import Price, images_for, mean_price, price, resolution
+from dtlctl.training.price import Price, images_for, mean_price, price, price_apart, resolution
 
 LOW, FIRST, HIGH = 0.0005, 0.1, 0.9995
 """λ is looked for between the outer two, from the recipe's own on; from the middle one where that has a price."""
@@ -58,7 +60,9 @@ def compare(
         perform(experiments, ("pretrain", "finetune", *stages), relatives(out, base.name))
         return experiments
 
-    tl = [validation(experiment, "TL") for experiment in made("search", {})]
+    outside = base.finetune.weights is not None
+    tl = [validation(experiment, "TL", tested=outside) for experiment in made("search", {})]
+    cost = price_apart if outside else price
     document: dict[str, Any] = {"compare": settings.model_dump(mode="json"), "images": images, "seeds": seeds}
     document["variants"], matched = {}, dict(base.dispose)
     for variant in variants:
@@ -69,7 +73,7 @@ def compare(
                 disposed = made("search", {name: _at(base.dispose[variant], lam)}, "dispose")
             except DivergedError as error:
                 raise DivergedError(f"dispose.{name}: {error}") from None
-            found = [price(before, validation(one, name)) for before, one in zip(tl, disposed, strict=True)]
+            found = [cost(before, validation(one, name)) for before, one in zip(tl, disposed, strict=True)]
             if not quiet:
                 by_seed = ", ".join(f"{one.points:.1f} ± {one.half_width:.1f}" for one in found)
                 say(f"{name}: {by_seed} points below TL, by seed")
@@ -183,9 +187,10 @@ def logit(lam: float) -> float:
     return math.log(lam / (1 - lam))
 
 
-def validation(experiment: Experiment, model: str) -> np.ndarray:
-    """bool [n]: which target images of the train split that nothing was trained on the model answers rightly."""
-    images = experiment.trainer.split("target", "train", experiment.data.held_back("target"))
+def validation(experiment: Experiment, model: str, *, tested: bool = False) -> np.ndarray:
+    """bool [n]: which target images held back from training, or those of the test split, the model answers rightly."""
+    split: tuple[Split, np.ndarray | None] = ("train", experiment.data.held_back("target"))
+    images = experiment.trainer.split("target", *(("test", None) if tested else split))
     return experiment.engine.correct(experiment.trainer.load_model(model), "target", images)
 
 

@@ -108,7 +108,7 @@ class Dispose(Training):
     """One variant: minimises `(1 − lambda) · retain + lambda · unlearn` (Eq. 1). An empty table is the recommended
     one, of 10 epochs of the source."""
 
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     batch_size: int = Field(64, ge=2, le=65_536)
     """Images a step."""
     clip: float | None = Field(10.0, gt=0)
@@ -116,8 +116,8 @@ class Dispose(Training):
     lam: float | None = Field(None, ge=0, le=1, alias="lambda")
     """λ, the weight of the unlearning loss; default: the run finds it, by `price`."""
     price: float | None = Field(None, gt=0, le=100)
-    """Points of target accuracy that the disposal may cost, instead of `lambda`: the run finds λ. It is measured on the
-    target images that `data.target.fraction` leaves out. Default, where there is no `lambda`: 1."""
+    """Points of target accuracy that it may cost, instead of `lambda`: the run finds λ, by the target images that
+    `data.target.fraction` leaves out; a `TL` from outside is measured on test images. Default, without `lambda`: 1."""
     unlearn: Unlearn = GradientCollision(chunks=4)
     """The unlearning loss: what drives the source out."""
     retain: Retain = Distill(on="both", temperature=4.0)

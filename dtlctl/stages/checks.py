@@ -13,7 +13,7 @@ from dtlctl.objectives.disposal import Disposal
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Dispose
 from dtlctl.run.experiment import Experiment
-from dtlctl.training.price import images_for, price
+from dtlctl.training.price import Price, images_for, price, price_apart
 from dtlctl.training.resume import State
 
 LOOKED_AT, LOOKED_AT_BY_PROBE = 1000, 600
@@ -29,8 +29,9 @@ class Checks:
 
     state: where the training stands. What a check decides depends on its rows, the weights and the number of the step
     alone, so that a run that is taken up again decides the same. The price is measured on target images held back for
-    it; where λ is given, on test images, and then, as by the probe, on no more than a quarter of the images trained on
-    since the last check, or 100.
+    it, which a TL from outside may have learned: then TL is measured on the test images instead. Where λ is given, it
+    is on test images, and, as by the probe, on no more than a quarter of the images trained on since the last check,
+    or 100.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class Checks:
         tested = len(experiment.data.images("target", "test").labels)
         self.rows = experiment.data.held_back("target") if self.allowed else _evenly(tested, min(LOOKED_AT, most))
         self.few = _evenly(len(self.rows), LOOKED_AT)
-        self.before = self._right(disposal.teacher, self.rows)
+        self.apart = bool(self.allowed) and experiment.recipe.finetune.weights is not None
+        self.before = self._right(disposal.teacher, *(("test", None) if self.apart else (self.split, self.rows)))
         self.probe_of_tl = self._probe(disposal.teacher)
         self.first = self._lam(0, balance.START) if self.allowed else disposal.lam
 
@@ -62,7 +64,7 @@ class Checks:
     def check(self, step: int) -> dict[str, float]:
         """The price so far and the probe's accuracy in %, and λ from here on."""
         few = slice(None) if step >= balance.FORMED * self.length else self.few
-        now = price(self.before[few], self._right(self.disposal.student, self.rows[few]))
+        now = self._price(few)
         probe = self._probe(self.disposal.student)
         row = {"price": now.points, "price_half_width": now.half_width, "source_probe": probe}
         if not self.allowed:
@@ -88,12 +90,13 @@ class Checks:
         metrics = {"source_probe_tl": self.probe_of_tl, "source_probe": self._probe(self.disposal.student)}
         if not self.allowed:
             return metrics
-        cost = price(self.before, self._right(self.disposal.student, self.rows))
+        cost = self._price(slice(None))
         kept = "within" if cost.high <= self.allowed else "above" if cost.low > self.allowed else "not told from"
+        where = "target images held back" + ", TL on the test images" * self.apart
         more = f" (about {images_for(self.allowed, cost.disagreement):,} would tell)" if kept[0] == "n" else ""
         self.experiment.processes.say(
             f"{self.job.title}: costs {cost.points:.1f} points [{cost.low:.1f}, {cost.high:.1f}] on {cost.images:,} "
-            f"target images held back, {kept} the {self.allowed:g} allowed{more}"
+            f"{where}, {kept} the {self.allowed:g} allowed{more}"
         )
         found = asdict(cost)
         return {**metrics, "price": found.pop("points"), **{f"price_{name}": value for name, value in found.items()},
@@ -103,9 +106,14 @@ class Checks:
         target = self.target[step] if self.target else None
         return balance.lam(self.state.rows, ratio, *self.disposal.norms(self.source[step], target))
 
-    def _right(self, model: Classifier, rows: np.ndarray) -> np.ndarray:
-        """bool [n]: which of these rows the model answers rightly."""
-        batches = self.experiment.trainer.split("target", self.split, rows)
+    def _price(self, few: np.ndarray | slice) -> Price:
+        """What the disposal costs so far, by these of the rows."""
+        after = self._right(self.disposal.student, self.split, self.rows[few])
+        return price_apart(self.before, after) if self.apart else price(self.before[few], after)
+
+    def _right(self, model: Classifier, split: Split, rows: np.ndarray | None) -> np.ndarray:
+        """bool [n]: which of these rows of a split, or of all, the model answers rightly."""
+        batches = self.experiment.trainer.split("target", split, rows)
         return self.experiment.engine.correct(model, "target", batches)
 
     def _probe(self, model: Classifier) -> float:

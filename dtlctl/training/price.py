@@ -45,6 +45,19 @@ def price(before: np.ndarray, after: np.ndarray) -> Price:
     return Price(100 * (lost - gained) / images, low, high, images, (lost + gained) / images)
 
 
+def price_apart(before: np.ndarray, after: np.ndarray) -> Price:
+    """The price where the two models answered different images: bool [m] and [n].
+
+    The interval is that of Agresti and Caffo (2000, The American Statistician 54(4)) for independent proportions: one
+    more image of each is taken to be right and one wrong. `disagreement` is that of two models that err independently.
+    """
+    p, q = ((answers.sum() + 1) / (len(answers) + 2) for answers in (before, after))
+    half = Z * math.sqrt(p * (1 - p) / (len(before) + 2) + q * (1 - q) / (len(after) + 2))
+    points = 100 * (before.mean() - after.mean())
+    low, high = 100 * (p - q - half), 100 * (p - q + half)
+    return Price(float(points), float(low), float(high), len(after), float(p * (1 - q) + q * (1 - p)))
+
+
 def mean_price(prices: Sequence[Price]) -> Price:
     """The mean of the prices of several seeds, whose images may be the same, some of the same, or others.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from dtlctl.attacks import features
 from dtlctl.console import stop
@@ -17,7 +18,7 @@ from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import checks
 from dtlctl.stages.runner import run
-from dtlctl.training.price import price
+from dtlctl.training.price import price, price_apart
 
 
 @pytest.fixture(autouse=True)
@@ -189,3 +190,22 @@ def test_a_source_that_brought_nothing_is_told_before_the_disposal(
     one.processes.quiet = False
     run(one, STAGES)
     assert capsys.readouterr().err.count("publish TGT") == told
+
+
+def test_a_tl_from_outside_is_measured_on_images_that_it_cannot_have_learned(recipe_file: Path):
+    """Its accuracy is that on the test images; the variant's is on those held back, which nothing here trains on."""
+    one = experiment(recipe_file)
+    run(one, STAGES[:2])
+    tensors = one.trainer.load_model("TL").plain_state("target")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, recipe_file.parent / "tl.safetensors")
+    other = experiment(recipe_file, "outside", f"finetune={{weights='{recipe_file.parent}/tl.safetensors'}}")
+    run(other, STAGES, only=("TL", "gc"))
+    held = other.data.held_back("target")
+    student = other.trainer.load_model("gc")
+    before, after = (
+        other.engine.correct(model, "target", other.trainer.split("target", split, rows))
+        for model, split, rows in ((one.trainer.load_model("TL"), "test", None), (student, "train", held))
+    )
+    found, cost = sidecar(other, "dispose/gc")["metrics"], price_apart(before, after)
+    assert (found["price"], found["price_low"], found["price_high"]) == (cost.points, cost.low, cost.high)
+    assert found["price_images"] == len(held)

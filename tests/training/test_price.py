@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dtlctl.training.price import Price, images_for, mean_price, price, resolution
+from dtlctl.training.price import Price, images_for, mean_price, price, price_apart, resolution
 
 
 def answers(lost: int, gained: int, both: int, neither: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -48,6 +48,18 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     draws = rng.multinomial(300, (0.10, 0.05, 0.60, 0.25), size=2000)
     found = [price(*answers(*draw)) for draw in draws]
     assert 0.94 < np.mean([one.low <= 5 <= one.high for one in found]) < 0.965
+
+
+def test_a_price_on_different_images_by_hand():
+    """60 of 100 and 30 of 80: 60 - 37.5 points. p = 61/102 = 0.59804, q = 31/82 = 0.37805, p - q = 0.21999.
+
+    0.59804 * 0.40196 / 102 = 0.0023567; 0.37805 * 0.62195 / 82 = 0.0028674; the root of their sum is 0.07228, and 1.96
+    of them 0.14167. Independent, one alone is right for 0.59804 * 0.62195 + 0.37805 * 0.40196 = 0.52391.
+    """
+    found = price_apart(np.arange(100) < 60, np.arange(80) < 30)
+    assert (found.points, found.images) == (22.5, 80)
+    assert (found.low, found.high) == pytest.approx((7.832, 36.166), abs=2e-3)
+    assert found.disagreement == pytest.approx(0.52391, abs=1e-5)
 
 
 def test_several_seeds_are_no_more_images():
