@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from dtlctl.console.progress import say
-from dtlctl.data.dataset import Split
 from dtlctl.errors import DivergedError, RecipeError
 from dtlctl.many.sweep import folder_name, one_process, perform
 from dtlctl.recipe.loading import load, validated
@@ -61,7 +60,7 @@ def compare(
         return experiments
 
     outside = base.finetune.weights is not None
-    tl = [validation(experiment, "TL", tested=outside) for experiment in made("search", {})]
+    tl = [(tested if outside else validation)(experiment, "TL") for experiment in made("search", {})]
     cost = price_apart if outside else price
     document: dict[str, Any] = {"compare": settings.model_dump(mode="json"), "images": images, "seeds": seeds}
     document["variants"], matched = {}, dict(base.dispose)
@@ -187,10 +186,15 @@ def logit(lam: float) -> float:
     return math.log(lam / (1 - lam))
 
 
-def validation(experiment: Experiment, model: str, *, tested: bool = False) -> np.ndarray:
-    """bool [n]: which target images held back from training, or those of the test split, the model answers rightly."""
-    split: tuple[Split, np.ndarray | None] = ("train", experiment.data.held_back("target"))
-    images = experiment.trainer.split("target", *(("test", None) if tested else split))
+def validation(experiment: Experiment, model: str) -> np.ndarray:
+    """bool [n]: which target images of the train split that nothing was trained on the model answers rightly."""
+    images = experiment.trainer.split("target", "train", experiment.data.held_back("target"))
+    return experiment.engine.correct(experiment.trainer.load_model(model), "target", images)
+
+
+def tested(experiment: Experiment, model: str) -> np.ndarray:
+    """bool [m]: the same of the test split."""
+    images = experiment.trainer.split("target", "test")
     return experiment.engine.correct(experiment.trainer.load_model(model), "target", images)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from dtlctl.errors import DivergedError, RecipeError
 from dtlctl.many import compare as comparison
+from dtlctl.recipe import network_demands
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.schema import Recipe
 from dtlctl.recipe.settings import Compare
@@ -164,6 +165,23 @@ def test_a_price_is_what_validation_loses_against_tl_of_the_same_seed(
     table = comparison._needed(document)
     assert "980 target images held back" in table.note and "over seeds the mean of their half widths" in table.note
     assert table.rows[0] == ["gc", "0.1", "1.5 ± 0.8", "yes", "1"]
+
+
+def test_a_tl_from_outside_answers_the_test_images(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may have learned what is held back: 100 % there were a price of 40 points. On the test images it has 62."""
+    monkeypatch.setattr(comparison, "perform", lambda *_: None)
+    monkeypatch.setattr(comparison, "write", lambda *_: None)
+    monkeypatch.setattr(comparison, "validation", lambda _, name: answers(100.0 if name == "TL" else 60.0))
+    monkeypatch.setattr(comparison, "tested", lambda *_: answers(62.0)[::2])
+    monkeypatch.setattr(summary, "summarise", lambda _: {})
+    monkeypatch.setattr(network_demands, "check", lambda *_: None)
+    file = recipe_file.parent / "tl.safetensors"
+    changes = [f"finetune={{weights='{file}'}}", "target-only={steps=2}", "pretrain={steps=2}"]
+    changes += ["compare={target_drop=2.0, rounds=1, tolerance=9.0}"]
+    document, _ = comparison.compare(recipe_file, changes, recipe_file.parent, command="x", quiet=True)
+    gc = document["variants"]["gc"]
+    assert gc["drop"] == pytest.approx(2, abs=0.1)
+    assert gc["high"] - gc["low"] > 2 * 5  # 490 and 980 images: 196 sqrt(0.24 / 490 + 0.24 / 980) = 5.3 points
 
 
 def test_compare_matches_on_held_back_images_and_reports(recipe_file: Path, call):
