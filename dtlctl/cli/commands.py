@@ -203,7 +203,7 @@ def export(
         verdict.demand(document, model, limits, str(recipe))
         files = card.folder(experiment, model, document, onnx)
         place = exports.push(files, to.removeprefix("hf:")) if hub else exports.publish(files, Path(to))
-        if not document["evidence"][model]["attacks"]:
+        if model != "TGT" and not document["evidence"][model]["attacks"]:
             say(f"{model} was never attacked: nothing is known of what it gives away", quiet)
     if model == "TL":
         say("TL has not been disposed of: it holds all that it learned from the source", quiet)

@@ -72,7 +72,7 @@ def test_plain_torchvision_has_the_reports_accuracy_to_the_digit(
     accuracy = 100 * float((answers == images.labels).mean())
     (row,) = [row for row in document["rows"] if row["model"] == "TGT"]
     assert accuracy == row["acc_t"] == ModelCard(text).data.eval_results[0].metric_value
-    assert "**This model was never attacked" in text
+    assert "It was not attacked: it never saw the source." in text
     Image.fromarray(np.array(images.pixels[0]).transpose(1, 2, 0)).save("photo.png")
     exec(picture_of_it, scope)
     assert card.verify(Path.cwd(), experiment)["acc_t"] == accuracy
@@ -86,6 +86,7 @@ def test_a_folder_is_written_verified_and_replaced(experiment: Experiment, call)
     assert sorted(path.name for path in given.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     text, code_blocks = pieces(given)
     assert "**It has not been disposed of" in text and "never attacked:" not in text and len(code_blocks) == 2
+    assert all(line.startswith("```") for line in text.splitlines() if "```" in line)  # or Markdown goes on with code
     for private in ("pretrain/", str(experiment.folder), "builtin:"):
         assert private not in text
     x = torch.rand(4, 3, 8, 8)
@@ -98,6 +99,9 @@ def test_a_folder_is_written_verified_and_replaced(experiment: Experiment, call)
     code, out, err = call("export", experiment.source, "--model", "rand", "--to", "given/one", "--json")
     assert code == 0 and json.loads(out) == {"model": "rand", "to": "given/one"}
     assert "rand was never attacked" in err and "**This model was never attacked" in pieces(given)[0]
+    code, _, err = call("export", experiment.source, "--model", "TGT", "--to", "given/two")
+    assert code == 0 and "never attacked:" not in err + (text := pieces(Path("given/two"))[0])
+    assert "It was not attacked: it never saw the source." in text
     before = (given / "README.md").read_bytes()
     (given / "mine.txt").write_text("")
     code, _, err = call("export", experiment.source, "--model", "TL", "--to", "given/one", "-q")
