@@ -31,7 +31,7 @@ def run(
     there, done = list[str](), list[Job[Any]]()
     data_demands.check(experiment, chosen)
     earlier = cache(lambda: Earlier(relatives(experiment.folder.parent, experiment.recipe.name)))
-    for job in chosen:
+    for number, job in enumerate(chosen, 1):
         if not force and ((own := experiment.results.done(job)) or _taken_over(experiment, job, earlier)):
             experiment.results.tidy(job)
             there += [job.title] * own
@@ -57,7 +57,8 @@ def run(
         sidecar = checkpoint.read_sidecar(experiment.results.path(job)) or {}
         numbers = [f"{name} {n:.4g}" for name, n in sidecar.get("metrics", {}).items() if isinstance(n, float)]
         told = ", ".join(numbers) or "done"
-        experiment.processes.say(f"{job.title}: {told} ({sidecar.get('wall_seconds', 0):.0f} s)")
+        place = f"; {number} of {len(chosen)}" * (len(chosen) > 1)
+        experiment.processes.say(f"{job.title}: {told} ({sidecar.get('wall_seconds', 0):.0f} s{place})")
     return done
 
 

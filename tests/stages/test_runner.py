@@ -38,6 +38,7 @@ def test_run_makes_every_artefact_and_prints_the_table(recipe_file: Path, dtlctl
     first = dtlctl("run", recipe_file)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("Accuracies in %, seed 0.\n\n| Model ")
+    assert "s; 1 of 12)" in first.stderr and "s; 12 of 12)" in first.stderr
     folder = recipe_file.parent / "runs" / "tiny"
     made = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert made == {
