@@ -13,7 +13,7 @@ import typer
 
 from dtlctl.console import stop
 from dtlctl.console.progress import say
-from dtlctl.errors import PeerLost, RecipeError, Stopped
+from dtlctl.errors import PeerLost, RecipeError, Stopped, suggest
 
 if TYPE_CHECKING:
     from dtlctl.recipe.plan import Stage
@@ -131,6 +131,9 @@ def check(
     overrides: Overrides = None,
     out: Out = RUNS,
     decode: Annotated[bool, typer.Option("--decode", help="Decode what a run would, to know all of it.")] = False,
+    tested: Annotated[
+        str | None, typer.Option(metavar="ROLE", help="List the test images of source, target, ... instead.")
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -138,6 +141,13 @@ def check(
     from dtlctl.recipe.loading import load
     from dtlctl.stages import preview
 
+    if tested:
+        data = _experiment(recipe, overrides, out, quiet).data
+        if tested not in (known := data.recipe.data.roles):
+            raise RecipeError(f"--tested {tested}: {recipe} has no such data{suggest(tested, known)}")
+        places = data.tested(tested)
+        print(json.dumps(places, ensure_ascii=False) if as_json else "\n".join(places))
+        return
     document = preview.plan(load(recipe, overrides), out, str(recipe), decode=decode, quiet=quiet or not decode)
     print(json.dumps(document, indent=1, ensure_ascii=False) if as_json else preview.text(document))
 

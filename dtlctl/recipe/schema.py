@@ -73,6 +73,10 @@ class Data(Strict):
     piggyback: dict[Name, Dataset] = Field({})
     """What an attacker has, D_p: any number of datasets, their names are yours."""
 
+    @property
+    def roles(self) -> list[str]:
+        return ["source", "target", *(f"piggyback.{name}" for name in self.piggyback)]
+
     def of(self, role: str) -> Dataset:
         """The table for `source`, `target` or `piggyback.NAME`."""
         kind, _, name = role.partition(".")

@@ -1,6 +1,8 @@
 """The datasets of a run, by their roles: source, target, piggyback.NAME."""
 
+import tempfile
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,12 @@ class Datasets:
     def held_back(self, role: str) -> np.ndarray:
         """Sorted int64 rows of the train split that are not in the run's subset of it; possibly none."""
         return np.setdiff1d(self.whole(role).rows, self.index(role))
+
+    def tested(self, role: str) -> list[str]:
+        """Where every image of the test split is: a file, or a row of one. DataError where it cannot be read."""
+        with tempfile.TemporaryDirectory() as folder:
+            rows = self.source(role).rows("test", self.recipe.model.image_size, Path(folder))
+            return [rows.place(int(row)) for row in np.flatnonzero(rows.labels >= 0)]
 
     def identity(self, role: str) -> dict[str, Any]:
         """What the role's data is, by content: for keys and sidecars."""

@@ -44,8 +44,7 @@ def plan(
     from the quickest and the slowest of a few real steps on this machine, for what is not done. Raises RecipeError and
     DataError, naming the recipe's file `source`, where the network or decoded data lacks what the recipe asks for.
     """
-    experiment, roles = Experiment(recipe, out, source=source, quiet=quiet), ["source", "target"]
-    roles += [f"piggyback.{name}" for name in recipe.data.piggyback]
+    experiment, roles = Experiment(recipe, out, source=source, quiet=quiet), recipe.data.roles
     if decode:
         for role in roles:
             experiment.data.identity(role)

@@ -101,9 +101,26 @@ def test_a_held_out_test_split_is_one_for_all_roles_and_in_the_key(
         source, copy = (experiment.data.images(role, "test") for role in ("source", "piggyback.again"))
         assert source.fingerprint == copy.fingerprint and len(source.labels) == 8
         assert experiment.data.identity("source")["images"] == 32
+        listed = experiment.data.tested("source")
+        assert sorted(Image.open(place).getpixel((0, 0))[0] for place in listed) == sorted(source.pixels[:][:, 0, 0, 0])
         run(experiment, ("pretrain",))
         results.append((experiment.jobs[0], path := experiment.folder / experiment.jobs[0].path, read_sidecar(path)))
     assert results[0][2]["data"]["source"]["test"] != results[1][2]["data"]["source"]["test"]
     refuse_other_images(results, one_seed=False)
     with pytest.raises(CheckpointError, match="made from other images"):
         refuse_other_images(results, one_seed=True)
+
+
+def test_check_lists_what_is_held_out(recipe_file: Path, call, tmp_path: Path):
+    """A fifth of five images of each class is one; a role that is not there is told."""
+    for number in range(10):
+        path = tmp_path / "pool" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number,) * 3).save(path)
+    change = f"data.source={{path='{tmp_path / 'pool'}', test=0.2}}"
+    code, out, err = call("check", recipe_file, "--set", change, "--tested", "source")
+    assert (code, err) == (0, "")
+    assert sorted(Path(line).parent.name for line in out.splitlines()) == ["a", "b"]
+    assert all(Path(line).is_file() for line in out.splitlines())
+    code, _, err = call("check", recipe_file, "--tested", "sauce")
+    assert code == 2 and "did you mean 'source'" in err
