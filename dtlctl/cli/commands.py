@@ -127,16 +127,13 @@ def stage(name: Stage) -> Callable[..., None]:
 
 
 def check(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    out: Out = RUNS,
+    recipe: RecipeFile, overrides: Overrides = None, out: Out = RUNS,
     decode: Annotated[bool, typer.Option("--decode", help="Decode what a run would, to know all of it.")] = False,
     tested: Annotated[
         str | None, typer.Option(metavar="ROLE", help="List the test images of source, target, ... instead.")
     ] = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
+    quiet: Quiet = False, as_json: Json = False,
+) -> None:  # fmt: skip
     """Validate the recipe and show its plan: stages, steps, data, what is cached. Nothing is trained or fetched."""
     from dtlctl.recipe.loading import load
     from dtlctl.stages import preview
