@@ -142,8 +142,7 @@ def check(
         data = _experiment(recipe, overrides, out, quiet).data
         if tested not in (known := data.recipe.data.roles):
             raise RecipeError(f"--tested {tested}: {recipe} has no such data{suggest(tested, known)}")
-        places = data.tested(tested)
-        print(json.dumps(places, ensure_ascii=False) if as_json else "\n".join(places))
+        print(json.dumps(data.tested(tested), ensure_ascii=False) if as_json else "\n".join(data.tested(tested)))
         return
     document = preview.plan(load(recipe, overrides), out, str(recipe), decode=decode, quiet=quiet or not decode)
     print(json.dumps(document, indent=1, ensure_ascii=False) if as_json else preview.text(document))
