@@ -1,9 +1,8 @@
 """Checkpoints: safetensors weights beside a JSON sidecar, published so that a reader sees all or nothing.
 
 Both are written in full beside their places, as `.NAME.next`, and then renamed, weights first. Whoever finds
-`.model.json.next` finds both files complete and finishes the two renames: after a crash at any moment `settle` leaves
-the old checkpoint or the new one. The sidecar holds the SHA-256 of the weights and the key of everything they were
-made from.
+`.model.json.next` finds both files complete and finishes the two renames (`settle`). The sidecar holds the SHA-256 of
+the weights and the key of everything they were made from.
 """
 
 import hashlib
@@ -47,10 +46,7 @@ def dump(document: dict[str, Any]) -> str:
 
 
 def publish_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a JSON document atomically; a file that says the same already is left alone, however old it is.
-
-    Raises CheckpointError where the folder cannot be written.
-    """
+    """As `write`; a file that says the same already is left alone, however old it is."""
     blob = dump(document).encode()
     with suppress(OSError):  # none, or none to be read: writing will tell whether it can be replaced
         if path.read_bytes() == blob:
@@ -59,10 +55,7 @@ def publish_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def publish(folder: Path, model: Any, sidecar: dict[str, Any]) -> None:
-    """Publish `model.safetensors` and `model.json`, the weights' hash added to `sidecar`.
-
-    Raises CheckpointError where they cannot be written; the checkpoint that was there is then still there.
-    """
+    """Publish `model.safetensors` and `model.json`, the weights' hash added to `sidecar`, or raise CheckpointError."""
     from safetensors.torch import save
 
     blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
@@ -71,18 +64,15 @@ def publish(folder: Path, model: Any, sidecar: dict[str, Any]) -> None:
     try:
         write(folder / ".model.safetensors.next", blob)
         publish_json(folder / ".model.json.next", document)
-    except CheckpointError:
-        with suppress(OSError):
-            (folder / ".model.safetensors.next").unlink()
-        raise
-    settle(folder)
+    finally:  # of what could not be written nothing is left
+        settle(folder)
 
 
 def adopt(found: Path, goal: Path, model: str) -> None:
-    """Publish the result whose sidecar is `found` as `goal` too, under the model's name there.
+    """Publish the result whose sidecar is `found` as `goal` too, under the model's name there, or raise CheckpointError.
 
-    Its weights are linked, not copied: they are only ever replaced, never written into. Weights that are not those of
-    the sidecar are left where they are. Raises CheckpointError where nothing can be written.
+    Its weights are linked, not copied: they are only ever replaced, never written into. Others than the sidecar's are
+    left where they are.
     """
     document = {**(read_sidecar(found) or {}), "model": model}
     if found.name != "model.json":
@@ -148,11 +138,7 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
 
 
 def load_weights(folder: Path, sidecar: dict[str, Any], model: Any) -> None:
-    """Fill the model with the folder's weights, which must be those that the sidecar names.
-
-    Raises CheckpointError, with both hashes, for anything else: truncated, tampered with, or of another model; and
-    for weights that are not finite or of another type.
-    """
+    """Fill the model with the folder's weights. Raises CheckpointError unless they are those that the sidecar names."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

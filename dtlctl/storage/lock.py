@@ -1,7 +1,6 @@
-"""One run folder, one owner.
+"""One run folder, one owner: a lock of the kernel's (flock), which ends with its owner however that dies.
 
-The lock is the kernel's (flock), so it ends with its owner however that dies, and a process number that was given out
-twice cannot hold it. What the file says, who and since when, is for people. Over NFS the kernel asks the server.
+What the file says, who and since when, is for people. Over NFS the kernel asks the server.
 """
 
 import json

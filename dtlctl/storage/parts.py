@@ -17,13 +17,8 @@ Part = TypeVar("Part")
 
 
 class ProcessGroup(Protocol):
-    """What the engine does for the processes together."""
+    """What the engine does for the processes together, as far as it is needed here."""
 
-    share: Any
-    processes: int
-    device: Any
-
-    def gather(self, values: Any) -> Any: ...
     def agree(self, code: int) -> int: ...
     def by_main(self, work: Callable[[], Any]) -> Any: ...
 
@@ -63,11 +58,9 @@ class Parts:
         return found
 
     def has(self, name: str, form: Any) -> bool:
-        """Whether the part is there, so that it need not be made."""
         return self._read(name, form) is not None
 
     def count(self) -> int:
-        """How many parts are there."""
         return sum(self.has(path.stem, Any) for path in self.folder.glob("*.json"))
 
     def adopt(self, folder: Path) -> None:
@@ -89,7 +82,6 @@ class Parts:
         checkpoint.write(self._path(name), text.encode())
 
     def _read(self, name: str, form: Any) -> Any:
-        """The part, if it is there for our key."""
         try:
             document = json.loads(self._path(name).read_bytes(), parse_constant=checkpoint.refuse)
             return TypeAdapter(form).validate_python(document["part"]) if document["key"] == self.key else None
