@@ -1,7 +1,7 @@
 """Images, decoded and resized once, each when it is first asked for, and kept in one array; streamed, only looked at.
 
-An entry's name is a hash of everything that its content depends on. It is made beside its place and renamed into it,
-then filled (`entry`), so that any number of processes may ask for it at once.
+An entry's name is a hash of all that its content depends on. It is renamed into its place, then filled (`entry`), so
+that any number of processes may ask for it at once.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,15 +45,11 @@ Result = TypeVar("Result")
 def load(
     source: Source, split: Split, image_size: int, wanted: Wanted | None = None, progress: Progress | None = None
 ) -> Images:
-    """A split as RGB images of `image_size` x `image_size` pixels, decoded unless that has been done before.
+    """A split as RGB images of `image_size` x `image_size` pixels, decoded (`pixels.decode`) unless they were before.
 
-    Where the recipe streams, or lets it be chosen and they would fill the disk, they are looked at and not kept.
-
-    See `pixels.decode` for what becomes of an image. wanted: of the train split, the images that are; else all are.
-    Where one of these has more than 8 bits, all are decoded; of a test split, those of the train split too, whose rule
-    it is read by. `progress(done, total)` is called with numbers of images. Raises DataError: a source that cannot be
-    read as the recipe says, a wanted image that cannot be decoded, a class without a training image, a cache that
-    cannot be written.
+    wanted: of the train split, the images that are; else all are. Where one of these has more than 8 bits, all are
+    decoded; of a test split, those of the train split too, whose rule it is read by. `progress(done, total)` is called
+    with numbers of images. Raises DataError.
     """
 
     def train_rule(whole: bool) -> Rule:
@@ -66,7 +63,6 @@ def load(
     work = place.with_name(f"{place.name}.{platform.node()}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
     try:
         _sweep(place)
-        (work / "scratch").mkdir(parents=True)
         rows = source.rows(split, image_size, _rows_of(place) if streamed else work / "scratch")
         entry = entries.read(place, image_size, streamed)
         if entry is None:
@@ -78,9 +74,9 @@ def load(
         raise DataError(f"cannot write the image cache {place.parent}: {error}; set DTLCTL_CACHE") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    there = cached(source, split, image_size, wanted)
-    assert there
-    return there
+    found = cached(source, split, image_size, wanted)
+    assert found
+    return found
 
 
 def cached(source: Source, split: Split, image_size: int, wanted: Wanted | None = None) -> Images | None:
@@ -90,7 +86,9 @@ def cached(source: Source, split: Split, image_size: int, wanted: Wanted | None 
         place = _place(source, split, image_size, streamed)
         entry = entries.read(place, image_size, streamed)
         if entry is not None and not entry.missing(own).size:
-            return entry.images(own, _stream(source, split, entry) if streamed else entry.arrays["pixels"])
+            opened = partial(source.rows, split, image_size, _rows_of(place))
+            stream = partial(Streamed, opened, entry.arrays["hashes"], entry.full, image_size)
+            return entry.images(own, stream() if streamed else entry.arrays["pixels"])
     return None
 
 
@@ -108,18 +106,9 @@ def _is_streamed(source: Source, split: Split, image_size: int, wanted: Wanted |
     return 3 * image_size**2 * images > shutil.disk_usage(there).free // 2
 
 
-def _stream(source: Source, split: Split, entry: Entry) -> Streamed:
-    def opened() -> Rows:
-        return source.rows(split, entry.size, _rows_of(entry.place))
-
-    return Streamed(opened, entry.arrays["hashes"], entry.full, entry.size)
-
-
 def _rows_of(place: Path) -> Path:
     """Where a table's rows stay as long as they may be streamed: in an image's own bytes, not decoded."""
-    rows = place.with_name(f"{place.name}.rows")
-    rows.mkdir(parents=True, exist_ok=True)
-    return rows
+    return place.with_name(f"{place.name}.rows")
 
 
 def folder() -> Path:
@@ -159,22 +148,17 @@ def _publish(work: Path, place: Path, image_size: int, streamed: bool) -> Entry:
     while True:
         try:
             os.rename(work, place)
-        except OSError:
-            theirs = entries.read(place, image_size, streamed)
-            if theirs is not None:
-                return theirs
+        except OSError:  # there is one already, which may be damaged
             if not place.exists():
                 raise
-            # Renamed first: a reader must never see half a folder.
-            damaged = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
-            with suppress(FileNotFoundError):  # another process did it
-                os.rename(place, damaged)
-            shutil.rmtree(damaged, ignore_errors=True)
-        else:
-            sync(place.parent)
-            entry = entries.read(place, image_size, streamed)
-            assert entry is not None
+        sync(place.parent)
+        if entry := entries.read(place, image_size, streamed):
             return entry
+        # Renamed first: a reader must never see half a folder.
+        damaged = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
+        with suppress(FileNotFoundError):  # another process did it
+            os.rename(place, damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _decode(
@@ -183,7 +167,7 @@ def _decode(
     """Decode what is missing of an entry. train: gives a test split the rule of its train split, whole or as wanted.
 
     Of images of more than 8 bits only the depths are noted at first. If there are any, all others are decoded too, and
-    these again by the rule that then is known for all of them.
+    these again by the rule that then is known for all.
     """
     kept, needed = np.flatnonzero(source.labels >= 0), entry.needed(wanted)
     if entry.classes != source.classes or not np.array_equal(entry.labels, source.labels[kept]):
@@ -192,19 +176,17 @@ def _decode(
 
     def decoded(rows: np.ndarray, rule: Rule | None) -> Iterator[entries.Part]:
         size = max(1, min(_BATCH, _BYTES // (3 * entry.size**2)))
-        chunks, done = [rows[start : start + size] for start in range(0, len(rows), size)], 0
+        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         failed: list[DataError] = []
-        task = lambda chunk: _batch(source, kept[chunk], needed[chunk], entry.size, rule)  # noqa: E731
-        with closing(_parallel(task, chunks)) as batches:
-            for chunk, (pixels, hashes, states, found, broken) in zip(chunks, batches, strict=True):
-                depths.update({int(chunk[place]): depth for place, depth in found.items()})
-                failed += [error for place, error in broken.items() if needed[chunk[place]]]
-                if unneeded := [error for place, error in broken.items() if not needed[chunk[place]]]:
+        with closing(_parallel(partial(_batch, source, entry.size, rule, kept, needed), chunks)) as batches:
+            for number, (part, found, broken) in enumerate(batches, 1):
+                depths.update(found)
+                failed += [error for place, error in broken.items() if needed[place]]
+                if unneeded := [error for place, error in broken.items() if not needed[place]]:
                     write(entry.place / entries.SAID, str(unneeded[0]).encode())
-                yield chunk, pixels, hashes, states
-                done += len(chunk)
+                yield part
                 if progress:
-                    progress(done, len(rows))
+                    progress(min(number * size, len(rows)), len(rows))
         if failed:  # all of them at once, so that nobody has to begin again for each
             others = [str(error).partition(": the image ")[0] for error in failed[1:]]
             raise DataError(f"{failed[0]}" + (f"\n{len(others)} more: {some(others, 20)}" if others else ""))
@@ -224,30 +206,31 @@ def _decode(
 
 
 def _batch(
-    source: Rows, rows: np.ndarray, needed: np.ndarray, size: int, rule: Rule | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, Depth], dict[int, DataError]]:
-    """uint8 [n, 3, size, size], hashes, states, and by place: depths where there are any, what is wrong with some.
+    source: Rows, size: int, rule: Rule | None, kept: np.ndarray, needed: np.ndarray, places: np.ndarray
+) -> tuple[entries.Part, dict[int, Depth], dict[int, DataError]]:
+    """A part of an entry and, by place in it: depths where there are any, what is wrong with some.
 
     Images of more than 8 bits are not there, and black, without the `rule` that scales them; so is one that is `needed`
-    and cannot be decoded.
+    and cannot be decoded. kept: the entry's rows in the source.
     """
-    pixels, states = np.zeros((len(rows), 3, size, size), np.uint8), np.zeros(len(rows), np.uint8)
+    pixels, states = np.zeros((len(places), 3, size, size), np.uint8), np.zeros(len(places), np.uint8)
     depths, broken, read = {}, dict[int, DataError](), []
     with suppress(DataError):  # that of one is raised below
-        read = source.pictures(rows.tolist())
-    for place, number in enumerate(rows.tolist()):
+        read = source.pictures(kept[places].tolist())
+    for at, place in enumerate(places.tolist()):
+        row = int(kept[place])
         try:
-            picture = read[place] if read else source.pictures([number])[0]
-            image, depth, frames = decode(picture, size, source.place(number), rule and rule.full)
+            picture = read[at] if read else source.pictures([row])[0]
+            image, depth, frames = decode(picture, size, source.place(row), rule and rule.full)
         except DataError as error:
             broken[place] = error
-            states[place] = 0 if needed[place] else entries.BROKEN
+            states[at] = 0 if needed[place] else entries.BROKEN
             continue
         if depth is not None:
             depths[place] = depth
         if image is not None and (rule or depth is None):
-            pixels[place], states[place] = image, entries.FRAMES if frames else entries.DECODED
-    return pixels, hashed(pixels), states, depths, broken
+            pixels[at], states[at] = image, entries.FRAMES if frames else entries.DECODED
+    return (places, pixels, hashed(pixels), states), depths, broken
 
 
 def _check_classes(source: Rows, split: Split, place: str) -> None:

@@ -1,10 +1,9 @@
 """One split in the cache: a folder of arrays with a place for every row, filled as rows are asked for.
 
-`meta.json` and `labels.npy` are of the whole split. `state.npy` says which rows of `pixels.npy` and `hashes.npy` have
-been decoded, and is written once these are on the disk. What a row becomes is the same whoever decodes it, so any
-number of processes may fill an entry at once, and none of them is waited for. `rule.json` is there where an image of
-more than 8 bits is: then every row has been looked at, because one rule holds for all. Of images that are streamed
-there is no `pixels.npy`; the rest is the same.
+`meta.json` and `labels.npy` are of the whole split. `state.npy` says which rows of `pixels.npy` (of streamed images
+there is none) and `hashes.npy` have been decoded, and is written once these are on the disk. What a row becomes is the
+same whoever decodes it, so any number of processes may fill an entry at once, and none of them is waited for.
+`rule.json` is there where an image of more than 8 bits is: then all rows were looked at, as one rule holds for all.
 """
 
 import hashlib
@@ -13,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,31 +125,24 @@ class Entry(NamedTuple):
         listed.update(self.labels.astype("<i8").tobytes())
         content = listed.copy()
         content.update(hashes[rows].tobytes())
-        notes = self.notes
-        if frames := int((state[rows] == FRAMES).sum()):
-            text = f"{self.name}: of {frames} images with several frames or pages only the first is read"
-            notes = [*notes, Note("frames", frames, text)]
-        if len(state) <= WHOLE and len(rows) < len(state):
-            text = f"{self.name}: {len(state) - len(rows)} images that cannot be decoded are outside of the subset"
-            notes = [*notes, Note("broken", len(state) - len(rows), text + self._broken())]
-        if isinstance(pixels, Streamed):
-            text = f"{self.name}: images are decoded when a batch needs them, and not kept"
-            notes = [*notes, Note("streamed", len(rows), text)]
+        frames, broken = int((state[rows] == FRAMES).sum()), int((state == BROKEN).sum()) if len(state) <= WHOLE else 0
+        error, streamed = self.place / SAID, isinstance(pixels, Streamed)
+        one = f" ({error.read_text()})" if error.exists() else ""
+        said = (
+            ("frames", frames, f"of {frames} images with several frames or pages only the first is read"),
+            ("broken", broken, f"{broken} images that cannot be decoded are outside of the subset{one}"),
+            ("streamed", len(rows) * streamed, "images are decoded when a batch needs them, and not kept"),
+        )
+        notes = *self.notes, *(Note(kind, number, f"{self.name}: {text}") for kind, number, text in said if number)
         return Images(
-            pixels, self.labels, self.classes, content.hexdigest(), listed.hexdigest(), self.dropped, tuple(notes),
+            pixels, self.labels, self.classes, content.hexdigest(), listed.hexdigest(), self.dropped, notes,
             hashes, self.rule or Rule(), rows, self.place.name,
         )  # fmt: skip
 
     def full(self) -> int | None:
         """By what images of more than 8 bits are divided, as far as is known by now."""
-        with suppress(OSError):
-            return Rule(*json.loads((self.place / RULE).read_bytes())["rule"]).full
-        return None
-
-    def _broken(self) -> str:
-        with suppress(OSError):
-            return f" ({(self.place / SAID).read_text()})"
-        return ""
+        rule = _read_rule(self.place)[0]
+        return rule and rule.full
 
     def write(self, parts: Iterable[Part]) -> None:
         """Write decoded rows, part after part; their states last, once the rest is on the disk."""
@@ -181,7 +174,7 @@ class Entry(NamedTuple):
 
 def create(source: Rows, work: Path, image_size: int, name: str, streamed: bool) -> None:
     """Write an entry of which no row is decoded into the new folder `work`. name: of the split, for messages."""
-    work.mkdir()
+    work.mkdir(parents=True)
     kept = source.labels[source.labels >= 0]
     np.save(work / "labels.npy", kept)
     for array, shape in _shapes(len(kept), image_size, streamed).items():
@@ -198,19 +191,14 @@ def create(source: Rows, work: Path, image_size: int, name: str, streamed: bool)
 
 def read(place: Path, image_size: int, streamed: bool) -> Entry | None:
     """A sound entry, or None. Content is not verified: only a crash of the machine could have changed it."""
-    names = _shapes(0, image_size, streamed)
+    load: dict[str, Callable[[Path], Any]] = {"pixels": Kept}
+    mapped = partial(np.load, mmap_mode="r")
     try:
         meta = json.loads((place / "meta.json").read_bytes())
-        load: dict[str, Callable[[Path], Any]] = {"pixels": Kept}
-        arrays = {name: load.get(name, _mapped)(place / f"{name}.npy") for name in names}
-        labels = np.load(place / "labels.npy")
-        wide: dict[str, Any] = {"notes": [], "rule": None}
-        if (place / RULE).exists():
-            wide = json.loads((place / RULE).read_bytes())
-        notes = [Note(*note) for note in (*meta["notes"], *wide["notes"])]
-        rule = Rule(*wide["rule"]) if wide["rule"] else None
-        classes, dropped, name = tuple(meta["classes"]), meta["dropped"], meta["name"]
-        entry = Entry(place, labels, classes, dropped, name, notes, rule, image_size, arrays)
+        arrays = {name: load.get(name, mapped)(place / f"{name}.npy") for name in _shapes(0, image_size, streamed)}
+        labels, (rule, said) = np.load(place / "labels.npy"), _read_rule(place)
+        classes, notes = tuple(meta["classes"]), [Note(*note) for note in meta["notes"]] + said
+        entry = Entry(place, labels, classes, meta["dropped"], meta["name"], notes, rule, image_size, arrays)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
     shapes = _shapes(len(labels), image_size, streamed)
@@ -218,8 +206,11 @@ def read(place: Path, image_size: int, streamed: bool) -> Entry | None:
     return entry if fits and labels.dtype == np.int64 else None
 
 
-def _mapped(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
+def _read_rule(place: Path) -> tuple[Rule | None, list[Note]]:
+    with suppress(FileNotFoundError):
+        document = json.loads((place / RULE).read_bytes())
+        return Rule(*document["rule"]), [Note(*note) for note in document["notes"]]
+    return None, []
 
 
 def _shapes(images: int, size: int, streamed: bool) -> dict[str, tuple[int, ...]]:

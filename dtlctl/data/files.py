@@ -28,26 +28,22 @@ class Tree:
     """
 
     def __init__(self, root: Path, role: str):
-        self.root, self.folders = root, list[str]()
+        self.root, self.folders, failed = root, list[str](), list[OSError]()
         self.stats: list[tuple[str, int, int]] = []  # of every file: its path, size and time
-        waiting = [""]
         try:
-            while waiting:
-                start = waiting.pop()
-                with os.scandir(os.path.join(root, start)) as entries:
-                    found = sorted(entries, key=lambda entry: entry.name)
-                below = list[os.DirEntry[str]]()
-                for entry in found:
-                    if entry.is_dir():
-                        below.append(entry)
-                    elif entry.name.lower() not in _SYSTEM:
-                        stat = entry.stat()
-                        self.stats.append((start + entry.name, stat.st_size, stat.st_mtime_ns))
-                for link in (entry.path for entry in below if entry.is_symlink()):
-                    if (os.path.realpath(root / start) + os.sep).startswith(os.path.realpath(link) + os.sep):
+            for here, below, names in os.walk(root, onerror=failed.append, followlinks=True):
+                start = "" if here == str(root) else f"{Path(here).relative_to(root).as_posix()}/"
+                below.sort()  # they are walked in this order
+                for link in filter(os.path.islink, (os.path.join(here, name) for name in below)):
+                    if (os.path.realpath(here) + os.sep).startswith(os.path.realpath(link) + os.sep):
                         raise DataError(f"data.{role}.path: {link} links to a folder that it lies in")
-                self.folders.extend(start + entry.name for entry in below)
-                waiting.extend(f"{start}{entry.name}/" for entry in reversed(below))
+                self.folders.extend(start + name for name in below)
+                for name in sorted(names):
+                    if name.lower() not in _SYSTEM:
+                        stat = os.stat(os.path.join(here, name))
+                        self.stats.append((start + name, stat.st_size, stat.st_mtime_ns))
+            if failed:
+                raise failed[0]
         except OSError as error:
             raise DataError(f"data.{role}.path: {error.filename}: {error.strerror}") from error
         self.files = [name for name, _, _ in self.stats]
@@ -56,11 +52,7 @@ class Tree:
     @cached_property
     def tops(self) -> set[str]:
         """The folders right below the root that hold an image by its suffix, however deep; files beside them too."""
-        found = set[str]()
-        for file in self.files:
-            if (top := file.partition("/")[0]) not in found and _suffix(file) in suffixes():
-                found.add(top)
-        return found
+        return {file.partition("/")[0] for file in self.files if _suffix(file) in suffixes()}
 
 
 @cache

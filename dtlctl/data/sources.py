@@ -34,12 +34,14 @@ class Source:
         self._images = cache(self._in_folder)
 
     def rows(self, split: Split, image_size: int, scratch: Path | None) -> Rows:
-        """A split. scratch: an existing folder that lives as long as the rows do; an image of a table needs it.
+        """A split. scratch: a folder, made if need be, that lives as long as the rows do; an image of a table needs it.
 
         The classes are those of the train split, and the test split's labels are matched to them by name. Of a test
         split that is a share, with `scratch`, copies of one image are put on one side.
         """
         share = self.dataset.test
+        if scratch:
+            scratch.mkdir(parents=True, exist_ok=True)
         if isinstance(share, str):
             return self._named(split, image_size, scratch)
         whole = self._named("train", image_size, scratch)

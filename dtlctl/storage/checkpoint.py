@@ -69,10 +69,10 @@ def publish(folder: Path, model: Any, sidecar: dict[str, Any]) -> None:
 
 
 def adopt(found: Path, goal: Path, model: str) -> None:
-    """Publish the result whose sidecar is `found` as `goal` too, under the model's name there, or raise CheckpointError.
+    """Publish the result whose sidecar is `found` as `goal` too, under the model's name there.
 
     Its weights are linked, not copied: they are only ever replaced, never written into. Others than the sidecar's are
-    left where they are.
+    left where they are. Raises CheckpointError where nothing can be written.
     """
     document = {**(read_sidecar(found) or {}), "model": model}
     if found.name != "model.json":
