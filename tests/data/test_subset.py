@@ -53,22 +53,6 @@ def test_a_draw_depends_on_the_seed_and_its_own_class_alone():
     assert (draw(three, 3, 0.2, 1)[:20] == first).all()
 
 
-@pytest.mark.parametrize(
-    ("labels", "classes", "fraction", "message"),
-    [
-        ([0, 1], 2, 0.0, r"fraction 0.0 is not in \(0, 1\]"),
-        ([0, 1], 2, 1.5, r"fraction 1.5 is not in \(0, 1\]"),
-        ([0, 2], 2, 0.5, r"labels are not in \[0, 2\)"),
-        ([-1, 0], 2, 0.5, r"labels are not in \[0, 2\)"),
-        ([0, 0], 2, 0.5, "class 1 has no rows"),
-        ([], 1, 0.5, "class 0 has no rows"),
-    ],
-)
-def test_what_cannot_be_balanced_is_refused(labels, classes, fraction, message):
-    with pytest.raises(ValueError, match=message):
-        draw(np.array(labels, np.int64), classes, fraction, 0)
-
-
 def test_digest_is_of_little_endian_int64():
     """1 and 258 = 0x0102 in eight bytes each, least significant first."""
     expected = hashlib.sha256(b"\1\0\0\0\0\0\0\0\2\1\0\0\0\0\0\0").hexdigest()
