@@ -5,14 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from dtlctl.errors import DataError
-
-
-def read_features(file: str) -> Mapping[str, Any]:
-    """The columns of a file, as the library describes them."""
-    from datasets import Features
-
-    return Features.from_arrow_schema(_opened(file)[0])
+from dtlctl.errors import DataError, one_line
 
 
 def read_column(files: Sequence[str], column: str) -> Any:
@@ -34,23 +27,27 @@ def _opened(file: str) -> tuple[Any, Callable[[str], Any]]:
     return table.schema, lambda column: table.select([column])
 
 
-def check_shards(role: str, files: Sequence[str]) -> None:
-    """Raise DataError unless all files of a split name their classes alike: the library takes the first one's names."""
-    from datasets import ClassLabel
+def read_features(role: str, files: Sequence[str]) -> Mapping[str, Any]:
+    """The columns of a split's files, as the library describes them, which takes the class names of the first file.
 
-    first = None
+    Raises DataError unless all name their classes alike.
+    """
+    from datasets import ClassLabel, Features
+
+    found: dict[str, Mapping[str, Any]] = {}
     for file in files:
         try:
-            names = {c: f.names for c, f in read_features(file).items() if isinstance(f, ClassLabel)}
+            found[file] = Features.from_arrow_schema(_opened(file)[0])
         except Exception as error:  # pyarrow raises OSError, ValueError and its own
-            reason = " ".join(str(error).split())[:300]
-            raise DataError(f"data.{role}.path: {file} could not be loaded: {reason}") from error
-        if first is None:
-            first = names
-        elif names != first:
-            raise DataError(
-                f"{file}: other class names, or in another order, than in {files[0]}: {names}, there {first}"
-            )
+            raise DataError(f"data.{role}.path: {file} could not be loaded: {one_line(error)}") from error
+        names, first = (
+            {name: column.names for name, column in found[one].items() if isinstance(column, ClassLabel)}
+            for one in (file, files[0])
+        )
+        if names != first:
+            said = "other class names, or in another order, than in"
+            raise DataError(f"{file}: {said} {files[0]}: {names}, there {first}")
+    return found[files[0]]
 
 
 def files_in(file: str, image: str | None) -> set[str]:

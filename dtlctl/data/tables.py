@@ -3,6 +3,8 @@
 The only file that knows how the library finds its files, what it raises, and where it is silently wrong.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import tempfile
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +21,11 @@ from dtlctl.data.classes import some
 from dtlctl.data.dataset import Asked, Dataset, Note, Rows, Split, unlabelled
 from dtlctl.data.files import Tree, kinds, suffixes
 from dtlctl.data.lists import LISTS
-from dtlctl.data.shards import check_shards, read_column, read_features
-from dtlctl.errors import DataError, DtlError, nearest
+from dtlctl.data.shards import read_column, read_features
+from dtlctl.errors import DataError, DtlError, nearest, one_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset as HubDataset
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 SUFFIXES = tuple(_BUILDERS)
@@ -35,8 +40,7 @@ class Files:
 
     @cached_property
     def features(self) -> Mapping[str, Any]:
-        check_shards(self.asked.role, self.files)
-        return read_features(self.files[0])
+        return read_features(self.asked.role, self.files)
 
     def column(self, name: str) -> Any:
         return _load(self.asked, partial(read_column, self.files, name))
@@ -46,29 +50,16 @@ class Files:
         return _build(self.asked, "", path=kind, data_files={"rows": self.files}, cache_dir=str(scratch))["rows"]
 
 
-class Loaded(NamedTuple):
-    """As `Files`, of what the library has loaded: a `datasets.Dataset`."""
-
-    table: Any
-
-    @property
-    def features(self) -> Mapping[str, Any]:
-        return self.table.features
-
-    def column(self, name: str) -> Any:
-        return self.table.data.column(name)
-
-    def images(self, scratch: Path) -> Any:
-        return self.table
-
-
 class Tables:
-    """What the library made of a dataset: a table a split. All raise DataError."""
+    """What the library made of a dataset: a table a split, of local files none before it is needed.
+
+    All raise DataError.
+    """
 
     def __init__(
         self,
         asked: Asked,
-        tables: Mapping[str, Files | Loaded],
+        tables: Mapping[str, Files | HubDataset],
         names: Sequence[str] = (),  # of splits, where they are others than of tables
         notes: Sequence[Note] = (),
         others: Sequence[str] = (),  # files and folders of tables or images that belong to no split of the recipe
@@ -83,7 +74,8 @@ class Tables:
         pictures: Callable[[Sequence[int]], list] = lambda rows: []  # noqa: E731
         if scratch:
             image = _columns(self.asked, table.features)[0]
-            pictures = _reader(self.asked, table.images(scratch), image, place)
+            loaded = table.images(scratch) if isinstance(table, Files) else table
+            pictures = _reader(self.asked, loaded, image, place)
         splits = *map(str, self.tables), *self.others
         return Rows(numbers, classes, pictures, place, self.notes if split == "train" else (), splits)
 
@@ -96,7 +88,7 @@ class Tables:
         table = self.tables[self.asked.name(split)]
         column = _columns(self.asked, table.features)[1]
         feature = table.features[column]
-        values = table.column(column).to_pylist()
+        values = (table if isinstance(table, Files) else table.data).column(column).to_pylist()
         missing = {value for value in values if unlabelled(value)}
         if isinstance(feature, ClassLabel):
             index: dict[Any, int] = {number: number for number in range(len(feature.names))}
@@ -137,7 +129,7 @@ def from_hub(asked: Asked) -> Tables:
     """Raises DataError, as all here do."""
     hint, dataset = "; check the id, config and revision, the network, and HF_HUB_OFFLINE and HF_HOME", asked.dataset
     found = _build(asked, hint, path=dataset.path, name=dataset.config, revision=dataset.revision)
-    return Tables(asked, {str(name): Loaded(table) for name, table in found.items()})
+    return Tables(asked, {str(name): table for name, table in found.items()})
 
 
 def from_file(asked: Asked, root: Path) -> Tables:
@@ -155,7 +147,7 @@ def from_folder(asked: Asked, tree: Tree) -> Tables | None:
         from datasets import load_from_disk
 
         found = {name: _load(asked, partial(load_from_disk, str(root / name))).with_format(None) for name in saved}
-        return Tables(asked, {name or "train": Loaded(table) for name, table in found.items()})
+        return Tables(asked, {name or "train": table for name, table in found.items()})
     splits = [name for name in (dataset.train, str(dataset.test)) if name in top]
     starts = tuple(f"{name}/" for name in splits) or ("",)
     inside = [file for file in tree.files if file.startswith(starts)]
@@ -226,8 +218,8 @@ def _load(asked: Asked, load: Callable[[], Any], hint: str = "") -> Any:
         cause: BaseException = error
         while type(cause).__name__.startswith("DatasetGeneration") and cause.__cause__:
             cause = cause.__cause__
-        reason = " ".join((str(cause) or type(cause).__name__).split())[:300]
-        raise DataError(f"data.{asked.role}.path: {asked.dataset.path} could not be loaded: {reason}{hint}") from error
+        said = f"data.{asked.role}.path: {asked.dataset.path} could not be loaded: {one_line(cause)}{hint}"
+        raise DataError(said) from error
     stop.obey()
     return tables
 
