@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,13 @@ from dtlctl.errors import DataError, nearest
 
 # Cyrillic and Greek small letters that print as these Latin ones.
 _TWINS = str.maketrans("\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455\u03bf\u03b1", "aeopcyxijsoa")
+
+
+def numbered(labels: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """int64 [N], -1 for None, and the sorted labels that they number, as text."""
+    known = sorted({*labels} - {None})
+    index = {label: number for number, label in enumerate(known)}
+    return np.array([index.get(label, -1) for label in labels], np.int64), tuple(map(str, known))
 
 
 def align(own: Rows, train: tuple[str, ...], place: str, train_name: str) -> Rows:

@@ -112,22 +112,19 @@ class Dataset(Strict):
         if kind == "builtin":
             _check_builtin(self)
         elif kind == "hub" and not _HUB_ID.fullmatch(self.path):
-            raise ValueError(
-                f"path {self.path!r} is no existing file or folder, and neither a hub id (owner/name) nor a builtin ("
-                + ", ".join(_BUILTIN + name for name in builtin.NAMES)
-                + ")"
-            )
+            known = ", ".join(_BUILTIN + name for name in builtin.NAMES)
+            said = f"is no existing file or folder, and neither a hub id (owner/name) nor a builtin ({known})"
+            raise ValueError(f"path {self.path!r} {said}")
         elif kind == "local" and (self.config is not None or self.revision is not None):
             raise ValueError(f"config and revision are for hub ids; {self.path!r} is local")
         return self
 
 
 class Asked(NamedTuple):
-    """A dataset under the name of its table, `data.ROLE`, and the seed that draws a test split which is a share."""
+    """A dataset under the name of its table, `data.ROLE`."""
 
     dataset: Dataset
-    role: str = "<role>"
-    seed: int = 0
+    role: str
 
     def name(self, split: Split) -> str:
         return getattr(self.dataset, split)
@@ -135,10 +132,8 @@ class Asked(NamedTuple):
     def where(self, split: Split, row: int | None = None) -> str:
         """How an error names a place in a dataset."""
         name = self.name(split)
-        place = f"{self.dataset.path}, split {name!r}"
-        if isinstance(name, float):
-            place = f"{self.dataset.path}, {name:g} of split {self.dataset.train!r}"
-        return place if row is None else f"{place}, row {row}"
+        part = f"{name:g} of split {self.dataset.train!r}" if isinstance(name, float) else f"split {name!r}"
+        return f"{self.dataset.path}, {part}" + ("" if row is None else f", row {row}")
 
     def check(self, split: Split, names: Iterable[str]) -> None:
         """Raise NoSplit unless the split that `split` stands for is among `names`."""

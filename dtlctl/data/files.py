@@ -8,10 +8,9 @@ from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from dtlctl.data.classes import some
+from dtlctl.data.classes import numbered, some
 from dtlctl.data.dataset import USUAL, Asked, Dataset, Note, Rows, Split
 from dtlctl.data.lists import LISTS, Place, read_list
 from dtlctl.errors import DataError, NoSplit
@@ -89,7 +88,7 @@ def reason(blob: bytes) -> str:
     return f"it is no image of a known format (it begins with {blob[:12]!r})"
 
 
-def opened(asked: Asked, split: Split, tree: Tree) -> Rows:
+def opened(asked: Asked, tree: Tree, split: Split) -> Rows:
     """A split of a folder of images, its labels numbered by its own classes. Raises DataError.
 
     The split NAME is NAME/CLASS/image; or the images that a list names: NAME.csv (.tsv, .jsonl), or the only list in
@@ -104,19 +103,16 @@ def opened(asked: Asked, split: Split, tree: Tree) -> Rows:
     if here.list and (len({*labels}) < 2 or any(file.count("/") == depth for file in images)):
         known, named = _named(asked, tree, splits, here)
         unread = [file for file in (*unread, *images) if file not in known]
-        images, labels, guessed = list(named), list(named.values()), []
-        found = sorted({label for label in labels if label is not None})
+        images, labels, guessed, folders = list(named), list(named.values()), [], list[str]()
     else:
-        found = [f[len(start) :] for f in tree.folders if f.startswith(start) and f.count("/") == depth]
+        folders = [f[len(start) :] for f in tree.folders if f.startswith(start) and f.count("/") == depth]
         _check_folders(asked, split, images, depth + 1, unread)
         if here.list:
             _check_same(asked, tree, here, dict(zip(images, labels, strict=True)))
             unread = sorted({*unread, here.list})
     # Images of a class without any here in the other split alone are refused, as of any class that training lacks.
-    used = {*labels}
-    classes = tuple(name for name in found if name in used)
-    number: dict[str | None, int] = {name: index for index, name in enumerate(classes)}
-    empty = [name for name in found if name not in used and not name.startswith(".")]
+    numbers, classes = numbered(labels)
+    empty = sorted(name for name in {*folders} - {*classes} if not name.startswith("."))
     said = (
         ("empty-folders", empty, f"class folders without an image that can be read: {some(empty)}"),
         ("by-content", guessed, f"read as images by content alone{kinds(guessed)}"),
@@ -126,18 +122,12 @@ def opened(asked: Asked, split: Split, tree: Tree) -> Rows:
     def path(row: int) -> str:
         return os.path.join(dataset.path, images[row])
 
-    def image(row: int) -> bytes:
-        try:
-            return (tree.root / images[row]).read_bytes()
-        except OSError as error:
-            raise DataError(f"{path(row)}: {error.strerror}") from error
-
     # Beside lists, a folder is where their images are.
     holding = {top for top in tree.tops if not here.list or top.casefold() in sum(USUAL.values(), ())}
     return Rows(
-        np.array([number.get(label, -1) for label in labels], np.int64),
+        numbers,
         classes,
-        lambda rows: [image(row) for row in rows],
+        lambda rows: [read_file(tree.root / images[row], path(row)) for row in rows],
         path,
         tuple(Note(kind, len(what), f"{place}: {text}") for kind, what, text in said if what),
         tuple(name for name, one in splits.items() if one.list or name in holding),
@@ -254,6 +244,13 @@ def _opens(path: Path) -> bool:
     except Exception:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
         return False
     return True
+
+
+def read_file(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{name}: {error.strerror}") from error
 
 
 def kinds(files: Sequence[str], most: int = 5) -> str:

@@ -6,6 +6,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -31,7 +32,6 @@ class Source:
         self.where = Asked(dataset, role).where
         named = dataset if isinstance(dataset.test, str) else dataset.model_copy(update={"test": "test"})
         self._asked = Asked(named, role)
-        self._images = cache(self._in_folder)
 
     def rows(self, split: Split, image_size: int, scratch: Path | None) -> Rows:
         """A split. scratch: a folder, made if need be, that lives as long as the rows do; an image of a table needs it.
@@ -111,14 +111,15 @@ class Source:
         return files.Tree(self._root, self.role) if self._root.is_dir() else None
 
     @cached_property
-    def _tables(self) -> tables.Tables | None:
+    def _opened(self) -> Callable[[Split, Path | None], Rows]:
         if self.kind == "hub":
-            return tables.from_hub(self._asked)
-        return tables.from_folder(self._asked, self._tree) if self._tree else tables.from_file(self._asked, self._root)
-
-    def _in_folder(self, split: Split) -> Rows:
-        assert self._tree
-        return files.opened(self._asked, split, self._tree)
+            return tables.from_hub(self._asked).rows
+        if not self._tree:
+            return tables.from_file(self._asked, self._root).rows
+        if found := tables.from_folder(self._asked, self._tree):
+            return found.rows
+        images = cache(partial(files.opened, self._asked, self._tree))
+        return lambda split, scratch: images(split)
 
     def _named(self, split: Split, image_size: int, scratch: Path | None) -> Rows:
         """A split that the dataset has by name."""
@@ -126,10 +127,7 @@ class Source:
             pictures, numbers, names = builtin.load(builtin_name(self.dataset), self._asked.name(split), image_size)
             read = lambda rows: [pictures[n] for n in rows]  # noqa: E731
             return Rows(np.array(numbers, np.int64), tuple(names), read, partial(self.where, split))
-        if found := self._tables:
-            own, train = found.rows(split, scratch), found.labels("train")[1]
-        else:
-            own, train = self._images(split), self._images("train").classes
+        own, train = self._opened(split, scratch), self._opened("train", None).classes
         unused = sorted({*own.splits} - {self._asked.dataset.train, self._asked.dataset.test, ""})
         if unused and split == "train":
             text = f"{self.dataset.path}: not used, as neither split of the recipe: {some(unused)}"

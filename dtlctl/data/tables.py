@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dtlctl.console import stop
-from dtlctl.data.classes import some
+from dtlctl.data.classes import numbered, some
 from dtlctl.data.dataset import Asked, Dataset, Note, Rows, Split, unlabelled
-from dtlctl.data.files import Tree, kinds, suffixes
+from dtlctl.data.files import Tree, kinds, read_file, suffixes
 from dtlctl.data.lists import LISTS
 from dtlctl.data.shards import read_column, read_features
 from dtlctl.errors import DataError, DtlError, nearest, one_line
@@ -65,12 +65,12 @@ class Tables:
         others: Sequence[str] = (),  # files and folders of tables or images that belong to no split of the recipe
     ):
         self.asked, self.tables, self.names, self.notes, self.others = asked, tables, names, tuple(notes), others
-        self.labels = cache(self._labels)
+        self.labels, self.place = cache(self._labels), cache(self._place)
 
     def rows(self, split: Split, scratch: Path | None) -> Rows:
         """A split, its labels numbered by its own classes. scratch: for its images; without it there are none."""
         numbers, classes = self.labels(split)
-        table, place = self.tables[self.asked.name(split)], self._place(split)
+        table, place = self.tables[self.asked.name(split)], self.place(split)
         pictures: Callable[[Sequence[int]], list] = lambda rows: []  # noqa: E731
         if scratch:
             image = _columns(self.asked, table.features)[0]
@@ -89,24 +89,19 @@ class Tables:
         column = _columns(self.asked, table.features)[1]
         feature = table.features[column]
         values = (table if isinstance(table, Files) else table.data).column(column).to_pylist()
-        missing = {value for value in values if unlabelled(value)}
+        labels = [None if unlabelled(value) else value for value in values]
         if isinstance(feature, ClassLabel):
-            index: dict[Any, int] = {number: number for number in range(len(feature.names))}
-            classes = tuple(feature.names)
-        elif re.fullmatch(r"u?int\d+|(large_)?string", str(getattr(feature, "dtype", ""))):
-            known = sorted(set(values) - missing)
-            index = {value: number for number, value in enumerate(known)}
-            classes = tuple(str(value) for value in known)
-        else:
-            raise DataError(
-                f"data.{self.asked.role}.label: {column!r} of {self.asked.dataset.path} is {feature}, not ClassLabel, "
-                "integer or text"
-            )
-        index.update(dict.fromkeys(missing, -1))
-        if strange := set(values) - index.keys():
-            row = next(row for row, value in enumerate(values) if value in strange)
-            raise DataError(f"{self._place(split)(row)}: label {values[row]!r} is none of the {len(classes)} classes")
-        return np.array([index[value] for value in values], np.int64), classes
+            numbers = np.array([-1 if label is None else label for label in labels], np.int64)
+            if len(strange := np.flatnonzero(numbers >= len(feature.names))):
+                said = f"label {numbers[strange[0]]} is none of the {len(feature.names)} classes"
+                raise DataError(f"{self.place(split)(int(strange[0]))}: {said}")
+            return numbers, tuple(feature.names)
+        if re.fullmatch(r"u?int\d+|(large_)?string", str(getattr(feature, "dtype", ""))):
+            return numbered(labels)
+        raise DataError(
+            f"data.{self.asked.role}.label: {column!r} of {self.asked.dataset.path} is {feature}, not ClassLabel, "
+            "integer or text"
+        )
 
     def _place(self, split: Split) -> Callable[[int], str]:
         """How an error names a row: by its file and its number there, where that is known."""
@@ -280,9 +275,6 @@ def _reader(asked: Asked, table: Any, column: str, place: Callable[[int], str]) 
             return value["bytes"]
         if not value or value["path"] is None:
             raise DataError(f"{place(row)}: there is no image")
-        try:
-            return Path(value["path"]).read_bytes()
-        except OSError as error:
-            raise DataError(f"{place(row)}: {value['path']}: {error.strerror}") from error
+        return read_file(Path(value["path"]), f"{place(row)}: {value['path']}")
 
     return lambda numbers: [read(n, value) for n, value in zip(numbers, table[list(numbers)][column], strict=True)]
