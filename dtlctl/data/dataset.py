@@ -110,7 +110,7 @@ class Dataset(Strict):
             return self  # a finished run is looked at wherever it is, and its data may be out of reach there
         kind = kind_of(self.path)
         if kind == "builtin":
-            _check_builtin(self)
+            self._check_builtin()
         elif kind == "hub" and not _HUB_ID.fullmatch(self.path):
             known = ", ".join(_BUILTIN + name for name in builtin.NAMES)
             said = f"is no existing file or folder, and neither a hub id (owner/name) nor a builtin ({known})"
@@ -118,6 +118,17 @@ class Dataset(Strict):
         elif kind == "local" and (self.config is not None or self.revision is not None):
             raise ValueError(f"config and revision are for hub ids; {self.path!r} is local")
         return self
+
+    def _check_builtin(self) -> None:
+        name, names = builtin_name(self), builtin.NAMES
+        if name not in names:
+            raise ValueError(f"no builtin dataset {name!r}{nearest(name, names)} (builtin: {', '.join(names)})")
+        for key in ("config", "revision", "image", "label"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key} means nothing for a builtin dataset; remove it")
+        for split in (self.train, self.test):
+            if split not in ("train", "test"):  # a share neither
+                raise ValueError(f"a builtin dataset has the splits train and test, not {split!r}")
 
 
 class Asked(NamedTuple):
@@ -160,15 +171,3 @@ def kind_of(path: str) -> Literal["builtin", "local", "hub"]:
 def builtin_name(dataset: Dataset) -> str:
     """NAME of "builtin:NAME"."""
     return dataset.path.removeprefix(_BUILTIN)
-
-
-def _check_builtin(dataset: Dataset) -> None:
-    name, names = builtin_name(dataset), builtin.NAMES
-    if name not in names:
-        raise ValueError(f"no builtin dataset {name!r}{nearest(name, names)} (builtin: {', '.join(names)})")
-    for key in ("config", "revision", "image", "label"):
-        if getattr(dataset, key) is not None:
-            raise ValueError(f"{key} means nothing for a builtin dataset; remove it")
-    for split in (dataset.train, dataset.test):
-        if split not in ("train", "test"):  # a share neither
-            raise ValueError(f"a builtin dataset has the splits train and test, not {split!r}")

@@ -145,15 +145,15 @@ def dark(name: str, depths: Mapping[int, Depth], labels: np.ndarray, classes: Se
 
     depths: by place in `labels`.
     """
-    highs = {place: depth.high for place, depth in depths.items() if depth.kind != "colour"}
-    wide = np.array([*highs], np.int64)
-    values, kinds = np.array([*highs.values()]), labels[wide]
-    highest = {label: float(values[kinds == label].max()) for label in np.unique(kinds).tolist()}
-    low = [classes[label] for label, high in highest.items() if high <= full * DARK]
+    highest: dict[int, float] = {}
+    for place, depth in depths.items():
+        if depth.kind != "colour":
+            highest[labels[place]] = max(depth.high, highest.get(labels[place], 0))
+    low = sorted(label for label, high in highest.items() if high <= full * DARK)
     if not low:
         return []
-    who = "all images of more than 8 bits" if len(low) == len(highest) else f"those of class {some(low)}"
-    high = max(highest[label] for label in highest if classes[label] in low)
+    names, high = some([classes[label] for label in low]), max(highest[label] for label in low)
+    who = "all images of more than 8 bits" if len(low) == len(highest) else f"those of class {names}"
     text = (
         f"{name}: {who} hold values up to {high:g} of 0-{full}, so they come out nearly black; if they are of another "
         "depth, convert all images to 8 bits, each by its own full scale"

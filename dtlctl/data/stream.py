@@ -1,9 +1,8 @@
 """Images decoded whenever a batch needs them (`decode = "stream"`): only their hashes are kept in the cache.
 
-Every image is looked at once before, as for the cache, so that what is said of data is said here too and results have
-the same keys. From then on threads read, and processes decode, a few batches ahead of whoever asks. torch's DataLoader
-serves one reader in one order; here a training, its tests and several attackers share these processes, wherever they
-stand.
+Every image was looked at once before, as for the cache. From then on threads read, and processes decode, a few batches
+ahead of whoever asks. torch's DataLoader serves one reader in one order; here a training, its tests and several
+attackers share these processes, wherever they stand.
 """
 
 import multiprocessing
@@ -83,10 +82,8 @@ def _decoded(
 ) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, 3, size, size] and hashes. Where `full` is missing an image of more than 8 bits is black."""
     found = np.zeros((len(pictures), 3, size, size), np.uint8)
-    for place, (picture, name) in enumerate(zip(pictures, places, strict=True)):
-        image = decode(picture, size, name, full)[0]
-        if image is not None:
-            found[place] = image
+    for image, picture, place in zip(found, pictures, places, strict=True):
+        image[:] = 0 if (decoded := decode(picture, size, place, full)[0]) is None else decoded
     return found, hashed(found)
 
 
@@ -95,10 +92,8 @@ def _pools(process: int) -> tuple[ThreadPoolExecutor, ProcessPoolExecutor]:
     """Those of a process, for all that it streams; a fork of it has its own. Nothing is started before it is needed."""
     workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     # Not forks of this process: its threads hold locks, and its accelerator cannot be shared.
-    way = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(way)
-    if way == "forkserver":
-        context.set_forkserver_preload([__name__])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     # Twice as many read as decode: each waits until what it has read is decoded.
     return ThreadPoolExecutor(2 * workers, "read"), ProcessPoolExecutor(workers, context, _begin)
 

@@ -72,7 +72,7 @@ class Batches:
         self.pixels = pixels if isinstance(pixels, list) else [pixels]
         self._ahead = AHEAD * any(isinstance(one, Streamed) for one in self.pixels)
         self._resident = None if self._ahead else _resident(self.pixels, self.rows, device)
-        self._orders: dict[int, tuple[Tensor, Tensor]] = {}
+        self._order = lru_cache(2)(self._shuffled)  # at the end of an epoch the next one's may be needed too
         self._begun: dict[int, Callable[[], np.ndarray]] = {}
 
     def __getitem__(self, step: int) -> Batch:
@@ -93,14 +93,14 @@ class Batches:
     def _places(self, step: int) -> tuple[Tensor, Tensor]:
         """Which of the rows this process takes at a step: on the CPU, and on the device."""
         epoch, place = divmod(step, self.images // self.batch_size)
-        if epoch not in self._orders:
-            order = torch.randperm(self.images, generator=_generator(self.seed, 0, epoch))
-            # Sent once an epoch, not a part of it every step. At the end of an epoch the next one's may be needed too.
-            last = dict([*self._orders.items()][-1:])
-            self._orders = {**last, epoch: (order, sent(order, self.device))}
         part = slice(place * self.batch_size, (place + 1) * self.batch_size)
-        order, there = self._orders[epoch]
+        order, there = self._order(epoch)
         return self.share.of(order[part]), self.share.of(there[part])
+
+    def _shuffled(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """An epoch's rows on the CPU and on the device: sent once an epoch, not a part of it every step."""
+        order = torch.randperm(self.images, generator=_generator(self.seed, 0, epoch))
+        return order, sent(order, self.device)
 
     def _draw(self, step: int, padding: int) -> tuple[Tensor, Tensor]:
         generator = _generator(self.seed, 1, step)
