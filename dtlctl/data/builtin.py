@@ -1,8 +1,6 @@
-"""Datasets that need no network: printed letters, printed Greek, handwritten digits.
+"""Datasets that need no network: letters and Greek, printed in matplotlib's fonts; scikit-learn's handwritten digits.
 
-Letters are drawn from the TrueType fonts that ship inside matplotlib, so every installation has them; digits are
-the 1,797 real handwritten images of scikit-learn (UCI, 8x8 pixels). Drawing is deterministic: the random numbers of
-image i of a split depend on the dataset, the split and i alone.
+Drawing is deterministic: the random numbers of image i of a split depend on the dataset, the split and i alone.
 """
 
 import zlib
@@ -35,10 +33,7 @@ _CANVAS = 64  # glyphs are drawn at this size, then reduced: smooth edges at any
 
 
 def load(name: str, split: str, image_size: int) -> tuple[list[Image.Image], list[int], list[str]]:
-    """One split of a builtin dataset as RGB pictures of image_size x image_size, integer labels, and class names.
-
-    `name` is one of `NAMES`, `split` "train" or "test". Of letters 200 training and 40 test images a class.
-    """
+    """RGB pictures of image_size x image_size, labels, and class names; of letters 200 and 40 images a class."""
     if name == "digits":
         return _digits(split, image_size)
     import matplotlib
@@ -78,7 +73,7 @@ def _draw(letter: str, font: ImageFont.FreeTypeFont, size: int, rng: np.random.G
 
 
 def _digits(split: str, size: int) -> tuple[list[Image.Image], list[int], list[str]]:
-    """About 1,000 training and 797 test images: the two parts are drawn once, stratified, with a fixed seed."""
+    """1,000 training and 797 test images, of 8x8 pixels (UCI): drawn once, stratified, with a fixed seed."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

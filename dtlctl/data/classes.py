@@ -23,9 +23,9 @@ def numbered(labels: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def align(own: Rows, train: tuple[str, ...], place: str, train_name: str) -> Rows:
-    """A split's rows with labels that index `train`, the classes of the training split, and notes on what that took.
+    """A split's rows with labels that index `train`, the classes of split `train_name`, and notes on what that took.
 
-    `place` names the split, `train_name` the training split. Raises DataError for a class that training lacks.
+    place: names the split. Raises DataError for a class that training lacks.
     """
     notes = list(own.notes)
     if wrong := [name for name in own.classes if any("\ud800" <= c <= "\udfff" for c in name)]:

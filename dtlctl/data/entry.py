@@ -39,10 +39,7 @@ Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class Kept:
-    """uint8 [N, 3, S, S] in a file, read by any index of numpy's; not mapped, as it may be larger than addresses are.
-
-    Raises OSError and ValueError for a file that does not hold them.
-    """
+    """uint8 [N, 3, S, S] in a file, read by any index of numpy's; not mapped: it may be larger than addresses are."""
 
     dtype = np.dtype("u1")
 
@@ -173,7 +170,7 @@ class Entry(NamedTuple):
 
 
 def create(source: Rows, work: Path, image_size: int, name: str, streamed: bool) -> None:
-    """Write an entry of which no row is decoded into the new folder `work`. name: of the split, for messages."""
+    """Write an entry of which no row is decoded into the new folder `work`."""
     work.mkdir(parents=True)
     kept = source.labels[source.labels >= 0]
     np.save(work / "labels.npy", kept)

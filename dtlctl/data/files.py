@@ -21,9 +21,9 @@ _HINTS |= dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif") |
 
 
 class Tree:
-    """All that lies below a folder, looked at once. Paths are relative to it, in order, with "/" between their parts.
+    """All below a folder, looked at once: paths relative to it, in order, with "/" between their parts.
 
-    Raises DataError for what cannot be listed. Links are followed, because `train` is often one.
+    Links are followed, because `train` is often one. Raises DataError.
     """
 
     def __init__(self, root: Path, role: str):
@@ -91,8 +91,8 @@ def reason(blob: bytes) -> str:
 def opened(asked: Asked, tree: Tree, split: Split) -> Rows:
     """A split of a folder of images, its labels numbered by its own classes. Raises DataError.
 
-    The split NAME is NAME/CLASS/image; or the images that a list names: NAME.csv (.tsv, .jsonl), or the only list in
-    NAME/. A folder without splits is the split "train".
+    The split NAME is NAME/CLASS/image; or what a list names: NAME.csv (.tsv, .jsonl), or the only list in NAME/. A
+    folder without splits is the split "train".
     """
     dataset, splits, place = asked.dataset, _splits(asked.dataset, tree), asked.where(split)
     _check_layout(asked, split, tree, splits)

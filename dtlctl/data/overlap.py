@@ -21,7 +21,7 @@ def among(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def within(role: str, train: Images, test: Images) -> list[Note]:
-    """What is to be said of images that occur twice in a role's data, as far as its train split is drawn.
+    """Notes on images that occur twice in a role's data, as far as its train split is drawn.
 
     Raises DataError where more than half of the test split is in the train split, or would be if all of it were drawn.
     """
@@ -48,8 +48,7 @@ def within(role: str, train: Images, test: Images) -> list[Note]:
 def across(data: Mapping[str, tuple[Images, Images]]) -> dict[str, list[Note]]:
     """By role, how many of its images are training images of another role's data. data: (train, test) by role.
 
-    Of training images in two roles the later role is told. Of roles that share one dataset, as `like = "source"` makes
-    them, the first stands for all: within one, splits were compared.
+    Of training images in two roles the later role is told; roles that share one dataset are one (`like = "source"`).
     """
     found: dict[str, list[Note]] = {role: [] for role in data}
     for role, (own, test) in data.items():

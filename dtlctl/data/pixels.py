@@ -50,12 +50,11 @@ class Rule(NamedTuple):
 def decode(
     picture: bytes | Image.Image, size: int, place: str, full: int | None = None
 ) -> tuple[np.ndarray | None, Depth | None, bool]:
-    """uint8 [3, size, size] of an image file's bytes or of a picture, its depth where it has more than 8 bits, and
-    whether it has more frames or pages than the first, which is read.
+    """uint8 [3, size, size] of an image file's bytes or of a picture, upright, its centre, transparency white; its
+    depth where it has more than 8 bits; and whether it has more frames or pages than the first, which is read.
 
     Values of wide modes (I;16, I, F) are divided by full / 255; without `full` such an image gives its depth alone.
-    A picture that is not square is cut to its centre; EXIF orientation is applied; transparency becomes white. Raises
-    DataError, naming `place`.
+    Raises DataError, naming `place`.
     """
     depth, frames = None, False
     try:
@@ -91,7 +90,7 @@ def hashed(images: np.ndarray) -> np.ndarray:
 
 
 def decide(depths: Iterable[Depth], images: int, name: str, train: Rule | None = None) -> tuple[Rule, list[Note]]:
-    """The rule for a split of so many images, and what is to be said of it; `name` is the split's, for messages.
+    """The rule for a split of so many images, and notes on it; name: the split's, for messages.
 
     The full scale is the smallest usual one that holds all values. A test split is read as its `train` split was.
     Raises DataError for values that fit no scale, and for images that together have none for certain.
@@ -141,10 +140,7 @@ def decide(depths: Iterable[Depth], images: int, name: str, train: Rule | None =
 
 
 def dark(name: str, depths: Mapping[int, Depth], labels: np.ndarray, classes: Sequence[str], full: int) -> list[Note]:
-    """What is to be said of a split, or of classes, whose images of more than 8 bits stay in the dark of the scale.
-
-    depths: by place in `labels`.
-    """
+    """A note on classes whose images of more than 8 bits stay in the dark of the scale. depths: by place in labels."""
     highest: dict[int, float] = {}
     for place, depth in depths.items():
         if depth.kind != "colour":

@@ -51,10 +51,7 @@ def read_features(role: str, files: Sequence[str]) -> Mapping[str, Any]:
 
 
 def files_in(file: str, image: str | None) -> set[str]:
-    """Files that cells of a parquet or arrow file name instead of holding an image; of a file that is none, nothing.
-
-    image: the recipe's column.
-    """
+    """Files that cells of a parquet or arrow file name instead of holding an image. image: the recipe's column."""
     import pyarrow
     from pyarrow import parquet
 

@@ -1,7 +1,4 @@
-"""Where images come from: the Hugging Face hub, local files, or the builtin datasets.
-
-`rows` opens one of the splits of a `Dataset`. Nothing is decoded here, and the network is used for a hub id only.
-"""
+"""Where images come from: the hub, local files, or builtin. Nothing is decoded; the network is for a hub id only."""
 
 import hashlib
 import json
@@ -22,9 +19,9 @@ from dtlctl.errors import DataError
 
 
 class Source:
-    """One dataset of a recipe: what it is, and its splits. Files are looked at once, when they are first asked for.
+    """One dataset of a recipe, `data.ROLE`, and its splits. Files are looked at once, when they are first asked for.
 
-    role: the name of the dataset's table under `[data]`. seed: draws a test split that is a share. All raise DataError.
+    seed: draws a test split that is a share. All raise DataError.
     """
 
     def __init__(self, dataset: Dataset, role: str = "<role>", seed: int = 0):
@@ -34,10 +31,10 @@ class Source:
         self._asked = Asked(named, role)
 
     def rows(self, split: Split, image_size: int, scratch: Path | None) -> Rows:
-        """A split. scratch: a folder, made if need be, that lives as long as the rows do; an image of a table needs it.
+        """A split; its classes are those of the train split, to which labels are matched by name.
 
-        The classes are those of the train split, and the test split's labels are matched to them by name. Of a test
-        split that is a share, with `scratch`, copies of one image are put on one side.
+        scratch: a folder, made if need be, that lives as long as the rows do; an image of a table needs it, and so do
+        copies of one image, which a test split that is a share has on one side.
         """
         share = self.dataset.test
         if scratch:
@@ -79,8 +76,8 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What tells this dataset's content from another's without reading it: JSON values.
 
-        A local dataset is its location, the size and time of every file, of those too that its tables name, and the
-        image formats that can be read. A hub id without a revision is taken for the same whenever it is asked for.
+        Of local files the size and time, of those too that tables name, and the image formats that can be read. A hub
+        id without a revision is taken for the same whenever it is asked for.
         """
         dataset = self.dataset
         if self.kind == "builtin":
@@ -122,7 +119,6 @@ class Source:
         return lambda split, scratch: images(split)
 
     def _named(self, split: Split, image_size: int, scratch: Path | None) -> Rows:
-        """A split that the dataset has by name."""
         if self.kind == "builtin":
             pictures, numbers, names = builtin.load(builtin_name(self.dataset), self._asked.name(split), image_size)
             read = lambda rows: [pictures[n] for n in rows]  # noqa: E731

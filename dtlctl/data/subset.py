@@ -52,8 +52,8 @@ def held_out(labels: np.ndarray, classes: Sequence[str], share: float, seed: int
 def sizes(counts: Sequence[int], fraction: float, balance: Balance) -> list[int]:
     """How many images of each class a fraction of a train split is; counts: how many there are.
 
-    1 is all of them. Less is, with `classes`, the same number of every class: fraction * N / classes, at most what the
-    smallest class has; with `keep`, that fraction of each class. Halves are rounded up, and one is the least.
+    Below 1 it is, with `classes`, the same number of every class: fraction * N / classes, at most what the smallest
+    class has; with `keep`, that fraction of each class. Halves are rounded up, and one is the least.
     """
     if fraction == 1:
         return list(counts)

@@ -47,9 +47,7 @@ class Batches:
 
     Every epoch is a fresh permutation; a rest smaller than a batch is left to the next epoch's luck. A dataset
     smaller than one batch is one batch. Crops and flips are drawn for the global batch, then shared out.
-
-    pixels: one or several, taken one after the other; labels: integers, one an image of all of them; index: the rows,
-    of all of them, that are trained on. Nothing else of the pixels is read, decoded or moved.
+    pixels: one or several, taken one after the other, with labels; index: the rows to train on; no other is read.
     """
 
     def __init__(
@@ -118,9 +116,9 @@ def evaluation_batches(
     share: Share = Share(),
     batch_size: int | None = None,
 ) -> Iterator[Batch]:
-    """This process's share of a split, or of some rows of it, in order, as it is; no more than a batch is copied.
+    """This process's share of a split, or of some rows of it, in order, a batch at a time (512, of large images less).
 
-    Of a stream a few more are decoded ahead. Without a batch_size it is 512, of images above 64 pixels less.
+    Of a stream a few more are decoded ahead.
     """
     batch_size = batch_size or min(512, 512 * 64**2 // pixels.shape[-1] ** 2 + 1)
     chosen = torch.arange(len(labels)) if rows is None else torch.from_numpy(rows)
