@@ -1,8 +1,7 @@
 """Per-image gradients of the cross-entropy, seen through a few numbers (Del Grosso et al., arXiv:2203.09481).
 
-The attacker knows the weights, the image and its true label. On the numbers of the images whose membership he knows he
-fits a logistic regression. The model is in eval mode: no image's loss depends on another image, and one backward pass
-has the gradients of a whole batch.
+The attacker knows the weights, the image and its true label. The model is in eval mode: no image's loss depends on
+another image, and one backward pass has the gradients of a whole batch.
 """
 
 import copy
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from dtlctl.attacks.signals import Observation
 from dtlctl.console import devices
 from dtlctl.model.networks import Classifier
-from dtlctl.model.small_maps import unfold
+from dtlctl.model.small_maps import unfold, unfoldable
+from dtlctl.model.stages import hooked
 
 CHUNK = 64
 """Images whose layers' inputs, a column for each place of a map, exist at a time."""
@@ -43,10 +43,7 @@ def by_pixels(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def by_weights(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Norms [B, layers] of each image's gradient by the weights of each layer that is called, in the order of calls.
-
-    No image's gradient is formed for longer than its norm takes. Biases, and what normalises, are left out.
-    """
+    """Norms [B, layers] of each image's gradient by the weights of each layer, in the order of calls; no biases."""
     norms: list[Tensor] = []
     images, none = len(x), x.new_zeros(len(x))
 
@@ -59,20 +56,9 @@ def by_weights(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
         output.register_hook(keep)  # sees the gradient by this output, also where an activation overwrites it
 
-    hooks = [layer.register_forward_hook(watch) for layer in model.modules() if _plain(layer)]
-    try:
+    with hooked((m for m in model.modules() if isinstance(m, nn.Linear) or unfoldable(m)), watch):
         by_pixels(model, x, y)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return torch.stack(norms, 1)
-
-
-def _plain(layer: nn.Module) -> bool:
-    """Whether the layer is a linear one, or a convolution that pads with zeros, by numbers."""
-    if isinstance(layer, nn.Conv2d):
-        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return isinstance(layer, nn.Linear)
 
 
 def _squares(layer: nn.Module, inputs: Tensor, gradient: Tensor, images: int) -> Tensor:
@@ -93,10 +79,9 @@ def _squares(layer: nn.Module, inputs: Tensor, gradient: Tensor, images: int) ->
 def seven(gradient: Tensor) -> Tensor:
     """L1, L2, L∞, mean, skewness, excess kurtosis and least magnitude of each image's numbers: [B, ...] to [B, 7].
 
-    In float64: fourth powers of small gradients leave the range of float32. Skewness and excess kurtosis are those of
-    scipy.stats (biased); both are 0 for a constant vector.
+    Skewness and excess kurtosis are those of scipy.stats (biased); both are 0 for a constant vector.
     """
-    flat = devices.exact(gradient.flatten(1))
+    flat = devices.exact(gradient.flatten(1))  # fourth powers of small gradients leave the range of float32
     size, mean = flat.abs(), flat.mean(1)
     second, third, fourth = ((flat - mean[:, None]).pow(power).mean(1) for power in (2, 3, 4))
     spread = torch.where(second > 0, second, 1)

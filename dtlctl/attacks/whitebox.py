@@ -1,9 +1,8 @@
 """WB: the white-box attack of Nasr et al. (arXiv:1812.00910), after Del Grosso et al. (arXiv:2203.09481).
 
 The attacker knows the weights, the image and its true label. He trains a network on all that the model does with the
-images whose membership he knows: hidden features, logits, loss, label, and norms of the gradient by each layer's
-weights. Theirs has a branch for each of these; here they stand side by side. His threshold comes from images of his
-that were not trained on, and nobody flips its sign by the images that are judged.
+images whose membership he knows. Theirs has a branch for each kind of number; here they stand side by side. His
+threshold comes from images of his that were not trained on, and nobody flips its sign by those that are judged.
 """
 
 import warnings
@@ -18,6 +17,7 @@ from dtlctl.attacks.gradients import grad_w
 from dtlctl.attacks.membership import Guess, Known
 from dtlctl.attacks.signals import Observation, loss
 from dtlctl.model import networks
+from dtlctl.model.stages import hooked
 
 MOST_STAGES, EPOCHS, L2 = 6, 30, 10.0
 
@@ -32,17 +32,14 @@ def observe(view: Observation) -> dict[str, Tensor]:
     backbone = getattr(view.module, "backbone", view.module)
     last = [layer for layer in view.module.modules() if isinstance(layer, nn.Linear)][-1:]
     norms, means, rows = grad_w(view)["grad-w"], list[Tensor](), list[Tensor]()
-    hooks = [s.register_forward_hook(lambda *seen: means.append(pooled(seen[2], backbone))) for s in _stages(backbone)]
-    hooks += [s.register_forward_hook(lambda *seen: means.append(pooled(seen[1][0], backbone))) for s in last]
-    try:
+    outputs = hooked(_stages(backbone), lambda module, inputs, output: means.append(pooled(output, backbone)))
+    inputs = hooked(last, lambda module, inputs, output: means.append(pooled(inputs[0], backbone)))
+    with outputs, inputs:
         for x, y in view.batches:
             means.clear()
             logits = view.module(x)
             label = F.one_hot(y, logits.shape[1])
             rows.append(torch.cat([*means, logits, logits.softmax(1) - label, label], 1))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {"wb": torch.cat([torch.cat(rows), loss(view)["loss"][:, None], norms], 1)}
 
 

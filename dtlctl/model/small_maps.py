@@ -31,8 +31,7 @@ class SmallMapConv2d(nn.Conv2d):
 
     def windows(self, height: int, width: int) -> list[tuple[slice, slice]] | None:
         """What of the kernel lies on the map, by output place; None where the map sticks out of the kernel."""
-        plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
-        if height * width > 4 or not plain or isinstance(self.padding, str):
+        if height * width > 4 or self.groups != 1 or self.dilation != (1, 1) or not unfoldable(self):
             return None
         lines = []
         for side, padding, kernel, stride in zip((height, width), *self._geometry(), strict=True):
@@ -41,6 +40,11 @@ class SmallMapConv2d(nn.Conv2d):
                 return None
             lines.append([slice(start, start + side) for start in starts])
         return [(rows, columns) for rows in lines[0] for columns in lines[1]]
+
+
+def unfoldable(layer: nn.Module) -> bool:
+    """Whether it is a convolution that `unfold` takes: one that pads with zeros, by numbers."""
+    return isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def unfold(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A backbone's stages: which weights belong to each, and what each puts out."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -92,12 +92,17 @@ def renew(backbone: nn.Module, fresh: nn.Module, last: int) -> None:
 
 
 @contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    """Within, `hook(module, inputs, output)` is called after each module's forward pass."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(module.register_forward_hook(hook))
+        yield
+
+
+@contextmanager
 def watched(backbone: nn.Module) -> Iterator[list[Tensor]]:
     """Within, every forward pass appends the output of each stage, first stage first, to the list."""
     seen: list[Tensor] = []
-    hooks = [s.output.register_forward_hook(lambda _m, _i, output: seen.append(output)) for s in stages(backbone)]
-    try:
+    with hooked((stage.output for stage in stages(backbone)), lambda module, inputs, output: seen.append(output)):
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

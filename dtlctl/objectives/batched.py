@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv2d_weight
 
-from dtlctl.model.small_maps import SmallMapConv2d, unfold
+from dtlctl.model.small_maps import SmallMapConv2d, unfold, unfoldable
 from dtlctl.objectives.collision import AllReduce, Collision, assemble, gradient, pairs_of, refuse_graph
 
 Layer = nn.Conv2d | nn.Linear
@@ -59,12 +59,9 @@ def batchable(model: nn.Module) -> bool:
 
 
 def _known(module: nn.Module) -> bool:
-    if type(module) in (nn.Conv2d, SmallMapConv2d):
-        assert isinstance(module, nn.Conv2d)
-        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if type(module) is nn.BatchNorm2d:
         return module.affine and module.momentum is not None
-    return type(module) is nn.Linear
+    return type(module) is nn.Linear or (type(module) in (nn.Conv2d, SmallMapConv2d) and unfoldable(module))
 
 
 @contextmanager
@@ -95,18 +92,19 @@ def collide_batched(
     processes: int = 1,
     all_reduce: AllReduce = list,
 ) -> Collision:
-    """What `collision.collide` returns, from the chunk losses of one forward pass under `record`.
+    """What `collision.collide` returns or raises, from the chunk losses of one forward pass under `record`.
 
     losses: this process's mean losses, by chunk, in the order of the batch. parameters: those of the recorded model.
     Cost: about 9 forward passes of the whole batch for any c. Memory: its second-order graph, once.
-    Raises ValueError for fewer than two chunks.
     """
     pairs = pairs_of(len(losses) * processes)
     total = torch.stack(list(losses)).sum()
+    whole: Sequence[Tensor]
     if self_pairs:  # all pairs, own ones too: the whole batch's gradient is enough
-        return assemble(gradient(total, parameters), total.new_zeros(()), True, pairs, processes, all_reduce)
-    whole, squares = _differentiate(total, parameters, tape)
-    return assemble(whole, squares, False, pairs, processes, all_reduce)
+        whole, squares = gradient(total, parameters), total.new_zeros(())
+    else:
+        whole, squares = _differentiate(total, parameters, tape)
+    return assemble(whole, squares, pairs, processes, all_reduce)
 
 
 def _differentiate(total: Tensor, parameters: Sequence[Tensor], tape: Tape) -> tuple[list[Tensor], Tensor]:
@@ -163,7 +161,8 @@ def _weight_gradients(module: Layer, x: Tensor, d: Tensor, chunks: int) -> Tenso
 
 def _rows(t: Tensor, chunks: int) -> Tensor:
     """[images, F], or [images, F, ...places] -> [chunks, rows of the chunk, F]."""
-    return t.flatten(2).mT.reshape(chunks, -1, t.shape[1]) if t.dim() > 2 else t.reshape(chunks, -1, t.shape[1])
+    rows = t.flatten(2).mT if t.dim() > 2 else t
+    return rows.reshape(chunks, -1, t.shape[1])
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
@@ -172,34 +171,22 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
 
 def _remember(tape: Tape, module: Layer, inputs: tuple[Tensor], output: Tensor) -> None:
     if isinstance(module, nn.Linear) and output.dim() != 2:
-        raise ValueError(
-            f"{module} got an input of shape {list(inputs[0].shape)}, not [images, features]; use `collide`"
-        )
+        raise ValueError(f"{module} got an input of shape {[*inputs[0].shape]}, not [images, features]; use `collide`")
     tape.calls[module].append(Call(inputs[0], get_gradient_edge(output), output.numel() // module.weight.shape[0]))
 
 
 def _batch_norm(module: nn.BatchNorm2d, tape: Tape, x: Tensor) -> Tensor:
-    """The module's output, with the statistics of each chunk and a copy of weight and bias for each.
-
-    The chunks of a channel become channels of their own, [images of a chunk, chunks x channels, height, width], so
-    that torch's own kernel does the work.
-    """
+    """The module's output, with the statistics of each chunk and a copy of weight and bias for each."""
     c, (images, channels, *size) = tape.chunks, x.shape
     if images % c:
         raise ValueError(f"{images} images are not {c} equal chunks (rest {images % c})")
     weight, bias = module.weight.expand(c, channels), module.bias.expand(c, channels)
     tape.spread += [(module.weight, weight), (module.bias, bias)]
     mean, variance = (r if r is None else r.repeat(c) for r in (module.running_mean, module.running_var))
-    y = F.batch_norm(
-        x.reshape(c, images // c, channels, *size).transpose(0, 1).reshape(images // c, c * channels, *size),
-        mean,
-        variance,
-        weight.reshape(-1),
-        bias.reshape(-1),
-        module.training or mean is None,
-        module.momentum or 0.0,
-        module.eps,
-    )
+    # A channel of each chunk becomes a channel of its own, so that torch's own kernel does the work.
+    beside = x.reshape(c, images // c, channels, *size).transpose(0, 1).reshape(images // c, c * channels, *size)
+    trains, momentum = module.training or mean is None, module.momentum or 0.0
+    y = F.batch_norm(beside, mean, variance, weight.reshape(-1), bias.reshape(-1), trains, momentum, module.eps)
     if module.training:
         for old, new in ((module.running_mean, mean), (module.running_var, variance)):
             if old is not None and new is not None:

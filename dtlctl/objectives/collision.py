@@ -44,75 +44,53 @@ def collide(
         `recompute` twice: then it must be a function of chunk and parameters (no dropout, no moving statistics).
     parameters: what is differentiated; one that a loss does not use counts as zero.
     chunks: this process's chunks, of whatever type `loss` takes. All chunks of all processes weigh the same.
-    self_pairs: also collide every chunk with itself: each g_m meets G rather than G - g_m, which is Algorithm 1 of
-        the paper (up to the factor 1 / C(c,2) that the paper's listing leaves out).
+    self_pairs: each g_m meets G rather than G - g_m, which is Algorithm 1 of the paper (up to the factor 1 / C(c,2)
+        that the paper's listing leaves out).
     recompute: build each chunk's graph twice, hold one at a time.
-    processes, all_reduce: with chunks spread over processes, their number and a function that sums tensors over them.
-        The surrogate is scaled so that the *mean* of its gradient over processes is the gradient of L_gc.
+    processes, all_reduce: of chunks spread over processes, their number and a function that sums tensors over them.
+        The *mean* of the surrogate's gradient over processes is the gradient of L_gc.
 
     L_gc = (|G|^2 - sum_m |g_m|^2) / (c (c-1)); its gradient is sum_m H_m (G - g_m) / C(c,2).
     Cost, in forward passes of the whole batch: 9 (a step of cross-entropy costs 3); with `recompute` 12. Memory: the
     graphs and gradients of this process's chunks; with `recompute` of one chunk, and three times the parameters.
-
     Raises ValueError for fewer than two chunks: nothing collides; and for parameters that have no second derivative.
     """
     pairs = pairs_of(len(chunks) * processes)
     refuse_sharded(parameters)
-    if recompute:
-        return _one_at_a_time(loss, parameters, chunks, self_pairs, pairs, processes, all_reduce)
-    grads = [gradient(loss(chunk), parameters) for chunk in chunks]
-    whole = [torch.stack(parts).sum(0) for parts in zip(*grads, strict=True)]
-    squares = torch.stack([dot(chunk, chunk) for chunk in grads]).sum()
-    return assemble(whole, squares, self_pairs, pairs, processes, all_reduce)
+    squares = parameters[0].new_zeros(())
+    if not recompute:
+        grads = [gradient(loss(chunk), parameters) for chunk in chunks]
+        whole = [torch.stack(parts).sum(0) for parts in zip(*grads, strict=True)]
+        if not self_pairs:
+            squares = torch.stack([dot(chunk, chunk) for chunk in grads]).sum()
+        return assemble(whole, squares, pairs, processes, all_reduce)
+    total = [torch.zeros_like(p) for p in parameters]
+    for chunk in chunks:
+        own = torch.autograd.grad(loss(chunk), parameters, materialize_grads=True)
+        torch._foreach_add_(total, own)
+        squares = squares if self_pairs else squares + dot(own, own)
+    *total, squares = all_reduce([*total, squares])
+    result = [torch.zeros_like(p) for p in parameters]
+    for chunk in chunks:
+        parts = gradient(loss(chunk), parameters)
+        against = total if self_pairs else torch._foreach_sub(total, [g.detach() for g in parts])
+        product = torch.autograd.grad(dot(parts, against), parameters, materialize_grads=True)
+        torch._foreach_add_(result, product)
+        del parts, against, product  # or the next chunk's graph is built beside this one
+    torch._foreach_mul_(result, processes / pairs)
+    return Collision((dot(total, total) - squares) / (2 * pairs), KnownGradient.apply(result, *parameters))
 
 
-def assemble(
-    whole: Tensors, squares: Tensor, self_pairs: bool, pairs: float, processes: int, all_reduce: AllReduce
-) -> Collision:
+def assemble(whole: Tensors, squares: Tensor, pairs: float, processes: int, all_reduce: AllReduce) -> Collision:
     """The collision of gradients that carry their graphs.
 
-    whole: this process's sum of g_m, by parameter; squares: its sum of |g_m|^2. The surrogate is
+    whole: this process's sum of g_m, by parameter; squares: its sum of |g_m|^2, or 0 with self-pairs. The surrogate is
     (<G, stop_grad(G)> - sum_m |g_m|^2 / 2) / C(c,2), with the gradient sum_m H_m (G - g_m) / C(c,2): the derivative
     of |g_m|^2 / 2 is H_m g_m, since the Hessian is symmetric.
     """
     *total, all_squares = all_reduce([g.detach() for g in (*whole, squares)])
-    surrogate = dot(whole, total)
-    if not self_pairs:
-        surrogate = surrogate - (squares + squares.detach()) / 2  # so that on one process its value is 2 L_gc
-    return Collision(_value(total, all_squares, self_pairs, pairs), surrogate * (processes / pairs))
-
-
-def _value(total: Tensors, squares: Tensor, self_pairs: bool, pairs: float) -> Tensor:
-    """L_gc from G and the sum of |g_m|^2, of all processes."""
-    return (dot(total, total) - (0 if self_pairs else squares)) / (2 * pairs)
-
-
-def _one_at_a_time(
-    loss: Callable[[Any], Tensor],
-    parameters: Sequence[Tensor],
-    chunks: Sequence[Any],
-    self_pairs: bool,
-    pairs: float,
-    processes: int,
-    all_reduce: AllReduce,
-) -> Collision:
-    """As `collide`, holding one chunk's graph at a time: first all g_m to sum them, then each again for its product."""
-    total = [torch.zeros_like(p) for p in parameters]
-    squares = total[0].new_zeros(())
-    for chunk in chunks:
-        own = torch.autograd.grad(loss(chunk), parameters, materialize_grads=True)
-        torch._foreach_add_(total, own)
-        squares = squares + dot(own, own)
-    *total, squares = all_reduce([*total, squares])
-    result = [torch.zeros_like(p) for p in parameters]
-    for chunk in chunks:
-        grads = gradient(loss(chunk), parameters)
-        against = total if self_pairs else torch._foreach_sub(total, [g.detach() for g in grads])
-        product = torch.autograd.grad(dot(grads, against), parameters, materialize_grads=True)
-        torch._foreach_add_(result, product)
-        del grads, against, product  # or the next chunk's graph is built beside this one
-    torch._foreach_mul_(result, processes / pairs)
-    return Collision(_value(total, squares, self_pairs, pairs), KnownGradient.apply(result, *parameters))
+    surrogate = dot(whole, total) - (squares + squares.detach()) / 2  # on one process its value is 2 L_gc
+    return Collision((dot(total, total) - all_squares) / (2 * pairs), surrogate * (processes / pairs))
 
 
 class KnownGradient(torch.autograd.Function):
@@ -149,11 +127,10 @@ def dot(left: Tensors, right: Tensors) -> Tensor:
 def refuse_sharded(parameters: Sequence[Tensor]) -> None:
     """Raise ValueError for parameters of which this process holds a part only."""
     for parameter in parameters:
-        kind = type(parameter).__name__
-        if kind in ("DTensor", "FlatParameter") or type(parameter.data).__name__ == "DTensor":
+        if {"DTensor", "FlatParameter"} & {type(parameter).__name__, type(parameter.data).__name__}:
             raise ValueError(
-                f"gradient collision cannot differentiate twice through sharded parameters ({kind}, as FSDP makes); "
-                "give every process the whole model"
+                "gradient collision cannot differentiate twice through sharded parameters "
+                f"({type(parameter).__name__}, as FSDP makes); give every process the whole model"
             )
 
 
