@@ -18,7 +18,7 @@ from dtlctl.data.tensors import Batch
 from dtlctl.model import networks
 from dtlctl.model.networks import Classifier
 from dtlctl.objectives.retain import Retain
-from dtlctl.objectives.step import ChunkOutputs, GraphMode, Step, apart, choose, outputs
+from dtlctl.objectives.step import GraphMode, Step, apart, choose, outputs
 from dtlctl.objectives.unlearn import Unlearn
 
 
@@ -50,19 +50,19 @@ class Disposal:
         more: Any = {"images": images, "seed": label_seed, "processes": processes, "all_reduce": all_reduce}
         self._step = partial(Step, teacher=self._answers, **more)
         self.mode: GraphMode | None = None if unlearn.memory == "auto" else unlearn.memory
+        """How the chunks' graphs are held; None until it is chosen."""
 
     def __call__(self, source: Batch, target: Batch | None, unlearning: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """A scalar whose gradient, averaged over processes, is that of Eq. 1, and numbers to report, detached.
 
-        target: a batch of the target, for a retaining loss that needs one. unlearning: whether the unlearning loss is
-        on; without it the scalar is the retaining loss, with weight one.
+        target: for a retaining loss that needs one. unlearning: without it the scalar is the retaining loss alone.
         """
         train_mode(self.student, self.batch_norm)
         step = self._look(source, target)
         keep = self.retain.loss(step)
         parts = {
             "retain": keep.detach(),
-            "source_loss": source_loss(step.chunks),
+            "source_loss": torch.stack([F.cross_entropy(one.source.detach(), one.y) for one in step.chunks]).mean(),
             "weight_norm": nn.utils.get_total_norm([p.detach() for p in step.parameters]),
         }
         if not unlearning:
@@ -81,23 +81,17 @@ class Disposal:
         return float(self.all_reduce([mean])[0]) / self.processes
 
     def norms(self, source: Batch, target: Batch | None) -> tuple[float, float]:
-        """Norms of the gradients of the retaining and of the unlearning loss on a global batch.
-
-        The student is left as it is, and so are the random numbers.
-        """
+        """Norms of the gradients of the retaining and of the unlearning loss; student and random numbers stay."""
         probe = self._probe()
         with devices.forked(source.x.device):
             step = probe._look(source, target)
             keep = self.retain.loss(step)
             drive = self.retain.guard(self.unlearn.loss(step)[0], keep, step)
-        of_retain, of_unlearn = (float(nn.utils.get_total_norm(step.gradient(scalar))) for scalar in (keep, drive))
-        return of_retain, of_unlearn
+        norms = [float(nn.utils.get_total_norm(step.gradient(scalar))) for scalar in (keep, drive)]
+        return norms[0], norms[1]
 
     def cosine_to_float64(self, source: Batch) -> float:
-        """Cosine of the unlearning loss's gradient on a global batch, as computed here, to the same in float64.
-
-        Over all parameters at once, without dropout. The student is left as it is.
-        """
+        """Cosine of the unlearning loss's gradient, over all parameters, to the same in float64; without dropout."""
         gradients = []
         for exact in (False, True):
             probe = self._probe()
@@ -123,26 +117,15 @@ class Disposal:
         return probe
 
     def _look(self, source: Batch, target: Batch | None) -> Step:
-        maps = self.unlearn.needs_maps
-        seen, tape, again = outputs(self.student, source, self.chunks, self._mode(source), maps=maps)
+        self.mode = self.mode or choose(self.student, source.x, self.chunks)
+        seen, tape, again = outputs(self.student, source, self.chunks, self.mode, maps=self.unlearn.needs_maps)
         kept = apart(self.student, target, self.chunks) if target else ()
         more: Any = {"tape": tape, "again": again, "student": self.student}
         return self._step(chunks=seen, target=kept, parameters=list(self.student.parameters()), **more)
 
-    def _mode(self, source: Batch) -> GraphMode:
-        """How the chunks' graphs are held; without collisions there is one chunk, and nothing to choose."""
-        self.mode = self.mode or choose(self.student, source.x, self.chunks)
-        return self.mode
-
     @torch.no_grad()
     def _answers(self, x: Tensor) -> Tensor:
         return self.teacher(x, "target")
-
-
-@torch.no_grad()
-def source_loss(chunks: Sequence[ChunkOutputs]) -> Tensor:
-    """The source's cross-entropy, in nats, mean over equal chunks."""
-    return torch.stack([F.cross_entropy(chunk.source, chunk.y) for chunk in chunks]).mean()
 
 
 def train_mode(model: nn.Module, batch_norm: str) -> None:

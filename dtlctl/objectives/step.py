@@ -1,11 +1,8 @@
-"""One step as an objective sees it, and the student's forward passes over its chunks that make it.
-
-All chunks in one pass, one after the other, or one at a time again.
-"""
+"""One step as an objective sees it, and the student's forward passes over its chunks that make it."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,11 +22,10 @@ GraphMode = Literal["batched", "keep", "recompute"]
 
 @dataclass(frozen=True)
 class ChunkOutputs:
-    """Images and what the student makes of them.
+    """Images, as in a `Batch`, and what the student makes of them, with its graph.
 
-    x: float [B, 3, H, W] in [0, 1]; y: int64 [B]; rows: int64 [B] on the CPU, the images' places in their dataset;
-    source, target: the student's logits [B, classes] through either head, with their graph. maps: the outputs [B, ...]
-    of the backbone's stages, first stage first, likewise; empty where the stages are not known.
+    source, target: logits [B, classes] through either head; maps: the outputs [B, ...] of the backbone's stages, first
+    stage first; empty where they are not asked for, or not known.
     """
 
     x: Tensor
@@ -89,7 +85,7 @@ Outputs = tuple[list[ChunkOutputs], Tape | None, Callable[[int], ChunkOutputs] |
 
 
 def outputs(student: Classifier, batch: Batch, chunks: int, mode: GraphMode, *, maps: bool = False) -> Outputs:
-    """What the student makes of a batch in equal chunks. maps: with the outputs of its stages, but for "batched"."""
+    """What the student makes of a batch in equal chunks. maps: with those of its stages, but for "batched"."""
     if mode == "batched":
         return *together(student, batch, chunks), None
     again = recomputing(student, batch, chunks) if mode == "recompute" else None
@@ -105,19 +101,8 @@ def together(student: Classifier, batch: Batch, chunks: int) -> tuple[list[Chunk
 
 
 def apart(student: Classifier, batch: Batch, chunks: int, *, maps: bool = False) -> list[ChunkOutputs]:
-    """The chunks one by one, so that batch statistics are each chunk's own, in any network.
-
-    The running statistics move as the average of the chunks would move them. With momentum
-    a_k = (m/c) / (1 - (c-k) m/c) for chunk k of c, each chunk weighs m/c in the end; averaged over processes after
-    the step, it does not matter how many processes share the chunks.
-    """
-    found = []
-    with _momenta(student) as norms:
-        for number in range(chunks):
-            for norm, momentum in norms:
-                norm.momentum = (momentum / chunks) / (1 - (chunks - 1 - number) * momentum / chunks)
-            found.append(_outputs(student, _chunk(batch, number, chunks), maps))
-    return found
+    """The chunks one by one, so that batch statistics are each chunk's own, in any network."""
+    return [_one(student, batch, number, chunks, maps=maps) for number in range(chunks)]
 
 
 def recomputing(student: Classifier, batch: Batch, chunks: int) -> Callable[[int], ChunkOutputs]:
@@ -125,9 +110,9 @@ def recomputing(student: Classifier, batch: Batch, chunks: int) -> Callable[[int
     seed, device = int(torch.randint(2**62, ())), batch.x.device
 
     def one(number: int) -> ChunkOutputs:
-        with _momenta(student, 0.0), devices.forked(device):
+        with devices.forked(device):
             torch.manual_seed(seed + number)
-            return _outputs(student, _chunk(batch, number, chunks))
+            return _one(student, batch, number, chunks, moves=False)
 
     return one
 
@@ -155,9 +140,23 @@ def _outputs(student: Classifier, batch: Batch, maps: bool = False) -> ChunkOutp
     return ChunkOutputs(batch.x, batch.y, batch.rows, source, target, seen)
 
 
-def _chunk(batch: Batch, number: int, chunks: int) -> Batch:
+def _one(
+    student: Classifier, batch: Batch, number: int, chunks: int, *, maps: bool = False, moves: bool = True
+) -> ChunkOutputs:
+    """One chunk by itself; moves: the running statistics, as the average of all chunks would move them.
+
+    With momentum a_k = (m/c) / (1 - (c-k) m/c) for chunk k of c, each chunk weighs m/c in the end; averaged over
+    processes after the step, it does not matter how many processes share the chunks.
+    """
     share = Share(number, chunks)
-    return Batch(share.of(batch.x), share.of(batch.y), share.of(batch.rows))
+    norms = [(m, m.momentum) for m in student.modules() if isinstance(m, nn.BatchNorm2d) and m.momentum is not None]
+    try:
+        for norm, m in norms:
+            norm.momentum = (m / chunks) / (1 - (chunks - 1 - number) * m / chunks) if moves else 0.0
+        return _outputs(student, Batch(share.of(batch.x), share.of(batch.y), share.of(batch.rows)), maps)
+    finally:
+        for norm, momentum in norms:
+            norm.momentum = momentum
 
 
 def _saved_bytes(student: Classifier, x: Tensor) -> int:
@@ -173,19 +172,6 @@ def _saved_bytes(student: Classifier, x: Tensor) -> int:
         features = student.embed(x)  # held meanwhile: freed memory would be used, and counted, again
     del features
     return sum(sizes.values())
-
-
-@contextmanager
-def _momenta(student: nn.Module, within: float | None = None) -> Iterator[list[tuple[nn.BatchNorm2d, float]]]:
-    """The batch norms with their momenta, which are `within` and may be changed within, and are restored afterwards."""
-    norms = [(m, m.momentum) for m in student.modules() if isinstance(m, nn.BatchNorm2d) and m.momentum is not None]
-    try:
-        for norm, momentum in norms:
-            norm.momentum = momentum if within is None else within
-        yield norms
-    finally:
-        for norm, momentum in norms:
-            norm.momentum = momentum
 
 
 def _memory_bytes(device: torch.device) -> int:

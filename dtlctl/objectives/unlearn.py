@@ -17,7 +17,7 @@ from dtlctl.console import devices
 from dtlctl.data.tensors import sent
 from dtlctl.errors import RecipeError
 from dtlctl.objectives.collision import KnownGradient
-from dtlctl.objectives.step import ChunkOutputs, Step
+from dtlctl.objectives.step import Step
 from dtlctl.strict import Algorithm
 
 
@@ -51,7 +51,7 @@ class GradientCollision(Algorithm):
     needs_maps: ClassVar[bool] = False
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
-        value, surrogate = step.collide(_source_loss, self_pairs=self.self_pairs)
+        value, surrogate = step.collide(lambda c: F.cross_entropy(c.source, c.y), self_pairs=self.self_pairs)
         return surrogate, value
 
 
@@ -63,8 +63,7 @@ class RandomLabels(OnePart):
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         classes = step.chunks[0].source.shape[1]
         labels = random_labels(step.images, classes, step.seed)
-        wrong = [sent(labels[chunk.rows], chunk.y.device) for chunk in step.chunks]
-        loss = _mean([F.cross_entropy(c.source, y) for c, y in zip(step.chunks, wrong, strict=True)])
+        loss = _mean([F.cross_entropy(c.source, sent(labels[c.rows], c.y.device)) for c in step.chunks])
         return loss, loss.detach()
 
 
@@ -125,8 +124,7 @@ class NullSpace(OnePart):
         # Once for all stages: on an accelerator the eigenvalues behind it are waited for.
         inverse = torch.linalg.pinv(devices.able(square), rtol=1e-5, hermitian=True).to(square.device)
         parts = [_unexplained(map_.flatten(1), answers, inverse, step) for map_ in seen.maps[-self.stages :]]
-        scalars, values = zip(*parts, strict=True)
-        return _mean(list(scalars)), _mean(list(values))
+        return _mean([scalar for scalar, _ in parts]), _mean([value for _, value in parts])
 
 
 def _unexplained(rows: Tensor, by: Tensor, inverse: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -194,8 +192,8 @@ class SimulatedAttacker(OnePart):
         logits = answer(x)
         others = logits.scatter(1, y[:, None], -torch.inf).logsumexp(1)
         loss = (logits.logsumexp(1) - others).mean()
-        zero_for_heads = zip(weights, gradient(loss), strict=True)
-        own = [g * 0 if name.startswith("heads.") else g for name, g in zero_for_heads]
+        grads = zip(weights, gradient(loss), strict=True)
+        own = [g * 0 if name.startswith("heads.") else g for name, g in grads]
         return KnownGradient.apply(own, *step.parameters), loss.detach()
 
 
@@ -214,10 +212,6 @@ class Nothing(OnePart):
 def random_labels(images: int, classes: int, seed: int) -> Tensor:
     """The labels of D-tilde in Eq. 11: int64 [images], the same for the whole disposal."""
     return torch.randint(classes, (images,), generator=torch.Generator().manual_seed(seed))
-
-
-def _source_loss(chunk: ChunkOutputs) -> Tensor:
-    return F.cross_entropy(chunk.source, chunk.y)
 
 
 def _mean(losses: list[Tensor]) -> Tensor:
