@@ -1,7 +1,7 @@
 """Piggyback attackers: what somebody with a few labelled images does to a model before and while training it.
 
 Each kind is one class: its recipe fields, and `prepare`, which changes the model before the training starts. A new
-one is a class here and its name in `Attacker`. How an attacker is tuned on data of his own is in `tuning.py`.
+one is a class here and its name in `Attacker`.
 """
 
 from abc import abstractmethod
@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.optim.swa_utils import update_bn
 
 from dtlctl.attacks.features import EMBEDDING, logistic, nearest
 from dtlctl.attacks.tuning import WEIGHT_DECAY, Setting
@@ -28,15 +29,11 @@ Rate = Annotated[float, Field(gt=0, le=100)]
 
 
 def weighted(backbone: nn.Module) -> list[Weighted]:
-    """Its convolutions and linear layers, in order."""
     return [layer for layer in backbone.modules() if isinstance(layer, Weighted)]
 
 
 class LowRank(nn.Module):
-    """W + up · down, of which W stays as it is (LoRA, arXiv:2106.09685); at first up is zero.
-
-    start: weights of a fresh layer of the same kind; as many of its rows as the rank are what `down` starts from.
-    """
+    """W + up · down, with W as it is and up zero at first (LoRA, arXiv:2106.09685); start: what down's rows are of."""
 
     def __init__(self, start: Tensor, rank: int):
         super().__init__()
@@ -50,17 +47,14 @@ class LowRank(nn.Module):
 class _Attacker(Algorithm):
     kind: str
     tried: ClassVar[str]
-    """The field of what is tuned besides `amounts()` and, of those who fit classifiers, the stage."""
+    """The field whose values are tried."""
     varied: ClassVar[tuple[str, ...]] = ()
-    """The fields that say how much `prepare` may do, to be tuned."""
+    """The fields that say how much `prepare` may do, whose values are tried too."""
     datasets: list[str] | None = Field(None, min_length=1)
     """The piggyback datasets to attack; without it all."""
 
     def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
-        """Change `model` in place before it trains.
-
-        fresh: a new one of its kind; images: parts [n, 3, S, S]; amount: one of `amounts()`.
-        """
+        """Change it in place. fresh: a new one of its kind; images: parts [n, 3, S, S]; amount: of `amounts()`."""
 
     def amounts(self) -> Sequence[float | None]:
         return [amount for name in self.varied for amount in getattr(self, name)] or (None,)
@@ -121,26 +115,15 @@ class _Renormalised(_Attacker):
 
         With batch normalisation behind it a rescaled convolution computes the same, and the effective learning rate,
         which goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350). Parts of the images weigh the same.
-        Raises RecipeError for a model without batch normalisation.
         """
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if not norms:
+        if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
             raise RecipeError("piggyback.attackers: to renormalise needs a model with batch normalisation")
         for old, new in zip(model.backbone.modules(), fresh.backbone.modules(), strict=True):
             if isinstance(old, nn.Conv2d) and isinstance(new, nn.Conv2d):
                 scale = new.weight.norm() / old.weight.norm().clamp(min=1e-12)
                 for parameter in old.parameters():
                     parameter.mul_(scale)
-        momenta, training = [norm.momentum for norm in norms], model.training
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over batches
-        model.train()
-        for part in images:
-            model.embed(part)
-        model.train(training)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        update_bn(images, model)
 
 
 class Renorm(_Renormalised, _Trained):

@@ -19,17 +19,15 @@ if TYPE_CHECKING:
 
 EMBEDDING = "embedding"
 """The name of what the heads see."""
-ITERATIONS = 300
-"""Of L-BFGS, at most; a fit that would need more is judged like any other."""
 UNSEEN = 16.0
 """How far the logit of a class without an image lies below the lowest bias: its probability is about 1e-7."""
 
 
 @torch.no_grad()
 def read(model: Classifier, images: Iterable[Tensor]) -> dict[str, np.ndarray]:
-    """Of images, in parts [n, 3, S, S]: the mean [N, C] of every stage by its name, first stage first; the embedding.
+    """The mean [N, C] of every known stage by its name, first stage first, and the embedding, of a model in eval mode.
 
-    The model is in eval mode. Of a network whose stages are not known there is the embedding alone.
+    images: in parts [n, 3, S, S].
     """
     names = [*(stage.name for stage in networks.stages(model.backbone)), EMBEDDING]
     found: list[list[np.ndarray]] = []
@@ -61,8 +59,8 @@ def pooled(output: Tensor, backbone: nn.Module) -> Tensor:
 def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
     """Linear centred kernel alignment of features [n, p] and [n, q] of the same n images (arXiv:1905.00414).
 
-    |Yᵀ X|² / (|Xᵀ X| |Yᵀ Y|), Frobenius norms of centred features: in [0, 1], 1 for features that differ by a rotation
-    and one scale. 0 where either says the same of all images. With n below p + q it is large for unrelated features.
+    |Yᵀ X|² / (|Xᵀ X| |Yᵀ Y|), Frobenius norms of centred features, in [0, 1]; 0 where either says the same of all
+    images. With n below p + q it is large for unrelated features.
     """
     x, y = (features.astype(np.float64) - features.mean(0, dtype=np.float64) for features in (x, y))
     own = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
@@ -70,7 +68,7 @@ def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def logistic(features: np.ndarray, labels: np.ndarray, C: float = 1.0, scaler: Any = None) -> Pipeline:
-    """scikit-learn's multinomial logistic regression; C: inverse strength of the L2 term.
+    """Multinomial logistic regression by at most 300 steps of L-BFGS; C: inverse strength of the L2 term.
 
     features: float64 [N, F], finite, which are scaled to mean 0 and deviation 1, or by another scaler; labels: [N].
     """
@@ -84,7 +82,7 @@ def logistic(features: np.ndarray, labels: np.ndarray, C: float = 1.0, scaler: A
     warnings.filterwarnings("ignore", message="The number of unique classes", module="sklearn")
     warnings.filterwarnings("ignore", category=ConvergenceWarning)
     alone = len(np.unique(labels)) == 1  # then there is nothing to tell apart, which is refused
-    model = DummyClassifier() if alone else LogisticRegression(C=C, max_iter=ITERATIONS)
+    model = DummyClassifier() if alone else LogisticRegression(C=C, max_iter=300)
     return make_pipeline(scaler or StandardScaler(), model).fit(features, labels)
 
 
@@ -99,9 +97,9 @@ def nearest(features: np.ndarray, labels: np.ndarray, k: int) -> Pipeline:
 
 
 def least_squares(features: np.ndarray, labels: np.ndarray) -> float:
-    """Accuracy in % on every second image of a ridge regression on the others: quick, and no more than a sign.
+    """Accuracy in % on half of the images of a ridge regression on the others; 0 where a feature is not finite.
 
-    features: [N, F], scaled as above; labels: [N], of any order. 0 where a feature is not finite.
+    features: [N, F], scaled as above; labels: [N].
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
@@ -129,10 +127,5 @@ def refit(model: Classifier, head: str, features: Tensor, labels: Tensor, classe
         found, offset = (np.concatenate([-half, half]) / 2 for half in (found, offset))
     weight, bias = np.zeros((classes, features.shape[1])), np.full(classes, offset.min() - UNSEEN)
     weight[fitted.classes_], bias[fitted.classes_] = found, offset
-    model.add_head(head, classes)
-    layer = model.heads[head]
-    assert isinstance(layer, nn.Linear)
-    with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(weight))
-        layer.bias.copy_(torch.from_numpy(bias))
-    layer.requires_grad_(False)
+    model.add_head(head, classes, (torch.from_numpy(weight), torch.from_numpy(bias)))
+    model.heads[head].requires_grad_(False)

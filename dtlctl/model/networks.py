@@ -116,10 +116,13 @@ class Classifier(nn.Module):
         readout = {f"{self.readout}.{name}": tensor for name, tensor in self.heads[head].state_dict().items()}
         return {**self.backbone.state_dict(), **readout}
 
-    def add_head(self, name: str, classes: int) -> None:
-        """Attach (or replace) a freshly initialised head."""
+    def add_head(self, name: str, classes: int, values: tuple[Tensor, Tensor] | None = None) -> None:
+        """Attach (or replace) a head, freshly initialised or with this weight and bias."""
         like = next(self.parameters())
-        self.heads[name] = nn.Linear(self.features, classes).to(like.device, like.dtype)
+        head = nn.Linear(self.features, classes).to(like.device, like.dtype)
+        if values:
+            head.load_state_dict(dict(zip(("weight", "bias"), values, strict=True)))
+        self.heads[name] = head
 
 
 def build(

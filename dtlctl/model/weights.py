@@ -8,8 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dtlctl.errors import CheckpointError, one_line, suggest
 from dtlctl.model.networks import Classifier, outline
@@ -78,12 +77,7 @@ def fill_head(model: Classifier, name: str, given: Given, classes: Sequence[str]
     if known and (lacking := [one for one in classes if one not in known]):
         raise ValueError(f"its head has no class {lacking[0]!r}, which data.{name} has")
     rows = [known.index(one) for one in classes] if known else [*range(outputs)]
-    model.add_head(name, len(classes))
-    layer = model.heads[name]
-    assert isinstance(layer, nn.Linear)
-    with torch.no_grad():
-        layer.weight.copy_(given.head[0][rows])
-        layer.bias.copy_(given.head[1][rows])
+    model.add_head(name, len(classes), (given.head[0][rows], given.head[1][rows]))
     if known is None:
         return f"the head's outputs are taken in the order of data.{name}'s classes; nothing names them"
     left = f"; {outputs - len(rows)} others are left out" * (outputs > len(rows))
