@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +18,8 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from dtlctl.console import devices, stop
 from dtlctl.console.progress import Progress
@@ -26,17 +27,18 @@ from dtlctl.data.tensors import Batch
 from dtlctl.errors import DivergedError, RecipeError, Stopped
 from dtlctl.model import networks
 from dtlctl.model.batchnorm import GlobalBatchNorm
-from dtlctl.model.networks import Precision
+from dtlctl.model.networks import Classifier, Precision
 from dtlctl.recipe.settings import Training
 from dtlctl.training import surroundings
 from dtlctl.training.collectives import TIMEOUT, Collectives
 from dtlctl.training.failures import REMEDY, check_reports, check_weights
-from dtlctl.training.optimizers import optimizer_of, schedule_of
 from dtlctl.training.resume import HELD_OUT, State, StateFile
 
 Model = TypeVar("Model", bound=nn.Module)
 Objective = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 """number of the step -> (scalar to back-propagate, detached scalars to report); means over this process's share."""
+Measure = Callable[[int], dict[str, float]]
+"""steps done -> numbers for the history"""
 
 
 @dataclass
@@ -50,15 +52,13 @@ class History:
 
 
 class Engine(Collectives):
-    """Device, processes, and the loop that trains everything."""
+    """Device, processes, and the loop that trains everything.
 
-    def __init__(
-        self, precision: Precision = "float32", trackers: Sequence[str] = (), folder: Path = Path("run")
-    ) -> None:
-        """precision and trackers: the recipe's; folder: the run's. Nothing is written there without a tracker.
+    precision and trackers: the recipe's; folder: the run's, for trackers to write to. Raises RecipeError where the
+    environment asks for something else, or where a tracker is not installed.
+    """
 
-        Raises RecipeError where the environment asks for something else, or where a tracker is not installed.
-        """
+    def __init__(self, precision: Precision = "float32", trackers: Sequence[str] = (), folder: Path = Path("run")):
         surroundings.check(precision)
         self._project = folder.name
         for name in trackers:
@@ -93,7 +93,7 @@ class Engine(Collectives):
         steps: int,
         batch_size: int,
         progress: Progress,
-        evaluate: Callable[[int], dict[str, float]],
+        evaluate: Measure,
         reports: int = 8,
         also: Collection[int] = (),
         memory: StateFile | None = None,
@@ -103,9 +103,9 @@ class Engine(Collectives):
         """Minimise `objective` over `steps` steps as `plan` says.
 
         At each of `reports` even intervals, after each number of steps in `also` and at the end, the means of what the
-        objective reported since the row before, and what `evaluate(steps done)` returns, go into the history. With a
-        `memory`, training goes on from the state that is kept there, and saves its own when it is due and when a signal
-        stops it. It ends where `done`; with the weights of the row that is best by HELD_OUT, where rows have that.
+        objective reported since the row before, and what `evaluate` returns, go into the history. With a `memory`,
+        training goes on from the state that is kept there, and saves its own when it is due and when a signal stops it.
+        It ends where `done`; with the weights of the row that is best by HELD_OUT, where rows have that.
         Raises Stopped, and DivergedError for a gradient that is not finite, at once or at the next report, or weights.
         """
         optimizer = optimizer_of(model, plan)
@@ -116,7 +116,6 @@ class Engine(Collectives):
         saved = memory.restore(self, state, model, optimizer, schedule) if memory else None
         progress.goes_on(state.step, saved)
         begun, due = time.perf_counter() - state.seconds, {*range(every, steps, every), *also, steps}
-        measure = partial(_measured, state, model, evaluate)
 
         def save() -> None:
             if memory:
@@ -126,12 +125,12 @@ class Engine(Collectives):
 
         with stop.deferred(), _precision(model), self._tracked(progress.title):
             try:
-                self._report(state, due, measure, progress)  # where a signal cut it short
+                self._report(state, due, model, evaluate, progress)  # where a signal cut it short
                 while state.step < steps and not done():
                     self._heed(memory, save)
                     self._step(state, objective, model, optimizer, plan.clip)
                     schedule.step()
-                    self._report(state, due, measure, progress)
+                    self._report(state, due, model, evaluate, progress)
                     progress.advance(1, images=batch_size)
                 check_weights(model, state.step)
             except Stopped:
@@ -147,12 +146,7 @@ class Engine(Collectives):
         return History(state.rows, seconds, state.step * batch_size / max(seconds, 1e-9))
 
     def _step(
-        self,
-        state: State,
-        objective: Objective,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        clip: float | None,
+        self, state: State, objective: Objective, model: nn.Module, optimizer: Optimizer, clip: float | None
     ) -> None:
         loss, parts = objective(state.step)
         optimizer.zero_grad(set_to_none=True)
@@ -168,17 +162,18 @@ class Engine(Collectives):
         optimizer.step()
         state.step += 1
 
-    def _report(
-        self, state: State, due: set[int], evaluate: Callable[[int], dict[str, float]], progress: Progress
-    ) -> None:
-        """A row of the history, where one is due that is not there yet."""
+    def _report(self, state: State, due: set[int], model: nn.Module, evaluate: Measure, progress: Progress) -> None:
+        """A row of the history, where one is due that is not there yet; the best weights by HELD_OUT are kept."""
         last = int(state.rows[-1]["step"]) if state.rows else 0
         if state.step == last or state.step not in due:
             return
         check_reports(state, state.step)
         sums = self.all_reduce([torch.stack(list(state.sums.values()))])[0] / ((state.step - last) * self.processes)
         means = dict(zip(state.sums, sums.tolist(), strict=True))
-        state.rows.append({"step": state.step, **means, **evaluate(state.step)})
+        found = evaluate(state.step)
+        if HELD_OUT in found and all(found[HELD_OUT] > row.get(HELD_OUT, -1) for row in state.rows):
+            state.best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        state.rows.append({"step": state.step, **means, "lr": state.lr, **found})
         state.sums = {}
         progress.show(state.rows[-1])
         numbers = {f"{progress.title}/{name}": value for name, value in state.rows[-1].items() if name != "step"}
@@ -211,7 +206,8 @@ class Engine(Collectives):
     def correct(self, model: nn.Module, head: str, batches: Iterable[Batch]) -> np.ndarray:
         """bool [n]: whether the head is right about each image, over all processes' shares in order. The mode is kept.
 
-        Raises DivergedError, in all processes, where an answer is not finite: argmax would make class 0 of it."""
+        Raises DivergedError, in all processes, where an answer is not finite: argmax would make class 0 of it.
+        """
         own, training = [], model.training
         model.eval()
         for batch in batches:
@@ -243,11 +239,36 @@ def _precision(model: nn.Module) -> AbstractContextManager[None]:
     return networks.precision(getattr(model, "precision", "float32"))
 
 
-def _measured(
-    state: State, model: nn.Module, evaluate: Callable[[int], dict[str, float]], step: int
-) -> dict[str, float]:
-    """What is measured for a row. The weights are kept where they are the best so far on images held out."""
-    found = evaluate(step)
-    if HELD_OUT in found and all(found[HELD_OUT] > row.get(HELD_OUT, -1) for row in state.rows):
-        state.best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    return {"lr": state.lr, **found}
+def optimizer_of(model: nn.Module, plan: Training) -> Optimizer:
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if getattr(plan, "optimizer", "sgd") == "adamw":
+        decay = getattr(plan, "layer_decay", None)
+        groups = _by_layer(model, plan.lr, decay) if decay else weights
+        return torch.optim.AdamW(groups, plan.lr, weight_decay=plan.weight_decay, fused=True)
+    return torch.optim.SGD(weights, plan.lr, plan.momentum, weight_decay=plan.weight_decay, fused=True)
+
+
+def _by_layer(model: nn.Module, lr: float, decay: float) -> list[dict[str, Any]]:
+    """Weights with their learning rates: heads `lr`, each stage of the backbone before them `decay` times the next's.
+
+    What is in no stage, as the stem, stands before the first (as in BEiT, arXiv:2106.08254).
+    """
+    depth: dict[nn.Parameter, int] = {}
+    if isinstance(model, Classifier):
+        blocks = networks.stages(model.backbone)
+        depth = dict.fromkeys(model.backbone.parameters(), len(blocks) + 1)
+        depth |= {p: len(blocks) - k for k, block in enumerate(blocks) for m in block.modules for p in m.parameters()}
+    groups: dict[int, list[nn.Parameter]] = {}
+    for weight in model.parameters():
+        if weight.requires_grad:
+            groups.setdefault(depth.get(weight, 0), []).append(weight)
+    return [{"params": members, "lr": lr * decay**n} for n, members in groups.items()]
+
+
+def schedule_of(optimizer: Optimizer, plan: Training, steps: int) -> LRScheduler:
+    """The learning rate over `steps` steps of the optimizer; one-cycle needs two or more."""
+    if plan.schedule == "one-cycle" and steps > 1:
+        return OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups], steps, cycle_momentum=False)
+    if plan.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, steps)
+    return ConstantLR(optimizer, factor=1.0)
