@@ -19,8 +19,8 @@ from dtlctl.run.processes import Processes
 class Datasets:
     """Decoded when they are first asked for, by the main process, and read by all.
 
-    Of a train split only those images are decoded for certain that the recipe's fraction draws, its `index`. Who wants
-    to look at others asks for `whole` first.
+    Of a train split only those images are decoded for certain that the recipe's fraction draws, its `index`, sorted
+    rows. Who wants to look at others asks for `whole` first.
     """
 
     def __init__(self, recipe: Recipe, processes: Processes):
@@ -45,9 +45,8 @@ class Datasets:
             return [rows.place(int(row)) for row in np.flatnonzero(rows.labels >= 0)]
 
     def identity(self, role: str) -> dict[str, Any]:
-        """What the role's data is, by content: for keys and sidecars."""
+        """What the role's data is, by content; of images that were never decoded, by what is known of them."""
         train, test = self.images(role, "train"), self.images(role, "test")
-        # By content; of images that were never decoded, only what is known of them.
         some = len(train.rows) < len(train.labels)
         return {
             "train": train.listed if some else train.fingerprint,
@@ -82,29 +81,27 @@ class Datasets:
 
     def cached(self, role: str, split: Split, whole: bool = False) -> Images | None:
         """As `images`, where nothing has to be decoded for it; else None."""
-        return decoded.cached(self.source(role), split, self.recipe.model.image_size, self._wanted(role, whole))
+        return decoded.cached(*self._asked(role, split, whole))
 
     def _images(self, role: str, split: Split, whole: bool = False) -> Images:
-        images = self.cached(role, split, whole) if self.processes.count == 1 else None
-        if images is None:
-            asked = self.source(role), split, self.recipe.model.image_size, self._wanted(role, whole)
-            with self.processes.progress(f"decode {role} {split}", 1) as bar:
-                self.processes.by_main(lambda: decoded.load(*asked, bar.at))
-            images = decoded.load(*asked)
-        return images
+        if self.processes.count == 1 and (images := self.cached(role, split, whole)) is not None:
+            return images
+        asked = self._asked(role, split, whole)
+        with self.processes.progress(f"decode {role} {split}", 1) as bar:
+            self.processes.by_main(lambda: decoded.load(*asked, bar.at))
+        return decoded.load(*asked)
 
     def _source(self, role: str) -> Source:
         seed = self.recipe.stream("subset/source")  # for test splits of all roles, which may share a dataset
         return Source(self.recipe.data.of(role), role, seed)
 
-    def _wanted(self, role: str, whole: bool) -> Wanted | None:
-        return None if whole else partial(self._draw, role)
+    def _asked(self, role: str, split: Split, whole: bool) -> tuple[Source, Split, int, Wanted | None]:
+        return self.source(role), split, self.recipe.model.image_size, None if whole else partial(self._draw, role)
 
     def _draw(self, role: str, labels: np.ndarray, classes: int) -> np.ndarray:
         table, seed = self.recipe.data.of(role), self.recipe.stream(f"subset/{role}")
         return subset.draw(labels, classes, table.fraction, seed, table.balance)
 
     def _index(self, role: str) -> np.ndarray:
-        """Sorted rows of the train split that the recipe's fraction draws."""
         train = self.images(role, "train")
         return self._draw(role, train.labels, len(train.classes))

@@ -1,7 +1,7 @@
 """Where a result comes from: the datasets as the recipe had them, the machine, the time and the versions.
 
 The key of a result knows its images by content, which nobody has at hand who only reads sidecars. So a sidecar keeps
-the recipe's tables too, outside the key: the same images may well be somewhere else by now.
+the recipe's tables too, outside the key.
 """
 
 import json
@@ -49,12 +49,11 @@ def renamed(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> dict[str,
     for role in job.roles:
         was, now = sidecar["datasets"][role]["table"], recipe.data.of(role).model_dump(mode="json")
         names = sorted(now.keys() - {"fraction", "balance", "augment", "decode"})
-        changed = [key for key in names if now[key] != was.get(key)]
-        before, after = (
-            ", ".join(f"{key} = {json.dumps(table.get(key), ensure_ascii=False)}" for key in changed)
-            for table in (was, now)
-        )
-        if changed:
+        if changed := [key for key in names if now[key] != was.get(key)]:
+            before, after = (
+                ", ".join(f"{key} = {json.dumps(table.get(key), ensure_ascii=False)}" for key in changed)
+                for table in (was, now)
+            )
             found[role] = f"made with {before}; the recipe has {after}"
     return found
 

@@ -30,16 +30,16 @@ REPORTS = 8
 
 
 class Trainer:
-    """Makes, loads, trains and tests the models of one run. `tag`s name independent streams of randomness."""
+    """Makes, loads, trains and tests the models of one run. `tag`s name independent streams of randomness.
+
+    global_batch_norm: with several processes, batch statistics over all of them, or else each process's own.
+    """
 
     def __init__(self, recipe: Recipe, data: Datasets, results: Results, processes: Processes):
         self.recipe, self.data, self.results, self.processes = recipe, data, results, processes
 
     def new_model(self, heads: dict[str, int], tag: str, *, global_batch_norm: bool = True) -> networks.Classifier:
-        """A freshly initialised model, the same for every use of the tag.
-
-        With several processes its batch statistics are global, or else each process's own.
-        """
+        """A freshly initialised model, the same for every use of the tag."""
         torch.manual_seed(self.recipe.stream(tag))
         spec = self.recipe.model
         model = networks.build(heads=heads, **spec.model_dump(exclude={"channels_last"}))
@@ -61,10 +61,7 @@ class Trainer:
         model.add_head(name, classes)
 
     def rows(self, job: Job[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Of the subset that a job trains on, the rows that it does train on, and those held out to tell when to stop.
-
-        Raises DataError where a class is too small for that.
-        """
+        """Of a job's subset, the rows that it trains on, and those held out; DataError where a class is too small."""
         index = self.data.index(job.dataset)
         if getattr(job.settings, "patience", None) is None:
             return index, index[:0]
@@ -73,16 +70,11 @@ class Trainer:
         return index[kept], index[held]
 
     def batches_of(self, job: Job[Any], tag: str) -> Batches:
-        """What a job that learns from labels trains on."""
+        """For a job that learns from labels."""
         return self.batches(job.dataset, job.settings.batch_size, tag, rows=self.rows(job)[0])
 
     def batches(
-        self,
-        role: str,
-        batch_size: int,
-        tag: str,
-        own_rows: np.ndarray | None = None,
-        rows: np.ndarray | None = None,
+        self, role: str, batch_size: int, tag: str, own_rows: np.ndarray | None = None, rows: np.ndarray | None = None
     ) -> Batches:
         """Training batches of the role's subset or of these rows; or of `own_rows`, which no other process shares."""
         train, engine = self.data.images(role, "train"), self.processes.engine
@@ -125,7 +117,6 @@ class Trainer:
         objective: Objective,
         batches: Batches,
         measures: dict[str, tuple[str, str]],
-        part: str = "",
         also: Collection[int] = (),
         state: State | None = None,
         check: Callable[[int], dict[str, float]] = lambda step: {},
@@ -134,11 +125,10 @@ class Trainer:
         """Train as the job's settings say, measuring {name: (head, role)} accuracies on the way and at the end.
 
         The metrics are those of the end, as `measured` has them. On the way only as often as no more images are tested
-        than trained on. State is saved in the job's scratch folder and taken up from there; a job that trains more than
-        once names its `part`s, each a plain file name. After `also` so many steps there is a row in the history besides
-        those at even intervals; each has what `check` returns too. `state` is where the training stands, for those who
-        read the rows on the way. With the settings' `patience`, the accuracy on images held out is measured after
-        each epoch, and the model ends with the best one's weights.
+        than trained on. State is saved in the job's scratch folder and taken up from there; `state` is for those who
+        read its rows on the way. After `also` so many steps there are more rows; each has what `check` returns too.
+        With the settings' `patience`, the accuracy on images held out is measured after each epoch, and the model ends
+        with the best one's weights.
         """
         steps = job.settings.total_steps(batches.images)
         tested = sum(len(self.data.images(role, "test").labels) for _, role in measures.values())
@@ -162,14 +152,12 @@ class Trainer:
             metrics.update(self.measured(model, measures))
             return {name: metrics[name] for name in measures}
 
-        file = self.results.scratch(job) / f"{part or 'state'}.safetensors"
-        key = checkpoint.key({self.results.key(job): part})
-        memory = StateFile(file, key, self.recipe.checkpoint_minutes)
+        file = self.results.scratch(job) / "state.safetensors"
+        memory = StateFile(file, self.results.key(job), self.recipe.checkpoint_minutes)
         with self.processes.progress(job.title, steps) as bar:
-            size = batches.batch_size
             history = self.processes.engine.train(
-                model, objective, job.settings, steps, size, bar, evaluate, also=also, memory=memory, state=state,
-                done=lambda: done() if patience is None else state.step - state.best_step() >= patience,
+                model, objective, job.settings, steps, batches.batch_size, bar, evaluate, also=also, memory=memory,
+                state=state, done=lambda: done() if patience is None else state.step - state.best_step() >= patience,
             )  # fmt: skip
         if patience or state.step < steps or not metrics:  # other weights; or a signal came after the last row
             metrics.update(self.measured(model, measures))
@@ -181,5 +169,5 @@ class Trainer:
 
 
 def packed(correct: np.ndarray) -> str:
-    """bool [n] for a sidecar: eight to a byte, the first in its highest bit, in base64."""
+    """bool [n] for a sidecar: bits in base64."""
     return b64encode(np.packbits(correct).tobytes()).decode()
