@@ -1,7 +1,4 @@
-"""Adversarial distance: a member lies further from the decision boundary (Del Grosso et al., arXiv:2203.09481).
-
-The attacker knows the weights, the image and its true label; nothing is trained.
-"""
+"""Adversarial distance: a member lies further from the decision boundary (Del Grosso et al., arXiv:2203.09481)."""
 
 import copy
 import os
@@ -17,8 +14,7 @@ def distance(view: Observation, steps: int) -> dict[str, Tensor]:
     """The norm of the smallest change to each image [n] that changes its class; 0 for a misclassified image.
 
     The smaller of what FMN for L∞ (Pintor et al., arXiv:2102.12827) and DDN for L2 (Rony et al., arXiv:1811.09600) find
-    in `steps` steps each, then by bisection towards the image. An image that no change within [0, 1] was found for gets
-    the largest norm that there is room for.
+    in `steps` steps each, then by bisection; where they find none, the largest norm that [0, 1] has room for.
     """
     model = copy.deepcopy(view.module).requires_grad_(False)  # foolbox back-propagates into all that asks for it
     parts = [minimal(model, x, y, steps) for x, y in view.batches]

@@ -1,7 +1,4 @@
-"""Membership inference: was this image in the source training set? A higher score means member.
-
-This file turns what an attack sees of each image into the numbers that are reported; `registry.py` names the attacks.
-"""
+"""Membership inference: from what an attack sees of each image to numbers. A higher score means member."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,16 +32,16 @@ Attacker = Callable[[Known, dict[str, np.ndarray], int], Guess]
 
 
 def single(known: Known, seen: dict[str, np.ndarray], seed: int) -> Guess:
-    """The attacker of an attack that needs no training: what he sees is the score."""
+    """He trains nothing: what he sees is the score."""
     (name,) = seen
     return Guess(known.seen[name], known.member, seen[name])
 
 
 def matched(members: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Places of members and of others in pairs of one class: int64 [P] and [P], in random order.
+    """Places of members and of others in pairs of one class: int64 [P] and [P], as many as there are, in random order.
 
-    members, others: labels [M] and [N]. Of a class there are as many pairs as the group has that has fewer. Without
-    this an attack is credited with how often a class occurs in either group, which no model needs to be asked for.
+    members, others: labels [M] and [N]. Without this an attack is credited with how often a class occurs in either
+    group, which no model needs to be asked for.
     """
     pairs = []
     for label in np.intersect1d(members, others):
@@ -59,10 +56,9 @@ def matched(members: np.ndarray, others: np.ndarray, rng: np.random.Generator) -
 def trial(members: dict[str, np.ndarray], others: dict[str, np.ndarray], attacker: Attacker, repeats: int, seed: int):
     """Repeat: split both groups at random, let the attacker learn from his part, judge him on the rest.
 
-    members, others: what is seen of M and N images, [M, ...] and [N, ...] under the same names. Of each group 40 %
-    are known to the attacker. Numbers are means over repeats, `_std` the deviation over repeats; the ends of an
-    interval are means of the repeats' ends. Where nothing is learnt, AUC, TPR and ROC are those of all images at once.
-    Returns a document for the sidecar.
+    members, others: what is seen of M and N images, [M, ...] and [N, ...] under the same names. In the document that
+    is returned, numbers and the ends of intervals are means over repeats, `_std` the deviation over repeats. Where
+    nothing is learnt, AUC, TPR and ROC are those of all images at once.
     """
     verdicts = []
     for repeat in range(repeats):
@@ -88,8 +84,7 @@ def trial(members: dict[str, np.ndarray], others: dict[str, np.ndarray], attacke
 class Curves:
     """How many members and how many others score at and above every threshold, in each of R samples of them.
 
-    members, others: scores [M] and [N]; drawn: the places of the images of each sample, [R, M] and [R, N]; without it
-    there is one sample, the images themselves.
+    members, others: scores [M] and [N]; drawn: places of the images of each sample, [R, M] and [R, N]; else R is 1.
     """
 
     def __init__(self, members: np.ndarray, others: np.ndarray, drawn: Sequence[np.ndarray] | None = None):
@@ -123,11 +118,10 @@ class Curves:
 def judge(
     members: np.ndarray, others: np.ndarray, threshold: float, rng: np.random.Generator, rounds: int = 200
 ) -> dict[str, Any]:
-    """How well scores tell members [M] from others [N]: everything in [0, 1], 0.5 is chance but for `tpr` and `roc`.
+    """How well scores tell members [M] from others [N], everything in [0, 1].
 
     `auc`; `balanced_accuracy`, at a threshold that comes from elsewhere; either's `_low` and `_high`, a 95 % bootstrap
-    interval that resamples members and others separately; `tpr_at_RATE`, what `tpr_at` says for each of `RATES`;
-    `roc`, true positive rates at `grid(others)`.
+    interval that resamples members and others separately; `tpr_at_RATE`; `roc`, true positive rates at `grid(others)`.
     """
     curves, found = Curves(members, others), dict[str, Any]()
     drawn = Curves(members, others, [rng.integers(len(g), size=(rounds, len(g))) for g in (members, others)])
@@ -146,10 +140,9 @@ def auc(members: np.ndarray, others: np.ndarray) -> float:
 def tpr_at(curves: Curves, drawn: Curves, rate: float) -> tuple[float, float, float] | None:
     """The share of members above all but `rate` of the others, and a 95 % interval; drawn: of bootstrap samples.
 
-    None where `rate` · N is below one non-member. The threshold is a point of the judged images' own ROC curve: it
-    says what the ranking would allow, not what an attacker would choose. It hangs on the few highest of the others, so
-    Clopper-Pearson's interval, which takes it as given, is too narrow; the interval is the wider, at either end, of
-    that one and the bootstrap's.
+    None where `rate` · N is below one non-member. The threshold is a point of the judged images' own ROC curve and
+    hangs on the few highest of the others, so Clopper-Pearson's interval, which takes it as given, is too narrow; the
+    interval is the wider, at either end, of that one and the bootstrap's.
     """
     from scipy.stats import binomtest
 

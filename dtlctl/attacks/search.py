@@ -1,7 +1,6 @@
 """An attacker who searches: what came of his trials so far suggests what he tries next.
 
-The suggestions are Optuna's (arXiv:1907.10902), by its tree-structured Parzen estimator (TPE, arXiv:2304.11127). What
-he may try is what the attackers' own fields say: there is no other list of it.
+The suggestions are Optuna's (arXiv:1907.10902), by its tree-structured Parzen estimator (TPE, arXiv:2304.11127).
 """
 
 import json
@@ -40,9 +39,8 @@ def search(
 ) -> tuple[list[Point], list[Trial]]:  # fmt: skip
     """Try so many settings; returns them and what came of each, in order.
 
-    stages: names of the features that the network has. attempt: tries some, told how many were tried before. The same
-    seed and the same results lead to the same suggestions, so a search that was stopped is begun again, and `attempt`
-    remembers what it has done.
+    stages: names of the features that the network has. attempt: tries some, told how many were tried before. A search
+    that was stopped is begun again with the same suggestions, and `attempt` remembers what it has done.
     """
     import optuna
 

@@ -1,8 +1,4 @@
-"""What an attacker sees of each image with one forward pass, and the attackers that learn by logistic regression.
-
-The attacker knows what the model answers, the image and its true label. The cheap signals train nothing:
-each is a number an image, the higher the likelier a member.
-"""
+"""What an attacker sees of each image with one forward pass, and the attacker that learns by logistic regression."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -20,9 +16,8 @@ from dtlctl.console import devices
 class Observation:
     """A model, images with their true labels, and the forward pass that many attacks share.
 
-    model: a function of images [B, 3, S, S] in [0, 1] to logits [B, K], nothing of which is random; attacks on weights
-    need it to be an `nn.Module`. batches: pairs of images and labels (int64 [B]), read once for every attack that needs
-    pixels, so that no more than a batch of them is held: a list or a DataLoader, no generator.
+    model: a function of images [B, 3, S, S] in [0, 1] to logits [B, K], nothing of which is random. batches: pairs of
+    images and labels (int64 [B]), read more than once, so that no more than a batch of them is held.
     """
 
     def __init__(self, model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]):
@@ -99,8 +94,7 @@ def rmia(view: Observation, out: Tensor, a: float = OFFLINE) -> dict[str, Tensor
     """RMIA, offline (Zarifzadeh et al., arXiv:2312.03262): Pr(x | model) / Pr(x) of each image.
 
     out: `scaled` answers of reference models that never saw the image, [n, R]. The paper's score is the share of other
-    images z whose ratio is at most that of x, over γ. For one model that is the same increasing function of this ratio
-    for every x, so it ranks the images in the same way.
+    images z whose ratio is at most that of x, over γ: an increasing function of this ratio, with the same ranks.
     """
     own = scaled(view.logits, view.labels)
     return {"rmia": _ratio(own, out.to(own.device), a)}
@@ -113,8 +107,8 @@ def _ratio(own: Tensor, out: Tensor, a: float) -> Tensor:
 def offline_a(own: Tensor, out: Tensor, member: np.ndarray) -> float:
     """The a of RMIA, of 0, 0.1 ... 1, with which it finds a reference model's own members best, by the AUC.
 
-    own, out: what that model says of N images, [N], and what others that never saw them say, [N, R], both `scaled`.
-    member: which of them it was trained on, [N]. The attacker has trained it, so he may look.
+    own, out: `scaled` answers of that model to N images, [N], and of others that never saw them, [N, R]. member: which
+    of them it was trained on, [N].
     """
     grid = [round(0.1 * step, 1) for step in range(11)]
     scores = [_ratio(own, out, a).numpy() for a in grid]
@@ -136,11 +130,10 @@ def lira(view: Observation, out: Tensor) -> dict[str, Tensor]:
 
 
 def blind(view: Observation, classes: int) -> dict[str, Tensor]:
-    """Nine plain statistics of the pixels, and the label of one of so many classes as zeros and a one.
+    """Channel means, deviations, sharpness, colourfulness, and the label of one of so many classes as zeros and a one.
 
-    The statistics are channel means, deviations, sharpness, colourfulness. No attack, but its control
-    (arXiv:2406.16201): it never asks the model. Whoever can tell members from non-members in this way compares sets of
-    images that were differently prepared or hold other classes, and every attack would be credited with that.
+    No attack, but its control (arXiv:2406.16201): whoever can tell members from non-members in this way compares sets
+    of images that were differently prepared or hold other classes, and every attack would be credited with that.
     """
     rows = []
     for x, y in view.batches:
@@ -152,10 +145,7 @@ def blind(view: Observation, classes: int) -> dict[str, Tensor]:
 
 
 def logistic(known: Known, seen: dict[str, np.ndarray], seed: int) -> Guess:
-    """An attacker who fits a logistic regression (L2, C = 1) to what he knows, scaled to [0, 1] on it.
-
-    What is seen: one array [m, features]. lbfgs finds the same optimum as the saga of the paper's code.
-    """
+    """He fits a logistic regression (L2, C = 1) to the one array [m, features] that he knows, scaled to [0, 1]."""
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import FunctionTransformer, MinMaxScaler
 

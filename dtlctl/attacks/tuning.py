@@ -75,7 +75,7 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
     """Split rows 0 ... N-1 with these labels (integers [N]) into (training, held-out) rows, both sorted.
 
     The held-out part has the same number of every class: `share` of the smallest class, at least one. Raises
-    DataError where a class has fewer than two images.
+    DataError for a class of one image.
     """
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     smallest = min(map(len, groups))
@@ -117,9 +117,8 @@ def train(
 ) -> list[Evaluation]:
     """Train all of `model` in place by cross-entropy, on this process alone, along a schedule of `steps` steps.
 
-    unlabelled: images to learn from too, by `pseudo_labelled`. until: stop after so many steps. held_out: makes the
-    batches of held-out images; with them the model is tested `EVALUATIONS` times, ends with the weights of its best
-    test, and all are returned. A loss that is not finite ends the training; without held-out images nothing tells.
+    unlabelled: images to learn from too, by `pseudo_labelled`. until: stop after so many steps. held_out: batches to
+    test the model on `EVALUATIONS` times, until its loss is not finite; it ends with the weights of its best test.
     """
     parameters: Any = [p for p in model.parameters() if p.requires_grad]
     if setting.optimizer == "adam":
@@ -155,9 +154,9 @@ def train(
 
 
 def pseudo_labelled(logits: Tensor, threshold: float) -> Tensor:
-    """Mean over images, by logits [n, K], of the cross-entropy to the likeliest class; 0 for those below the threshold.
+    """Mean over logits [n, K] of the cross-entropy to the likeliest class (Lee 2013), 0 for those below the threshold.
 
-    Pseudo-labels (Lee 2013), of those that are likely enough (FixMatch, arXiv:2001.07685, of one view).
+    As in FixMatch (arXiv:2001.07685), of one view.
     """
     likelihood, labels = logits.detach().softmax(1).max(1)
     return (F.cross_entropy(logits, labels, reduction="none") * (likelihood >= threshold)).mean()
@@ -177,10 +176,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], step: int) -> Evaluatio
 
 
 def evaluate_probe(fitted: Any, features: np.ndarray, labels: np.ndarray) -> Evaluation:
-    """Accuracy and loss of scikit-learn's classifier on other images.
-
-    Features that are not finite, and classes never fitted, are wrong answers.
-    """
+    """Of scikit-learn's classifier: features that are not finite, and classes never fitted, are wrong answers."""
     usable = np.isfinite(features).all(1) & np.isin(labels, fitted.classes_)
     p = fitted.predict_proba(np.where(usable[:, None], features, 0))
     right = (fitted.classes_[p.argmax(1)] == labels) & usable
