@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from dtlctl.attacks import features, gradients, membership, signals, whitebox
+from dtlctl.attacks import features, membership, signals, whitebox
 from dtlctl.attacks.registry import ATTACKS, REFERENCED, Attack
 from dtlctl.attacks.signals import Observation
 from dtlctl.data.tensors import Batch
@@ -192,7 +192,7 @@ def test_the_new_head_is_scikit_learns_logistic_regression(images, overfitted):
 
 def test_per_image_gradients_by_pixels_are_those_of_a_loop(images, overfitted):
     batch = part(images[1], slice(0, 7))
-    found = gradients.by_pixels(overfitted.through("source"), batch.x, batch.y)
+    found = whitebox.by_pixels(overfitted.through("source"), batch.x, batch.y)
     for place in range(7):
         x = batch.x[place : place + 1].clone().requires_grad_()
         loss = F.cross_entropy(overfitted(x, "source"), batch.y[place : place + 1])
@@ -206,7 +206,7 @@ def test_per_image_gradients_are_not_rounded_to_bfloat16(images, overfitted):
     model.load_state_dict(overfitted.state_dict())
     model.eval().precision = "bfloat16"
     before = model(batch.x, "source")
-    for statistics in (gradients.by_weights, gradients.by_pixels):
+    for statistics in (whitebox.by_weights, whitebox.by_pixels):
         ours, exact = (statistics(m.through("source"), batch.x, batch.y) for m in (model, overfitted))
         assert torch.equal(ours, exact)
     assert torch.equal(model(batch.x, "source"), before) and not torch.equal(before, overfitted(batch.x, "source"))

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from dtlctl.attacks import adversarial, features, gradients, signals, tuning
+from dtlctl.attacks import adversarial, features, signals, tuning, whitebox
 from dtlctl.attacks.features import logistic
 from dtlctl.attacks.registry import ATTACKS
 from dtlctl.attacks.signals import Observation
 from dtlctl.model import networks
+from dtlctl.model.small_maps import unfoldable
 
 
 def test_cheap_signals_by_hand():
@@ -57,8 +58,8 @@ def test_the_seven_statistics_are_those_of_scipy():
         ],
         1,
     )
-    np.testing.assert_allclose(gradients.seven(gradient).numpy(), expected, rtol=1e-6)
-    assert torch.isfinite(gradients.seven(torch.zeros(2, 5))).all()
+    np.testing.assert_allclose(whitebox.seven(gradient).numpy(), expected, rtol=1e-6)
+    assert torch.isfinite(whitebox.seven(torch.zeros(2, 5))).all()
 
 
 def test_the_norm_of_an_outer_product_by_hand():
@@ -68,10 +69,10 @@ def test_the_norm_of_an_outer_product_by_hand():
     """
     linear = nn.Linear(2, 2)
     a, g = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 2.0]])
-    assert gradients._squares(linear, a, g, 1).item() == pytest.approx(125)
+    assert whitebox._squares(linear, a, g, 1).item() == pytest.approx(125)
     for second, square in (((0.0, 1.0), 5), ((1.0, 0.0), 9)):
         places, outputs = torch.tensor([[[1.0, 0.0], second]]), torch.tensor([[[1.0], [2.0]]])
-        assert gradients._squares(nn.Linear(2, 1), places, outputs, 1).item() == pytest.approx(square)
+        assert whitebox._squares(nn.Linear(2, 1), places, outputs, 1).item() == pytest.approx(square)
 
 
 @pytest.mark.parametrize("arch", ["resnet8", "resnet18", "vgg11", "mobilenet_v2", "vit_b_32"])
@@ -81,8 +82,9 @@ def test_norms_of_gradients_by_weights_are_those_of_a_loop_over_images(arch: str
     stem = "small" if arch == "resnet8" else "imagenet"
     model = networks.build(arch, {"source": 5}, stem=stem, image_size=32).eval()
     x, y = torch.rand(2, 3, 32, 32), torch.tensor([1, 4])
-    found = gradients.by_weights(model, x, y)
-    layers = [m for n, m in model.named_modules() if gradients._plain(m) and not n.endswith("out_proj")]
+    found = whitebox.by_weights(model, x, y)
+    seen = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or unfoldable(m)}
+    layers = [m for n, m in seen.items() if not n.endswith("out_proj")]
     assert found.shape == (2, len(layers))
     for image in range(2):
         loss = F.cross_entropy(model(x[image : image + 1]), y[image : image + 1])
@@ -173,7 +175,7 @@ def test_every_attack_takes_any_module_and_tensors(name):
         error = logits.softmax(1) - F.one_hot(y, 5)
         parts = [maps.mean((2, 3)), maps.flatten(1), logits, error, F.one_hot(y, 5)]
         loss = -F.cross_entropy(logits, y, reduction="none")[:, None]
-        expected = torch.cat([*parts, loss, gradients.by_weights(network, x, y)], 1)
+        expected = torch.cat([*parts, loss, whitebox.by_weights(network, x, y)], 1)
         torch.testing.assert_close(seen["wb"], expected)
 
 
