@@ -14,7 +14,7 @@ import numpy as np
 from dtlctl.errors import CheckpointError
 from dtlctl.recipe.plan import Job, jobs
 from dtlctl.recipe.schema import Recipe
-from dtlctl.run import provenance
+from dtlctl.run import results as sidecars
 from dtlctl.storage import checkpoint
 
 Row = dict[str, Any]
@@ -63,7 +63,7 @@ def results_of(run: Path, recipe: Recipe) -> list[Result]:
         if any(sidecar.get(name) != value for name, value in expected.items()):
             continue
         with _reading(path, f"data of {job.stage}"):
-            if provenance.differs(sidecar, job, recipe):
+            if sidecars.differs(sidecar, job, recipe):
                 continue
         if "weights_sha256" in sidecar:
             weights[job.model] = sidecar["weights_sha256"]
@@ -167,7 +167,7 @@ def renamed(results: Iterable[Result], recipe: Recipe) -> list[str]:
     """A sentence for every dataset that some of a run's results call otherwise than its recipe does."""
     models: dict[tuple[str, str], dict[str, None]] = {}
     for job, _, sidecar in results:
-        for named in provenance.renamed(sidecar, job, recipe).items():
+        for named in sidecars.renamed(sidecar, job, recipe).items():
             models.setdefault(named, {})[job.model] = None
     return [
         f"data.{role} for {', '.join(some)}: {text}. What saw other images is made again by dtlctl run RECIPE."

@@ -9,6 +9,7 @@ from typing import Any
 from dtlctl.errors import CheckpointError
 from dtlctl.recipe.plan import Job
 from dtlctl.run.experiment import Experiment
+from dtlctl.run.results import REFERENCES
 from dtlctl.storage import checkpoint
 
 FORMS = ("pretrain/*.json", "target-only/*.json", "finetune/*.json", "dispose/*/*.json", "piggyback/*/*.json",
@@ -59,7 +60,7 @@ class Earlier:
             experiment.results.tidy(job)
         elif job.stage == "audit" and experiment.recipe.audit.references:
             for folder in self.folders:
-                experiment.results.reference_answers().adopt(folder / "audit" / "references")
+                experiment.results.reference_answers().adopt(folder / REFERENCES)
         return found
 
 

@@ -1,24 +1,37 @@
-"""The results of a run: its folder, the key of each result, and how a result is published."""
+"""The results of a run: its folder, the key of each result, how a result is published, and where it comes from.
+
+The key of a result knows its images by content, which nobody has at hand who only reads sidecars. So a sidecar keeps
+the recipe's tables too, outside the key.
+"""
 
 from __future__ import annotations
 
+import json
+import platform
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtlctl.console import stop
+import numpy as np
+import torch
+
+from dtlctl import __version__
+from dtlctl.console import devices, stop
 from dtlctl.console.progress import say
-from dtlctl.data.dataset import Note
+from dtlctl.data.dataset import Dataset, Note
+from dtlctl.data.entry import Images
+from dtlctl.data.subset import sizes
 from dtlctl.errors import CheckpointError
 from dtlctl.model import networks, weights
 from dtlctl.recipe.plan import Job, pretraining
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.datasets import Datasets
 from dtlctl.run.processes import Processes
-from dtlctl.run.provenance import circumstances, origin
 from dtlctl.storage import checkpoint, lock
 from dtlctl.storage.parts import Parts
 
@@ -26,41 +39,35 @@ if TYPE_CHECKING:
     from dtlctl.training.engine import History
 
 
+REFERENCES = "audit/references"
+
+
+@dataclass(eq=False)
 class Results:
-    """What is in the run's folder, job by job.
+    """What is in the run's folder, job by job."""
 
-    command: the command line that does a stage, for messages.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        recipe: Recipe,
-        jobs: Sequence[Job[Any]],
-        data: Datasets,
-        processes: Processes,
-        command: Callable[[str], str],
-    ):
-        self.folder, self.recipe, self.jobs = folder, recipe, jobs
-        self.data, self.processes, self.command = data, processes, command
-        self.references = folder / "audit/references"
+    folder: Path
+    recipe: Recipe
+    jobs: Sequence[Job[Any]]
+    data: Datasets
+    processes: Processes
+    command: Callable[[str], str]
+    """The command line that does a stage, for messages."""
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Own the folder: lock it, put it in order after a crash, write the resolved recipe there.
-
-        Raises CheckpointError where nothing can be written, another process is at work, or a link leads out of it.
-        """
+        """Own the folder: lock it, tidy it after a crash, write the resolved recipe there. Raises CheckpointError."""
         with ExitStack() as stack:
             self.processes.by_main(lambda: self._open(stack))
             yield
 
     def _open(self, stack: ExitStack) -> None:
         folders = sorted({place for job in self.jobs for place in (self.path(job).parent, self.scratch(job))})
-        lock.refuse_links(self.folder, [*folders, self.references, self.folder / "report"])
+        folders.append(self.folder / REFERENCES)
+        lock.refuse_links(self.folder, [*folders, self.folder / "report"])
         if taken_over := stack.enter_context(lock.held(self.folder)):
             say(taken_over)
-        for folder in [self.folder, self.references, *folders]:
+        for folder in [self.folder, *folders]:
             checkpoint.settle(folder)
         checkpoint.publish_json(self.folder / "recipe.json", self.recipe.resolved())
 
@@ -69,7 +76,7 @@ class Results:
         return self.folder / job.path
 
     def scratch(self, job: Job[Any]) -> Path:
-        """A folder for what a job needs until it is published, and no longer."""
+        """A folder for what a job needs until it is published."""
         return self.path(job).with_suffix(".resume")
 
     def parts(self, job: Job[Any]) -> Parts:
@@ -82,7 +89,6 @@ class Results:
             shutil.rmtree(self.scratch(job), ignore_errors=True)
 
     def maker(self, model: str) -> Job[Any]:
-        """The job that makes the model."""
         return next(job for job in self.jobs if job.model == model and job.makes_model)
 
     def key(self, job: Job[Any]) -> str:
@@ -98,7 +104,7 @@ class Results:
         pretrain = self.recipe.pretrain.model_copy(update={"weights": None, "classes": None})
         trained = replace(pretraining(self.recipe), settings=pretrain)
         key = {"pre": self.key(trained), "seed": self.recipe.seed, "form": "scaled answers, of all images"}
-        return Parts(self.references, checkpoint.key(key))
+        return Parts(self.folder / REFERENCES, checkpoint.key(key))
 
     def require(self, model: str) -> dict[str, Any]:
         """The sidecar of an up-to-date model; else CheckpointError with the command that makes it."""
@@ -119,10 +125,7 @@ class Results:
         model: networks.Classifier | None = None,
         adopted: Sequence[Note] = (),
     ) -> None:
-        """Publish a result, and a model's weights with it, from the main process, once all processes are there.
-
-        adopted: what is to be said of weights that come from outside.
-        """
+        """Publish a result, and a model's weights with it, with what is to be said of weights that were adopted."""
         engine = self.processes.engine
         notes = self.data.notes(job.roles) | ({"weights": [*adopted]} if adopted else {})
         sidecar = {
@@ -135,9 +138,7 @@ class Results:
             "history": history.rows,
             "wall_seconds": round(history.seconds, 3),
             "images_per_second": round(history.images_per_second, 1),
-            "datasets": {
-                role: origin(self.recipe.data.of(role), self.data.images(role, "train")) for role in job.roles
-            },
+            "datasets": {r: origin(self.recipe.data.of(r), self.data.images(r, "train")) for r in job.roles},
             "notes": {role: [n._asdict() for n in notes] for role, notes in notes.items()},
             **circumstances(engine.device, engine.processes),
         }
@@ -154,7 +155,6 @@ class Results:
             engine.by_main(write)
 
     def _inputs(self, job: Job[Any]) -> dict[str, Any]:
-        """Everything a result depends on."""
         identities = {role: self.data.identity(role) for role in job.roles}
         return {
             **job.described(self.recipe),
@@ -163,3 +163,61 @@ class Results:
             "batch": job.batches({role: one["images"] for role, one in identities.items()}, self.processes.count),
             "parent": {job.parent: self.require(job.parent).get("weights_sha256")} if job.parent else {},
         }
+
+
+def origin(dataset: Dataset, train: Images) -> dict[str, Any]:
+    """One dataset for a sidecar: its table in the recipe and the sizes of its train split, of which `train` is all."""
+    counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
+    return {"table": dataset.model_dump(mode="json"), "class_images": counts}
+
+
+def differs(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> bool:
+    """Whether the result was certainly made from other images than the recipe says, or with other augmentation.
+
+    Certainly, because a dataset of another name may be the same one; see `renamed`. Raises AttributeError, KeyError or
+    TypeError for a sidecar that does not say.
+    """
+    for role in job.roles:
+        was, now = sidecar["datasets"][role], recipe.data.of(role)
+        then, counts = was["table"], was["class_images"]
+        before = sizes(counts, then["fraction"], then["balance"])
+        if then["augment"] != now.augment or before != sizes(counts, now.fraction, now.balance):
+            return True
+    return False
+
+
+def renamed(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> dict[str, str]:
+    """By role, what the recipe calls a dataset otherwise than the result did, in words: these may be one dataset."""
+    found = {}
+    for role in job.roles:
+        was, now = sidecar["datasets"][role]["table"], recipe.data.of(role).model_dump(mode="json")
+        names = sorted(now.keys() - {"fraction", "balance", "augment", "decode"})
+        if changed := [key for key in names if now[key] != was.get(key)]:
+            before, after = (
+                ", ".join(f"{key} = {json.dumps(table.get(key), ensure_ascii=False)}" for key in changed)
+                for table in (was, now)
+            )
+            found[role] = f"made with {before}; the recipe has {after}"
+    return found
+
+
+def circumstances(device: torch.device, processes: int) -> dict[str, Any]:
+    """The part of a sidecar that no result depends on: memory, processes, device, time, versions."""
+    import resource  # not on Windows, where `dtlctl.load` works
+
+    from accelerate import __version__ as accelerate_version
+
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {
+        "peak_memory_bytes": devices.peak(device) or peak,
+        "processes": processes,
+        "device": devices.name(device),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {
+            "dtlctl": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate_version,
+        },
+    }
