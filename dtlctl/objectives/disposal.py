@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,35 +21,32 @@ from dtlctl.objectives.step import GraphMode, Step, apart, choose, outputs
 from dtlctl.objectives.unlearn import Unlearn
 
 
+@dataclass(eq=False)
 class Disposal:
     """The loss of a disposal step, of this process's share of the global batch.
 
     student, teacher: TL on its way to being disposed of, and TL, frozen, in eval mode. chunks: of this process.
     batch_norm: "train", or "frozen" for the running statistics of the start. images: rows of the source dataset;
-    label_seed: of the labels that RAND draws for them. all_reduce sums tensors over `processes`.
+    label_seed: of the labels that RAND draws for them. all_reduce sums tensors over `processes`. mode: how the chunks'
+    graphs are held, chosen at the first step where the recipe does not say.
     """
 
-    def __init__(
-        self,
-        lam: float,
-        unlearn: Unlearn,
-        retain: Retain,
-        student: Classifier,
-        teacher: Classifier,
-        *,
-        chunks: int,
-        batch_norm: str,
-        images: int,
-        label_seed: int,
-        processes: int = 1,
-        all_reduce: Callable[[Sequence[Tensor]], list[Tensor]] = list,
-    ):
-        self.lam, self.unlearn, self.retain, self.student, self.teacher = lam, unlearn, retain, student, teacher
-        self.chunks, self.batch_norm, self.processes, self.all_reduce = chunks, batch_norm, processes, all_reduce
-        more: Any = {"images": images, "seed": label_seed, "processes": processes, "all_reduce": all_reduce}
-        self._step = partial(Step, teacher=self._answers, **more)
-        self.mode: GraphMode | None = None if unlearn.memory == "auto" else unlearn.memory
-        """How the chunks' graphs are held; None until it is chosen."""
+    lam: float
+    unlearn: Unlearn
+    retain: Retain
+    student: Classifier
+    teacher: Classifier
+    _: KW_ONLY
+    chunks: int
+    batch_norm: str
+    images: int
+    label_seed: int
+    processes: int = 1
+    all_reduce: Callable[[Sequence[Tensor]], list[Tensor]] = list
+    mode: GraphMode | None = None
+
+    def __post_init__(self) -> None:
+        self.mode = None if self.unlearn.memory == "auto" else self.unlearn.memory
 
     def __call__(self, source: Batch, target: Batch | None, unlearning: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """A scalar whose gradient, averaged over processes, is that of Eq. 1, and numbers to report, detached.
@@ -120,8 +116,8 @@ class Disposal:
         self.mode = self.mode or choose(self.student, source.x, self.chunks)
         seen, tape, again = outputs(self.student, source, self.chunks, self.mode, maps=self.unlearn.needs_maps)
         kept = apart(self.student, target, self.chunks) if target else ()
-        more: Any = {"tape": tape, "again": again, "student": self.student}
-        return self._step(chunks=seen, target=kept, parameters=list(self.student.parameters()), **more)
+        parameters, more = list(self.student.parameters()), (self.processes, self.all_reduce, self.student, tape, again)
+        return Step(seen, kept, self._answers, parameters, self.images, self.label_seed, *more)
 
     @torch.no_grad()
     def _answers(self, x: Tensor) -> Tensor:
