@@ -30,10 +30,7 @@ class Collectives:
         self._control: Any = group(backend="gloo", timeout=PATIENCE) if processes > 1 else None
 
     def agree(self, code: int, *, patient: bool = False) -> int:
-        """The largest code of any process, by one message of eight bytes; with one process nothing is sent.
-
-        patient: others may be at other work, for days, and a signal need not wait for them.
-        """
+        """The largest code of any process. patient: others may be at other work, for days; a signal need not wait."""
         if self.processes == 1:
             return code
         flag, most = torch.tensor([int(code)]), torch.distributed.ReduceOp.MAX
@@ -60,10 +57,7 @@ class Collectives:
         return result
 
     def stoppable(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, one by one, unless a signal asked any process to stop: then Stopped, in all of them at once.
-
-        Processes may have different numbers of items. All must go through theirs to the end.
-        """
+        """The items, to be read to their end; where a signal asked any process to stop, Stopped, in all at once."""
         with stop.deferred():
             source, end = iter(items), object()
             while True:

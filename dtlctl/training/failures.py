@@ -46,7 +46,7 @@ def check_finite(values: Tensor) -> None:
 
 
 def is_loss(error: RuntimeError) -> bool:
-    """Whether the error is that of a message whose other end is gone, or hangs."""
+    """Whether the other end of a message is gone, or hangs."""
     return isinstance(error, torch.distributed.DistError) or any(w in str(error) for w in ("gloo", "timed out"))
 
 

@@ -9,7 +9,6 @@ import numpy as np
 
 Z = NormalDist().inv_cdf(0.975)
 """Half widths of 95 % intervals are so many standard errors: 1.96."""
-
 EXPECTED = 0.2
 """The share of images that one of TL and a variant alone answers rightly, where none was measured yet."""
 
@@ -59,10 +58,9 @@ def price_apart(before: np.ndarray, after: np.ndarray) -> Price:
 
 
 def mean_price(prices: Sequence[Price]) -> Price:
-    """The mean of the prices of several seeds, whose images may be the same, some of the same, or others.
+    """The mean of the prices of several seeds, which may share images or not; `images` is that of the fewest.
 
-    The ends of its interval are the means of theirs. That is as wide as if all seeds erred together, and so wide enough
-    however much they share: seeds on the same images are never counted as more images. `images` is that of the fewest.
+    The ends of its interval are the means of theirs: as wide as if all seeds erred together, and so wide enough.
     """
     ends = {name: mean(getattr(one, name) for one in prices) for name in ("points", "low", "high", "disagreement")}
     return Price(**ends, images=min(one.images for one in prices))

@@ -1,7 +1,6 @@
 """What an unfinished training needs to go on as if nothing had happened.
 
-Weights with buffers and heads, optimiser, learning rate, step, reports, and the random numbers of every process: one
-safetensors file whose metadata holds the JSON part, so that one rename publishes both. Batch i and the schedule at
+One safetensors file whose metadata holds the JSON part, so that one rename publishes both. Batch i and the schedule at
 step i are functions of the seed and i: the step is the sampler's position too.
 """
 
@@ -28,6 +27,8 @@ from dtlctl.training.collectives import Collectives
 
 HELD_OUT = "held_out"
 """Of a row: the accuracy in % on images held out, where it decides when a training stops."""
+KEPT = ("step", "lr", "rows", "seconds")
+"""Fields of State that are in the JSON part as they are."""
 
 
 @dataclass
@@ -53,7 +54,7 @@ class State:
 
 
 class Document(Strict):
-    """The JSON part. Strict: a file that says anything else is refused."""
+    """The JSON part."""
 
     format: Literal[2] = 2
     key: str
@@ -86,7 +87,7 @@ class StateFile:
         return time.monotonic() - self._saved >= 60 * self.minutes
 
     def save(self, group: Collectives, state: State, model: nn.Module, optimizer: Optimizer) -> None:
-        """Called by all processes, written by the main one. Raises CheckpointError; the earlier state is intact."""
+        """By all processes, written by the main one. Raises CheckpointError; the earlier state is intact."""
         tensors = {
             "random": group.gather(_random(group.device)[None]),
             **{f"model/{name}": tensor for name, tensor in model.state_dict().items()},
@@ -122,8 +123,8 @@ class StateFile:
             for options, lr in zip(optimizer.param_groups, document.lrs, strict=True):
                 options["lr"] = lr
             schedule.load_state_dict({"last_epoch": step, "_step_count": step + 1, "_last_lr": list(document.lrs)})
-            state.step, state.rows[:], state.seconds = step, document.rows, document.seconds
-            state.lr = document.lr
+            for name in KEPT:
+                setattr(state, name, getattr(document, name))
             state.best = {name: tensor.to(group.device) for name, tensor in _under("best/", tensors).items()}
             rank, processes = group.share.rank, len(document.sums)
             own = document.sums[rank % processes]
@@ -145,17 +146,9 @@ class StateFile:
         from safetensors.torch import save
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        document = Document(
-            key=self.key,
-            sha256=hashlib.sha256(save(tensors)).hexdigest(),
-            step=state.step,
-            lr=state.lr,
-            lrs=[float(options["lr"]) for options in optimizer.param_groups],
-            rows=state.rows,
-            sums=sums,
-            seconds=state.seconds,
-            saved=time.strftime("%Y-%m-%d %H:%M:%S"),
-        )
+        digest, saved = hashlib.sha256(save(tensors)).hexdigest(), time.strftime("%Y-%m-%d %H:%M:%S")
+        lrs, kept = [float(options["lr"]) for options in optimizer.param_groups], {k: getattr(state, k) for k in KEPT}
+        document = Document(key=self.key, sha256=digest, lrs=lrs, sums=sums, saved=saved, **kept)
         checkpoint.write(self.path, save(tensors, {"dtlctl": document.model_dump_json()}))
 
     def _read(self) -> tuple[Document, dict[str, Tensor]] | None:
