@@ -5,18 +5,17 @@ from torch import Tensor, nn
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation whose training statistics are those of the global batch, on any backend.
+    """Batch normalisation with the statistics of the global batch; torch's own SyncBatchNorm runs on GPUs only.
 
-    torch's own SyncBatchNorm runs on GPUs only. First derivatives only: collisions use per-chunk statistics instead.
-    An input of less precision than float32 is computed with in float32, as torch's own does; the output has its type.
+    First derivatives only. An input of less precision than float32 is computed with in float32, as torch's own does.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
         x = input.to(torch.promote_types(input.dtype, torch.float32))
-        own = torch.cat([x.sum((0, 2, 3)), x.new_full((1,), x.numel() // x.shape[1])])  # one message for both
-        total = _sum_over_processes(own)
+        # One message for both.
+        total = _sum_over_processes(torch.cat([x.sum((0, 2, 3)), x.new_full((1,), x.numel() // x.shape[1])]))
         count = total[-1].detach()
         mean = total[:-1] / count
         centred = x - mean[:, None, None]
@@ -43,5 +42,4 @@ class _SumOverProcesses(torch.autograd.Function):
         return _SumOverProcesses.forward(ctx, gradient)
 
 
-def _sum_over_processes(value: Tensor) -> Tensor:
-    return _SumOverProcesses.apply(value)
+_sum_over_processes = _SumOverProcesses.apply

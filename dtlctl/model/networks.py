@@ -37,8 +37,7 @@ Precision = Literal["float64", "float32", "tf32", "bfloat16"]
 def precision(name: Precision) -> Iterator[None]:
     """Within, products and convolutions on a GPU use TF32 if that is the precision, and else do not.
 
-    torch's switch is one for the whole process, and on for convolutions unless told otherwise; forward and backward
-    passes obey it alike. It is left as it was found.
+    torch's switch is one for the whole process, for forward and backward passes; it is left as it was found.
     """
     before = _tf32()
     _allow_tf32(name == "tf32", name == "tf32")
@@ -66,10 +65,8 @@ def _allow_tf32(products: bool, convolutions: bool) -> None:
 
 
 class Classifier(nn.Module):
-    """`heads[name](backbone(normalised x))`.
+    """`heads[name](backbone(normalised x))`: logits [B, classes of the head] of images x [B, 3, H, W] in [0, 1].
 
-    Input x: float [B, 3, H, W] in [0, 1]; the model normalises it, so a published model carries its own
-    preprocessing and an attack can work on pixels. Output: logits [B, classes of the head].
     readout: what the backbone's library calls the last linear layer, in whose place the heads are.
     """
 
@@ -135,13 +132,11 @@ def build(
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
 ) -> Classifier:
-    """A freshly initialised classifier.
+    """A freshly initialised classifier. Raises ValueError for a combination that does not exist.
 
     `arch`: a torchvision classifier's name, `resnet10`, a CIFAR ResNet (`resnet8`, `resnet20`, ...), or `timm:NAME`.
     `stem`: "imagenet" is torchvision's own first layers; "small" is a 3x3 stride-1 convolution without max-pool, for
-    32-pixel images (ResNets only). `width`: channels of a CIFAR ResNet's first stage (He et al.: 16). `mean`, `std`:
-    [3], by which it normalises images.
-    Raises ValueError for a combination that does not exist.
+    32-pixel images (ResNets only). `width`: channels of a CIFAR ResNet's first stage (He et al.: 16).
     """
     check(arch, stem, width, image_size)
     model = _assemble(arch, heads, stem, width, image_size)
@@ -205,7 +200,7 @@ def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None
 
 
 def architectures() -> list[str]:
-    """Every architecture that `build` knows by name."""
+    """Every name that `build` knows, but timm's."""
     import torchvision
 
     # Inception and GoogLeNet have auxiliary outputs, SqueezeNet no linear head.

@@ -1,8 +1,7 @@
 """Convolutions on maps so small that every output sees the whole input: one matrix product instead.
 
-A ResNet with ImageNet's stem ends in maps of 2x2 and 1x1 when its images have 32 pixels. A 3x3 kernel then has at most
-four taps inside the map at any place; the others only ever meet zeros. Without AVX-512, oneDNN computes such a
-convolution image by image: at 512 channels and 128 images it took 20 times as long as the product.
+A ResNet with ImageNet's stem ends in maps of 2x2 and 1x1 when its images have 32 pixels. Without AVX-512, oneDNN
+computes such a convolution image by image: at 512 channels and 128 images it took 20 times as long as the product.
 """
 
 import torch
@@ -17,29 +16,25 @@ class SmallMapConv2d(nn.Conv2d):
         windows = None if input.device.type != "cpu" else self.windows(*input.shape[-2:])
         if windows is None:
             return super()._conv_forward(input, weight, bias)
-        size = [1 + (side + 2 * p - k) // s for side, p, k, s in zip(input.shape[-2:], *self._geometry(), strict=True)]
+        rows, columns = windows
         # [outputs, places, inputs, height, width]: for every output place the taps that fall on the map
-        taps = torch.stack([weight[:, :, rows, columns] for rows, columns in windows], 1)
+        taps = torch.stack([weight[:, :, row, column] for row in rows for column in columns], 1)
         flat = F.linear(input.flatten(1), taps.flatten(2).flatten(0, 1))
-        y = flat.unflatten(1, (self.out_channels, *size))
+        y = flat.unflatten(1, (self.out_channels, len(rows), len(columns)))
         return y if bias is None else y + bias[:, None, None]
 
-    def _geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Padding, kernel size and stride, each by dimension."""
-        assert not isinstance(self.padding, str)
-        return self.padding, self.kernel_size, self.stride
-
-    def windows(self, height: int, width: int) -> list[tuple[slice, slice]] | None:
-        """What of the kernel lies on the map, by output place; None where the map sticks out of the kernel."""
+    def windows(self, height: int, width: int) -> tuple[list[slice], list[slice]] | None:
+        """What of the kernel lies on the map, by row and column of the output; None where the map sticks out of it."""
         if height * width > 4 or self.groups != 1 or self.dilation != (1, 1) or not unfoldable(self):
             return None
+        assert not isinstance(self.padding, str)
         lines = []
-        for side, padding, kernel, stride in zip((height, width), *self._geometry(), strict=True):
-            starts = range(padding, padding - (side + 2 * padding - kernel) - 1, -stride)
+        for side, pad, kernel, step in zip((height, width), self.padding, self.kernel_size, self.stride, strict=True):
+            starts = range(pad, pad - (side + 2 * pad - kernel) - 1, -step)
             if any(start < 0 or start + side > kernel for start in starts):
                 return None
             lines.append([slice(start, start + side) for start in starts])
-        return [(rows, columns) for rows in lines[0] for columns in lines[1]]
+        return lines[0], lines[1]
 
 
 def unfoldable(layer: nn.Module) -> bool:
@@ -48,12 +43,12 @@ def unfoldable(layer: nn.Module) -> bool:
 
 
 def unfold(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Rows that the convolution multiplies its weights with: x [B, C, H, W] -> [B, K, output places].
+    """Rows that the convolution multiplies its weights with: x [B, C, H, W] -> [B, taps, output places].
 
-    K counts the taps, without those that only ever meet zeros where there is one place.
+    Where there is one place, without taps that only ever meet zeros.
     """
     windows = conv.windows(*x.shape[-2:]) if isinstance(conv, SmallMapConv2d) else None
-    if windows and len(windows) == 1:
+    if windows and len(windows[0]) == len(windows[1]) == 1:
         return x.flatten(1)[:, :, None]
     assert not isinstance(conv.padding, str)
     return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)

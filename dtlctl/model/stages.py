@@ -22,7 +22,6 @@ class Stage(NamedTuple):
     name: str
     """The path of its first module."""
     modules: list[nn.Module]
-    """All that has weights in it."""
     output: nn.Module
     """The module whose output is that of the stage; before pooling, where there are maps."""
     share: float
@@ -79,10 +78,7 @@ def _joined(first: Stage, second: Stage) -> Stage:
 
 
 def renew(backbone: nn.Module, fresh: nn.Module, last: int) -> None:
-    """Give the last stages of a backbone the weights and statistics of a freshly initialised one of its kind.
-
-    last: how many, 1 or more. Raises ValueError where fewer are known.
-    """
+    """Give so many last stages the weights and statistics of a fresh backbone; ValueError where fewer are known."""
     old, new = stages(backbone), stages(fresh)
     if last > len(old):
         raise ValueError(f"{last} of the last stages of {type(backbone).__name__}, but {len(old)} are known")

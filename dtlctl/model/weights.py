@@ -24,7 +24,7 @@ class Given(NamedTuple):
 
     backbone: dict[str, Tensor]
     head: tuple[Tensor, Tensor] | None
-    """Weight [classes, features] and bias [classes]; None where there is none."""
+    """Weight [classes, features] and bias [classes]."""
     classes: list[str] | None
     """Names of the head's outputs, where they are told."""
     notes: list[str]
@@ -34,8 +34,7 @@ class Given(NamedTuple):
 def identity(weights: str, arch: str) -> dict[str, str]:
     """What tells these weights from others: {"sha256": of the file}, or {"torchvision": name, "url": address}.
 
-    Nothing is fetched. Raises CheckpointError where there is no such file, or it cannot be read without unpickling, or
-    the registry has no such weights of the architecture.
+    Nothing is fetched. Raises CheckpointError for no file or registry's entry that could be used.
     """
     if weights.startswith(REGISTRY):
         entry = _entry(weights, arch)
@@ -45,10 +44,9 @@ def identity(weights: str, arch: str) -> dict[str, str]:
 
 
 def read(weights: str, network: dict[str, Any], classes: Sequence[str] | None = None) -> Given:
-    """The tensors, checked against the network, and what is said of classes and preprocessing.
+    """The tensors, checked against the network, and what is said of classes and preprocessing; or CheckpointError.
 
-    network: arguments of `networks.build` but for the heads. classes: names that the recipe gives the head's outputs,
-    in place of those that the file has. Raises CheckpointError where they do not fit, and where they cannot be fetched.
+    network: arguments of `networks.build` but for the heads. classes: in place of the names that the file has.
     """
     tensors, said = _from_registry(weights, network["arch"]) if weights.startswith(REGISTRY) else tensors_of(weights)
     try:
@@ -65,10 +63,7 @@ def read(weights: str, network: dict[str, Any], classes: Sequence[str] | None = 
 
 
 def fill_head(model: Classifier, name: str, given: Given, classes: Sequence[str]) -> str:
-    """Give the model this head, its outputs in the order of `classes`; returns in words how they were matched.
-
-    Raises ValueError where they do not match.
-    """
+    """Give the model this head, its outputs in the order of `classes`; in words how they match, or ValueError."""
     if given.head is None:
         raise ValueError(f"it has no head ({model.readout}.weight, {model.readout}.bias)")
     known, outputs = given.classes, len(given.head[1])
@@ -87,7 +82,7 @@ def fill_head(model: Classifier, name: str, given: Given, classes: Sequence[str]
 def _fitted(
     tensors: Mapping[str, Tensor], network: dict[str, Any], notes: list[str]
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
-    """The backbone's tensors and the head's. ValueError, with the first three names, for those of another network."""
+    """The backbone's tensors and the head's. Raises ValueError for those of another network."""
     like = outline(*(network[name] for name in ("arch", "stem", "width", "image_size")))
     own, names = like.backbone.state_dict(), [f"{like.readout}.weight", f"{like.readout}.bias"]
     backbone = {name: tensor for name, tensor in tensors.items() if name not in names}

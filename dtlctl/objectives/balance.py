@@ -1,9 +1,9 @@
 """λ from a price: a disposal that may cost so many points of target accuracy finds its λ as it runs.
 
-What a λ does depends on how steep the two losses are, which differs between data, networks and losses by factors of
-ten, and changes as a network forms. So λ follows from a ratio r of what the two terms of Eq. 1 weigh in a step,
-λ |∇unlearn| = r (1 - λ) |∇retain|, and r follows from the price: it stays where it starts while the network forms, and
-from then on goes up where the price so far is below the allowed one, and down where it is above.
+What a λ does depends on how steep the two losses are, which differs by factors of ten and changes as a network forms.
+So λ follows from a ratio r of what the two terms of Eq. 1 weigh in a step, λ |∇unlearn| = r (1 - λ) |∇retain|, and r
+follows from the price: it stays where it starts while the network forms, and from then on goes up where the price so
+far is below the allowed one, and down where it is above.
 """
 
 import math
@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 START = 1.0
 """The first ratio: both terms weigh the same."""
 CHECKS, APART = 40, 10
-"""How often a run looks at its price and its gradients, and how many steps lie between at least: a look costs as much
-as a few of them."""
+"""How often a run looks at its price and gradients, and how many steps lie between at least: a look costs a few."""
 FORMED = 0.7
-"""The share of the steps after which the price steers: before, it tells how far the network has come, and how large
-the steps are."""
+"""The share of the steps after which the price steers: before, it tells how far the network has come."""
 GAIN, FULL = 0.5, 3.0
 """A check changes log r by at most GAIN, where the price is FULL points or more away from the allowed one."""
 SMOOTH = 0.5

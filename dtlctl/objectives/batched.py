@@ -39,7 +39,7 @@ class Call(NamedTuple):
     edge: GradientEdge
     """Where the gradient of its output is found, also when a later step overwrites the output in place."""
     rows: int
-    """Images times positions of the output: how many vectors the layer saw."""
+    """Images times positions of the output."""
 
 
 @dataclass
@@ -66,10 +66,10 @@ def _known(module: nn.Module) -> bool:
 
 @contextmanager
 def record(model: nn.Module, chunks: int) -> Iterator[Tape]:
-    """Within, the model treats a batch of `chunks` equal parts as it would treat the parts one by one.
+    """Within, a model that is `batchable` treats a batch of equal chunks as it would treat them one by one.
 
     Batch norms in train mode take each chunk's own statistics; their running statistics move once, by the mean over
-    chunks of where each chunk alone would have moved them. One forward pass a tape. Needs `batchable(model)`.
+    chunks of where each chunk alone would have moved them. One forward pass a tape.
     """
     tape = Tape(chunks)
     with ExitStack() as stack:
@@ -135,7 +135,7 @@ def _differentiate(total: Tensor, parameters: Sequence[Tensor], tape: Tape) -> t
 
 
 def _few_rows(module: Layer, calls: Sequence[Call], chunks: int) -> bool:
-    """Whether the two matrices of [rows, rows] cost less than the weights' gradient of a chunk."""
+    """Whether two matrices of [rows, rows] cost less than a chunk's gradient by the weights."""
     outputs, inputs = module.weight.shape[0], module.weight[0].numel()
     rows = calls[0].rows // chunks
     return len(calls) == 1 and getattr(module, "groups", 1) == 1 and rows * (inputs + outputs) < inputs * outputs

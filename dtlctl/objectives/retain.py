@@ -1,7 +1,6 @@
 """Retaining losses: what keeps the target task (Koh et al., ICCV 2023, sections 3.2.1 and 4.6).
 
-Each kind is one class: its recipe fields, its loss, and `guard`, which may bend the unlearning loss before the two
-are mixed. A new one is a class here and its name in `Retain`.
+Each kind is one class: its recipe fields and its loss. A new one is a class here and its name in `Retain`.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -18,7 +17,7 @@ from dtlctl.strict import Algorithm
 
 class _Retain(Algorithm):
     def guard(self, unlearn: Tensor, retain: Tensor, step: Step) -> Tensor:
-        """The unlearning scalar to mix in: here, as it is."""
+        """The unlearning scalar to mix in, which may be bent."""
         return unlearn
 
 

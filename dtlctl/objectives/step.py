@@ -118,11 +118,10 @@ def recomputing(student: Classifier, batch: Batch, chunks: int) -> Callable[[int
 
 
 def choose(student: Classifier, x: Tensor, chunks: int) -> GraphMode:
-    """The fastest way whose graphs fit into half of the memory of this device.
+    """The fastest way whose graphs for this share x of a batch fit into half of the memory of this device.
 
-    x: this process's share of a batch. A second-order graph holds about three times what a forward pass saves; kept
-    chunk by chunk it holds a gradient a chunk too. The device's whole memory counts, not what is free of it now, so
-    that a run that is taken up again takes the same way.
+    A second-order graph holds about three times what a forward pass saves; kept chunk by chunk, a gradient a chunk too.
+    The device's whole memory counts, not what is free now, so that a run that is taken up again takes the same way.
     """
     saved = chunks * _saved_bytes(student, x[: len(x) // chunks])
     weights = sum(p.nbytes for p in student.parameters())

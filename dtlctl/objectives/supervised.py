@@ -12,10 +12,10 @@ from dtlctl.model.networks import Classifier
 def cross_entropy(
     model: Classifier, head: str, batches: Batches, smoothing: float = 0.0
 ) -> Callable[[int], tuple[Tensor, dict[str, Tensor]]]:
-    """Mean cross-entropy of the global batch, in nats, as an objective of the engine.
+    """Mean cross-entropy of the global batch, in nats, as an objective of the engine; smoothing: of labels.
 
-    Each process sums over its share and divides by the mean share, so that the average over processes is the mean
-    over images even where shares differ in size. smoothing: share of a label that is spread over all classes.
+    Each process sums over its share and divides by the mean share: so the average over processes is the mean over
+    images even where shares differ in size.
     """
 
     def objective(step: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -130,8 +130,7 @@ class NullSpace(OnePart):
 def _unexplained(rows: Tensor, by: Tensor, inverse: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     """|H - Z M|^2 / |H|^2 of this process's share of H [B, F] and Z [B, K], over the global batch: scalar and value.
 
-    Z has no mean; inverse: (Z'Z)^-1 [K, K] of the global batch. Means and M are held constant: both sums are least at
-    theirs, so the gradient is the same.
+    Z has no mean; inverse: (Z'Z)^-1 [K, K]. Means and M are constants: both sums are least there.
     """
     rows = rows.to(by.dtype)
     (total,) = step.all_reduce([rows.detach().sum(0)])

@@ -20,11 +20,7 @@ KINDS = ("-sweep", "-compare")
 
 
 def relatives(out: Path, name: str) -> list[Path]:
-    """Folders of the recipe's runs, plain, swept or compared: what is done there need not be done again.
-
-    out: where runs are, or the folder of a sweep or comparison: a point of it, or what follows from it, run by itself
-    under a name of its own.
-    """
+    """Folders of the recipe's runs, plain, swept or compared; out: where runs are, or that of a sweep or comparison."""
     for kind in KINDS:
         if out.name.endswith(kind):
             out, name = out.parent, out.name.removesuffix(kind)
@@ -43,16 +39,15 @@ class Earlier:
                 self.known[_key_in(path, path.stat().st_mtime_ns)] = path
 
     def find(self, experiment: Experiment, job: Job[Any]) -> Path | None:
-        """The sidecar of the job's result; None where nobody has made it, or its parent is not up to date."""
+        """The sidecar of the job's result; None, too, where its parent is not up to date."""
         with suppress(CheckpointError):
             return self.known.get(experiment.results.key(job))
         return None
 
     def take(self, experiment: Experiment, job: Job[Any]) -> Path | None:
-        """Publish the job's result, if somebody has made it, in the run's folder, which this process owns.
+        """Publish the job's result, if somebody has made it, in the run's folder; returns the sidecar it comes from.
 
-        Returns the sidecar that it was taken from. Of an audit that nobody has made, the reference models' answers
-        are taken, if there are any.
+        Of an audit that nobody has made, the reference models' answers are taken, if there are any.
         """
         found = self.find(experiment, job)
         if found is not None:

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 class Experiment:
     """What a stage needs besides its own settings. Data and the engine are loaded when first asked for.
 
-    source: the recipe's file, words: what followed it on the command line; for messages. Raises RecipeError for a
-    recipe that asks for what its network does not have.
+    source: the recipe's file, words: what followed it on the command line; for messages. Raises RecipeError.
     """
 
     def __init__(
@@ -48,10 +47,7 @@ class Experiment:
         return self.processes.engine
 
     def chosen(self, stages: Collection[str], only: Collection[str] = ()) -> list[Job[Any]]:
-        """The jobs of these stages, of some models only if any are named.
-
-        Raises RecipeError for a model in `only` that these stages do not make or attack.
-        """
+        """The jobs of these stages, of some models only if any are named. Raises RecipeError for an unknown one."""
         found = [job for job in self.jobs if job.stage in stages]
         known = dict.fromkeys(job.model for job in found)
         for model in only:

@@ -19,11 +19,7 @@ Item = TypeVar("Item")
 
 
 class Processes:
-    """Work for the main process alone, progress, and the engine, which is started when it is first needed.
-
-    folder: the run's, which is said to be at work when the engine starts; trackers: the recipe's; quiet: nothing is
-    said.
-    """
+    """Work for the main process alone, progress, and the engine, which is started when it is first needed."""
 
     def __init__(self, folder: Path, precision: networks.Precision, trackers: Sequence[str], quiet: bool):
         self.folder, self.precision, self.trackers, self.quiet = folder, precision, trackers, quiet
@@ -43,7 +39,7 @@ class Processes:
         return engine
 
     def by_main(self, work: Callable[[], Item]) -> Item | None:
-        """What the main process alone does, while the others wait. No engine is started where there is one process."""
+        """What the main process alone does, while the others wait. One process needs no engine for it."""
         return work() if self.count == 1 else self.engine.by_main(work)
 
     def progress(self, title: str, total: int) -> Progress:

@@ -166,16 +166,16 @@ class Results:
 
 
 def origin(dataset: Dataset, train: Images) -> dict[str, Any]:
-    """One dataset for a sidecar: its table in the recipe and the sizes of its train split, of which `train` is all."""
+    """One dataset for a sidecar: its table in the recipe, and the sizes of its whole train split."""
     counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
     return {"table": dataset.model_dump(mode="json"), "class_images": counts}
 
 
 def differs(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> bool:
-    """Whether the result was certainly made from other images than the recipe says, or with other augmentation.
+    """Whether the result was made from another number of images, or with other augmentation, than the recipe says.
 
-    Certainly, because a dataset of another name may be the same one; see `renamed`. Raises AttributeError, KeyError or
-    TypeError for a sidecar that does not say.
+    A dataset of another name may be the same one; see `renamed`. Raises AttributeError, KeyError or TypeError for a
+    sidecar that does not say.
     """
     for role in job.roles:
         was, now = sidecar["datasets"][role], recipe.data.of(role)

@@ -100,8 +100,7 @@ class Trainer:
     def measured(self, model: networks.Classifier, measures: dict[str, tuple[str, str]]) -> dict[str, Any]:
         """Accuracies in % as {name: (head, role)} asks for them, each on all of the role's test split.
 
-        `correct` holds by name which of the target's images were answered rightly: what two models differ by on the
-        same images is known far better than by their accuracies.
+        `correct` holds by name which of the target's images were answered rightly: two models are told apart by it.
         """
         found = {
             name: self.processes.engine.correct(model, head, self.split(role, "test"))
