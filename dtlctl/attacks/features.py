@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer
 
 from dtlctl.model import networks
-from dtlctl.model.networks import Classifier
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -24,7 +23,7 @@ UNSEEN = 16.0
 
 
 @torch.no_grad()
-def read(model: Classifier, images: Iterable[Tensor]) -> dict[str, np.ndarray]:
+def read(model: networks.Classifier, images: Iterable[Tensor]) -> dict[str, np.ndarray]:
     """The mean [N, C] of every known stage by its name, first stage first, and the embedding, of a model in eval mode.
 
     images: in parts [n, 3, S, S].
@@ -113,7 +112,7 @@ def least_squares(features: np.ndarray, labels: np.ndarray) -> float:
     return 100 * float(fitted.fit(features[::2], labels[::2]).score(features[1::2], labels[1::2]))
 
 
-def refit(model: Classifier, head: str, features: Tensor, labels: Tensor, classes: int) -> None:
+def refit(model: networks.Classifier, head: str, features: Tensor, labels: Tensor, classes: int) -> None:
     """Replace a head by a logistic regression (C = 1) on frozen features [n, features], labels [n] < classes.
 
     A destroyed head must not pass for privacy: attacks that look through it see noise, whatever the features hold. What

@@ -33,13 +33,11 @@ class Setting(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What the held-out images say after some steps."""
+    """What the held-out images say after some steps: accuracy in %, cross-entropy in nats."""
 
     step: int
     accuracy: float
-    """%"""
     loss: float
-    """cross-entropy, nats"""
 
     @property
     def merit(self) -> tuple[float, float, int]:

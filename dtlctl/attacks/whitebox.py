@@ -19,7 +19,6 @@ from dtlctl.attacks.membership import Guess, Known
 from dtlctl.attacks.signals import Observation, loss
 from dtlctl.console import devices
 from dtlctl.model import networks
-from dtlctl.model.networks import Classifier
 from dtlctl.model.small_maps import unfold, unfoldable
 from dtlctl.model.stages import hooked
 
@@ -41,7 +40,7 @@ def grad_w(view: Observation) -> dict[str, Tensor]:
 
 def by_pixels(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The gradient of each image's loss by its pixels, of the shape of x: [B, 3, S, S]; y: [B]."""
-    if isinstance(model, Classifier):
+    if isinstance(model, networks.Classifier):
         model = copy.copy(model)  # of the same tensors
         model.precision = "float32"  # bfloat16 would round what tells images apart
     with torch.enable_grad():

@@ -15,7 +15,6 @@ from torchvision.ops import StochasticDepth
 from dtlctl.console import devices
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks
-from dtlctl.model.networks import Classifier
 from dtlctl.objectives.retain import Retain
 from dtlctl.objectives.step import GraphMode, Step, apart, choose, outputs
 from dtlctl.objectives.unlearn import Unlearn
@@ -34,8 +33,8 @@ class Disposal:
     lam: float
     unlearn: Unlearn
     retain: Retain
-    student: Classifier
-    teacher: Classifier
+    student: networks.Classifier
+    teacher: networks.Classifier
     _: KW_ONLY
     chunks: int
     batch_norm: str

@@ -56,7 +56,6 @@ class Step:
     seed: int
     processes: int
     all_reduce: Callable[[Sequence[Tensor]], list[Tensor]]
-    """Sums tensors over processes."""
     student: nn.Module | None = None
     """For a loss that takes the network on from where it is: called with (x, "source"), it gives logits."""
     tape: Tape | None = None

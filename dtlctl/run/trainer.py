@@ -93,19 +93,16 @@ class Trainer:
     def split(self, role: str, split: Split, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """This process's share of a split, or of some rows of it, not augmented; to be read to its end."""
         images, engine = self.data.images(role, split), self.processes.engine
-        return engine.stoppable(
-            evaluation_batches(images.pixels, images.labels, rows, device=engine.device, share=engine.share)
-        )
+        batches = evaluation_batches(images.pixels, images.labels, rows, device=engine.device, share=engine.share)
+        return engine.stoppable(batches)
 
     def measured(self, model: networks.Classifier, measures: dict[str, tuple[str, str]]) -> dict[str, Any]:
         """Accuracies in % as {name: (head, role)} asks for them, each on all of the role's test split.
 
         `correct` holds by name which of the target's images were answered rightly: two models are told apart by it.
         """
-        found = {
-            name: self.processes.engine.correct(model, head, self.split(role, "test"))
-            for name, (head, role) in measures.items()
-        }
+        correct = self.processes.engine.correct
+        found = {name: correct(model, head, self.split(role, "test")) for name, (head, role) in measures.items()}
         kept = {name: packed(each) for name, each in found.items() if measures[name][1] == "target"}
         return {name: 100 * float(each.mean()) for name, each in found.items()} | ({"correct": kept} if kept else {})
 

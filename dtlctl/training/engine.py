@@ -27,7 +27,7 @@ from dtlctl.data.tensors import Batch
 from dtlctl.errors import DivergedError, RecipeError, Stopped
 from dtlctl.model import networks
 from dtlctl.model.batchnorm import GlobalBatchNorm
-from dtlctl.model.networks import Classifier, Precision
+from dtlctl.model.networks import Precision
 from dtlctl.recipe.settings import Training
 from dtlctl.training import surroundings
 from dtlctl.training.collectives import TIMEOUT, Collectives
@@ -254,7 +254,7 @@ def _by_layer(model: nn.Module, lr: float, decay: float) -> list[dict[str, Any]]
     What is in no stage, as the stem, stands before the first (as in BEiT, arXiv:2106.08254).
     """
     depth: dict[nn.Parameter, int] = {}
-    if isinstance(model, Classifier):
+    if isinstance(model, networks.Classifier):
         blocks = networks.stages(model.backbone)
         depth = dict.fromkeys(model.backbone.parameters(), len(blocks) + 1)
         depth |= {p: len(blocks) - k for k, block in enumerate(blocks) for m in block.modules for p in m.parameters()}

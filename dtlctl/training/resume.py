@@ -33,40 +33,36 @@ KEPT = ("step", "lr", "rows", "seconds")
 
 @dataclass
 class State:
-    """Where a training stands between two steps."""
+    """Where a training stands between two steps.
+
+    rows: the reports so far; sums: this process's, scalars, since the last one; seconds: up to the start or the last
+    restore; lr: of the last step; best: weights and buffers of the best row by HELD_OUT.
+    """
 
     step: int = 0
     rows: list[dict[str, int | float]] = field(default_factory=list)
-    """The reports so far."""
     sums: dict[str, Tensor] = field(default_factory=dict)
-    """This process's sums since the last report: scalars."""
     seconds: float = 0.0
-    """Time spent up to the start or the last restore."""
     lr: float = 0.0
-    """The learning rate of the last step."""
     best: dict[str, Tensor] = field(default_factory=dict)
-    """The weights and buffers of the best row by HELD_OUT."""
 
     def best_step(self) -> int:
-        """The step of the first row that is the best by HELD_OUT; 0 where none has it."""
+        """Of the first row that is the best by HELD_OUT; 0 where none has it."""
         looks = [row for row in self.rows if HELD_OUT in row]
         return int(max(looks, key=lambda row: row[HELD_OUT])["step"]) if looks else 0
 
 
 class Document(Strict):
-    """The JSON part."""
+    """The JSON part. sha256: of the tensors; lrs: of the next step, by group of weights; sums: of every process."""
 
     format: Literal[2] = 2
     key: str
     sha256: str
-    """Of the tensors, in a file of their own."""
     step: int = Field(ge=0)
     lr: float
     lrs: list[float]
-    """Of the next step, by group of weights."""
     rows: list[dict[str, int | float]]
     sums: list[dict[str, float]] = Field(min_length=1)
-    """Of every process."""
     seconds: float = Field(ge=0)
     saved: str
     """When, in local time."""
@@ -94,8 +90,8 @@ class StateFile:
             **{f"best/{name}": tensor for name, tensor in state.best.items()},
             **{
                 f"optimizer/{number}/{name}": value
-                for number, weight in enumerate(_weights(optimizer))
-                for name, value in optimizer.state.get(weight, {}).items()
+                for number, own in optimizer.state_dict()["state"].items()
+                for name, value in own.items()
                 if isinstance(value, Tensor)  # what else it keeps for a weight it makes again
             },
         }
@@ -106,10 +102,7 @@ class StateFile:
     def restore(
         self, group: Collectives, state: State, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler
     ) -> str | None:
-        """Take up the state if there is one for this key; returns when it was saved, or None.
-
-        Raises CheckpointError for a file that cannot be used.
-        """
+        """Take up the state if there is one for this key; returns when it was saved. Raises CheckpointError."""
         found = self._read()
         step = found[0].step if found else -1
         if group.agree(step) != step:
@@ -191,13 +184,9 @@ def _set_random(state: Tensor, device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(there.clone())
 
 
-def _weights(optimizer: Optimizer) -> list[Tensor]:
-    return [weight for options in optimizer.param_groups for weight in options["params"]]
-
-
 def _fill(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put "NUMBER/NAME" back. Raises ValueError for a tensor that is not shaped like its weight, or not finite."""
-    weights = _weights(optimizer)
+    weights = [weight for options in optimizer.param_groups for weight in options["params"]]
     for place, tensor in tensors.items():
         number, _, name = place.partition("/")
         weight = weights[int(number)]
