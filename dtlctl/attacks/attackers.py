@@ -33,7 +33,7 @@ def weighted(backbone: nn.Module) -> list[Weighted]:
 
 
 class LowRank(nn.Module):
-    """W + up · down, with W as it is and up zero at first (LoRA, arXiv:2106.09685); start: what down's rows are of."""
+    """W + up · down, with W as it is and up zero at first (LoRA, arXiv:2106.09685); start: fresh weights, for down."""
 
     def __init__(self, start: Tensor, rank: int):
         super().__init__()

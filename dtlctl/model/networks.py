@@ -48,7 +48,6 @@ def precision(name: Precision) -> Iterator[None]:
 
 
 def _tf32() -> tuple[bool, bool]:
-    """Whether matrix products, and convolutions, may use TF32."""
     matmul: Any = torch.backends.cuda.matmul
     conv: Any = getattr(torch.backends.cudnn, "conv", None)
     if conv is None:  # before torch 2.9; since then an old name raises where somebody wrote to a new one
@@ -83,7 +82,6 @@ class Classifier(nn.Module):
 
     @property
     def classes(self) -> dict[str, int]:
-        """Number of classes by head."""
         return {name: int(head.out_features) for name, head in self.heads.items() if isinstance(head, nn.Linear)}
 
     def embed(self, x: Tensor) -> Tensor:
@@ -225,7 +223,6 @@ def _torchvision(arch: str, image_size: int) -> tuple[Any, int, str]:
 
 
 def _timm(arch: str, image_size: int) -> tuple[Any, int, str]:
-    """The same of timm."""
     import timm
 
     backbone: Any = timm.create_model(

@@ -157,7 +157,6 @@ def _of_timm(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file(weights: str) -> Path:
-    """The file of tensors; of an exported folder, the one in it."""
     path = Path(os.path.abspath(os.path.expanduser(weights)))
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(

@@ -32,8 +32,6 @@ Layer = nn.Conv2d | nn.Linear
 
 
 class Call(NamedTuple):
-    """One use of a convolution or linear layer."""
-
     x: Tensor
     """Its input, with its graph: [images, features] or [images, channels, height, width]."""
     edge: GradientEdge
@@ -112,9 +110,8 @@ def _differentiate(total: Tensor, parameters: Sequence[Tensor], tape: Tape) -> t
     refuse_graph(total)
     layers = {module: calls for module, calls in tape.calls.items() if calls}
     products = [m.weight for m, calls in layers.items() if _few_rows(m, calls, tape.chunks)]
-    edges = [call.edge for calls in layers.values() for call in calls]
-    copies = [copy for _, copy in tape.spread]
-    wanted: list[Any] = [*edges, *copies, *products]
+    wanted: list[Any] = [call.edge for calls in layers.values() for call in calls]
+    wanted += [*(copy for _, copy in tape.spread), *products]
     found = iter(torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True))
     outputs = {m: [(call.x, d) for call in calls if (d := next(found)) is not None] for m, calls in layers.items()}
     by_chunk: dict[Tensor, Tensor] = {p: parts for p, _ in tape.spread if (parts := next(found)) is not None}

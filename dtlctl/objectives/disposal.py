@@ -124,7 +124,6 @@ class Disposal:
 
 
 def train_mode(model: nn.Module, batch_norm: str) -> None:
-    """Train mode, with batch normalisation as the disposal wants it."""
     model.train()
     if batch_norm == "frozen":
         for module in model.modules():

@@ -69,7 +69,6 @@ class Step:
         return [grad / self.processes for grad in self.all_reduce(grads)]
 
     def collide(self, loss: Callable[[ChunkOutputs], Tensor], *, self_pairs: bool = False) -> Collision:
-        """The collision (Eq. 8) of the gradients of a loss of each chunk, over all processes' chunks."""
         options: Any = {"self_pairs": self_pairs, "processes": self.processes, "all_reduce": self.all_reduce}
         if self.tape is not None:
             return collide_batched([loss(chunk) for chunk in self.chunks], self.parameters, self.tape, **options)
@@ -92,7 +91,6 @@ def outputs(student: Classifier, batch: Batch, chunks: int, mode: GraphMode, *, 
 
 
 def together(student: Classifier, batch: Batch, chunks: int) -> tuple[list[ChunkOutputs], Tape]:
-    """All chunks from one pass, and its tape for `collide_batched`."""
     with record(student, chunks) as tape:
         whole = _outputs(student, batch)
     parts = zip(*(t.chunk(chunks) for t in (whole.x, whole.y, whole.rows, whole.source, whole.target)), strict=True)

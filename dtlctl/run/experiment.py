@@ -39,7 +39,6 @@ class Experiment:
         self.trainer = Trainer(recipe, self.data, self.results, self.processes)
 
     def command(self, stage: str) -> str:
-        """The command line that does a stage of this run."""
         return shlex.join(["dtlctl", stage, self.source, *self.words])
 
     @property

@@ -46,5 +46,4 @@ class Processes:
         return Progress(title, total, enabled=not self.quiet and self.is_main)
 
     def say(self, text: str) -> None:
-        """One line of talk, once, unless the run is quiet."""
         say(text, self.quiet)

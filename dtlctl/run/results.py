@@ -80,7 +80,6 @@ class Results:
         return self.path(job).with_suffix(".resume")
 
     def parts(self, job: Job[Any]) -> Parts:
-        """What is finished of an attack that is not."""
         return Parts(self.scratch(job), self.key(job))
 
     def tidy(self, job: Job[Any]) -> None:
@@ -202,7 +201,6 @@ def renamed(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> dict[str,
 
 
 def circumstances(device: torch.device, processes: int) -> dict[str, Any]:
-    """The part of a sidecar that no result depends on: memory, processes, device, time, versions."""
     import resource  # not on Windows, where `dtlctl.load` works
 
     from accelerate import __version__ as accelerate_version

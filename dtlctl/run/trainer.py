@@ -70,7 +70,6 @@ class Trainer:
         return index[kept], index[held]
 
     def batches_of(self, job: Job[Any], tag: str) -> Batches:
-        """For a job that learns from labels."""
         return self.batches(job.dataset, job.settings.batch_size, tag, rows=self.rows(job)[0])
 
     def batches(

@@ -71,7 +71,6 @@ class Collectives:
                     yield item  # type: ignore[misc]
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors, summed over processes, by one message."""
         tensors = list(tensors)
         if self.processes == 1:
             return tensors
@@ -96,7 +95,6 @@ class Collectives:
         return [value for part in parts for value in part]
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its mean over processes, in place."""
         if self.processes > 1:
             for own, total in zip(tensors, self.all_reduce(tensors), strict=True):
                 own.copy_(total / self.processes)

@@ -235,7 +235,6 @@ class Engine(Collectives):
 
 
 def _precision(model: nn.Module) -> AbstractContextManager[None]:
-    """The precision that the model is of; float32 for one that does not say."""
     return networks.precision(getattr(model, "precision", "float32"))
 
 
@@ -266,7 +265,6 @@ def _by_layer(model: nn.Module, lr: float, decay: float) -> list[dict[str, Any]]
 
 
 def schedule_of(optimizer: Optimizer, plan: Training, steps: int) -> LRScheduler:
-    """The learning rate over `steps` steps of the optimizer; one-cycle needs two or more."""
     if plan.schedule == "one-cycle" and steps > 1:
         return OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups], steps, cycle_momentum=False)
     if plan.schedule == "cosine":

@@ -145,7 +145,6 @@ class StateFile:
         checkpoint.write(self.path, save(tensors, {"dtlctl": document.model_dump_json()}))
 
     def _read(self) -> tuple[Document, dict[str, Tensor]] | None:
-        """What the file says, if it is for our key."""
         from safetensors import SafetensorError
         from safetensors.torch import load, save
 
