@@ -39,13 +39,11 @@ class Distill(_Retain):
         return self.on != "source"
 
     def loss(self, step: Step) -> Tensor:
-        outputs = {"source": step.chunks, "target": step.target, "both": [*step.chunks, *step.target]}[self.on]
-        return torch.stack([self._divergence(step.teacher(v.x), v.target) for v in outputs]).mean()
-
-    def _divergence(self, teacher: Tensor, student: Tensor) -> Tensor:
-        t = self.temperature
-        student, teacher = (student / t).log_softmax(1), (teacher / t).log_softmax(1)
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * t**2
+        t, parts = self.temperature, list[Tensor]()
+        for seen in {"source": step.chunks, "target": step.target, "both": [*step.chunks, *step.target]}[self.on]:
+            student, teacher = ((logits / t).log_softmax(1) for logits in (seen.target, step.teacher(seen.x)))
+            parts.append(F.kl_div(student, teacher, reduction="batchmean", log_target=True) * t**2)
+        return torch.stack(parts).mean()
 
 
 class _OnTarget(_Retain):

@@ -151,7 +151,14 @@ class Engine(Collectives):
         loss, parts = objective(state.step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = self._share(model, clip)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads = [p.grad for p in parameters if p.grad is not None]
+        self.average_([*grads, *(b for b in model.buffers() if b.is_floating_point())])
+        norm = nn.utils.get_total_norm(grads)
+        if clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         # Where it is 1, a fused step changes nothing, and nobody had to wait for the number. No nan is below infinity.
         optimizer.found_inf = (~(norm < torch.inf)).float()  # type: ignore[attr-defined]
         for name, value in {**parts, "gradient_norm": norm}.items():
@@ -220,18 +227,6 @@ class Engine(Collectives):
             what = f"the {head} head's answers to {bad} of {len(answers)} images are not finite"
             raise DivergedError(f"training diverged: {what}\n{REMEDY}")
         return answers == 1
-
-    def _share(self, model: nn.Module, clip: float | None) -> Tensor:
-        """Average gradients and buffers over processes, by one message; clip gradients; their norm from before that."""
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad
-        self.average_([*grads, *(b for b in model.buffers() if b.is_floating_point())])
-        norm = nn.utils.get_total_norm(grads)
-        if clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-        return norm
 
 
 def _precision(model: nn.Module) -> AbstractContextManager[None]:
