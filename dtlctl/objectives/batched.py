@@ -26,6 +26,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv2d_weight
 
 from dtlctl.model.small_maps import SmallMapConv2d, unfold, unfoldable
+from dtlctl.model.stages import hooked
 from dtlctl.objectives.collision import AllReduce, Collision, assemble, gradient, pairs_of, refuse_graph
 
 Layer = nn.Conv2d | nn.Linear
@@ -45,7 +46,7 @@ class Tape:
     """What one forward pass of all chunks left behind, by module."""
 
     chunks: int
-    calls: dict[Layer, list[Call]] = field(default_factory=dict)
+    calls: dict[Layer, list[Call]]
     spread: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """(parameter [C], its copy by chunk [c, C], of which the network was computed)."""
 
@@ -69,15 +70,12 @@ def record(model: nn.Module, chunks: int) -> Iterator[Tape]:
     Batch norms in train mode take each chunk's own statistics; their running statistics move once, by the mean over
     chunks of where each chunk alone would have moved them. One forward pass a tape.
     """
-    tape = Tape(chunks)
-    with ExitStack() as stack:
+    tape = Tape(chunks, {module: [] for module in model.modules() if isinstance(module, Layer)})
+    with ExitStack() as stack, hooked(tape.calls, partial(_remember, tape)):
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.__dict__["forward"] = partial(_batch_norm, module, tape)
                 stack.callback(module.__dict__.pop, "forward")
-            elif isinstance(module, nn.Conv2d | nn.Linear):
-                tape.calls[module] = []
-                stack.enter_context(module.register_forward_hook(partial(_remember, tape)))
         yield tape
 
 
