@@ -124,7 +124,7 @@ def test_a_reference_must_have_said_something_finite_of_every_image(recipe_file:
     experiment = new_experiment(recipe_file, RMIA)
     run(experiment, ("pretrain", "audit"), only=("pre",))
     (experiment.folder / "audit/pre.json").unlink()
-    path = experiment.results.references / "1.json"
+    path = experiment.folder / "audit/references/1.json"
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "part": document["part"][1:]}))
     with pytest.raises(CheckpointError, match=r"references/1.json: cannot be used: .*; delete it to make it again"):
@@ -181,7 +181,7 @@ def test_references_of_other_runs_are_taken_over_if_they_fit(recipe_file: Path):
         new_experiment(recipe_file, RMIA, *more) for more in ((), ("name=second",), ("name=third", "seed=1"))
     )
     run(first, ("pretrain", "audit"), only=("pre",))
-    (first.results.references / "damaged.json").write_text("no JSON")  # of another run: it is none of ours
+    (first.folder / "audit/references/damaged.json").write_text("no JSON")  # of another run: it is none of ours
     for other, left in ((second, 0), (third, 2)):
         run(other, ("pretrain",))
         assert reference.missing(other, 2) == 2
