@@ -13,11 +13,10 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -27,7 +26,7 @@ from dtlctl.data import entry as entries
 from dtlctl.data.classes import some
 from dtlctl.data.dataset import Rows, Split
 from dtlctl.data.entry import Entry, Images, Wanted
-from dtlctl.data.pixels import Depth, Rule, dark, decide, decode, hashed
+from dtlctl.data.pixels import Depth, Rule, decide, decode, hashed
 from dtlctl.data.sources import Source
 from dtlctl.data.stream import Streamed
 from dtlctl.errors import DataError
@@ -38,8 +37,8 @@ _FORMAT = 7
 _BATCH, _BYTES = 64, 1 << 20  # images a task, at most, and bytes of their pixels
 
 Progress = Callable[[int, int], None]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+Decoded = tuple[entries.Part, dict[int, Depth], dict[int, DataError]]
+"""A part of an entry and, by place in it: depths where there are any, what is wrong with some."""
 
 
 def load(
@@ -99,9 +98,8 @@ def _is_streamed(source: Source, split: Split, image_size: int, wanted: Wanted |
     rows = source.rows(split, image_size, None)
     _check_classes(rows, split, source.where(split))
     labels = rows.labels[rows.labels >= 0]
-    images = (
-        len(labels) if wanted is None else max(len(wanted(labels, len(rows.classes))), min(len(labels), entries.WHOLE))
-    )
+    asked = labels if wanted is None else wanted(labels, len(rows.classes))
+    images = max(len(asked), min(len(labels), entries.WHOLE))
     there = next(path for path in (folder(), *folder().parents) if path.exists())
     return 3 * image_size**2 * images > shutil.disk_usage(there).free // 2
 
@@ -197,21 +195,18 @@ def _decode(
         if wide:
             left = np.flatnonzero(entry.arrays["state"] == 0)
             entry.write(decoded(np.setdiff1d(left, [*depths]), None))
-        rule, notes = decide(depths.values(), len(kept), entry.name, train(wide) if train else None)
+        rule, notes = decide(depths, entry.labels, entry.classes, entry.name, train(wide) if train else None)
         if wide:
-            if rule.full:
-                notes += dark(entry.name, depths, entry.labels, entry.classes, rule.full)
             write(entry.place / entries.RULE, json.dumps({"rule": rule, "notes": notes}, indent=1).encode())
             entry.write(decoded(np.array(sorted(depths)), rule))
 
 
 def _batch(
     source: Rows, size: int, rule: Rule | None, kept: np.ndarray, needed: np.ndarray, places: np.ndarray
-) -> tuple[entries.Part, dict[int, Depth], dict[int, DataError]]:
-    """A part of an entry and, by place in it: depths where there are any, what is wrong with some.
+) -> Decoded:
+    """These places of an entry, which are the rows `kept` of the source.
 
-    Images of more than 8 bits are not there, and black, without the `rule` that scales them; so is one that is `needed`
-    and cannot be decoded. kept: the entry's rows in the source.
+    Without the `rule` images of more than 8 bits are not there, and black; so is one that is `needed` and broken.
     """
     pixels, states = np.zeros((len(places), 3, size, size), np.uint8), np.zeros(len(places), np.uint8)
     depths, broken, read = {}, dict[int, DataError](), []
@@ -245,15 +240,14 @@ def _check_classes(source: Rows, split: Split, place: str) -> None:
         raise DataError(f"{place}: class {classes[missing[0]]!r}{more} has no image")
 
 
-def _parallel(task: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
+def _parallel(task: Callable[[np.ndarray], Decoded], chunks: Iterable[np.ndarray]) -> Generator[Decoded, None, None]:
     """Results in order, never many ahead of the reader. PIL frees the interpreter while it decodes and resizes."""
-    threads = cores()
-    waiting: deque = deque()
+    threads, waiting = cores(), deque[Future[Decoded]]()
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         # PIL only warns of a picture that is up to twice too large.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for item in items:
-            waiting.append(pool.submit(task, item))
+        for chunk in chunks:
+            waiting.append(pool.submit(task, chunk))
             if len(waiting) > 4 * threads:
                 yield waiting.popleft().result()
         while waiting:

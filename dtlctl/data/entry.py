@@ -25,7 +25,6 @@ from dtlctl.storage.checkpoint import sync
 
 RULE, SAID = "rule.json", "broken.txt"
 _SAFE = 8192  # images between two waits for the disk: no more are decoded in vain by a process that is killed
-_KINDS = {"pixels": np.dtype("u1"), "hashes": HASH, "state": np.dtype("u1")}
 DECODED, FRAMES, BROKEN = 1, 2, 3
 """States of a row, 0 before: decoded; the same, with more frames than the first; no image that can be decoded."""
 WHOLE = 10_000
@@ -174,11 +173,11 @@ def create(source: Rows, work: Path, image_size: int, name: str, streamed: bool)
     work.mkdir(parents=True)
     kept = source.labels[source.labels >= 0]
     np.save(work / "labels.npy", kept)
-    for array, shape in _shapes(len(kept), image_size, streamed).items():
+    for array, (shape, dtype) in _layout(len(kept), image_size, streamed).items():
         with open(work / f"{array}.npy", "wb") as file:
-            about = {"descr": np.lib.format.dtype_to_descr(_KINDS[array]), "fortran_order": False, "shape": shape}
+            about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, about)
-            file.truncate(file.tell() + math.prod(shape) * _KINDS[array].itemsize)  # holes take no room on the disk
+            file.truncate(file.tell() + math.prod(shape) * dtype.itemsize)  # holes take no room on the disk
     dropped = len(source.labels) - len(kept)
     meta = {"classes": source.classes, "dropped": dropped, "name": name, "notes": source.notes}
     (work / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -192,15 +191,14 @@ def read(place: Path, image_size: int, streamed: bool) -> Entry | None:
     mapped = partial(np.load, mmap_mode="r")
     try:
         meta = json.loads((place / "meta.json").read_bytes())
-        arrays = {name: load.get(name, mapped)(place / f"{name}.npy") for name in _shapes(0, image_size, streamed)}
+        arrays = {name: load.get(name, mapped)(place / f"{name}.npy") for name in _layout(0, image_size, streamed)}
         labels, (rule, said) = np.load(place / "labels.npy"), _read_rule(place)
         classes, notes = tuple(meta["classes"]), [Note(*note) for note in meta["notes"]] + said
         entry = Entry(place, labels, classes, meta["dropped"], meta["name"], notes, rule, image_size, arrays)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
-    shapes = _shapes(len(labels), image_size, streamed)
-    fits = all((arrays[name].shape, arrays[name].dtype) == (shape, _KINDS[name]) for name, shape in shapes.items())
-    return entry if fits and labels.dtype == np.int64 else None
+    found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    return entry if found == _layout(len(labels), image_size, streamed) and labels.dtype == np.int64 else None
 
 
 def _read_rule(place: Path) -> tuple[Rule | None, list[Note]]:
@@ -210,6 +208,7 @@ def _read_rule(place: Path) -> tuple[Rule | None, list[Note]]:
     return None, []
 
 
-def _shapes(images: int, size: int, streamed: bool) -> dict[str, tuple[int, ...]]:
-    kept = {} if streamed else {"pixels": (images, 3, size, size)}
-    return {**kept, "hashes": (images,), "state": (images,)}
+def _layout(images: int, size: int, streamed: bool) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shapes and types of the arrays, states last."""
+    pixels = {} if streamed else {"pixels": ((images, 3, size, size), Kept.dtype)}
+    return {**pixels, "hashes": ((images,), HASH), "state": ((images,), np.dtype("u1"))}

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -89,19 +89,21 @@ def hashed(images: np.ndarray) -> np.ndarray:
     return np.frombuffer(digests, HASH)
 
 
-def decide(depths: Iterable[Depth], images: int, name: str, train: Rule | None = None) -> tuple[Rule, list[Note]]:
-    """The rule for a split of so many images, and notes on it; name: the split's, for messages.
+def decide(
+    depths: Mapping[int, Depth], labels: np.ndarray, classes: Sequence[str], name: str, train: Rule | None
+) -> tuple[Rule, list[Note]]:
+    """The rule for a split, and notes on it. depths: by place in `labels`; name: the split's, for messages.
 
     The full scale is the smallest usual one that holds all values. A test split is read as its `train` split was.
     Raises DataError for values that fit no scale, and for images that together have none for certain.
     """
     highs: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for kind, high in depths:
+    for kind, high in depths.values():
         highs[kind], counts[kind] = max(high, highs.get(kind, 0)), counts.get(kind, 0) + 1
     if (black_or_white := highs.pop("either", None)) is not None and not highs.keys() - {"colour"}:
         highs["float"] = black_or_white
-    rule, notes = Rule(None, "colour" in counts, images > sum(counts.values())), []
+    rule, notes = Rule(None, "colour" in counts, len(labels) > len(depths)), list[Note]()
     if rule.colour:
         notes.append(_said_of_colour(highs.pop("colour"), counts.pop("colour"), name, train))
     others = rule.narrow or rule.colour
@@ -130,17 +132,20 @@ def decide(depths: Iterable[Depth], images: int, name: str, train: Rule | None =
             f"{name}: some images have 8 bits, or 16 in colour, and others hold what seem to be {_SCALES[full]} "
             f"(0-{full}), in this split or in the train split; convert all to 8 bits in the same way"
         )
-    if highs:
-        how = f"{_SCALES[full]}{' as in the train split' if train else ''} (up to {max(highs.values()):g}): 0-{full}"
-        if highs.keys() == {"stated"}:
-            how = "values up to the maximum that each file states, which"
-        text = f"{name}: {sum(counts.values())} images of more than 8 bits hold {how} became 0-255"
-        notes.append(Note("more-than-8-bits", sum(counts.values()), text))
-    return rule._replace(full=full if highs else None), notes
+    if not highs:
+        return rule, notes
+    how = f"{_SCALES[full]}{' as in the train split' if train else ''} (up to {max(highs.values()):g}): 0-{full}"
+    if highs.keys() == {"stated"}:
+        how = "values up to the maximum that each file states, which"
+    text = f"{name}: {sum(counts.values())} images of more than 8 bits hold {how} became 0-255"
+    notes.append(Note("more-than-8-bits", sum(counts.values()), text))
+    return rule._replace(full=full), notes + _said_of_dark(depths, labels, classes, name, full)
 
 
-def dark(name: str, depths: Mapping[int, Depth], labels: np.ndarray, classes: Sequence[str], full: int) -> list[Note]:
-    """A note on classes whose images of more than 8 bits stay in the dark of the scale. depths: by place in labels."""
+def _said_of_dark(
+    depths: Mapping[int, Depth], labels: np.ndarray, classes: Sequence[str], name: str, full: int
+) -> list[Note]:
+    """Of classes whose images of more than 8 bits stay in the dark of the scale."""
     highest: dict[int, float] = {}
     for place, depth in depths.items():
         if depth.kind != "colour":

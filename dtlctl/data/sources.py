@@ -121,8 +121,8 @@ class Source:
     def _named(self, split: Split, image_size: int, scratch: Path | None) -> Rows:
         if self.kind == "builtin":
             pictures, numbers, names = builtin.load(builtin_name(self.dataset), self._asked.name(split), image_size)
-            read = lambda rows: [pictures[n] for n in rows]  # noqa: E731
-            return Rows(np.array(numbers, np.int64), tuple(names), read, partial(self.where, split))
+            labels, place = np.array(numbers, np.int64), partial(self.where, split)
+            return Rows(labels, tuple(names), lambda rows: [pictures[row] for row in rows], place)
         own, train = self._opened(split, scratch), self._opened("train", None).classes
         unused = sorted({*own.splits} - {self._asked.dataset.train, self._asked.dataset.test, ""})
         if unused and split == "train":

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,13 +71,12 @@ class Tables:
         """A split, its labels numbered by its own classes. scratch: for its images; without it there are none."""
         numbers, classes = self.labels(split)
         table, place = self.tables[self.asked.name(split)], self.place(split)
-        pictures: Callable[[Sequence[int]], list] = lambda rows: []  # noqa: E731
-        if scratch:
-            image = _columns(self.asked, table.features)[0]
-            loaded = table.images(scratch) if isinstance(table, Files) else table
-            pictures = _reader(self.asked, loaded, image, place)
-        splits = *map(str, self.tables), *self.others
-        return Rows(numbers, classes, pictures, place, self.notes if split == "train" else (), splits)
+        notes, splits = self.notes if split == "train" else (), (*self.tables, *self.others)
+        rows = Rows(numbers, classes, lambda rows: [], place, notes, splits)
+        if not scratch:
+            return rows
+        loaded = table.images(scratch) if isinstance(table, Files) else table
+        return rows._replace(pictures=_reader(self.asked, loaded, _columns(self.asked, table.features)[0], place))
 
     def _labels(self, split: Split) -> tuple[np.ndarray, tuple[str, ...]]:
         """int64 [N], and the classes that they number: the ClassLabel's names, else the sorted values."""
@@ -226,16 +225,13 @@ def _silence() -> Iterator[None]:
     from huggingface_hub import utils as hub
 
     shown: list[Any] = [library for library in (datasets, hub) if not library.are_progress_bars_disabled()]
-    said = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    for library in shown:
-        library.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(said)
+    with ExitStack() as afterwards:
+        afterwards.callback(datasets.logging.set_verbosity, datasets.logging.get_verbosity())
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         for library in shown:
-            library.enable_progress_bars()
+            afterwards.callback(library.enable_progress_bars)
+            library.disable_progress_bars()
+        yield
 
 
 def _columns(asked: Asked, features: Mapping[str, Any]) -> tuple[str, str]:
