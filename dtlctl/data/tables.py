@@ -43,11 +43,12 @@ class Files:
         return read_features(self.asked.role, self.files)
 
     def column(self, name: str) -> Any:
-        return _load(self.asked, partial(read_column, self.files, name))
+        with _library(self.asked):
+            return read_column(self.files, name)
 
     def images(self, scratch: Path) -> Any:
         kind = _BUILDERS[Path(self.files[0]).suffix.lower()]
-        return _build(self.asked, "", path=kind, data_files={"rows": self.files}, cache_dir=str(scratch))["rows"]
+        return _build(self.asked, path=kind, data_files={"rows": self.files}, cache_dir=str(scratch))["rows"]
 
 
 class Tables:
@@ -140,7 +141,8 @@ def from_folder(asked: Asked, tree: Tree) -> Tables | None:
     if saved := [name for name in ("", *top) if {"state.json", "dataset_info.json"} <= {*os.listdir(root / name)}]:
         from datasets import load_from_disk
 
-        found = {name: _load(asked, partial(load_from_disk, str(root / name))).with_format(None) for name in saved}
+        with _library(asked):
+            found = {name: load_from_disk(str(root / name)).with_format(None) for name in saved}
         return Tables(asked, {name or "train": table for name, table in found.items()})
     splits = [name for name in (dataset.train, str(dataset.test)) if name in top]
     starts = tuple(f"{name}/" for name in splits) or ("",)
@@ -153,8 +155,8 @@ def from_folder(asked: Asked, tree: Tree) -> Tables | None:
         )
     # Left to itself, `datasets` also puts train/test-0.parquet into the test split.
     data_files = {"data_files": {name: f"{name}/**" for name in splits}} if splits else {}
-    with tempfile.TemporaryDirectory() as aside:
-        builder = _load(asked, lambda: _builder(dataset, path=str(root), cache_dir=aside, **data_files))
+    with tempfile.TemporaryDirectory() as aside, _library(asked):
+        builder = _builder(dataset, path=str(root), cache_dir=aside, **data_files)
     tables = {str(name): Files(asked, files) for name, files in builder.config.data_files.items()}
     known = {*_BUILDERS, *suffixes()}
     read = {os.path.realpath(file) for table in tables.values() for file in table.files}
@@ -170,13 +172,11 @@ def from_folder(asked: Asked, tree: Tree) -> Tables | None:
     return Tables(asked, tables, top if splits else (), notes, [*dict.fromkeys(f.split("/")[0] for f in outside)])
 
 
-def _build(asked: Asked, hint: str, **arguments: Any) -> Mapping[str, Any]:
-    def build() -> Mapping[str, Any]:
+def _build(asked: Asked, hint: str = "", **arguments: Any) -> Mapping[str, Any]:
+    with _library(asked, hint):
         builder = _builder(asked.dataset, **arguments)
         builder.download_and_prepare()
         return builder.as_dataset()
-
-    return _load(asked, build, hint)
 
 
 def _builder(dataset: Dataset, **arguments: Any) -> Any:
@@ -199,28 +199,9 @@ def _builder(dataset: Dataset, **arguments: Any) -> Any:
     return builder
 
 
-def _load(asked: Asked, load: Callable[[], Any], hint: str = "") -> Any:
-    try:
-        with _silence():
-            tables = load()
-    except DtlError:
-        raise
-    # datasets, huggingface_hub, httpx, fsspec and pyarrow raise out of a dozen unrelated trees.
-    except Exception as error:
-        stop.obey()
-        # The library wraps what went wrong into "An error occurred while generating the dataset".
-        cause: BaseException = error
-        while type(cause).__name__.startswith("DatasetGeneration") and cause.__cause__:
-            cause = cause.__cause__
-        said = f"data.{asked.role}.path: {asked.dataset.path} could not be loaded: {one_line(cause)}{hint}"
-        raise DataError(said) from error
-    stop.obey()
-    return tables
-
-
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Progress is the caller's to show, and what goes wrong is said once, by us."""
+def _library(asked: Asked, hint: str = "") -> Iterator[None]:
+    """Progress is the caller's to show, and what goes wrong is said once, by us, as a DataError."""
     import datasets
     from huggingface_hub import utils as hub
 
@@ -231,7 +212,20 @@ def _silence() -> Iterator[None]:
         for library in shown:
             afterwards.callback(library.enable_progress_bars)
             library.disable_progress_bars()
-        yield
+        try:
+            yield
+        except DtlError:
+            raise
+        # datasets, huggingface_hub, httpx, fsspec and pyarrow raise out of a dozen unrelated trees.
+        except Exception as error:
+            stop.obey()
+            # The library wraps what went wrong into "An error occurred while generating the dataset".
+            cause: BaseException = error
+            while type(cause).__name__.startswith("DatasetGeneration") and cause.__cause__:
+                cause = cause.__cause__
+            said = f"data.{asked.role}.path: {asked.dataset.path} could not be loaded: {one_line(cause)}{hint}"
+            raise DataError(said) from error
+    stop.obey()
 
 
 def _columns(asked: Asked, features: Mapping[str, Any]) -> tuple[str, str]:
