@@ -25,7 +25,8 @@ class Datasets:
 
     def __init__(self, recipe: Recipe, processes: Processes):
         self.recipe, self.processes = recipe, processes
-        self.source = cache(self._source)
+        seed = recipe.stream("subset/source")  # for test splits of all roles, which may share a dataset
+        self.source = cache(lambda role: Source(recipe.data.of(role), role, seed))
         self.images = cache(self._images)
         self.index = cache(self._index)
         self.whole = cache(partial(self._images, split="train", whole=True))
@@ -90,10 +91,6 @@ class Datasets:
         with self.processes.progress(f"decode {role} {split}", 1) as bar:
             self.processes.by_main(lambda: decoded.load(*asked, bar.at))
         return decoded.load(*asked)
-
-    def _source(self, role: str) -> Source:
-        seed = self.recipe.stream("subset/source")  # for test splits of all roles, which may share a dataset
-        return Source(self.recipe.data.of(role), role, seed)
 
     def _asked(self, role: str, split: Split, whole: bool) -> tuple[Source, Split, int, Wanted | None]:
         return self.source(role), split, self.recipe.model.image_size, None if whole else partial(self._draw, role)
