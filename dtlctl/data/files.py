@@ -5,7 +5,7 @@ import posixpath
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 from PIL import Image
@@ -47,11 +47,6 @@ class Tree:
             raise DataError(f"data.{role}.path: {error.filename}: {error.strerror}") from error
         self.files = [name for name, _, _ in self.stats]
         self.lists = [name for name in self.files if name.lower().endswith(LISTS) and not _hidden(name)]
-
-    @cached_property
-    def tops(self) -> set[str]:
-        """The folders right below the root that hold an image by its suffix, however deep; files beside them too."""
-        return {file.partition("/")[0] for file in self.files if _suffix(file) in suffixes()}
 
 
 @cache
@@ -122,8 +117,9 @@ def opened(asked: Asked, tree: Tree, split: Split) -> Rows:
     def path(row: int) -> str:
         return os.path.join(dataset.path, images[row])
 
+    tops = {file.partition("/")[0] for file in tree.files if _suffix(file) in suffixes()}
     # Beside lists, a folder is where their images are.
-    holding = {top for top in tree.tops if not here.list or top.casefold() in sum(USUAL.values(), ())}
+    holding = {top for top in tops if not here.list or top.casefold() in sum(USUAL.values(), ())}
     return Rows(
         numbers,
         classes,

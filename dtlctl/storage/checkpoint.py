@@ -95,10 +95,7 @@ def adopt(found: Path, goal: Path, model: str) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Finish a publication that was cut short, or undo it if it had not got far enough; remove half-written files.
-
-    Only for the owner of the folder. Raises CheckpointError where the folder cannot be written.
-    """
+    """Finish a publication that was cut short, or undo it if it had not got far enough; for its owner alone."""
     weights, sidecar = folder / ".model.safetensors.next", folder / ".model.json.next"
     try:
         if sidecar.exists():

@@ -26,8 +26,8 @@ class ProcessGroup(Protocol):
 class Parts:
     """Parts in one folder, valid for one key (what they depend on besides their names).
 
-    form: a part's type, of what JSON has, named tuples and dataclasses. Raises CheckpointError for a file that cannot
-    be read or written, DivergedError for a part with a number that is not finite.
+    form: a part's type, of what JSON has, named tuples and dataclasses. Raises CheckpointError, and DivergedError for a
+    part with a number that is not finite.
     """
 
     def __init__(self, folder: Path, key: str):
