@@ -18,17 +18,6 @@ def busy() -> str | None:
     return f"the machine is busy (load {load:.1f} on {cores()} cores): less when it is idle" if load > cores() else None
 
 
-def alive(process: int) -> bool:
-    """Whether a process of this machine has that number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # somebody else's, or no number of a process
-        return True
-    return True
-
-
 def memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes of memory that this process may use: its share, on this node, of the machine's or of its container's limit.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -40,17 +39,13 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def advance(self, count: int = 1, images: int = 0) -> None:
-        self._done += count
         self._images += images
-        if self._bar is not None:
-            self._bar.advance(self._task, count)
-        else:
-            self._line()
+        self.at(self._done + count, self.total)
 
     def goes_on(self, done: int, saved: str | None) -> None:
         """Begin with so much that is done already. saved: when it was, which is said."""
@@ -59,29 +54,20 @@ class Progress:
         self._before = done  # no part of this run's pace
         self.advance(done)
 
-    def at(self, done: int, total: int) -> None:
-        """Set the absolute place, for work that knows its length only once begun."""
-        self.total = total
-        if self._bar is not None:
-            self._bar.update(self._task, total=total, completed=done)
-        self._done = done
-        if self._bar is None:
-            self._line()
-
     def show(self, metrics: dict[str, float]) -> None:
         """Say where the work stands; without a terminal at most every ten seconds."""
         self._note = " ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "step")
         if self._images:
             self._note += f" {self._images / max(time.monotonic() - self._started, 1e-9):.0f} images/s"
-        if self._bar is not None:
-            self._bar.update(self._task, note=self._note)
-        else:
-            self._line()
+        self.at(self._done, self.total)
 
-    def _line(self) -> None:
-        """A line now and then, with what is left by the pace since the work began here."""
-        if self.enabled and (now := time.monotonic()) - self._said > 10:
-            self._said, paced = now, max(self._done - self._before, 1) / (now - self._started)
-            left = (self.total - self._done) / paced
+    def at(self, done: int, total: int) -> None:
+        """Set the absolute place, for work that knows its length only once begun. A line has what is left by the pace."""
+        self._done, self.total = done, total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total, completed=done, note=self._note)
+        elif self.enabled and (now := time.monotonic()) - self._said > 10:
+            self._said, paced = now, max(done - self._before, 1) / (now - self._started)
+            left = (total - done) / paced
             ahead = f"{left / 60:.0f} min left" if left >= 90 else f"{left:.0f} s left"
-            say(" ".join(filter(None, [self.title, f"{self._done}/{self.total}", self._note, ahead])))
+            say(" ".join(filter(None, [self.title, f"{done}/{total}", self._note, ahead])))

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from psutil import pid_exists
 
-from dtlctl.console.machine import alive, cores
+from dtlctl.console.machine import cores
 from dtlctl.data import entry as entries
 from dtlctl.data.classes import some
 from dtlctl.data.dataset import Rows, Split
@@ -136,8 +137,8 @@ def _place(source: Source, split: Split, image_size: int, streamed: bool) -> Pat
 def _sweep(place: Path) -> None:
     """Remove what processes of this machine left half-made when they died."""
     for path in place.parent.glob(f"{place.name}.{platform.node()}.*.tmp"):
-        with suppress(ValueError):
-            if not alive(int(path.name.split(".")[-3])):
+        with suppress(ValueError, OverflowError):  # no number of a process
+            if not pid_exists(int(path.name.split(".")[-3])):
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from psutil import pid_exists
 
-from dtlctl.console.machine import alive
 from dtlctl.errors import CheckpointError, RecipeError, one_line
 from dtlctl.model import networks, weights
 from dtlctl.run.experiment import Experiment
@@ -127,7 +127,7 @@ def _settle(here: Path) -> None:
     """
     for rest in sorted(here.parent.glob(f".{glob.escape(here.name)}.*")):
         left = re.fullmatch(r"\.(\d{1,9})\.(old|tmp)", rest.name[len(here.name) + 1 :])
-        if left and (int(left[1]) == os.getpid() or not alive(int(left[1]))):
+        if left and (int(left[1]) == os.getpid() or not pid_exists(int(left[1]))):
             if left[2] == "old" and not os.path.lexists(here):
                 os.replace(rest, here)
             shutil.rmtree(rest, ignore_errors=True)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from psutil import pid_exists
 
-from dtlctl.console.machine import alive
 from dtlctl.data import cache, overlap, stream
 from dtlctl.data.dataset import Dataset
 from dtlctl.data.entry import Kept
@@ -218,12 +218,12 @@ def test_processes_end_with_their_owner_however_that_ends(tmp_path):
     photos(tmp_path / "d")
     with subprocess.Popen([sys.executable, "-c", PROGRAM, tmp_path / "d"], stdout=subprocess.PIPE, text=True) as owner:
         others = [int(word) for word in owner.stdout.readline().split()]
-        assert others and all(map(alive, others))
+        assert others and all(map(pid_exists, others))
         os.kill(others[0], signal.SIGINT)  # as a terminal sends it to all
         time.sleep(0.2)
-        assert alive(others[0])
+        assert pid_exists(others[0])
         owner.kill()
     until = time.monotonic() + 20
-    while any(map(alive, others)) and time.monotonic() < until:
+    while any(map(pid_exists, others)) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not any(map(alive, others))
+    assert not any(map(pid_exists, others))
