@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import combinations
 from statistics import median
 from typing import Any
@@ -14,10 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtlctl.bench import meter
 from dtlctl.console import devices
-from dtlctl.console.progress import Progress
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import RecipeError
-from dtlctl.model import networks
 from dtlctl.objectives import batched, collision
 from dtlctl.objectives.step import together
 
@@ -98,36 +96,28 @@ def run(setup: meter.Setup, chunks: str, ways: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise RecipeError(f"bench: {error}") from None
     cells = [("ce", 1), *((way, c) for c in counts for way in chosen if bench.can(way, c))]
-    math = sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
-    progress = Progress("bench", (setup.repeats + 1) * len(cells), enabled=not setup.quiet)
-    with math, networks.precision(setup.precision), progress:
-        rows = measure(bench, cells, setup.repeats, progress)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        rows = measure(bench, cells, setup)
     return setup.document(device, rows, parameters=sum(p.numel() for p in bench.parameters))
 
 
-def measure(bench: Bench, cells: Sequence[tuple[str, int]], repeats: int, progress: Progress) -> list[dict[str, Any]]:
-    """Every (way, chunks) in turn, after a warm-up: seconds, their ratio to cross-entropy, peak memory, and error.
-
-    Seconds are medians. The error is |g - r| / |r|, to the gradient r in float64, beside the cosine of the two.
-    Peak memory is what a step adds, in bytes, above what is held before it; None where the system does not tell.
-    """
-    seconds: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
+def measure(bench: Bench, cells: Sequence[tuple[str, int]], setup: meter.Setup) -> list[dict[str, Any]]:
+    """Medians of seconds, their ratio to cross-entropy, peak bytes of a step (None: the system does not tell), errors."""
     peaks, errors = {}, {}
-    references: tuple[int, Sequence[Tensor]] = (0, [])
-    for turn in range(repeats + 1):
-        for way, c in cells:
-            bench.model.zero_grad()
-            if turn:
-                started = devices.clock(bench.device)
-                bench.step(way, c)
-                seconds[way, c].append(devices.clock(bench.device) - started)
-            else:  # the first turn warms up, and measures what need not be repeated
-                peaks[way, c] = meter.peak(partial(bench.step, way, c), bench.device)
-                if way.startswith("gc"):
-                    references = references if references[0] == c else (c, bench.reference(c))
-                    errors[way, c] = bench.error(references[1])
-            progress.advance(1)
-            progress.show({f"{way} c={c}": seconds[way, c][-1] if turn else 0.0})
+    reference = lru_cache(1)(bench.reference)
+
+    def turn(way: str, c: int, number: int) -> float:
+        bench.model.zero_grad()
+        if number:
+            started = devices.clock(bench.device)
+            bench.step(way, c)
+            return devices.clock(bench.device) - started
+        peaks[way, c] = meter.peak(partial(bench.step, way, c), bench.device)  # need not be repeated
+        if way.startswith("gc"):
+            errors[way, c] = bench.error(reference(c))
+        return 0.0
+
+    seconds = setup.seconds({cell: partial(turn, *cell) for cell in cells})
     base = median(seconds["ce", 1])
     return [
         {

@@ -1,4 +1,4 @@
-"""What both benchmarks share: what is measured, the bytes of a step, and the machine."""
+"""What both benchmarks share: what is measured, in turns, the bytes of a step, and the machine."""
 
 import ctypes
 import gc
@@ -10,7 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from dtlctl.console import devices
+from dtlctl.console.progress import Progress
 from dtlctl.model import networks
+
+Way = tuple[str, int | None]
+"""A name, and the number of chunks, or of workers of a plain script."""
 
 
 class Setup(NamedTuple):
@@ -31,6 +35,20 @@ class Setup(NamedTuple):
         model = networks.build(self.arch, heads, stem=self.stem, image_size=self.image_size)
         model.precision = self.precision
         return model
+
+    def seconds(self, turns: dict[Way, Callable[[int], float]]) -> dict[Way, list[float]]:
+        """Of every way, one number a turn; the ways take turns. Turn 0 warms up, and is not in the result."""
+        seconds: dict[Way, list[float]] = {way: [] for way in turns}
+        progress = Progress("bench", (self.repeats + 1) * len(turns), enabled=not self.quiet)
+        with networks.precision(self.precision), progress:
+            for number in range(self.repeats + 1):
+                for (name, count), turn in turns.items():
+                    took = turn(number)
+                    if number:
+                        seconds[name, count].append(took)
+                    progress.advance(1)
+                    progress.show({f"{name}{'' if count is None else f' {count}'} s": took})
+        return seconds
 
     def document(self, device: torch.device, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """The rows, beside what a time depends on whatever is timed: the device, its instructions, threads, torch."""

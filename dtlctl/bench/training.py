@@ -1,15 +1,25 @@
-"""How many images a second training takes here: on ready tensors, as `pretrain` does it, and by a plain script."""
+"""How many images a second training takes here: on ready tensors, as `pretrain` does it, and by a plain script.
 
-from collections.abc import Callable
+The plain script is what people write to train a network on a `datasets` table.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain, repeat
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from dtlctl.bench import meter, plain
-from dtlctl.console import devices
+from dtlctl.bench.meter import Setup, Way
+from dtlctl.console.devices import clock
 from dtlctl.console.machine import cores
 from dtlctl.console.progress import Progress
 from dtlctl.data import cache
@@ -24,9 +34,8 @@ from dtlctl.recipe.settings import Training
 from dtlctl.training.engine import Engine
 
 WARM_UP = 3  # steps of every way before any is timed
+IMAGES = 1 << 14  # of the plain script: enough for any number of steps, and their files fit in memory
 DECODE: tuple[Literal["cache", "stream"], ...] = ("cache", "stream")
-Way = tuple[str, int | None]
-"""A name, and the number of workers of a plain script."""
 Turn = Callable[[int, int], float]
 """(number of the first step, steps) -> seconds that the steps took, to the end of what the device was given."""
 
@@ -41,7 +50,7 @@ class Ready(Batches):
         return self.batch
 
 
-def run(setup: meter.Setup, data: str, steps: int) -> dict[str, Any]:
+def run(setup: Setup, data: str, steps: int) -> dict[str, Any]:
     """The benchmark as the command line asks for it. `data` is what a recipe takes as data.source.path.
 
     Raises RecipeError for a call that is wrong, DataError for images that cannot be read.
@@ -62,7 +71,7 @@ def run(setup: meter.Setup, data: str, steps: int) -> dict[str, Any]:
     engine, classes = Engine(setup.precision), len(kept.classes)
     plan = Training(steps=steps, batch_size=size, lr=0.01, schedule="constant")
 
-    def ours(batches: Batches, channels_last: bool) -> Turn:
+    def ours(batches: Batches, channels_last: bool = setup.channels_last) -> Turn:
         model = setup.network(source=classes)
         model.channels_last = channels_last
         return _turn(engine, engine.place(model, global_batch_norm=True), batches, plan)
@@ -71,18 +80,16 @@ def run(setup: meter.Setup, data: str, steps: int) -> dict[str, Any]:
     batches, streamed = (Batches(one.pixels, one.labels, np.arange(count), **more) for one in (kept, looked_at))
     ready, other = Ready(batches[0]), "ready-contiguous" if setup.channels_last else "ready-channels-last"
     turns: dict[Way, Turn] = {
-        ("ready", None): ours(ready, setup.channels_last),
+        ("ready", None): ours(ready),
         (other, None): ours(ready, not setup.channels_last),
-        ("dtlctl", None): ours(batches, setup.channels_last),
-        ("stream", None): _in_flow(ours(streamed, setup.channels_last)),
+        ("dtlctl", None): ours(batches),
+        ("stream", None): _in_flow(ours(streamed)),
         ("decode", None): _in_flow(_fetching(streamed, engine)),
     }
-    table = plain.table(sources[0], setup)
+    images = _table(sources[0], setup)
     for workers in sorted({0, cores() - 1}):
-        turns["plain", workers] = plain.turns(table, setup, classes, workers, plan, engine.device)
-    progress = Progress("bench", (setup.repeats + 1) * len(turns), enabled=not setup.quiet)
-    with networks.precision(setup.precision), progress:
-        seconds = measure(turns, steps, setup.repeats, progress)
+        turns["plain", workers] = _plain(images, setup, classes, workers, plan, engine.device)
+    seconds = setup.seconds({way: partial(_a_step, turn, steps) for way, turn in turns.items()})
     told = {"data": data, "images": count, "steps": steps}
     return told | setup.document(engine.device, compared(seconds, size), cores=cores())
 
@@ -103,10 +110,10 @@ def _fetching(batches: Batches, engine: Engine) -> Turn:
     """Batches, and nothing done with them."""
 
     def turn(first: int, steps: int) -> float:
-        started = devices.clock(engine.device)
+        started = clock(engine.device)
         for step in range(first, first + steps):
             batches[step]
-        return devices.clock(engine.device) - started
+        return clock(engine.device) - started
 
     return turn
 
@@ -122,18 +129,74 @@ def _in_flow(turn: Turn) -> Turn:
     return later
 
 
-def measure(turns: dict[Way, Turn], steps: int, repeats: int, progress: Progress) -> dict[Way, list[float]]:
-    """Seconds a step of every way, one number a turn; the ways take turns, after a warm-up."""
-    seconds: dict[Way, list[float]] = {way: [] for way in turns}
-    for number in range(repeats + 1):
-        length = steps if number else WARM_UP
-        for way, turn in turns.items():
-            took = turn(number * steps, length) / length
-            if number:
-                seconds[way].append(took)
-            progress.advance(1)
-            progress.show({f"{way[0]} s/step": took})
-    return seconds
+def _a_step(turn: Turn, steps: int, number: int) -> float:
+    """Seconds a step of one turn; no two of them have a step in common."""
+    length = steps if number else WARM_UP
+    return turn(number * steps, length) / length
+
+
+def plain_network(setup: Setup, classes: int) -> nn.Module:
+    """The bench's network with torch's own convolutions, as torchvision has it."""
+    ours = setup.network(source=classes)
+    for module in ours.modules():
+        if isinstance(module, nn.Conv2d):
+            module.__class__ = nn.Conv2d
+    return nn.Sequential(ours.backbone, ours.heads["source"])
+
+
+def _table(source: Source, setup: Setup) -> Any:
+    """The first training images, still encoded, as a `datasets.Dataset` of `image` and `label`."""
+    import datasets
+
+    with TemporaryDirectory() as scratch:
+        opened = source.rows("train", setup.image_size, Path(scratch))
+        kept = np.flatnonzero(opened.labels >= 0)[: max(setup.batch_size, IMAGES)].tolist()
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        columns = {"image": list(opened.pictures(kept)), "label": opened.labels[kept]}
+        return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _plain(images: Any, setup: Setup, classes: int, workers: int, plan: Training, device: torch.device) -> Turn:
+    """What torch's and torchvision's own tutorials do.
+
+    A DataLoader over images that are transformed one by one. Batches that workers made beforehand are used up untimed.
+    """
+    from torchvision import transforms as T
+
+    size, on_gpu = setup.image_size, device.type == "cuda"
+    steps = [
+        *([] if images[0]["image"].size == (size, size) else [T.Resize(size), T.CenterCrop(size)]),
+        T.RandomCrop(size, padding=size // 8),
+        T.RandomHorizontalFlip(),
+        T.ToTensor(),
+        T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ]
+    options: Any = {"shuffle": True, "drop_last": True, "num_workers": workers, "persistent_workers": workers > 0}
+    prepared = images.with_transform(partial(_prepare, T.Compose(steps)))
+    loader = DataLoader(prepared, setup.batch_size, pin_memory=on_gpu, **options)
+    model = plain_network(setup, classes).to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum, weight_decay=plan.weight_decay)
+    source, waiting = chain.from_iterable(repeat(loader)), workers * (loader.prefetch_factor or 0)
+
+    def turn(first: int, steps: int) -> float:
+        started = clock(device)
+        for step in range(waiting + steps):
+            if step == waiting:
+                started = clock(device)
+            batch = next(source)
+            x, y = batch["x"].to(device, non_blocking=True), batch["y"].to(device, non_blocking=True)
+            optimizer.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=setup.precision == "bfloat16"):
+                loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+        return clock(device) - started
+
+    return turn
+
+
+def _prepare(transform: Callable[[Any], Tensor], examples: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    return {"x": [transform(image.convert("RGB")) for image in examples["image"]], "y": examples["label"]}
 
 
 def compared(seconds: dict[Way, list[float]], batch_size: int) -> list[dict[str, Any]]:

@@ -51,14 +51,12 @@ def clock(device: torch.device) -> float:
 
 def memory(device: torch.device) -> tuple[int, int] | None:
     """Bytes that are free, and all, of an accelerator with memory of its own."""
-    ask = _of(device, "mem_get_info")
-    return ask(device) if ask else None
+    return ask(device) if (ask := _of(device, "mem_get_info")) else None
 
 
 def peak(device: torch.device) -> int | None:
     """The most bytes that tensors have taken on an accelerator since the start, or since it was told to forget."""
-    ask = _of(device, "max_memory_allocated")
-    return ask(device) if ask else None
+    return ask(device) if (ask := _of(device, "max_memory_allocated")) else None
 
 
 def forked(device: torch.device) -> AbstractContextManager[None]:

@@ -62,7 +62,7 @@ class Progress:
         self.at(self._done, self.total)
 
     def at(self, done: int, total: int) -> None:
-        """Set the absolute place, for work that knows its length only once begun. A line has what is left by the pace."""
+        """Set the absolute place, for work that knows its length only once begun."""
         self._done, self.total = done, total
         if self._bar is not None:
             self._bar.update(self._task, total=total, completed=done, note=self._note)

@@ -9,7 +9,7 @@ from statistics import median
 import pytest
 from torch import nn
 
-from dtlctl.bench import plain, training
+from dtlctl.bench import training
 from dtlctl.bench.meter import Setup
 from dtlctl.data.entry import Kept
 from dtlctl.data.stream import Streamed
@@ -57,7 +57,7 @@ def test_the_document_has_every_way_with_its_speed_and_its_ratios(layout, other,
     [
         (Kept, "__getitem__", "dtlctl"),
         (Streamed, "_piece", "stream decode"),
-        (plain, "_prepare", "plain"),
+        (training, "_prepare", "plain"),
     ],
     ids=["dtlctl", "stream", "plain"],
 )
@@ -82,7 +82,7 @@ def test_a_slow_way_to_the_images_shows(place, name, slow, call, monkeypatch):
 @pytest.mark.parametrize(("arch", "stem"), [("resnet18", "small"), ("resnet10", "imagenet"), ("resnet8", "small")])
 def test_the_plain_network_is_the_same_one_with_torch_s_convolutions(arch, stem):
     setup = Setup(arch, stem, 32, 8, "float32", False, 1, True)
-    theirs = plain.network(setup, 7)
+    theirs = training.plain_network(setup, 7)
     ours = networks.build(arch, {"source": 7}, stem=stem, image_size=32)
     assert sorted(p.shape for p in theirs.parameters()) == sorted(p.shape for p in ours.parameters())
     assert {type(m) for m in theirs.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
