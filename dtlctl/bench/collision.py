@@ -102,7 +102,7 @@ def run(setup: meter.Setup, chunks: str, ways: str | None) -> dict[str, Any]:
 
 
 def measure(bench: Bench, cells: Sequence[tuple[str, int]], setup: meter.Setup) -> list[dict[str, Any]]:
-    """Medians of seconds, their ratio to cross-entropy, peak bytes of a step (None: the system does not tell), errors."""
+    """Median seconds, their ratio to cross-entropy's, a step's peak bytes (None: the system does not tell), error."""
     peaks, errors = {}, {}
     reference = lru_cache(1)(bench.reference)
 

@@ -59,7 +59,7 @@ def results_of(run: Path, recipe: Recipe) -> list[Result]:
         if (sidecar := checkpoint.read_sidecar(path)) is None:
             continue
         parent = {job.parent: weights.get(job.parent)} if job.parent else {}
-        expected = {**job.described(recipe), "precision": recipe.precision, "parent": parent}
+        expected = {**job.described(recipe), "parent": parent}
         if any(sidecar.get(name) != value for name, value in expected.items()):
             continue
         with _reading(path, f"data of {job.stage}"):
@@ -108,11 +108,11 @@ def unpacked(answers: str, images: int) -> np.ndarray:
 def _attack(job: Job[Any], sidecar: Row) -> Row:
     """What one attack puts into its model's row: under the names of ATTACKS accuracies in %; the rest is about them."""
     metrics, images = sidecar["metrics"], sidecar["data"].get(job.dataset, {}).get("test_images")
-    chosen, half = metrics.get("chosen"), job.settings.choose_on == "test"
+    chosen, half = metrics.get("chosen") or (), job.settings.choose_on == "test"
     given = [kind for kind, metric in ATTACKS.items() if metric in metrics or kind == "piggyback"]
     found: Row = {kind: float(metrics[ATTACKS[kind]]) for kind in given}
     found["judged"] = {kind: images // 2 if half and kind != "piggyback" else images for kind in ATTACKS if images}
-    found["repeats"] = [one["acc_pl"] for one in chosen or () if "acc_pl" in one]
+    found["repeats"] = [one["acc_pl"] for one in chosen if "acc_pl" in one]
     found["curves"] = [[look["step"], look["acc_pl"]] for look in sidecar["history"] if "acc_pl" in look]
     if chosen:
         found["tuned_by"] = [" at ".join(filter(None, map(one.get, ("kind", "stage")))) for one in chosen]
@@ -120,7 +120,7 @@ def _attack(job: Job[Any], sidecar: Row) -> Row:
         found["held_out"] = fmean(one["val"] for one in chosen)
     if trials := metrics.get("trials"):
         found["strength"] = strength(trials, in_order=job.settings.search is not None)
-    return found | {name: metrics[name] for name in ("winner",) if name in metrics}
+    return found | ({"winner": metrics["winner"]} if "winner" in metrics else {})
 
 
 def strength(trials: Sequence[Row], *, in_order: bool) -> list[list[float]]:

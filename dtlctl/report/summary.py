@@ -1,22 +1,32 @@
-"""The numbers of a report: means, intervals and differences over the seeds, from sidecars and nothing else."""
+"""The numbers of a report: means, intervals and differences over the seeds, and what a reader must be told beside them.
 
-from collections.abc import Sequence
+From sidecars and nothing else.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
-from statistics import mean
+from statistics import fmean, mean
 from typing import Any
 
 from dtlctl.errors import RecipeError
 from dtlctl.report import audit, results
-from dtlctl.report.caveats import caveats
-from dtlctl.report.evidence import evidence
+from dtlctl.report.evidence import Models, evidence
 from dtlctl.report.intervals import half_width
 from dtlctl.report.results import ATTACKS, Row, recipe_of, refuse_other_images, renamed, results_of, rows_of
 from dtlctl.report.verdict import verdict
 from dtlctl.storage import checkpoint
 
-Numbers = dict[tuple[str, ...], float]
-"""Of one model and seed: by name, those of an attack by kind (see ATTACKS) and dataset."""
+Numbers = dict[tuple[str, ...], list[float]]
+"""Of one model, by seed, what every seed has: by name, those of an attack by kind (see ATTACKS) and dataset."""
+
+LEFT = 0.1
+"""The share of what TL gives away that must be left for an attack to have failed: less could be chance."""
+CHANCE = 3.0
+"""So many points at least must be left, too."""
+MISLED = 10.0
+"""Points by which held-out images must flatter an attacker before that is told: some hundred images differ by less."""
 
 
 def summarise(runs: Sequence[Path]) -> dict[str, Any]:
@@ -25,72 +35,68 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     {"recipe": ..., "seeds": [...], "rows": [{"model", "acc_s", "acc_t", "piggyback": {name: %}, "audit_auc"}, ...]}:
     accuracies in %, means over seeds; with several seeds each number x has x_ci, the half width of its 95 % t
     interval. A number that was not measured is left out. vs_TL and vs_TGT are rows of differences, taken seed by seed,
-    so that their intervals are those of the difference. Under tuned attackers a row also has piggyback_worst and
-    piggyback_max, tuned_by (the chosen kinds and their stages), strength ([[trials, %], ...], `results.strength`) and,
-    of a search, winner; curves holds [[steps of the attack, %], ...] by dataset. evidence is that of
-    `evidence.evidence`, older names results in the folders that are not of this recipe's present models, and from both
-    follows the verdict. audits_sha256 stands for all that audit.md shows besides; caveats
-    are sentences. Raises CheckpointError for what is no run or no sidecar, RecipeError for recipes that differ in more.
+    so that their intervals are those of the difference. By dataset a row also has what `rows_of` finds besides: see
+    `OVER_SEEDS`. evidence is that of `evidence.evidence`, older names results in the folders that are not of this
+    recipe's present models, and from both follows the verdict. audits_sha256 stands for all that audit.md shows.
+    Raises CheckpointError for what is no run or no sidecar, RecipeError for recipes that differ in more.
     """
     recipes = [recipe_of(run) for run in runs]
     plain = [{**r.resolved(), "seed": 0, "name": "", "checkpoint_minutes": 0} for r in recipes]
     for run, other in zip(runs, plain, strict=True):
         if other != plain[0]:
             raise RecipeError(f"{run}: its recipe differs from {runs[0]} in more than the seed; report them separately")
-    found = [results_of(run, recipe) for run, recipe in zip(runs, recipes, strict=True)]
+    found = [*map(results_of, runs, recipes)]
     for one_run in found:
         refuse_other_images(one_run, one_seed=True)
-    refuse_other_images([result for one_run in found for result in one_run], one_seed=False)
-    older = [title for each in zip(runs, recipes, found, strict=True) for title in results.left_behind(*each)]
+    refuse_other_images(chain(*found), one_seed=False)
     seeds, tables = [recipe.seed for recipe in recipes], [*map(rows_of, found, recipes)]
     by_seed = {model: [table[model] for table in tables] for model in tables[0] if all(model in t for t in tables)}
-    numbers = {model: [*map(_numbers, own)] for model, own in by_seed.items()}
-    rows = []
-    for model, own in by_seed.items():
-        row = _average(model, numbers[model])
-        for kind in [kind for kind in ("curves", "strength") if kind in own[0]]:
-            curves = {s: [one.get(kind, {}).get(s, []) for one in own] for s in row["piggyback"]}
-            row[kind] = {s: _mean_curve(each) for s, each in curves.items()}
-        if "winner" in own[0]:
-            sets = own[0]["winner"]
-            row["winner"] = {s: [one["winner"][s] for one in own if s in one.get("winner", {})] for s in sets}
-        if "tuned_by" in own[0]:
-            sets = own[0]["tuned_by"]
-            row["tuned_by"] = {s: [who for one in own for who in one.get("tuned_by", {}).get(s, [])] for s in sets}
-        for reference in [name for name in ("TGT", "TL") if name in by_seed]:
-            pairs = zip(numbers[model], numbers[reference], strict=True)
-            row[f"vs_{reference}"] = _average(model, [_less(*pair) for pair in pairs])
-        rows.append(row)
     document = {
         "recipe": recipes[0].resolved(),
         "seeds": seeds,
-        "rows": rows,
+        "rows": _rows(by_seed),
         "evidence": evidence(by_seed, recipes[0].reference),
-        "older": list(dict.fromkeys(older)),
-        "caveats": [
-            *caveats(by_seed, tables, seeds),
-            *dict.fromkeys(text for pair in zip(found, recipes, strict=True) for text in renamed(*pair)),
-        ],
+        "older": list(dict.fromkeys(chain(*map(results.left_behind, runs, recipes, found)))),
+        "caveats": [*caveats(by_seed, tables, seeds), *dict.fromkeys(chain(*map(renamed, found, recipes)))],
         "audits_sha256": checkpoint.key({"audits": audit.read(runs)}),
     }
     return document | {"verdict": asdict(verdict(document, recipes[0].publish))}
 
 
-def _numbers(row: Row) -> Numbers:
-    plain: Numbers = {(name,): value for name, value in row.items() if isinstance(value, float)}
-    return plain | {(kind, name): value for kind in ATTACKS for name, value in row.get(kind, {}).items()}
+def _rows(by_seed: Models) -> list[Row]:
+    """A row a model, over its seeds."""
+    numbers, rows = {model: _numbers(own) for model, own in by_seed.items()}, []
+    for model, own in by_seed.items():
+        row = _average(model, numbers[model])
+        for kind, together in OVER_SEEDS.items():
+            if kind in own[0]:
+                sets = [name for name in own[0][kind] if name in row["piggyback"]]
+                found = {name: [one[kind][name] for one in own if name in one.get(kind, {})] for name in sets}
+                row[kind] = {name: together(of) for name, of in found.items()}
+        for other in [name for name in ("TGT", "TL") if name in by_seed]:
+            row[f"vs_{other}"] = _average(model, _less(numbers[model], numbers[other]))
+        rows.append(row)
+    return rows
+
+
+def _numbers(seeds: Sequence[Row]) -> Numbers:
+    found = []
+    for row in seeds:
+        plain = {(name,): value for name, value in row.items() if isinstance(value, float)}
+        found.append(plain | {(kind, name): value for kind in ATTACKS for name, value in row.get(kind, {}).items()})
+    return {at: [one[at] for one in found] for at in found[0] if all(at in one for one in found)}
 
 
 def _less(model: Numbers, other: Numbers) -> Numbers:
-    """Differences of the accuracies that both models have."""
-    return {at: model[at] - other[at] for at in model if at in other and at[0] in ("acc_t", *ATTACKS)}
+    """Differences, seed by seed, of the accuracies that both models have."""
+    both = [at for at in model if at in other and at[0] in ("acc_t", *ATTACKS)]
+    return {at: [one - two for one, two in zip(model[at], other[at], strict=True)] for at in both}
 
 
-def _average(model: str, seeds: Sequence[Numbers]) -> Row:
-    """Means of what all seeds have, and with several seeds half widths of 95 % intervals beside them."""
+def _average(model: str, numbers: Numbers) -> Row:
+    """Means, and with several seeds half widths of 95 % intervals beside them."""
     row: Row = {"model": model, "piggyback": {}}
-    for at in [at for at in seeds[0] if all(at in one for one in seeds)]:
-        (name, *dataset), values = at, [one[at] for one in seeds]
+    for (name, *dataset), values in numbers.items():
         said = {name: mean(values)} | ({f"{name}_ci": half_width(values)} if len(values) > 1 else {})
         for key, value in said.items():
             (row.setdefault(key, {}) if dataset else row)[dataset[0] if dataset else key] = value
@@ -101,3 +107,66 @@ def _mean_curve(curves: list[list[list[float]]]) -> list[list[float]]:
     """The mean of curves at the steps that all of them have."""
     found = [{int(step): value for step, value in curve} for curve in curves]
     return [[step, mean(curve[step] for curve in found)] for step in found[0] if all(step in curve for curve in found)]
+
+
+OVER_SEEDS: dict[str, Callable[[list[Any]], list[Any]]] = {
+    "curves": _mean_curve,
+    "strength": _mean_curve,
+    "winner": list,
+    "tuned_by": lambda seeds: [*chain(*seeds)],
+}
+"""What else a row has by dataset, and how it is that of all seeds: [[steps of the attack, %], ...]; [[trials, %], ...]
+(`results.strength`); the settings that searches chose; and the kinds of attackers that were chosen, with their stages.
+"""
+
+
+def caveats(models: Models, tables: Sequence[Mapping[str, Row]], seeds: Sequence[int]) -> list[str]:
+    """A sentence for everything that makes a number of the table mean less than it seems to.
+
+    models: those that every seed has. tables: all rows of every seed, by model.
+    """
+    found = []
+    for model, rows in models.items() if {"scratch", "TL"} <= models.keys() else ():
+        for seed, *three in zip(seeds, rows, models["scratch"], models["TL"], strict=True):
+            found += [f"{model} on {text}" for text in _failures(seed, *three)]
+    found += _misled(models.get("TL", []))
+    lacking = []
+    for model in dict.fromkeys(model for table in tables for model in table if model not in models):
+        at = [str(seed) for seed, table in zip(seeds, tables, strict=True) if model not in table]
+        lacking.append(f"{model} (seed{'s' * (len(at) > 1)} {', '.join(at)})")
+    return [*found, f"Left out, because a seed lacks it: {', '.join(lacking)}."] if lacking else found
+
+
+def _failures(seed: int, row: Row, scratch: Row, tl: Row) -> list[str]:
+    """Wherever the one setting gets less from a model than from scratch, and a tuned attacker much more.
+
+    Such weights make the one setting fail, by their scale for instance; they do not hold less than random ones, as its
+    number alone would say.
+    """
+    found = []
+    for name, tuned in row.get("piggyback_worst", {}).items():
+        zero, full = (one.get("piggyback_worst", {}).get(name) for one in (scratch, tl))
+        if zero is None or full is None:
+            continue
+        single, least = row["piggyback"][name], scratch["piggyback"][name]
+        if single < least and tuned - zero > max(LEFT * (full - zero), CHANCE):
+            found.append(
+                f"{name}, seed {seed}: the one setting fails on these weights. It gets {single:.1f}, less than from "
+                f"scratch ({least:.1f}), and a tuned attacker gets {tuned:.1f}."
+            )
+    return found
+
+
+def _misled(rows: Sequence[Row]) -> list[str]:
+    """Wherever held-out images flatter the attacker on TL: it was trained on them, and what it knows chooses badly."""
+    found = []
+    for name in rows[0].get("held_out", {}) if rows else []:
+        if all(name in row.get("held_out", {}) for row in rows):
+            held, tested = (fmean(row[kind][name] for row in rows) for kind in ("held_out", "piggyback_worst"))
+            if held - tested > MISLED:
+                found.append(
+                    f"{name}: held-out images mislead the tuned attackers. On TL they are right on {held:.1f} % of "
+                    f"them and on {tested:.1f} % of the test images. Let fresh images choose: "
+                    'piggyback.choose_on = "test".'
+                )
+    return found
