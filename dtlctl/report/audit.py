@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -18,18 +18,10 @@ MODES = {
     "reprobe": "Source head fitted anew on the features",
     "target": "Target head, and the target's own images",
 }
-SMALL: Any = {
-    "axes.titlesize": 8,
-    "axes.labelsize": 7,
-    "xtick.labelsize": 6,
-    "ytick.labelsize": 6,
-    "legend.fontsize": 7,
-}
 UNRESOLVED = "not to be resolved by"
 
 
 def _shown(numbers: Row) -> dict[str, str]:
-    """What is shown of an attack's numbers, in words, and how."""
     accuracy, deviation = (100 * numbers[f"balanced_accuracy{end}"] for end in ("", "_std"))
     shown = {
         "balanced accuracy in %, mean ± deviation over repeats": f"{accuracy:.1f} ± {deviation:.1f}",
@@ -51,23 +43,20 @@ class Audit(NamedTuple):
     """The audit of one model."""
 
     run: str
-    """The run's name, where several runs are told apart; two runs in different places may have one name."""
+    """The run's name, where there are several; two in different places may have one name."""
     model: str
     metrics: Row
 
 
 def read(runs: Sequence[Path]) -> list[Audit]:
-    """The audits that belong to the runs' recipes, model by model as in the recipe.
-
-    Raises CheckpointError where there is no recipe, and for a file there that is no sidecar.
-    """
+    """The audits that belong to the runs' recipes, in their order. Raises CheckpointError for no run or no sidecar."""
     found = [
         Audit(run.name if len(runs) > 1 else "", job.model, sidecar["metrics"])
         for run in runs
         for job, _, sidecar in results_of(run, recipe_of(run))
         if job.stage == "audit"
     ]
-    order = list(dict.fromkeys(one.model for one in found))
+    order = [one.model for one in found]
     return sorted(found, key=lambda one: order.index(one.model))
 
 
@@ -76,8 +65,8 @@ def tables(audits: Sequence[Audit]) -> list[Table]:
     if not audits:
         return []
     several = any(one.run for one in audits)
-    first = [[one.model, *([one.run] if several else [])] for one in audits]
-    columns, found = ["Model", *(["Run"] if several else [])], []
+    first = [[one.model, *[one.run] * several] for one in audits]
+    columns, found = ["Model", *["Run"] * several], []
     for mode, title in MODES.items():
         results = [{name: _shown(numbers) for name, numbers in _results(one.metrics, mode).items()} for one in audits]
         names = list(dict.fromkeys(name for one in results for name in one))
@@ -96,9 +85,8 @@ def tables(audits: Sequence[Audit]) -> list[Table]:
     found.append(Table("Control and readouts.", readouts, lines, "Control and readouts"))
     if compared := [(own, one.metrics["cka"]) for own, one in zip(first, audits, strict=True) if "cka" in one.metrics]:
         stages = list(next(iter(compared[0][1].values())))
-        lines = [
-            [*own, other, *(f"{v:.2f}" for v in by.values())] for own, all_ in compared for other, by in all_.items()
-        ]
+        all_of = [(own, other, by) for own, others in compared for other, by in others.items()]
+        lines = [[*own, other, *(f"{value:.2f}" for value in by.values())] for own, other, by in all_of]
         note = "Linear CKA of each stage with the same one of another model, on test images of the source; 1: the same."
         found.append(Table(note, [*columns, "Compared with", *stages], lines, "Where the source still is"))
     return found
@@ -113,20 +101,17 @@ def conclusion(audits: Sequence[Audit]) -> str:
         found.setdefault(one.model, []).extend(attack for attack in attacks if "auc_low" in attack)
     best = [(model, max(attacks, key=lambda attack: attack["auc"])) for model, attacks in found.items() if attacks]
     said = ", ".join(f"{_auc(one)} on {model}" for model, one in best)
-    return (
-        f"Who was a training image of the source: the strongest membership attack has an AUC of {said}; 0.5 is chance, "
-        "1 knows all."
-    ) * bool(said)
+    who = "Who was a training image of the source: the strongest membership attack has an AUC of"
+    return f"{who} {said}; 0.5 is chance, 1 knows all." if said else ""
 
 
-@matplotlib.rc_context({**STYLE, **SMALL})
+@matplotlib.rc_context({**STYLE, "font.size": 7.2})
 def figures(audits: Sequence[Audit], colours: Mapping[str, str]) -> dict[str, Drawing]:
     """The ROC curves of the first run, by the figure's name; nothing where there was no audit. colours: by model.
 
     On logarithmic axes, one panel a mode and attack, one line a model.
     """
-    one_run = {one.model: one.metrics for one in reversed(audits)}
-    audits = [one for one in audits if one.metrics is one_run[one.model]]
+    audits = [*{one.model: one for one in reversed(audits)}.values()][::-1]
     modes = [mode for mode in MODES if any(_results(one.metrics, mode) for one in audits)]
     names = list(dict.fromkeys(n for mode in modes for one in audits for n in _results(one.metrics, mode)))
     if not names:
@@ -149,14 +134,12 @@ def figures(audits: Sequence[Audit], colours: Mapping[str, str]) -> dict[str, Dr
 
 
 def _results(metrics: Row, mode: str) -> dict[str, Row]:
-    """Attacks on a model by name, in one mode."""
     own = metrics if mode == "as-is" else metrics.get(mode, {})
     return {n: v for n, v in own.items() if isinstance(v, dict) and "balanced_accuracy_std" in v and n != "blind"}
 
 
 def _readouts(metrics: Row) -> list[str]:
-    entropy, relearning = metrics["entropy_readout"], metrics["relearning"]
-    steps = "–"
-    if relearning:
+    steps, entropy = "–", f"{metrics['entropy_readout']['share_of_log_k']:.2f}"
+    if relearning := metrics["relearning"]:
         steps = f"> {relearning['budget']}" if relearning["steps"] is None else str(relearning["steps"])
-    return [f"{metrics['blind']['auc']:.3f}", metrics["source_head"], f"{entropy['share_of_log_k']:.2f}", steps]
+    return [f"{metrics['blind']['auc']:.3f}", metrics["source_head"], entropy, steps]

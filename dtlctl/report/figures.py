@@ -24,13 +24,22 @@ WHO = {"piggyback": "the one setting", "piggyback_worst": "the tuned attacker"}
 
 STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    **{"axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8},
+    **{"font.size": 9.6, **dict.fromkeys(("axes.titlesize", "axes.labelsize"), "medium")},
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), "small"),
     **{"axes.facecolor": "none", "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True},
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False},
     **{"figure.constrained_layout.use": True, "svg.fonttype": "none"},
 }
 """Matplotlib's settings while a figure is drawn and saved."""
 
+KEPT = "kept on the target: Acc_t (%)"
+ALONG = {
+    "steps": ("curves", "steps of the attack", "Acc_pl (%)", "steps to recover",
+              "How fast the attacker of the one setting gets there."),
+    "strength": ("strength", "trials", "best on images that choose (%)", "strength against budget",
+                 "What more trials get the attacker: where it still rises, more would."),
+}  # fmt: skip
+"""By name the figures of a curve: its key in a row, both axes, the title, the caption."""
 Drawing = tuple[Figure, str]
 """A figure and its caption."""
 Curves = dict[str, list[list[float]]]
@@ -52,19 +61,15 @@ def of_table(table: dict[str, Any]) -> dict[str, Drawing]:
             points[model] = [[*(one["value"] for one in both), *halves]]
             who = "the strongest attacker" if own["attacks"][name]["tuned"] else who
         if len(points) > 1:
-            x, title = f"Acc_pl {name} of {who} (%)", f"{name}: upper left is better"
             caption = f"What the owner keeps over what {who} gets, as in Fig. 6 of the paper"
             caption += "; lines: 95 % intervals." if any(len(place) > 2 for (place,) in points.values()) else "."
-            found[f"tradeoff-{name}"] = _lines(points, colours, x, "kept on the target: Acc_t (%)", title), caption
-        curves = {row["model"]: row.get("curves", {}).get(name, []) for row in rows}
-        if any(len(curve) > 1 for curve in curves.values()):
-            figure = _lines(curves, colours, "steps of the attack", "Acc_pl (%)", f"{name}: steps to recover")
-            found[f"steps-{name}"] = figure, "How fast the attacker of the one setting gets there."
-        strength = {row["model"]: row.get("strength", {}).get(name, []) for row in rows}
-        if any(len(curve) > 1 for curve in strength.values()):
-            y, title = "best on images that choose (%)", f"{name}: strength against budget"
-            figure = _lines(strength, colours, "trials", y, title, log=True)
-            found[f"strength-{name}"] = figure, "What more trials get the attacker: where it still rises, more would."
+            look = (f"Acc_pl {name} of {who} (%)", KEPT, f"{name}: upper left is better")
+            found[f"tradeoff-{name}"] = _lines(points, colours, *look), caption
+        for kind, (of, x, y, title, caption) in ALONG.items():
+            curves = {row["model"]: row.get(of, {}).get(name, []) for row in rows}
+            if any(len(curve) > 1 for curve in curves.values()):
+                figure = _lines(curves, colours, x, y, f"{name}: {title}", log=of == "strength")
+                found[f"{kind}-{name}"] = figure, caption
     return found
 
 
@@ -76,10 +81,8 @@ def of_sweep(key: str, name: str, kind: str, curves: Curves) -> Drawing:
 
 def of_curves(name: str, kind: str, curves: Curves, stars: dict[str, list[float]]) -> Drawing:
     """Fig. 6: Acc_t over one kind of Acc_pl along λ, [PL, Acc_t], one line a variant; a star is a single model."""
-    x = f"Acc_pl {name} of {WHO[kind]} (%)"
-    figure = _lines(
-        curves, colours_of([*curves, *stars]), x, "kept on the target: Acc_t (%)", "Upper left is better", stars=stars
-    )
+    look = (f"Acc_pl {name} of {WHO[kind]} (%)", KEPT, "Upper left is better")
+    figure = _lines(curves, colours_of([*curves, *stars]), *look, stars=stars)
     return figure, f"Target accuracy over piggyback accuracy ({WHO[kind]}) along λ, as in Fig. 6 of the paper."
 
 
@@ -94,35 +97,33 @@ def save(figures: dict[str, Drawing], folder: Path) -> list[dict[str, str]]:
 
     Figures of an earlier report in this folder that are not drawn again are removed: nothing vouches for them.
     """
-    earlier = {path for name in NAMES for form in ("svg", "png") for path in folder.glob(f"{name}.{form}")}
-    for path in earlier - {folder / f"{name}.{form}" for name in figures for form in ("svg", "png")}:
-        path.unlink()
+    for path in [path for name in NAMES for form in ("svg", "png") for path in folder.glob(f"{name}.{form}")]:
+        if path.stem not in figures:
+            path.unlink()
     drawn = []
     for name, (figure, caption) in figures.items():
         buffer = io.StringIO()
         with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
             figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
         svg = buffer.getvalue()
-        drawn.append({"kind": name.partition("-")[0], "svg": _for_page(svg), "caption": caption})
+        drawn.append(
+            {"kind": name.partition("-")[0], "svg": _for_page(svg, 72 * figure.get_figwidth()), "caption": caption}
+        )
         (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
         figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
     return drawn
 
 
 def colours_of(models: Iterable[str]) -> dict[str, str]:
-    """One for every model, by its place."""
     return {model: COLOURS[place % len(COLOURS)] for place, model in enumerate(dict.fromkeys(models))}
 
 
-def _for_page(svg: str) -> str:
+def _for_page(svg: str, width: float) -> str:
     """An SVG to stand in HTML: no prolog, the text's own colour, as wide as there is room for letters to be read."""
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
     style = f"max-width: {2 * width:.0f}px" + (f"; min-width: {width:.0f}px" if width > 400 else "")
-    return re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" style="{style}">', svg, count=1
-    )
+    head = rf'<svg viewBox="\1" role="img" style="{style}">'
+    svg = re.sub(r'^.*?<svg [^>]*?viewBox="([^"]+)".*?</metadata>', head, svg, count=1, flags=re.DOTALL)
+    return svg.replace(INK, "currentColor")
 
 
 @matplotlib.rc_context(STYLE)
@@ -132,9 +133,8 @@ def _bars(rows: Sequence[Row], sets: list[str], colours: dict[str, str], chosen:
     axes = figure.subplots()
     both = [(n, name, row) for n, name in enumerate(sets) for row in rows if name in row["piggyback"]]
     bars = [(row, name, place + 0.6 * n) for place, (n, name, row) in enumerate(both)]
-    columns = {"bar": "piggyback", "◆": "piggyback_worst"}
-    if not any(row.get("piggyback_worst") for row in rows):
-        del columns["◆"]
+    tuned = any(row.get("piggyback_worst") for row in rows)
+    columns = {"bar": "piggyback", **({"◆": "piggyback_worst"} if tuned else {})}
     for row, name, place in bars:
         value, half = row["piggyback"][name], row.get("piggyback_ci", {}).get(name)
         axes.barh(place, value, 0.75, color=colours[row["model"]], xerr=half, ecolor="#888888", capsize=2)
@@ -146,14 +146,12 @@ def _bars(rows: Sequence[Row], sets: list[str], colours: dict[str, str], chosen:
             axes.text(x, place, text, va="center", ha="right", fontsize=8)
     labels = [row["model"] if len(sets) == 1 else f"{row['model']} · {name}" for row, name, _ in bars]
     axes.set_yticks([place for *_, place in bars], labels)
-    axes.set_ylim(bars[-1][-1] + 0.6, -1.2)
-    axes.set_xlim(0, 103 + 14 * len(columns))
     axes.set_xticks(range(0, 101, 20))
     caption = "Piggyback accuracy by dataset, as in Fig. 2 of the paper. Bars: the one setting"
-    caption += f"; diamonds: the attacker tuned on {chosen}" if len(columns) > 1 else ""
+    caption += f"; diamonds: the attacker tuned on {chosen}" if tuned else ""
     caption += "; lines: 95 % interval of the one setting over seeds" if "piggyback_ci" in rows[0] else ""
-    title = "What an attacker gets out (lower is better)" + "\nbar: one setting, ◆: tuned attacker" * (len(columns) > 1)
-    axes.set(xlabel="Acc_pl (%)", title=title)
+    title = "What an attacker gets out (lower is better)" + "\nbar: one setting, ◆: tuned attacker" * tuned
+    axes.set(xlabel="Acc_pl (%)", title=title, xlim=(0, 103 + 14 * len(columns)), ylim=(bars[-1][-1] + 0.6, -1.2))
     return figure, f"{caption}."
 
 

@@ -1,7 +1,4 @@
-"""The numbers of a report: means, intervals and differences over the seeds, and what a reader must be told beside them.
-
-From sidecars and nothing else.
-"""
+"""The numbers of a report, over the seeds, and what must be told beside them: from sidecars and nothing else."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -32,12 +29,10 @@ MISLED = 10.0
 def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     """The document `table.json` of one run, or of several that differ in nothing but seed and name.
 
-    {"recipe": ..., "seeds": [...], "rows": [{"model", "acc_s", "acc_t", "piggyback": {name: %}, "audit_auc"}, ...]}:
-    accuracies in %, means over seeds; with several seeds each number x has x_ci, the half width of its 95 % t
-    interval. A number that was not measured is left out. vs_TL and vs_TGT are rows of differences, taken seed by seed,
-    so that their intervals are those of the difference. By dataset a row also has what `rows_of` finds besides: see
-    `OVER_SEEDS`. evidence is that of `evidence.evidence`, older names results in the folders that are not of this
-    recipe's present models, and from both follows the verdict. audits_sha256 stands for all that audit.md shows.
+    {"recipe", "seeds", "rows": [{"model", "acc_s", "acc_t", "piggyback": {name: %}, "audit_auc", ...}], ...}: in %,
+    means over seeds; with several seeds each number x has x_ci, the half width of its 95 % t interval. What was not
+    measured is left out. vs_TL and vs_TGT are rows of differences, taken seed by seed. older names results in the
+    folders that are not of this recipe's present models. audits_sha256 stands for all that audit.md shows.
     Raises CheckpointError for what is no run or no sidecar, RecipeError for recipes that differ in more.
     """
     recipes = [recipe_of(run) for run in runs]
@@ -115,9 +110,8 @@ OVER_SEEDS: dict[str, Callable[[list[Any]], list[Any]]] = {
     "winner": list,
     "tuned_by": lambda seeds: [*chain(*seeds)],
 }
-"""What else a row has by dataset, and how it is that of all seeds: [[steps of the attack, %], ...]; [[trials, %], ...]
-(`results.strength`); the settings that searches chose; and the kinds of attackers that were chosen, with their stages.
-"""
+"""What else a row has by dataset, made of that of all seeds: [[steps of the attack, %], ...], [[trials, %], ...]
+(`results.strength`), settings that searches chose, and kinds of attackers, with their stages."""
 
 
 def caveats(models: Models, tables: Sequence[Mapping[str, Row]], seeds: Sequence[int]) -> list[str]:
@@ -138,11 +132,8 @@ def caveats(models: Models, tables: Sequence[Mapping[str, Row]], seeds: Sequence
 
 
 def _failures(seed: int, row: Row, scratch: Row, tl: Row) -> list[str]:
-    """Wherever the one setting gets less from a model than from scratch, and a tuned attacker much more.
-
-    Such weights make the one setting fail, by their scale for instance; they do not hold less than random ones, as its
-    number alone would say.
-    """
+    """Where the one setting gets less than from scratch, and a tuned attacker much more: such weights make it fail, by
+    their scale for instance, and do not hold less than random ones, as its number alone would say."""
     found = []
     for name, tuned in row.get("piggyback_worst", {}).items():
         zero, full = (one.get("piggyback_worst", {}).get(name) for one in (scratch, tl))
