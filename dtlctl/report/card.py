@@ -17,6 +17,7 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.storage import checkpoint
 
 WEIGHTS, CONFIG, CARD, ONNX = "model.safetensors", "config.json", "README.md", "model.onnx"
+SAID = {WEIGHTS: "weights_sha256", CONFIG: "config_sha256", ONNX: "onnx_sha256"}
 PREPROCESSING = {
     "orientation": "EXIF applied", "transparency": "over white", "mode": "RGB", "crop": "centre square",
     "interpolation": "bicubic (Pillow)", "range": [0, 1],
@@ -42,8 +43,8 @@ def known(experiment: Experiment, model: str | None, document: dict[str, Any] | 
         why = f"{document['verdict']['sentences'][0]} Else say" if document else "a file has no verdict: say"
         raise RecipeError(f"export: {why} which model, as --model NAME (one of {', '.join(names)})")
     if model not in names:
-        raise RecipeError(f"--model {model}: {experiment.source} has no such model with a target head"
-                          f"{suggest(model, names)}")  # fmt: skip
+        valid = suggest(model, names)
+        raise RecipeError(f"--model {model}: {experiment.source} has no such model with a target head{valid}")
     return model
 
 
@@ -53,21 +54,18 @@ def folder(experiment: Experiment, model: str, document: dict[str, Any], onnx: b
     Raises as `export.packed` and `export.onnx`.
     """
     weights, described = export.packed(experiment, model)
-    picture = {name: described[name] for name in ("mean", "std")}
+    files = {WEIGHTS: weights, **({ONNX: export.onnx(experiment, model)} if onnx else {})}
+    picture = {name: described.pop(name) for name in ("mean", "std")}
     config = {
         "format": 1,
         "made_by": "dtlctl",
-        **{name: value for name, value in described.items() if name not in picture},
+        **described,
         "preprocessing": {**PREPROCESSING, "size": described["image_size"], **picture},
-        "weights_sha256": _hash(weights),
+        **{SAID[name]: _hash(blob) for name, blob in files.items()},
     }
-    more = {ONNX: export.onnx(experiment, model)} if onnx else {}
-    if onnx:
-        config["onnx_sha256"] = _hash(more[ONNX])
-    blob = checkpoint.dump(config).encode()
-    hashes = {"weights": _hash(weights), "config": _hash(blob)}
-    card = _card(experiment, model, document, described, hashes, onnx=onnx)
-    return {WEIGHTS: weights, CONFIG: blob, CARD: card.encode(), **more}
+    files[CONFIG] = checkpoint.dump(config).encode()
+    hashes = {"weights": _hash(weights), "config": _hash(files[CONFIG])}
+    return {**files, CARD: _card(experiment, model, document, config, hashes).encode()}
 
 
 def verify(path: Path, experiment: Experiment | None = None) -> dict[str, Any]:
@@ -78,45 +76,33 @@ def verify(path: Path, experiment: Experiment | None = None) -> dict[str, Any]:
     from huggingface_hub import ModelCard
 
     try:
-        blobs = {name: (path / name).read_bytes() for name in (WEIGHTS, CONFIG)}
         card: Any = ModelCard((path / CARD).read_text(encoding="utf-8")).data
         said, measured = card.to_dict()["dtlctl"], float(card.eval_results[0].metric_value)
-        config = json.loads(blobs[CONFIG])
-        hashes = {"weights_sha256": said["weights"], "config_sha256": said["config"]}
-        told = {WEIGHTS: config["weights_sha256"]}
-        if "onnx_sha256" in config:
-            blobs[ONNX] = (path / ONNX).read_bytes()
-            hashes["onnx_sha256"] = told[ONNX] = config["onnx_sha256"]
+        config = json.loads((path / CONFIG).read_bytes())
+        told = [(CARD, WEIGHTS, said["weights"]), (CARD, CONFIG, said["config"])]
+        told += [(CONFIG, name, config[key]) for name, key in SAID.items() if key in config]
+        hashes = {name: _hash((path / name).read_bytes()) for _, name, _ in told}
     except Exception as error:  # a stranger's YAML and JSON may end in any
         raise CheckpointError(f"{path}: not a folder that dtlctl exported ({' '.join(str(error).split())})") from None
-    cards = {WEIGHTS: hashes["weights_sha256"], CONFIG: hashes["config_sha256"]}
-    for place, expected_of in ((CARD, cards), (CONFIG, told)):
-        for name, expected in expected_of.items():
-            if (found := _hash(blobs[name])) != expected:
-                raise CheckpointError(f"{path / name}: not the file of this card\nSHA-256 {found}; {place}: {expected}")
+    for place, name, expected in told:
+        if (found := hashes[name]) != expected:
+            raise CheckpointError(f"{path / name}: not the file of this card\nSHA-256 {found}; {place}: {expected}")
+    compared: dict[str, Any] = {SAID[name]: digest for name, digest in hashes.items()}
     if experiment is None:
-        return hashes
+        return compared
     model = export.load(path)
     if list(experiment.data.classes("target")) != config["classes"]:
         raise CheckpointError(f"{path / CONFIG}: its classes are not those of data.target in {experiment.source}")
     model.precision = experiment.recipe.precision
     with precision(model.precision):
         placed = model.to(experiment.engine.device)
-        found = experiment.trainer.measured(placed, {"acc_t": ("target", "target")})["acc_t"]
-    if f"{found:.9g}" != f"{measured:.9g}":
-        raise CheckpointError(f"{path / CARD}: Acc_t is {found:.9g} on this recipe's test split, not {measured:.9g}")
-    return {**hashes, "acc_t": found}
+        acc_t = experiment.trainer.measured(placed, {"acc_t": ("target", "target")})["acc_t"]
+    if f"{acc_t:.9g}" != f"{measured:.9g}":
+        raise CheckpointError(f"{path / CARD}: Acc_t is {acc_t:.9g} on this recipe's test split, not {measured:.9g}")
+    return {**compared, "acc_t": acc_t}
 
 
-def _card(
-    experiment: Experiment,
-    model: str,
-    document: dict[str, Any],
-    described: dict[str, Any],
-    hashes: dict[str, str],
-    *,
-    onnx: bool,
-) -> str:
+def _card(experiment: Experiment, model: str, document: Any, config: dict[str, Any], hashes: dict[str, str]) -> str:
     """The model card as Markdown, its metadata before it."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -130,29 +116,25 @@ def _card(
                                   metric_name=f"Acc_pl, %, of an attacker ({attack['attacker']})", **task))  # fmt: skip
     data = ModelCardData(
         model_name=f"{recipe.name}-{model}",
-        library_name="timm" if described["arch"].startswith(TIMM) else "torchvision",
+        library_name="timm" if config["arch"].startswith(TIMM) else "torchvision",
         pipeline_tag="image-classification",
         tags=["disposable-transfer-learning"],
         eval_results=results,
         dtlctl=hashes,
     )
-    never = [other for other in ("TL", "TGT", "scratch") if not evidence.get(other, {}).get("attacks")]
     return templates.render(
         "card.md.j2",
         card_data=data.to_yaml(),
         title=data.model_name,
         model=model,
-        classes=len(described["classes"]),
-        arch=described["arch"],
-        size=described["image_size"],
+        config=config,
         sentences=_sentences(document, model, recipe.publish or Publish()),
         table=tables.render([_table(evidence, model)]).strip(),
         audit=next((row.get("audit_auc") for row in document["rows"] if row["model"] == model), None),
         attackers=templates.said("who", document["recipe"]["piggyback"]) if own["attacks"] else "",
-        code=_code(described),
-        onnx=onnx,
+        code=_code(config),
         lineage=_lineage(experiment, model, hashes),
-        never=never,
+        never=[other for other in ("TL", "TGT", "scratch") if not evidence.get(other, {}).get("attacks")],
     )
 
 
@@ -178,28 +160,24 @@ def _table(evidence: dict[str, Any], model: str) -> tables.Table:
     return tables.Table("", ["Model", "Acc_t", *names], rows)
 
 
-def _code(described: dict[str, Any]) -> str:
+def _code(config: dict[str, Any]) -> str:
     """How plain torchvision or timm loads it; what torchvision has no name for is built of its blocks."""
-    arch, size = described["arch"], described["image_size"]
-    options = timm_options(arch, size) if arch.startswith(TIMM) else {}
-    told = {**described, "classes": len(described["classes"]), "options": options, "depth": DEPTHS.get(arch)}
-    return templates.render("load.py.j2", **told)
+    arch, classes = config["arch"], len(config["classes"])
+    options = timm_options(arch, config["image_size"]) if arch.startswith(TIMM) else {}
+    return templates.render("load.py.j2", **{**config, "classes": classes}, options=options, depth=DEPTHS.get(arch))
 
 
 def _lineage(experiment: Experiment, model: str, hashes: dict[str, str]) -> dict[str, str]:
     """Hashes by what they are of; no name or place of any data."""
     results = results_of(experiment.folder, experiment.recipe)
     sidecars = {result.job.model: result.sidecar for result in results if result.job.makes_model}
-    own = sidecars[model]
-    recipe = (experiment.folder / "recipe.json").read_bytes()
+    own, recipe = sidecars[model], (experiment.folder / "recipe.json").read_bytes()
     found = {f"SHA-256 of {name}": digest for name, digest in zip((WEIGHTS, CONFIG), hashes.values(), strict=True)}
     found |= {"SHA-256 of the recipe, every setting": _hash(recipe), "key of the result": own["key"]}
     found |= {f"SHA-256 of the weights of {parent}": digest for parent, digest in own["parent"].items()}
-    for adopted, one in sidecars.items():
-        if "weights" in one and adopted in (model, "TL", "pre"):
-            found[f"weights from outside that {adopted} is"] = (
-                one["weights"].get("sha256") or one["weights"]["torchvision"]
-            )
+    adopted = {one: sidecars[one]["weights"] for one in sidecars if "weights" in sidecars[one]}
+    for one in [one for one in adopted if one in (model, "TL", "pre")]:
+        found[f"weights from outside that {one} is"] = adopted[one].get("sha256") or adopted[one]["torchvision"]
     for role, one in own["data"].items():
         found |= {f"images of the {role}, {split}": one[split] for split in ("train", "test")}
     return found

@@ -1,6 +1,5 @@
 """Figures, drawn small enough to be read on a telephone, each as PNG and SVG."""
 
-import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -102,15 +101,11 @@ def save(figures: dict[str, Drawing], folder: Path) -> list[dict[str, str]]:
             path.unlink()
     drawn = []
     for name, (figure, caption) in figures.items():
-        buffer = io.StringIO()
         with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-            figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-        svg = buffer.getvalue()
-        drawn.append(
-            {"kind": name.partition("-")[0], "svg": _for_page(svg, 72 * figure.get_figwidth()), "caption": caption}
-        )
-        (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, transparent=True)
         figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
+        svg = _for_page((folder / f"{name}.svg").read_text(encoding="utf-8"), 72 * figure.get_figwidth())
+        drawn.append({"kind": name.partition("-")[0], "svg": svg, "caption": caption})
     return drawn
 
 
