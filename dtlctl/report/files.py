@@ -20,11 +20,12 @@ def write(
     """
     audits, recipe, seeds, verdict = audit.read(runs), document["recipe"], document["seeds"], document["verdict"]
     colours = figures.colours_of([*(row["model"] for row in document["rows"]), *(one.model for one in audits)])
-    drawings = {**figures.of_table(document), **audit.figures(audits, colours)}
     page = {
         "title": f"May it be published? {recipe['name']}",
         "subtitle": f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}.",
         "verdict": [text for text in verdict["sentences"] if text not in verdict["caveats"]],
+        "caveats": [*verdict["caveats"], *document["caveats"]],
+        "tables": [*before, *tables.of_report(document)],
         "evidence": document["evidence"],
         "chosen": verdict["recommended"],
         "dispose": recipe["dispose"],
@@ -33,31 +34,29 @@ def write(
         "audited": audit.conclusion(audits),
         "audits": audit.tables(audits),
     }
-    caveats = [*verdict["caveats"], *document["caveats"]]
-    publish(document, folder, command, [*before, *tables.of_report(document)], caveats, drawings, page)
+    publish(document, folder, command, page, {**figures.of_table(document), **audit.figures(audits, colours)})
 
 
 def publish(
-    document: dict[str, Any], folder: Path, command: str, shown: Sequence[Table], caveats: Sequence[str],
-    drawings: dict[str, Drawing], page: dict[str, Any],
-) -> None:  # fmt: skip
+    document: dict[str, Any], folder: Path, command: str, page: dict[str, Any], drawings: dict[str, Drawing]
+) -> None:
     """Write table.json, table.md, figures, report.html and, if there are any, audit.md and verdict.json into `folder`.
 
-    Those of an earlier report there that this one has not are removed. page: the rest of what `page.html.j2` shows.
-    Raises CheckpointError where that cannot be.
+    Those of an earlier report there that this one has not are removed. page: what `page.html.j2` shows. Raises
+    CheckpointError where that cannot be.
     """
     page = {"verdict": [], "evidence": {}, "audited": "", "audits": [], **page}
-    texts = {
-        "table.md": tables.render(shown, [*page["verdict"], *caveats]),
-        "audit.md": tables.render(page["audits"]) if page["audits"] else "",
-        "verdict.json": checkpoint.dump(document["verdict"]) if "verdict" in document else "",
-        "table.json": checkpoint.dump(document),  # last: it vouches for the others
-    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         drawn = figures.save(drawings, folder)
-        html = templates.render("page.html.j2", **page, command=command, caveats=caveats, figures=drawn, tables=shown)
-        for name, text in {"report.html": html, **texts}.items():
+        texts = {
+            "report.html": templates.render("page.html.j2", **page, command=command, figures=drawn),
+            "table.md": tables.render(page["tables"], [*page["verdict"], *page["caveats"]]),
+            "audit.md": tables.render(page["audits"]) if page["audits"] else "",
+            "verdict.json": checkpoint.dump(document["verdict"]) if "verdict" in document else "",
+            "table.json": checkpoint.dump(document),  # last: it vouches for the others
+        }
+        for name, text in texts.items():
             if text:
                 checkpoint.write(folder / name, text.encode())
             else:

@@ -43,9 +43,11 @@ def write(document: dict[str, Any], folder: Path, command: str, name: str, runs:
     page = {
         "title": f"{name}: {', '.join(document['over'])}",
         "subtitle": "",
+        "tables": [_table(found)],
+        "caveats": _caveats(found),
         "attackers": list(dict.fromkeys(said("who", point["table"]["recipe"]["piggyback"]) for point in found)),
     }
-    files.publish(document, folder, command, [_table(found)], _caveats(found), draw(document), page)
+    files.publish(document, folder, command, page, draw(document))
 
 
 def markdown(document: dict[str, Any]) -> str:

@@ -10,29 +10,25 @@ from dtlctl.report.intervals import Figure
 
 
 def points(one: Figure | None) -> str:
-    """Points of accuracy, with their interval."""
     return "not measured" if one is None else span(one, "+.1f", " points")
 
 
 def percent(one: Figure) -> str:
-    """An accuracy, with its interval."""
     return span(one, ".1f", " %")
 
 
 def shared(attack: dict[str, Any]) -> str:
     """How much an attack recovers, with its interval."""
-    if not attack:
-        return "never attacked"
-    return f"{span(attack['recovered'], '.0%')} recovered" if attack["recovered"] else "no share recovered"
+    if part := attack.get("recovered"):
+        return f"{span(part, '.0%')} recovered"
+    return "no share recovered" if attack else "never attacked"
 
 
 def span(one: Figure, form: str, unit: str = "") -> str:
-    """A number in this form, with its interval."""
     return f"{one['value']:{form}}{unit} {interval(one, form)}"
 
 
 def interval(one: Figure, form: str) -> str:
-    """The interval of a number, or that there is none."""
     return "(no interval)" if one["low"] is None else f"[{one['low']:{form}}, {one['high']:{form}}]"
 
 
