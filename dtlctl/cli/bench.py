@@ -19,16 +19,14 @@ def bench(
     precision: Annotated[Literal["float32", "tf32", "bfloat16"], typer.Option(help="Of the forward pass.")] = "float32",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Keep a pixel's channels together.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; the median is shown.")] = 5,
-    train: Annotated[
-        bool, typer.Option("--train", help="Measure training on images instead, beside a plain script.")
-    ] = False,
-    data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Images to train on, as in a recipe; default: builtin:letters.")
-    ] = None,
+    train: Annotated[bool, typer.Option(
+        "--train", help="Measure training on images instead, beside a plain script.")] = False,
+    data: Annotated[str | None, typer.Option(
+        metavar="PATH", help="Images to train on, as in a recipe; default: builtin:letters.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps of a turn; default: 20.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Measure what a step of gradient collision costs here, in every way, beside a step of cross-entropy.
 
     With --train: how many images a second training takes, on ready tensors, as pretrain does it, and by a plain script.

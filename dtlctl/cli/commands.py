@@ -42,12 +42,11 @@ STAGES: dict[Stage, str] = {
 
 
 def _again(command: str, recipe: Path, overrides: list[str] | None, out: Path, *more: str) -> str:
-    """The command line that does the same again."""
     return shlex.join(["dtlctl", command, str(recipe), *more, *_words(overrides, out)])
 
 
 def _words(overrides: list[str] | None, out: Path) -> list[str]:
-    """What such a command line has behind the recipe."""
+    """What a command line that does the same again has behind the recipe."""
     return [*(word for text in overrides or () for word in ("--set", text)), *(["--out", str(out)] * (out != RUNS))]
 
 
@@ -107,14 +106,9 @@ def stage(name: Stage) -> Callable[..., None]:
     """The command that does one stage and prints the paths of its sidecars."""
 
     def command(
-        recipe: RecipeFile,
-        overrides: Overrides = None,
-        out: Out = RUNS,
-        only: Only = None,
-        force: Force = False,
-        quiet: Quiet = False,
-        as_json: Json = False,
-    ) -> None:
+        recipe: RecipeFile, overrides: Overrides = None, out: Out = RUNS, only: Only = None, force: Force = False,
+        quiet: Quiet = False, as_json: Json = False,
+    ) -> None:  # fmt: skip
         experiment = _experiment(recipe, overrides, out, quiet)
         with _performed(experiment, (name,), only or [], force):
             if not experiment.processes.is_main:
@@ -129,9 +123,8 @@ def stage(name: Stage) -> Callable[..., None]:
 def check(
     recipe: RecipeFile, overrides: Overrides = None, out: Out = RUNS,
     decode: Annotated[bool, typer.Option("--decode", help="Decode what a run would, to know all of it.")] = False,
-    tested: Annotated[
-        str | None, typer.Option(metavar="ROLE", help="List the test images of source, target, ... instead.")
-    ] = None,
+    tested: Annotated[str | None, typer.Option(
+        metavar="ROLE", help="List the test images of source, target, ... instead.")] = None,
     quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Validate the recipe and show its plan: stages, steps, data, what is cached. Nothing is trained or fetched."""
@@ -170,19 +163,13 @@ def report(
 
 def export(
     recipe: RecipeFile,
-    to: Annotated[
-        str,
-        typer.Option("--to", metavar="PLACE", help="A new folder, a .safetensors file, or hf:owner/name, on the hub."),
-    ],
-    model: Annotated[
-        str | None, typer.Option("--model", help="TL, TGT or a variant; of a folder the default is the verdict's.")
-    ] = None,
+    to: Annotated[str, typer.Option(
+        "--to", metavar="PLACE", help="A new folder, a .safetensors file, or hf:owner/name, on the hub.")],
+    model: Annotated[str | None, typer.Option(
+        "--model", help="TL, TGT or a variant; of a folder the default is the verdict's.")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="The network as model.onnx too, in a folder.")] = False,
-    overrides: Overrides = None,
-    out: Out = RUNS,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
+    overrides: Overrides = None, out: Out = RUNS, quiet: Quiet = False, as_json: Json = False,
+) -> None:  # fmt: skip
     """Write a finished model for others, without anything of the source: weights, config and a card with the evidence.
 
     Its target head alone, under torchvision's names of tensors. A .safetensors file has the weights and no card.
@@ -218,12 +205,10 @@ def export(
 
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What dtlctl export wrote.")],
-    recipe: Annotated[
-        Path | None, typer.Argument(metavar="RECIPE", help="On its test split Acc_t is measured again.")
-    ] = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
-) -> None:
+    recipe: Annotated[Path | None, typer.Argument(
+        metavar="RECIPE", help="On its test split Acc_t is measured again.")] = None,
+    overrides: Overrides = None, as_json: Json = False,
+) -> None:  # fmt: skip
     """Compare an exported folder with its card: the hashes of its files and, with a recipe, Acc_t."""
     from dtlctl.many.sweep import one_process
     from dtlctl.report import card
@@ -238,16 +223,13 @@ def verify(
 
 def sweep(
     recipe: RecipeFile,
-    over: Annotated[
-        list[str], typer.Option("--over", metavar="KEY.PATH=A,B,C", help="Values to try; several make a grid.")
-    ],
-    overrides: Overrides = None,
-    out: Out = RUNS,
+    over: Annotated[list[str], typer.Option(
+        "--over", metavar="KEY.PATH=A,B,C", help="Values to try; several make a grid.")],
+    overrides: Overrides = None, out: Out = RUNS,
     jobs: Annotated[int, typer.Option("--jobs", min=1, max=256, help="Runs at a time, each a process.")] = 1,
     plan: Annotated[bool, typer.Option("--plan", help="Print a shell line for every run instead.")] = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
+    quiet: Quiet = False, as_json: Json = False,
+) -> None:  # fmt: skip
     """Run the recipe at every point of a grid, share what points have in common, and print one table."""
     from dtlctl.many import sweep as sweeps
     from dtlctl.report import grids
@@ -269,15 +251,11 @@ def sweep(
 
 
 def compare(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    out: Out = RUNS,
-    write: Annotated[
-        bool, typer.Option("--write", help="Write every λ that was reached into the recipe's file.")
-    ] = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
+    recipe: RecipeFile, overrides: Overrides = None, out: Out = RUNS,
+    write: Annotated[bool, typer.Option(
+        "--write", help="Write every λ that was reached into the recipe's file.")] = False,
+    quiet: Quiet = False, as_json: Json = False,
+) -> None:  # fmt: skip
     """Find for every unlearning loss the λ that costs the same target accuracy, and attack them all at it."""
     from dtlctl.many import compare as comparison
     from dtlctl.recipe.loading import load

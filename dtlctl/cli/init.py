@@ -1,6 +1,5 @@
 """Commands that help to write a recipe: init, schema."""
 
-import importlib.resources
 import json
 from pathlib import Path
 from typing import Annotated
@@ -13,35 +12,27 @@ from dtlctl.errors import RecipeError, suggest
 
 
 def shipped() -> dict[str, str]:
-    """The recipes that come with the package, by name."""
-    package = importlib.resources.files("dtlctl")
-    folder = package / "recipes"
-    if not folder.is_dir():  # a checkout: they lie beside the package, and move into it when that is built
-        folder = Path(str(package)).parent / "recipes"
-    files = sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else []
-    return {f.name.removesuffix(".toml"): f.read_text("utf-8") for f in files if f.name.endswith(".toml")}
+    """The recipes that come with the package, by name. They lie beside it until it is built, and then in it."""
+    package = Path(__file__).parents[1]
+    folder = package if (package / "recipes").is_dir() else package.parent
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("recipes/*.toml"))}
 
 
 def init(
-    which: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", help="A shipped recipe, to print.", autocompletion=lambda: [*shipped()]),
-    ] = None,
+    which: Annotated[str | None, typer.Argument(
+        metavar="NAME", help="A shipped recipe, to print.", autocompletion=lambda: [*shipped()])] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the shipped recipes.")] = False,
     source: Annotated[str | None, typer.Option(metavar="PATH", help="Private data, as `path` in a recipe.")] = None,
     target: Annotated[str | None, typer.Option(metavar="PATH", help="Data of the task that you publish.")] = None,
     attacker: Annotated[str | None, typer.Option(metavar="PATH", help="Data that an attacker may have.")] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="A network trained on the source already, or on the target after it."),
-    ] = None,
-    arch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The network: resnet18, timm:NAME, ...; default: what fits here.")
-    ] = None,
+    weights: Annotated[str | None, typer.Option(
+        metavar="FILE", help="A network trained on the source already, or on the target after it.")] = None,
+    arch: Annotated[str | None, typer.Option(
+        metavar="NAME", help="The network: resnet18, timm:NAME, ...; default: what fits here.")] = None,
     size: Annotated[int | None, typer.Option(min=8, max=1024, help="Pixels; default: by the images.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the run; default: by the folders.")] = None,
     quiet: Quiet = False,
-) -> None:
+) -> None:  # fmt: skip
     """Print a recipe to begin with: one for your data and this machine, or one that comes with dtlctl."""
     if (source is None) != (target is None):
         raise RecipeError("init: --source and --target go together")
@@ -56,13 +47,12 @@ def init(
         print(starter.write(source, target, attacker, weights, arch, size, name), end="")
         return
     known = shipped()
-    if which is not None and which not in known:
-        raise RecipeError(f"init: no shipped recipe {which!r}{suggest(which, known)}")
-    if which:
+    if which is None:
+        print("\n".join(f"{title:<18}{text.partition(chr(10))[0].lstrip('# ')}" for title, text in known.items()))
+    elif which in known:
         print(f"#:schema ./dtlctl.schema.json\n{known[which]}", end="")  # Taplo's and Tombi's word for it
-        return
-    for title, text in known.items():
-        print(f"{title:<18}{text.partition(chr(10))[0].lstrip('# ')}")
+    else:
+        raise RecipeError(f"init: no shipped recipe {which!r}{suggest(which, known)}")
 
 
 def schema() -> None:

@@ -1,6 +1,5 @@
 """The templates of this folder, and how a number with its interval reads in them."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +31,21 @@ def interval(one: Figure, form: str) -> str:
     return "(no interval)" if one["low"] is None else f"[{one['low']:{form}}, {one['high']:{form}}]"
 
 
-@cache
-def environment() -> jinja2.Environment:
-    """What a `.html` template shows is text and never markup, but for the figures; elsewhere nothing is escaped."""
-    made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: ".html" in (name or ""),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.globals |= {"points": points, "percent": percent, "shared": shared, "interval": interval, "said": said}
-    return made
-
-
 def render(template: str, **values: Any) -> str:
-    return environment().get_template(template).render(**values)
+    return ENVIRONMENT.get_template(template).render(**values)
 
 
 def said(macro: str, *values: Any) -> str:
     """A macro of `words.j2`, as one line of text: to a page, too, for one that it imports counts as markup there."""
-    return " ".join(str(getattr(environment().get_template("words.j2").module, macro)(*values)).split())
+    return " ".join(str(getattr(ENVIRONMENT.get_template("words.j2").module, macro)(*values)).split())
+
+
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=lambda name: ".html" in (name or ""),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+"""What a `.html` template shows is text and never markup, but for the figures; elsewhere nothing is escaped."""
+ENVIRONMENT.globals |= {one.__name__: one for one in (points, percent, shared, interval, said)}
