@@ -42,13 +42,11 @@ class Setup(NamedTuple):
         progress = Progress("bench", (self.repeats + 1) * len(turns), enabled=not self.quiet)
         with networks.precision(self.precision), progress:
             for number in range(self.repeats + 1):
-                for (name, count), turn in turns.items():
-                    took = turn(number)
-                    if number:
-                        seconds[name, count].append(took)
+                for way, turn in turns.items():
+                    seconds[way].append(turn(number))
                     progress.advance(1)
-                    progress.show({f"{name}{'' if count is None else f' {count}'} s": took})
-        return seconds
+                    progress.show({f"{way[0]} s": seconds[way][-1]})
+        return {way: turns[1:] for way, turns in seconds.items()}
 
     def document(self, device: torch.device, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """The rows, beside what a time depends on whatever is timed: the device, its instructions, threads, torch."""
@@ -79,10 +77,10 @@ def peak(step: Callable[[], Any], device: torch.device) -> int | None:
     except OSError:
         step()
         return None
-    before = _kilobytes(status, "VmRSS")
+
+    def held(field: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+
+    before = held("VmRSS")
     step()
-    return 1024 * max(0, _kilobytes(status, "VmHWM") - before)
-
-
-def _kilobytes(status: Path, field: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+    return 1024 * max(0, held("VmHWM") - before)
