@@ -100,7 +100,8 @@ def run(setup: meter.Setup, chunks: str, ways: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise RecipeError(f"bench: {error}") from None
     cells = [("ce", 1), *((way, c) for c in counts for way in chosen if bench.can(way, c))]
-    peaks, errors = {}, {}
+    peaks: dict[meter.Way, int | None] = {}
+    errors: dict[meter.Way, tuple[float | None, float | None]] = {}
     reference = lru_cache(1)(bench.reference)
 
     def turn(way: str, c: int, number: int) -> float:
@@ -114,9 +115,8 @@ def run(setup: meter.Setup, chunks: str, ways: str | None) -> dict[str, Any]:
         return 0.0
 
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        seconds = {
-            way: median(turns) for way, turns in setup.seconds({one: partial(turn, *one) for one in cells}).items()
-        }
+        turns = setup.seconds({cell: partial(turn, *cell) for cell in cells})
+    seconds = {cell: median(took) for cell, took in turns.items()}
     rows = [
         {
             "way": way,
