@@ -84,7 +84,7 @@ def run(setup: Setup, data: str, steps: int) -> dict[str, Any]:
         (other, None): ours(ready, not setup.channels_last),
         ("dtlctl", None): ours(batches),
         ("stream", None): _in_flow(ours(streamed)),
-        ("decode", None): _in_flow(_fetching(streamed, engine)),
+        ("decode", None): _in_flow(_timed(streamed.__getitem__, engine.device)),
     }
     images = _table(sources[0], setup)
     for workers in sorted({0, cores() - 1}):
@@ -106,25 +106,23 @@ def _turn(engine: Engine, model: networks.Classifier, batches: Batches, plan: Tr
     return turn
 
 
-def _fetching(batches: Batches, engine: Engine) -> Turn:
-    """Batches, and nothing done with them."""
-
+def _timed(step: Callable[[int], object], device: torch.device) -> Turn:
     def turn(first: int, steps: int) -> float:
-        started = clock(engine.device)
-        for step in range(first, first + steps):
-            batches[step]
-        return clock(engine.device) - started
+        started = clock(device)
+        for number in range(first, first + steps):
+            step(number)
+        return clock(device) - started
 
     return turn
 
 
-def _in_flow(turn: Turn) -> Turn:
+def _in_flow(turn: Turn, ahead: int = AHEAD) -> Turn:
     """Batches that were decoded before the turn are used up untimed; no two turns have a batch in common."""
 
     def later(first: int, steps: int) -> float:
-        start = first * (1 + AHEAD)
-        turn(start, AHEAD)
-        return turn(start + AHEAD, steps)
+        start = first * (1 + ahead)
+        turn(start, ahead)
+        return turn(start + ahead, steps)
 
     return later
 
@@ -157,14 +155,11 @@ def _table(source: Source, setup: Setup) -> Any:
 
 
 def _plain(images: Any, setup: Setup, classes: int, workers: int, plan: Training, device: torch.device) -> Turn:
-    """What torch's and torchvision's own tutorials do.
-
-    A DataLoader over images that are transformed one by one. Batches that workers made beforehand are used up untimed.
-    """
+    """What torch's and torchvision's own tutorials do: a DataLoader over images that are transformed one by one."""
     from torchvision import transforms as T
 
     size, on_gpu = setup.image_size, device.type == "cuda"
-    steps = [
+    transforms = [
         *([] if images[0]["image"].size == (size, size) else [T.Resize(size), T.CenterCrop(size)]),
         T.RandomCrop(size, padding=size // 8),
         T.RandomHorizontalFlip(),
@@ -172,27 +167,22 @@ def _plain(images: Any, setup: Setup, classes: int, workers: int, plan: Training
         T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ]
     options: Any = {"shuffle": True, "drop_last": True, "num_workers": workers, "persistent_workers": workers > 0}
-    prepared = images.with_transform(partial(_prepare, T.Compose(steps)))
+    prepared = images.with_transform(partial(_prepare, T.Compose(transforms)))
     loader = DataLoader(prepared, setup.batch_size, pin_memory=on_gpu, **options)
     model = plain_network(setup, classes).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum, weight_decay=plan.weight_decay)
-    source, waiting = chain.from_iterable(repeat(loader)), workers * (loader.prefetch_factor or 0)
+    source = chain.from_iterable(repeat(loader))
 
-    def turn(first: int, steps: int) -> float:
-        started = clock(device)
-        for step in range(waiting + steps):
-            if step == waiting:
-                started = clock(device)
-            batch = next(source)
-            x, y = batch["x"].to(device, non_blocking=True), batch["y"].to(device, non_blocking=True)
-            optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=setup.precision == "bfloat16"):
-                loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            optimizer.step()
-        return clock(device) - started
+    def step(_: int) -> None:
+        batch = next(source)
+        x, y = batch["x"].to(device, non_blocking=True), batch["y"].to(device, non_blocking=True)
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=setup.precision == "bfloat16"):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
 
-    return turn
+    return _in_flow(_timed(step, device), ahead=workers * (loader.prefetch_factor or 0))
 
 
 def _prepare(transform: Callable[[Any], Tensor], examples: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
