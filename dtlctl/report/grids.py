@@ -51,7 +51,6 @@ def write(document: dict[str, Any], folder: Path, command: str, name: str, runs:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The table of a sweep, and its caveats."""
     found = document["points"]
     if len(found) == 1:
         return tables.markdown(found[0]["table"])
@@ -62,16 +61,15 @@ def _table(found: Sequence[Point]) -> Table:
     """One row a point and model; what no swept key of its own changes is shown once."""
     (first, *others), places = _by_model(found), [(point, row) for point in found for row in point["table"]["rows"]]
     fixed = {model for model, row in first.items() if all(other.get(model) == row for other in others)}
-    headings = {key: key for key in found[0]["values"]}
-    for key in [key for key in headings if key.endswith(".odds")]:  # a factor is shown as the λ that it came to
-        headings[key] = f"λ {names_in(key)[1]}".removesuffix(" *")
     tuned = any("piggyback_worst" in row for _, row in places)
-    kinds = ("piggyback", "piggyback_worst") if tuned else ("piggyback",)
-    (model_column, *columns), lines = tables.accuracies([row for _, row in places], kinds)
+    (model_column, *columns), lines = tables.accuracies(
+        [row for _, row in places], ["piggyback", *["piggyback_worst"] * tuned]
+    )
     shown = {}  # by its cells: a model whose own λ is the same at two points was made once
     for (point, _), (model, *cells) in zip(places, lines, strict=True):
         dispose, values = point["table"]["recipe"]["dispose"], []
         for key, value in point["values"].items():
+            # Of a factor of the odds of λ, the λ that it came to is shown.
             own = dispose.get(model, {}).get("lambda") or "–" if key.endswith(".odds") else value
             values.append(str(own) if model not in fixed and _is_of(key, model, dispose) else "–")
         shown[(model, *values, *cells)] = model not in fixed
@@ -79,9 +77,9 @@ def _table(found: Sequence[Point]) -> Table:
     if tuned:
         chosen = dict.fromkeys(tables.chosen_on(point["table"]["recipe"]) for point in found)
         note += f" Tuned: by the attacker who is best on {' or '.join(chosen)}."
-    ordered = sorted(shown, key=lambda line: shown[line])
-    heads = [model_column, *headings.values(), *columns]
-    return Table(note, heads, [*map(list, ordered)], "Accuracies at every point")
+    odds = {key: f"λ {names_in(key)[1]}".removesuffix(" *") for key in found[0]["values"] if key.endswith(".odds")}
+    heads = [model_column, *(odds.get(key, key) for key in found[0]["values"]), *columns]
+    return Table(note, heads, sorted(shown, key=lambda line: shown[line]), "Accuracies at every point")
 
 
 def _caveats(found: Sequence[Point]) -> list[str]:
@@ -102,7 +100,6 @@ def _is_of(key: str, model: str, dispose: dict[str, Any]) -> bool:
 
 
 def _by_model(found: Sequence[Point]) -> list[dict[str, Row]]:
-    """The rows of every point, by model."""
     return [{row["model"]: row for row in point["table"]["rows"]} for point in found]
 
 
@@ -113,21 +110,17 @@ def draw(document: dict[str, Any]) -> dict[str, Drawing]:
     for name in tables.piggyback_sets(row for one in rows for row in one.values()):
         kind = figures.quoted((row for one in rows for row in one.values()), name)
         if any(key.endswith(ALONG_A_CURVE) for key in keys):
-            curves = _along_lambda(found, rows, name, kind)
-            on_curves = {label.partition(" ")[0] for label in curves}
-            single = [m for m in ("TGT", "TL", *found[0]["table"]["recipe"]["dispose"]) if m not in on_curves]
-            stars = {m: place for m in single if (place := _place(rows[0].get(m, {}), name, kind))}
-            if curves:
+            if curves := _along_lambda(found, rows, name, kind):
+                on_curves = {label.partition(" ")[0] for label in curves}
+                single = [m for m in ("TGT", "TL", *found[0]["table"]["recipe"]["dispose"]) if m not in on_curves]
+                stars = {m: place for m in single if (place := _place(rows[0].get(m, {}), name, kind))}
                 drawn[f"curve-{name}"] = figures.of_curves(name, kind, curves, stars)
         elif len(keys) == 1 and all(isinstance(point["values"][keys[0]], int | float) for point in found):
             if keys[0].startswith("data.piggyback.") and names_in(keys[0])[2] != name:
                 continue
+            at = [(point["values"][keys[0]], row) for point, row in zip(found, rows, strict=True)]
             lines = {
-                model: [
-                    [point["values"][keys[0]], row[model][kind][name]]
-                    for point, row in zip(found, rows, strict=True)
-                    if name in row.get(model, {}).get(kind, {})
-                ]
+                model: [[x, row[model][kind][name]] for x, row in at if name in row.get(model, {}).get(kind, {})]
                 for model in rows[0]
             }
             drawn[f"sweep-{name}"] = figures.of_sweep(keys[0], name, kind, lines)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from dtlctl.report.results import ATTACKS, BUDGETS, Row
@@ -17,9 +17,9 @@ class Table:
     """One table: cells as they are shown, the first column to the left, the others to the right."""
 
     note: str
-    """What it shows, in a sentence; without columns that is all."""
-    columns: list[str] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
+    """What it shows, in a sentence. Without columns that is all."""
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
     heading: str = ""
     """Over it, and over those after it without one, on a page."""
 
@@ -69,18 +69,15 @@ def accuracies_note(seeds: Sequence[int]) -> str:
 
 def chosen_on(recipe: dict[str, Any]) -> str:
     """On which images tuned attackers choose what they do."""
-    if recipe["piggyback"]["choose_on"] == "test":
-        return "half of the test images, and judged by the other half"
-    return "held-out images of his own"
+    half = "half of the test images, and judged by the other half"
+    return half if recipe["piggyback"]["choose_on"] == "test" else "held-out images of his own"
 
 
 def piggyback_sets(rows: Iterable[Row]) -> list[str]:
-    """The names of all datasets that any of the rows was attacked with."""
     return list(dict.fromkeys(name for row in rows for name in row["piggyback"]))
 
 
 def _differences(document: dict[str, Any], sets: list[str]) -> Table:
-    """Against TGT and TL: models that hold the source."""
     rows = [row for row in document["rows"] if row["model"] not in ("scratch", "pre", "TGT")]
     tl = next(row for row in rows if row["model"] == "TL")
     tuned = [name for name in sets if name in tl.get("piggyback_worst", {})]
@@ -95,7 +92,6 @@ def _differences(document: dict[str, Any], sets: list[str]) -> Table:
 
 
 def _tuned(document: dict[str, Any]) -> Table:
-    """Every attack on the datasets with tuned attackers, and what they recover."""
     sets = list(dict.fromkeys(name for row in document["rows"] for name in row.get("piggyback_worst", {})))
     kinds = ("one setting", "tuned", "best of all", "recovered", "tuned by")
     lines = []
@@ -117,7 +113,6 @@ def _tuned(document: dict[str, Any]) -> Table:
 
 
 def _strength(rows: Sequence[Row], name: str) -> Table:
-    """What more trials get an attacker on one dataset, and the settings that a search chose."""
     curves = {row["model"]: dict(row["strength"][name]) for row in rows if row.get("strength", {}).get(name)}
     winners = {row["model"]: row["winner"][name] for row in rows if name in row.get("winner", {})}
     budgets = [k for k in BUDGETS if any(k in curve for curve in curves.values())]
@@ -144,13 +139,10 @@ def cell(row: Row, name: str, dataset: str | None = None, *, form: str = ".1f") 
 
 
 def _grid(table: Table) -> str:
-    """Columns of one width each; nothing for a table without columns."""
     if not table.columns:
         return ""
     first, *others = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
-    rule = "|".join([f":{'-' * (first + 1)}", *(f"{'-' * (width + 1)}:" for width in others)])
-    head, *rows = [
-        f"| {' | '.join([cell.ljust(first), *map(str.rjust, cells, others)])} |"
-        for cell, *cells in (table.columns, *table.rows)
-    ]
-    return "\n".join([head, f"|{rule}|", *rows])
+    rule = [f":{'-' * (first + 1)}", *(f"{'-' * (width + 1)}:" for width in others)]
+    lines = [[cell.ljust(first), *map(str.rjust, cells, others)] for cell, *cells in (table.columns, *table.rows)]
+    head, *rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, f"|{'|'.join(rule)}|", *rows])
