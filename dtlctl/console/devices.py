@@ -75,7 +75,7 @@ def able(tensor: Tensor) -> Tensor:
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """The tensor in float64; on the CPU where its device lacks that."""
+    """In float64; on the CPU where its device lacks that."""
     return able(tensor).double()
 
 

@@ -14,7 +14,7 @@ def cores() -> int:
 
 def busy() -> str | None:
     """What to say of a machine that has more to do than cores to do it with: times measured there are too long."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    load, *_ = os.getloadavg()
     return f"the machine is busy (load {load:.1f} on {cores()} cores): less when it is idle" if load > cores() else None
 
 

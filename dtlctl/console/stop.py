@@ -15,10 +15,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Now:
-    noted = 0
-    """The signal that came, or 0."""
-    depth = 0
-    """How many `deferred` there are around us."""
+    noted = 0  # the signal that came, or 0
+    depth = 0  # how many `deferred` there are around us
 
 
 def listen() -> None:
@@ -34,7 +32,7 @@ def finish() -> None:
 
 
 def pending() -> int:
-    """The number of the signal that asked this process to stop, or 0."""
+    """The number of the signal that came, or 0."""
     return _Now.noted
 
 
@@ -52,8 +50,8 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _Now.depth -= 1
-    if _Now.noted and not _Now.depth:
-        raise Stopped(_Now.noted)
+    if not _Now.depth:
+        obey()
 
 
 def _note(signum: int, frame: object) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from dtlctl.errors import CheckpointError
 from dtlctl.recipe.plan import Job, jobs
 from dtlctl.recipe.schema import Recipe
-from dtlctl.run import results as sidecars
+from dtlctl.run import provenance
 from dtlctl.storage import checkpoint
 
 Row = dict[str, Any]
@@ -53,28 +53,23 @@ def results_of(run: Path, recipe: Recipe) -> list[Result]:
     Raises CheckpointError for a file that is no sidecar.
     """
     found: list[Result] = []
-    weights: dict[str, str] = {}
+    weights: dict[str, str | None] = {}
     for job in jobs(recipe):
         path = run / job.path
         if (sidecar := checkpoint.read_sidecar(path)) is None:
             continue
-        parent = {job.parent: weights.get(job.parent)} if job.parent else {}
-        expected = {**job.described(recipe), "parent": parent}
-        if any(sidecar.get(name) != value for name, value in expected.items()):
-            continue
+        expected = {**job.described(recipe), "parent": {job.parent: weights.get(job.parent)} if job.parent else {}}
         with _reading(path, f"data of {job.stage}"):
-            if sidecars.differs(sidecar, job, recipe):
-                continue
-        if "weights_sha256" in sidecar:
-            weights[job.model] = sidecar["weights_sha256"]
-        found.append(Result(job, path, sidecar))
+            if expected.items() <= sidecar.items() and not provenance.differs(sidecar, job, recipe):
+                weights.setdefault(job.model, sidecar.get("weights_sha256"))
+                found.append(Result(job, path, sidecar))
     return found
 
 
 def left_behind(run: Path, recipe: Recipe, found: Iterable[Result]) -> list[str]:
     """The results of the recipe that are in a run's folder and that `results_of` leaves out."""
     known = {one.path for one in found}
-    return [job.title for job in jobs(recipe) if (path := run / job.path) not in known and path.exists()]
+    return [job.title for job in jobs(recipe) if run / job.path not in known and (run / job.path).exists()]
 
 
 def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
@@ -157,22 +152,18 @@ def refuse_other_images(results: Iterable[Result], *, one_seed: bool) -> None:
         for role, name, value in parts:
             other, first = seen.setdefault((role, name), (value, path))
             if other != value and (one_seed or (name in ("train", "test") and role not in drawn)):
-                raise CheckpointError(
-                    f"{path}: made from other images of data.{role} than {first}; do the stages again: "
-                    "dtlctl run RECIPE"
-                )
+                reason = f"made from other images of data.{role} than {first}"
+                raise CheckpointError(f"{path}: {reason}; do the stages again: dtlctl run RECIPE")
 
 
 def renamed(results: Iterable[Result], recipe: Recipe) -> list[str]:
     """A sentence for every dataset that some of a run's results call otherwise than its recipe does."""
     models: dict[tuple[str, str], dict[str, None]] = {}
     for job, _, sidecar in results:
-        for named in sidecars.renamed(sidecar, job, recipe).items():
+        for named in provenance.renamed(sidecar, job, recipe).items():
             models.setdefault(named, {})[job.model] = None
-    return [
-        f"data.{role} for {', '.join(some)}: {text}. What saw other images is made again by dtlctl run RECIPE."
-        for (role, text), some in models.items()
-    ]
+    again = "What saw other images is made again by dtlctl run RECIPE."
+    return [f"data.{role} for {', '.join(some)}: {text}. {again}" for (role, text), some in models.items()]
 
 
 @contextmanager
