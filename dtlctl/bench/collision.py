@@ -36,10 +36,6 @@ class Bench:
         self.y = torch.randint(100, (setup.batch_size,)).to(device)
         self.parameters = list(self.model.parameters())
 
-    def can(self, way: str, chunks: int) -> bool:
-        """Whether the way exists for this network, and ends in reasonable time."""
-        return chunks <= PAIRWISE_MOST if way == "gc-pairwise" else way != "gc-batched" or batched.batchable(self.model)
-
     def step(self, way: str, chunks: int) -> None:
         """Leave the gradient of one way in `.grad`."""
         pairs = list(zip(self.x.chunk(chunks), self.y.chunk(chunks), strict=True))
@@ -99,7 +95,9 @@ def run(setup: meter.Setup, chunks: str, ways: str | None) -> dict[str, Any]:
         bench = Bench(setup, device)
     except ValueError as error:
         raise RecipeError(f"bench: {error}") from None
-    cells = [("ce", 1), *((way, c) for c in counts for way in chosen if bench.can(way, c))]
+    cannot = {("gc-pairwise", c) for c in counts if c > PAIRWISE_MOST}
+    cannot |= set() if batched.batchable(bench.model) else {("gc-batched", c) for c in counts}
+    cells = [("ce", 1), *((way, c) for c in counts for way in chosen if (way, c) not in cannot)]
     peaks: dict[meter.Way, int | None] = {}
     errors: dict[meter.Way, tuple[float | None, float | None]] = {}
     reference = lru_cache(1)(bench.reference)

@@ -9,9 +9,7 @@ from typing import Annotated
 import typer
 
 from dtlctl import __version__
-from dtlctl.cli import commands
-from dtlctl.cli.bench import bench
-from dtlctl.cli.init import init, schema
+from dtlctl.cli import commands, tools
 from dtlctl.console import stop
 from dtlctl.errors import DtlError, RecipeError
 
@@ -45,12 +43,12 @@ def _top(
     os.environ["DTLCTL_DEBUG"] = "1" if debug else os.environ.get("DTLCTL_DEBUG", "")
 
 
-app.command()(init)
+app.command()(tools.init)
 app.command()(commands.run)
 for name, summary in commands.STAGES.items():
     app.command(name, help=summary)(commands.stage(name))
 for command in (commands.check, commands.report, commands.export, commands.verify, commands.sweep, commands.compare,
-                schema, bench):  # fmt: skip
+                tools.schema, tools.bench):  # fmt: skip
     app.command()(command)
 
 

@@ -85,12 +85,6 @@ def of_curves(name: str, kind: str, curves: Curves, stars: dict[str, list[float]
     return figure, f"Target accuracy over piggyback accuracy ({WHO[kind]}) along λ, as in Fig. 6 of the paper."
 
 
-def quoted(rows: Iterable[Row], name: str) -> str:
-    """Which accuracy on a dataset to draw of all these rows: the tuned attacker's, where all have one."""
-    attacked = [row for row in rows if name in row["piggyback"]]
-    return "piggyback_worst" if all(name in row.get("piggyback_worst", {}) for row in attacked) else "piggyback"
-
-
 def save(figures: dict[str, Drawing], folder: Path) -> list[dict[str, str]]:
     """Write NAME.png and NAME.svg of every figure; return kind, SVG and caption of each for a page.
 
@@ -104,21 +98,17 @@ def save(figures: dict[str, Drawing], folder: Path) -> list[dict[str, str]]:
         with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, transparent=True)
         figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
-        svg = _for_page((folder / f"{name}.svg").read_text(encoding="utf-8"), 72 * figure.get_figwidth())
-        drawn.append({"kind": name.partition("-")[0], "svg": svg, "caption": caption})
+        # In a page: no prolog, the text's own colour, as wide as there is room for letters to be read.
+        width, svg = 72 * figure.get_figwidth(), (folder / f"{name}.svg").read_text(encoding="utf-8")
+        least = f"; min-width: {width:.0f}px" if width > 400 else ""
+        head = rf'<svg viewBox="\1" role="img" style="max-width: {2 * width:.0f}px{least}">'
+        svg = re.sub(r'^.*?<svg [^>]*?viewBox="([^"]+)".*?</metadata>', head, svg, count=1, flags=re.DOTALL)
+        drawn.append({"kind": name.partition("-")[0], "svg": svg.replace(INK, "currentColor"), "caption": caption})
     return drawn
 
 
 def colours_of(models: Iterable[str]) -> dict[str, str]:
     return {model: COLOURS[place % len(COLOURS)] for place, model in enumerate(dict.fromkeys(models))}
-
-
-def _for_page(svg: str, width: float) -> str:
-    """An SVG to stand in HTML: no prolog, the text's own colour, as wide as there is room for letters to be read."""
-    style = f"max-width: {2 * width:.0f}px" + (f"; min-width: {width:.0f}px" if width > 400 else "")
-    head = rf'<svg viewBox="\1" role="img" style="{style}">'
-    svg = re.sub(r'^.*?<svg [^>]*?viewBox="([^"]+)".*?</metadata>', head, svg, count=1, flags=re.DOTALL)
-    return svg.replace(INK, "currentColor")
 
 
 @matplotlib.rc_context(STYLE)

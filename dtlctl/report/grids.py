@@ -108,7 +108,9 @@ def draw(document: dict[str, Any]) -> dict[str, Drawing]:
     found, rows = document["points"], _by_model(document["points"])
     keys, drawn = list(found[0]["values"]), {}
     for name in tables.piggyback_sets(row for one in rows for row in one.values()):
-        kind = figures.quoted((row for one in rows for row in one.values()), name)
+        attacked = [row for one in rows for row in one.values() if name in row["piggyback"]]
+        tuned = all(name in row.get("piggyback_worst", {}) for row in attacked)
+        kind = "piggyback_worst" if tuned else "piggyback"
         if any(key.endswith(ALONG_A_CURVE) for key in keys):
             if curves := _along_lambda(found, rows, name, kind):
                 on_curves = {label.partition(" ")[0] for label in curves}

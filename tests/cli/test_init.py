@@ -66,10 +66,10 @@ def test_recipes_are_in_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with zipfile.ZipFile(tmp_path / build.build_wheel(str(tmp_path))) as wheel:
         assert {f"dtlctl/recipes/{path.name}" for path in RECIPES} <= set(wheel.namelist())
         wheel.extractall(tmp_path / "site")
-    code = "import json; from dtlctl.cli import init; print(json.dumps([init.__file__, init.shipped()]))"
+    code = "import json; from dtlctl.cli import tools; print(json.dumps([tools.__file__, tools.shipped()]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *sys.path])}
     said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True)
-    assert json.loads(said.stdout) == [str(tmp_path / "site/dtlctl/cli/init.py"), PARTS]
+    assert json.loads(said.stdout) == [str(tmp_path / "site/dtlctl/cli/tools.py"), PARTS]
 
 
 @pytest.mark.parametrize("text", PARTS.values(), ids=PARTS)
