@@ -29,7 +29,7 @@ class Bench:
     """A network and one batch of noise, and a step in any of the ways."""
 
     def __init__(self, setup: meter.Setup, device: torch.device):
-        self.device, self.model = device, setup.network(source=100, target=10)
+        self.model = setup.network(source=100, target=10)
         layout = torch.channels_last if setup.channels_last else torch.contiguous_format
         self.model.to(device).to(memory_format=layout)
         self.x = torch.rand(setup.batch_size, 3, setup.image_size, setup.image_size).to(device, memory_format=layout)
@@ -116,16 +116,10 @@ def run(setup: meter.Setup, chunks: str, ways: str | None) -> dict[str, Any]:
         turns = setup.seconds({cell: partial(turn, *cell) for cell in cells})
     seconds = {cell: median(took) for cell, took in turns.items()}
     rows = [
-        {
-            "way": way,
-            "chunks": c,
-            "seconds": seconds[way, c],
-            "ratio": seconds[way, c] / seconds["ce", 1],
-            "peak_bytes": peaks[way, c],
-            **dict(zip(("error", "cosine"), errors[way, c], strict=True)),
-        }
+        {"way": way, "chunks": c, "seconds": seconds[way, c], "ratio": seconds[way, c] / seconds["ce", 1],
+         "peak_bytes": peaks[way, c], "error": errors[way, c][0], "cosine": errors[way, c][1]}
         for way, c in cells
-    ]
+    ]  # fmt: skip
     return setup.document(device, rows, parameters=sum(p.numel() for p in bench.parameters))
 
 

@@ -46,7 +46,7 @@ class Setup(NamedTuple):
                     seconds[way].append(turn(number))
                     progress.advance(1)
                     progress.show({f"{way[0]} s": seconds[way][-1]})
-        return {way: turns[1:] for way, turns in seconds.items()}
+        return {way: took[1:] for way, took in seconds.items()}
 
     def document(self, device: torch.device, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """The rows, beside what a time depends on whatever is timed: the device, its instructions, threads, torch."""

@@ -194,17 +194,10 @@ def compared(seconds: dict[Way, list[float]], batch_size: int) -> list[dict[str,
     medians = {way: median(turns) for way, turns in seconds.items()}
     fastest = min(took for (way, _), took in medians.items() if way == "plain")
     return [
-        {
-            "way": way,
-            "workers": workers,
-            "seconds": took,
-            "images_per_second": batch_size / took,
-            "to_ready": medians["ready", None] / took,
-            "to_plain": fastest / took,
-            "turns": seconds[way, workers],
-        }
+        {"way": way, "workers": workers, "seconds": took, "images_per_second": batch_size / took,
+         "to_ready": medians["ready", None] / took, "to_plain": fastest / took, "turns": seconds[way, workers]}
         for (way, workers), took in medians.items()
-    ]
+    ]  # fmt: skip
 
 
 def text(document: dict[str, Any]) -> str:

@@ -41,10 +41,6 @@ STAGES: dict[Stage, str] = {
 }
 
 
-def _again(command: str, recipe: Path, overrides: list[str] | None, out: Path, *more: str) -> str:
-    return shlex.join(["dtlctl", command, str(recipe), *more, *_words(overrides, out)])
-
-
 def _words(overrides: list[str] | None, out: Path) -> list[str]:
     """What a command line that does the same again has behind the recipe."""
     return [*(word for text in overrides or () for word in ("--set", text)), *(["--out", str(out)] * (out != RUNS))]
@@ -244,7 +240,7 @@ def sweep(
     document = grids.summarise([(point.values, experiment.folder) for point, experiment in done])
     axes = [word for text in over for word in ("--over", text)]
     folder = done[0][1].folder.parent / "report"
-    command = _again("sweep", recipe, overrides, out, *axes)
+    command = shlex.join(["dtlctl", "sweep", str(recipe), *axes, *_words(overrides, out)])
     grids.write(document, folder, command, recipe.stem, [experiment.folder for _, experiment in done])
     print(json.dumps(document, ensure_ascii=False) + "\n" if as_json else grids.markdown(document), end="")
     say(f"report: {folder}", quiet)
@@ -265,7 +261,7 @@ def compare(
     if write:  # hours before it is needed
         unlearning = [name for name, one in base.dispose.items() if one.unlearn.kind != "none"]
         write_lambdas(recipe, dict.fromkeys(unlearning, 0.12345), dry=True)
-    command = _again("compare", recipe, overrides, out)
+    command = shlex.join(["dtlctl", "compare", str(recipe), *_words(overrides, out)])
     document, folder = comparison.compare(recipe, overrides or [], out, command=command, quiet=quiet)
     print(json.dumps(document, ensure_ascii=False) + "\n" if as_json else comparison.markdown(document), end="")
     if write:

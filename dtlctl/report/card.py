@@ -49,10 +49,7 @@ def known(experiment: Experiment, model: str | None, document: dict[str, Any] | 
 
 
 def folder(experiment: Experiment, model: str, document: dict[str, Any], onnx: bool = False) -> dict[str, bytes]:
-    """The files of an exported folder by name. document: `summary.summarise` of the run; onnx: whether as ONNX too.
-
-    Raises as `export.packed` and `export.onnx`.
-    """
+    """The files of an exported folder by name. document: what `evidence` returns. Raises as `export`'s functions."""
     weights, described = export.packed(experiment, model)
     files = {WEIGHTS: weights, **({ONNX: export.onnx(experiment, model)} if onnx else {})}
     picture = {name: described.pop(name) for name in ("mean", "std")}
@@ -69,10 +66,7 @@ def folder(experiment: Experiment, model: str, document: dict[str, Any], onnx: b
 
 
 def verify(path: Path, experiment: Experiment | None = None) -> dict[str, Any]:
-    """What was compared: {"weights_sha256", "config_sha256"} and, with a recipe's experiment, {"acc_t"}.
-
-    Raises CheckpointError where a file is not what the card says, and for what is no exported folder.
-    """
+    """What was compared: hashes, and acc_t with a recipe's experiment. Raises CheckpointError where one is another."""
     from huggingface_hub import ModelCard
 
     try:

@@ -86,10 +86,7 @@ def of_curves(name: str, kind: str, curves: Curves, stars: dict[str, list[float]
 
 
 def save(figures: dict[str, Drawing], folder: Path) -> list[dict[str, str]]:
-    """Write NAME.png and NAME.svg of every figure; return kind, SVG and caption of each for a page.
-
-    Figures of an earlier report in this folder that are not drawn again are removed: nothing vouches for them.
-    """
+    """Write NAME.png and NAME.svg of every figure, in place of an earlier report's; kind, SVG, caption of each, for a page."""
     for path in [path for name in NAMES for form in ("svg", "png") for path in folder.glob(f"{name}.{form}")]:
         if path.stem not in figures:
             path.unlink()
