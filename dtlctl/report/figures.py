@@ -86,7 +86,7 @@ def of_curves(name: str, kind: str, curves: Curves, stars: dict[str, list[float]
 
 
 def save(figures: dict[str, Drawing], folder: Path) -> list[dict[str, str]]:
-    """Write NAME.png and NAME.svg of every figure, in place of an earlier report's; kind, SVG, caption of each, for a page."""
+    """Write NAME.png and NAME.svg of every figure, and leave none of an earlier report; returns what a page shows."""
     for path in [path for name in NAMES for form in ("svg", "png") for path in folder.glob(f"{name}.{form}")]:
         if path.stem not in figures:
             path.unlink()

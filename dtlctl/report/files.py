@@ -14,10 +14,8 @@ from dtlctl.storage import checkpoint
 def write(
     document: dict[str, Any], folder: Path, command: str, runs: Sequence[Path] = (), before: Sequence[Table] = ()
 ) -> None:
-    """Write the report of a document of `summary.summarise`, and of the audits of `runs`, into `folder`.
-
-    command: what makes it again. before: tables to stand before its own. Raises CheckpointError where that cannot be.
-    """
+    """Write the report of a document of `summary.summarise`, and of the audits of `runs`, after tables that stand
+    `before`. command: what makes it again. Raises CheckpointError where it cannot be written."""
     audits, recipe, seeds, verdict = audit.read(runs), document["recipe"], document["seeds"], document["verdict"]
     colours = figures.colours_of([*(row["model"] for row in document["rows"]), *(one.model for one in audits)])
     page = {
@@ -40,11 +38,8 @@ def write(
 def publish(
     document: dict[str, Any], folder: Path, command: str, page: dict[str, Any], drawings: dict[str, Drawing]
 ) -> None:
-    """Write table.json, table.md, figures, report.html and, if there are any, audit.md and verdict.json into `folder`.
-
-    Those of an earlier report there that this one has not are removed. page: what `page.html.j2` shows. Raises
-    CheckpointError where that cannot be.
-    """
+    """Write table.json, table.md, figures, report.html and, if there are any, audit.md and verdict.json; those of an
+    earlier report there that this one has not are removed. page: what `page.html.j2` shows."""
     page = {"verdict": [], "evidence": {}, "audited": "", "audits": [], **page}
     try:
         folder.mkdir(parents=True, exist_ok=True)

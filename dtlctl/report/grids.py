@@ -21,10 +21,7 @@ ALONG_A_CURVE = (".lambda", ".odds", ".price")
 
 
 def summarise(done: Sequence[tuple[Mapping[str, Any], Path]]) -> dict[str, Any]:
-    """{"over": {key: [values]}, "points": [{"values": {key: value}, "table": ...}]}; seeds are averaged in a point.
-
-    done: the values of the swept keys, and the folder, of every run.
-    """
+    """{"over": {key: [values]}, "points": [...]}, over the seeds of a point; done: swept values, and folder, of a run."""
     groups: dict[str, tuple[dict[str, Any], list[Path]]] = {}
     for swept, folder in done:
         values = {key: value for key, value in swept.items() if key != "seed"}

@@ -39,8 +39,8 @@ class Number:
 def accuracy(seeds: Sequence[float], images: Sequence[int | None], repeats: Sequence[Sequence[float]]) -> Number:
     """In %, by seed: the accuracy, how many images judged it (None: not known), and that of every repetition of it.
 
-    The interval of a seed is Wilson's for so many images, or the t interval over the repetitions where that is wider.
-    Several seeds may share their images: the ends are the means of theirs, as if all erred together.
+    A seed has Wilson's interval, or the t interval over repetitions where that is wider. Seeds may share their images:
+    the ends are the means of theirs, as if all erred together.
     """
     ends = []
     for percent, count, again in zip(seeds, images, repeats, strict=True):
@@ -55,17 +55,14 @@ def accuracy(seeds: Sequence[float], images: Sequence[int | None], repeats: Sequ
 
 
 def above(one: Number, other: Number) -> Number:
-    """How much one accuracy is above another: of the images Newcombe's interval (1998, Stat. Med. 17, method 10).
-
-    It takes their errors for independent. They judge the same images, so it is rather too wide than too narrow.
-    """
+    """How much one accuracy is above another: of the images Newcombe's interval (1998, Stat. Med. 17, method 10), which
+    takes their errors for independent. They judge the same images, so it is rather too wide than too narrow."""
     seeds = [a - b for a, b in zip(one.seeds, other.seeds, strict=True)]
     if not one.images or not other.images:
         return Number(seeds)
     down = math.hypot(one.value - one.images[0], other.images[1] - other.value)
     up = math.hypot(one.images[1] - one.value, other.value - other.images[0])
-    points = one.value - other.value
-    return Number(seeds, (points - down, points + up))
+    return Number(seeds, (one.value - other.value - down, one.value - other.value + up))
 
 
 def cost(before: Sequence[float], after: Sequence[float], answers: Sequence[tuple[np.ndarray, np.ndarray]]) -> Number:

@@ -49,9 +49,7 @@ def recipe_of(run: Path) -> Recipe:
 
 def results_of(run: Path, recipe: Recipe) -> list[Result]:
     """The recipe's results that are there, in order; what was made from other settings, images or weights is left out.
-
-    Raises CheckpointError for a file that is no sidecar.
-    """
+    Raises CheckpointError for a file that is no sidecar."""
     found: list[Result] = []
     weights: dict[str, str | None] = {}
     for job in jobs(recipe):
@@ -139,11 +137,8 @@ def strength(trials: Sequence[Row], *, in_order: bool) -> list[list[float]]:
 
 
 def refuse_other_images(results: Iterable[Result], *, one_seed: bool) -> None:
-    """Raise CheckpointError unless these results have seen the same images.
-
-    Which images the recipe means cannot be told without the data. one_seed: also the same subset of them, and the same
-    test split where that is a share held out by the seed.
-    """
+    """Raise CheckpointError unless these results have seen the same images: which the recipe means nobody knows without
+    the data. one_seed: also the same subset, and the same test split where that is a share held out by the seed."""
     seen: dict[tuple[str, str], tuple[Any, Path]] = {}
     for job, path, sidecar in results:
         with _reading(path, f"data of {job.stage}"):

@@ -115,10 +115,7 @@ OVER_SEEDS: dict[str, Callable[[list[Any]], list[Any]]] = {
 
 
 def caveats(models: Models, tables: Sequence[Mapping[str, Row]], seeds: Sequence[int]) -> list[str]:
-    """A sentence for everything that makes a number of the table mean less than it seems to.
-
-    models: those that every seed has. tables: all rows of every seed, by model.
-    """
+    """Sentences: what makes a number mean less than it seems to. models: those of every seed; tables: all, by seed."""
     found = []
     for model, rows in models.items() if {"scratch", "TL"} <= models.keys() else ():
         for seed, *three in zip(seeds, rows, models["scratch"], models["TL"], strict=True):
