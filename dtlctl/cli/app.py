@@ -11,7 +11,7 @@ import typer
 from dtlctl import __version__
 from dtlctl.cli import commands, tools
 from dtlctl.console import stop
-from dtlctl.errors import DtlError, RecipeError
+from dtlctl.errors import DtlError, PeerLost, RecipeError, Stopped
 
 HELP = """Disposable transfer learning: pre-train on private data, fine-tune on a small task, dispose of the rest.
 
@@ -76,6 +76,11 @@ def _foreseen(error: Exception) -> DtlError | None:
         return error
     if isinstance(error, ModuleNotFoundError) and error.name in ("fcntl", "resource"):
         return RecipeError("dtlctl runs on Linux and macOS; on Windows start it in WSL")
+    if isinstance(error, RuntimeError):
+        from dtlctl.training.failures import is_loss
+
+        if is_loss(error):
+            return Stopped(stop.pending()) if stop.pending() else PeerLost()
     if lacking := re.search(r"'(aten::[\w.]+)' (?:is not .*for the|with arguments from the) '?(\w+)", str(error)):
         return RecipeError(
             f"{lacking[2]}: torch has no {lacking[1]} for this device\n"

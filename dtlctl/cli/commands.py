@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtlctl.console import stop
 from dtlctl.console.progress import say
-from dtlctl.errors import PeerLost, RecipeError, Stopped, suggest
+from dtlctl.errors import RecipeError, suggest
 
 if TYPE_CHECKING:
     from dtlctl.recipe.plan import Stage
@@ -58,19 +57,12 @@ def _performed(experiment: Experiment, stages: tuple[Stage, ...], only: list[str
     """Do what is not up to date of some stages; inside, the run's folder still belongs to this process."""
     from dtlctl.stages import runner
 
-    try:
-        experiment.chosen(stages, only)  # a name that is not there is told before the folder is touched
-        with experiment.results.opened():
-            if not runner.run(experiment, stages, only=only, force=force):
-                done = f"everything is up to date in {experiment.folder}; nothing was done (--force redoes it)"
-                say(done, experiment.quiet)
-            yield
-    except RuntimeError as error:
-        from dtlctl.training.failures import is_loss
-
-        if not is_loss(error):
-            raise
-        raise Stopped(stop.pending()) if stop.pending() else PeerLost() from error
+    experiment.chosen(stages, only)  # a name that is not there is told before the folder is touched
+    with experiment.results.opened():
+        if not runner.run(experiment, stages, only=only, force=force):
+            done = f"everything is up to date in {experiment.folder}; nothing was done (--force redoes it)"
+            say(done, experiment.quiet)
+        yield
 
 
 def run(
