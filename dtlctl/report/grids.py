@@ -21,7 +21,7 @@ ALONG_A_CURVE = (".lambda", ".odds", ".price")
 
 
 def summarise(done: Sequence[tuple[Mapping[str, Any], Path]]) -> dict[str, Any]:
-    """{"over": {key: [values]}, "points": [...]}, over a point's seeds; done: swept values, and folder, of every run."""
+    """{"over": {key: [values]}, "points": [...]}, over a point's seeds; done: swept values and folder of every run."""
     groups: dict[str, tuple[dict[str, Any], list[Path]]] = {}
     for swept, folder in done:
         values = {key: value for key, value in swept.items() if key != "seed"}

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dtlctl.data.subset import sizes
 from dtlctl.errors import CheckpointError
 from dtlctl.recipe.plan import Job, jobs
 from dtlctl.recipe.schema import Recipe
-from dtlctl.run import provenance
 from dtlctl.storage import checkpoint
 
 Row = dict[str, Any]
@@ -58,7 +58,7 @@ def results_of(run: Path, recipe: Recipe) -> list[Result]:
             continue
         expected = {**job.described(recipe), "parent": {job.parent: weights.get(job.parent)} if job.parent else {}}
         with _reading(path, f"data of {job.stage}"):
-            if expected.items() <= sidecar.items() and not provenance.differs(sidecar, job, recipe):
+            if expected.items() <= sidecar.items() and not _differs(sidecar, job, recipe):
                 weights.setdefault(job.model, sidecar.get("weights_sha256"))
                 found.append(Result(job, path, sidecar))
     return found
@@ -151,14 +151,37 @@ def refuse_other_images(results: Iterable[Result], *, one_seed: bool) -> None:
                 raise CheckpointError(f"{path}: {reason}; do the stages again: dtlctl run RECIPE")
 
 
+def _differs(sidecar: Row, job: Job[Any], recipe: Recipe) -> bool:
+    """Whether a result was certainly made from other images than the recipe says, or with other augmentation.
+
+    Certainly: its key knows the images by content, which nobody has who only reads sidecars; see `renamed`.
+    """
+    for role in job.roles:
+        was, now = sidecar["datasets"][role], recipe.data.of(role)
+        then, counts = was["table"], was["class_images"]
+        before = sizes(counts, then["fraction"], then["balance"])
+        if then["augment"] != now.augment or before != sizes(counts, now.fraction, now.balance):
+            return True
+    return False
+
+
 def renamed(results: Iterable[Result], recipe: Recipe) -> list[str]:
-    """A sentence for every dataset that some of a run's results call otherwise than its recipe does."""
-    models: dict[tuple[str, str], dict[str, None]] = {}
+    """A sentence for every dataset that some results call otherwise than the recipe does: it may be the same one."""
+    models: dict[tuple[str, ...], dict[str, None]] = {}
     for job, _, sidecar in results:
-        for named in provenance.renamed(sidecar, job, recipe).items():
-            models.setdefault(named, {})[job.model] = None
-    again = "What saw other images is made again by dtlctl run RECIPE."
-    return [f"data.{role} for {', '.join(some)}: {text}. {again}" for (role, text), some in models.items()]
+        for role in job.roles:
+            was, now = sidecar["datasets"][role]["table"], recipe.data.of(role).model_dump(mode="json")
+            names = sorted(now.keys() - {"fraction", "balance", "augment", "decode"})
+            if changed := [key for key in names if now[key] != was.get(key)]:
+                pairs = [
+                    [f"{key} = {json.dumps(one.get(key), ensure_ascii=False)}" for key in changed] for one in (was, now)
+                ]
+                models.setdefault((role, *map(", ".join, pairs)), {})[job.model] = None
+    return [
+        f"data.{role} for {', '.join(some)}: made with {before}; the recipe has {after}. What saw other images is made "
+        "again by dtlctl run RECIPE."
+        for (role, before, after), some in models.items()
+    ]
 
 
 @contextmanager

@@ -12,10 +12,6 @@ def points(one: Figure | None) -> str:
     return "not measured" if one is None else span(one, "+.1f", " points")
 
 
-def percent(one: Figure) -> str:
-    return span(one, ".1f", " %")
-
-
 def shared(attack: dict[str, Any]) -> str:
     """How much an attack recovers, with its interval."""
     if part := attack.get("recovered"):
@@ -48,4 +44,4 @@ ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
 )
 """What a `.html` template shows is text and never markup, but for the figures; elsewhere nothing is escaped."""
-ENVIRONMENT.globals |= {one.__name__: one for one in (points, percent, shared, interval, said)}
+ENVIRONMENT.globals |= {one.__name__: one for one in (points, shared, span, interval, said)}

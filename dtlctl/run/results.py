@@ -6,7 +6,6 @@ the recipe's tables too, outside the key.
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import sys
@@ -25,7 +24,6 @@ from dtlctl.console import devices, stop
 from dtlctl.console.progress import say
 from dtlctl.data.dataset import Dataset, Note
 from dtlctl.data.entry import Images
-from dtlctl.data.subset import sizes
 from dtlctl.errors import CheckpointError
 from dtlctl.model import networks, weights
 from dtlctl.recipe.plan import Job, pretraining
@@ -168,36 +166,6 @@ def origin(dataset: Dataset, train: Images) -> dict[str, Any]:
     """One dataset for a sidecar: its table in the recipe, and the sizes of its whole train split."""
     counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
     return {"table": dataset.model_dump(mode="json"), "class_images": counts}
-
-
-def differs(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> bool:
-    """Whether the result was made from another number of images, or with other augmentation, than the recipe says.
-
-    A dataset of another name may be the same one; see `renamed`. Raises AttributeError, KeyError or TypeError for a
-    sidecar that does not say.
-    """
-    for role in job.roles:
-        was, now = sidecar["datasets"][role], recipe.data.of(role)
-        then, counts = was["table"], was["class_images"]
-        before = sizes(counts, then["fraction"], then["balance"])
-        if then["augment"] != now.augment or before != sizes(counts, now.fraction, now.balance):
-            return True
-    return False
-
-
-def renamed(sidecar: dict[str, Any], job: Job[Any], recipe: Recipe) -> dict[str, str]:
-    """By role, what the recipe calls a dataset otherwise than the result did, in words: these may be one dataset."""
-    found = {}
-    for role in job.roles:
-        was, now = sidecar["datasets"][role]["table"], recipe.data.of(role).model_dump(mode="json")
-        names = sorted(now.keys() - {"fraction", "balance", "augment", "decode"})
-        if changed := [key for key in names if now[key] != was.get(key)]:
-            before, after = (
-                ", ".join(f"{key} = {json.dumps(table.get(key), ensure_ascii=False)}" for key in changed)
-                for table in (was, now)
-            )
-            found[role] = f"made with {before}; the recipe has {after}"
-    return found
 
 
 def circumstances(device: torch.device, processes: int) -> dict[str, Any]:
