@@ -9,7 +9,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ from dtlctl.training.engine import Engine
 
 WARM_UP = 3  # steps of every way before any is timed
 IMAGES = 1 << 14  # of the plain script: enough for any number of steps, and their files fit in memory
-DECODE: tuple[Literal["cache", "stream"], ...] = ("cache", "stream")
 Turn = Callable[[int, int], float]
 """(number of the first step, steps) -> seconds that the steps took, to the end of what the device was given."""
 
@@ -57,7 +56,8 @@ def run(setup: Setup, data: str, steps: int) -> dict[str, Any]:
     """
     try:
         networks.check(setup.arch, setup.stem, None, setup.image_size)
-        sources = [Source(Dataset(path=data, decode=way), "source") for way in DECODE]
+        kinds = Dataset(path=data, decode="cache"), Dataset(path=data, decode="stream")
+        sources = [Source(one, "source") for one in kinds]
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
         raise RecipeError(f"bench: --data: {reason}") from None

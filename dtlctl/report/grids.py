@@ -59,9 +59,8 @@ def _table(found: Sequence[Point]) -> Table:
     (first, *others), places = _by_model(found), [(point, row) for point in found for row in point["table"]["rows"]]
     fixed = {model for model, row in first.items() if all(other.get(model) == row for other in others)}
     tuned = any("piggyback_worst" in row for _, row in places)
-    (model_column, *columns), lines = tables.accuracies(
-        [row for _, row in places], ["piggyback", *["piggyback_worst"] * tuned]
-    )
+    kinds = ["piggyback", *["piggyback_worst"] * tuned]
+    (model_column, *columns), lines = tables.accuracies([row for _, row in places], kinds)
     shown = {}  # by its cells: a model whose own λ is the same at two points was made once
     for (point, _), (model, *cells) in zip(places, lines, strict=True):
         dispose, values = point["table"]["recipe"]["dispose"], []

@@ -167,21 +167,19 @@ def _differs(sidecar: Row, job: Job[Any], recipe: Recipe) -> bool:
 
 def renamed(results: Iterable[Result], recipe: Recipe) -> list[str]:
     """A sentence for every dataset that some results call otherwise than the recipe does: it may be the same one."""
-    models: dict[tuple[str, ...], dict[str, None]] = {}
+    models: dict[tuple[str, str], dict[str, None]] = {}
     for job, _, sidecar in results:
         for role in job.roles:
             was, now = sidecar["datasets"][role]["table"], recipe.data.of(role).model_dump(mode="json")
             names = sorted(now.keys() - {"fraction", "balance", "augment", "decode"})
             if changed := [key for key in names if now[key] != was.get(key)]:
-                pairs = [
-                    [f"{key} = {json.dumps(one.get(key), ensure_ascii=False)}" for key in changed] for one in (was, now)
-                ]
-                models.setdefault((role, *map(", ".join, pairs)), {})[job.model] = None
-    return [
-        f"data.{role} for {', '.join(some)}: made with {before}; the recipe has {after}. What saw other images is made "
-        "again by dtlctl run RECIPE."
-        for (role, before, after), some in models.items()
-    ]
+                before, after = (
+                    ", ".join(f"{key} = {json.dumps(one.get(key), ensure_ascii=False)}" for key in changed)
+                    for one in (was, now)
+                )
+                text = f"made with {before}; the recipe has {after}. What saw other images is made again by"
+                models.setdefault((role, f"{text} dtlctl run RECIPE."), {})[job.model] = None
+    return [f"data.{role} for {', '.join(some)}: {text}" for (role, text), some in models.items()]
 
 
 @contextmanager
