@@ -1,7 +1,4 @@
-"""The accelerator of this process, if it has one: Accelerate's choice, and what torch tells of any kind of it.
-
-torch has a module for each kind (torch.cuda, torch.xpu, torch.mps, ...), and not all have the same functions.
-"""
+"""The accelerator of this process, if it has one: Accelerate's choice, and what torch tells of any kind of it."""
 
 import os
 import platform
@@ -15,8 +12,7 @@ from torch import Tensor
 
 OFF = ("", "0", "no", "none", "false", "n", "f", "off", "auto")
 NO_FLOAT64 = ("mps",)
-ALONE = ("mps",)
-"""Kinds between which torch sends no messages."""
+ALONE = ("mps",)  # between these torch sends no messages
 
 
 def kind() -> str:
@@ -80,4 +76,5 @@ def exact(tensor: Tensor) -> Tensor:
 
 
 def _of(device: torch.device, function: str) -> Any:
+    """Of torch.cuda, torch.xpu, torch.mps, ...: not all have the same functions."""
     return getattr(getattr(torch, device.type, None), function, None)

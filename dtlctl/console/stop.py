@@ -1,8 +1,7 @@
 """Stop signals: noted at once, obeyed where the work can be put down.
 
-Outside of `deferred` a signal raises Stopped on the spot. Inside, it is noted, and whoever deferred it looks at
-`pending` as often as it can afford. A second signal changes nothing: launchers often pass on a Ctrl-C that the
-terminal has sent to every process already.
+Outside of `deferred` a signal raises Stopped on the spot. Inside, whoever deferred it looks at `pending`. A second one
+changes nothing: launchers often pass on a Ctrl-C that the terminal has sent to every process already.
 """
 
 import signal
