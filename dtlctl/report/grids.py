@@ -61,7 +61,7 @@ def _table(found: Sequence[Point]) -> Table:
     tuned = any("piggyback_worst" in row for _, row in places)
     kinds = ["piggyback", *["piggyback_worst"] * tuned]
     (model_column, *columns), lines = tables.accuracies([row for _, row in places], kinds)
-    shown = {}  # by its cells: a model whose own λ is the same at two points was made once
+    shown: dict[Sequence[str], bool] = {}  # a model whose own λ is the same at two points was made once
     for (point, _), (model, *cells) in zip(places, lines, strict=True):
         dispose, values = point["table"]["recipe"]["dispose"], []
         for key, value in point["values"].items():
