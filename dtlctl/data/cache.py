@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from psutil import pid_exists
 
 from dtlctl.console.machine import cores
 from dtlctl.data import entry as entries
@@ -136,6 +135,8 @@ def _place(source: Source, split: Split, image_size: int, streamed: bool) -> Pat
 
 def _sweep(place: Path) -> None:
     """Remove what processes of this machine left half-made when they died."""
+    from psutil import pid_exists
+
     for path in place.parent.glob(f"{place.name}.{platform.node()}.*.tmp"):
         with suppress(ValueError, OverflowError):  # no number of a process
             if not pid_exists(int(path.name.split(".")[-3])):

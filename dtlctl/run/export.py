@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from psutil import pid_exists
 
 from dtlctl.errors import CheckpointError, RecipeError, one_line
 from dtlctl.model import networks, weights
@@ -125,6 +124,8 @@ def _settle(here: Path) -> None:
 
     If it ended between the two renames, the earlier export is put back first.
     """
+    from psutil import pid_exists  # on Windows, where `load` works, it is never asked
+
     for rest in sorted(here.parent.glob(f".{glob.escape(here.name)}.*")):
         left = re.fullmatch(r"\.(\d{1,9})\.(old|tmp)", rest.name[len(here.name) + 1 :])
         if left and (int(left[1]) == os.getpid() or not pid_exists(int(left[1]))):
