@@ -9,9 +9,11 @@ from dtlctl.strict import Strict
 
 Stage = Literal["pretrain", "finetune", "dispose", "piggyback", "audit"]
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "dispose", "piggyback", "audit")
-
-
 Settings = TypeVar("Settings", bound=Strict)
+
+LATER = {"optimizer", "label_smoothing", "layer_decay", "patience", "settle", "search", "cka"}
+LATER_OF_ATTACKERS = {"weight_decay", "augment", "head"}
+"""Keys that recipes did not always have: with their defaults a result is the one that it was without them."""
 
 
 @dataclass(frozen=True)
@@ -33,32 +35,21 @@ class Job(Generic[Settings]):
         """What the recipe says that this result depends on; not who else is attacked, nor how memory is used."""
         aside: Any = {"models": True, "unlearn": {"memory"}, "attackers": {"__all__": {"datasets"}}}
         settings = self.settings.model_dump(mode="json", by_alias=True, exclude=aside)
+        chosen = self.settings.model_dump(exclude_defaults=True)
         outside = {name: settings.pop(name, None) for name in ("weights", "classes")}
         if self.weights:
             settings = outside
+        idle = LATER - chosen.keys()
         if settings.get("patience", 0) is None:
-            del settings["held_out"]
-        for name, usual in {
-            "optimizer": "sgd",
-            "label_smoothing": 0.0,
-            "layer_decay": None,
-            "patience": None,
-            "settle": None,
-            "search": None,
-        }.items():
-            if name in settings and settings[name] == usual:  # as if there were no choice
-                del settings[name]
-        for attacker in settings.get("attackers", []):
-            for name, usual in {"weight_decay": 5e-4, "augment": None, "head": "drawn"}.items():
-                if name in attacker and attacker[name] == usual:
-                    del attacker[name]
+            idle.add("held_out")
         if not settings.get("attackers", True):
-            # Without tuned attackers there is nothing that these keys could have changed.
-            for name in ("attackers", "attack_seeds", "held_out", "choose_on", "search"):
-                settings.pop(name, None)
-        if not settings.get("cka", True):
-            del settings["cka"]
-        elif self.stage == "audit":  # the others that it is compared with made this one
+            idle |= {"attackers", "attack_seeds", "held_out", "choose_on", "search"}
+        for name in idle:
+            settings.pop(name, None)
+        for attacker, named in zip(settings.get("attackers", []), chosen.get("attackers", []), strict=True):
+            for name in LATER_OF_ATTACKERS - named.keys():
+                attacker.pop(name, None)
+        if "cka" in settings:  # the others that it is compared with made this one
             settings["compared"] = (recipe.target_only or recipe.finetune).model_dump(mode="json")
         own_seed = settings.pop("seed", None)
         return {
