@@ -27,8 +27,9 @@ from dtlctl.recipe.loading import validated
 from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.plan import jobs
 from dtlctl.recipe.settings import PASSES
-from dtlctl.stages import audit
-from dtlctl.stages.preview import Clock, cost, rendered, words
+from dtlctl.stages import audit, costs
+from dtlctl.stages.costs import Clock
+from dtlctl.stages.preview import rendered, words
 from dtlctl.training.price import EXPECTED, resolution
 
 MINUTES = 18
@@ -249,5 +250,5 @@ def _seconds(text: str, counts: dict[str, list[int]]) -> dict[str, np.ndarray]:
         dataset = recipe.data.of(job.dataset)
         of = counts.get(job.dataset, counts["source"])
         images = sum(subset.sizes(of, dataset.fraction, dataset.balance))
-        seconds[job.stage if job.stage in seconds else "rest"] += cost(job, images, clock)
+        seconds[job.stage if job.stage in seconds else "rest"] += costs.training(job, images, clock)
     return seconds

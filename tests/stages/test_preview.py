@@ -20,7 +20,7 @@ from dtlctl.errors import DataError
 from dtlctl.recipe import network_demands
 from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
-from dtlctl.stages import attack_costs, preview
+from dtlctl.stages import costs, preview
 from dtlctl.stages.runner import run
 
 
@@ -50,7 +50,7 @@ def trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         parameters=1, features=8, stages=1, image=lambda variant="": seconds.get(variant, np.array([1.0, 2.0]))
     )
     monkeypatch.setattr(preview, "Clock", lambda _: fake)
-    monkeypatch.setattr(attack_costs, "audit", lambda *_: np.array([5.0, 10.0]))
+    monkeypatch.setattr(costs, "audit", lambda *_: np.array([5.0, 10.0]))
     monkeypatch.setattr(preview, "busy", lambda: None)
     return recipe_file
 
@@ -130,7 +130,7 @@ def test_the_cost_of_attackers_is_that_of_steps_looks_features_and_fits(trained:
     A probe: features of 827 images, and 4 fits and a last one, on as many threads. In a search of 12 trials each has 4,
     `full` half of its steps: 5 · 2 · 10 and (4 · 10 · 7.5 + 797) / 3. `self-training` takes two images for one.
     """
-    monkeypatch.setattr(attack_costs, "_fit", lambda *_: 6.0)
+    monkeypatch.setattr(costs, "_fit", lambda *_: 6.0)
     full, threads = '{kind="full", lr=[0.1, 0.2], steps=4, batch_size=10}', torch.get_num_threads()
     attackers = f'piggyback.attackers=[{full}, {{kind="probe"}}, {{kind="renorm-probe"}}]'
     probes = 2 * (827 / 3 + 30 / threads)
@@ -150,22 +150,22 @@ def test_the_cost_of_an_audit_is_that_of_looks_and_judging(recipe_file: Path, mo
     5 steps 4 more in 2 searches on 200 images of 0.01 to 0.02 s. wb: 12.5 and 3 repeats. rmia: as loss. Relearning: 10
     steps of 64 images; entropy and answers: 997 images at a third. Of the target's 20 images rmia has none.
     """
-    monkeypatch.setattr(attack_costs, "seconds", lambda work: (work(), 1.0)[1])
+    monkeypatch.setattr(costs, "seconds", lambda work: (work(), 1.0)[1])
     attacks = (
         'audit={attacks=["loss", "adv-dist", "wb", "rmia"], modes=["as-is"], repeats=20, adv_steps=5, references=2}'
     )
     recipe = load(recipe_file, [attacks, "audit.relearn_steps=10"])
-    clock: Any = preview.Clock(recipe)
+    clock: Any = costs.Clock(recipe)
     clock.image = lambda: np.array([0.01, 0.02])
     source, target = {"images": 100, "test_images": 797}, {"images": 20, "test_images": 797}
-    found = attack_costs.audit(recipe.audit, source, target, clock)
+    found = costs.audit(recipe.audit, source, target, clock)
     low = (12.5 + 10.5) + (12.5 + 21 + 16) + (12.5 + 3) + (12.5 + 10.5) + 6.4 + 997 / 300
     assert found == pytest.approx([low, low + 16 + 6.4 + 997 / 300])
     both = recipe.audit.model_copy(update={"modes": ["as-is", "target"]})
     more = (2.5 + 10.5) + (2.5 + 21 + 3.2) + (2.5 + 3) + 40 / 300
     high = found[1] + more + 3.2 + 40 / 300
-    assert attack_costs.audit(both, source, target, clock) == pytest.approx([low + more, high])
-    assert attack_costs.audit(recipe.audit, {**source, "images": None}, target, clock) is None
+    assert costs.audit(both, source, target, clock) == pytest.approx([low + more, high])
+    assert costs.audit(recipe.audit, {**source, "images": None}, target, clock) is None
 
 
 def test_the_steps_that_are_timed_are_those_of_the_recipe(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
@@ -174,19 +174,19 @@ def test_the_steps_that_are_timed_are_those_of_the_recipe(recipe_file: Path, mon
     The first is not counted, so an image of 8 takes 2 / 8 to 4 / 8 s.
     """
     now = iter([0, 1, 1, 3, 3, 6, 6, 10] * 2)
-    monkeypatch.setattr(preview.devices, "clock", lambda device: float(next(now)))
+    monkeypatch.setattr(costs.devices, "clock", lambda device: float(next(now)))
     sizes: list[int] = []
-    noise = preview.Clock.noise
-    monkeypatch.setattr(preview.Clock, "noise", lambda self, size: sizes.append(size) or noise(self, size))
+    noise = costs.Clock.noise
+    monkeypatch.setattr(costs.Clock, "noise", lambda self, size: sizes.append(size) or noise(self, size))
     chunks: list[int] = []
-    disposal = preview.Disposal
+    disposal = costs.Disposal
 
     def spied(*arguments: Any, **options: Any) -> Any:
         chunks.append(options["chunks"])
         return disposal(*arguments, **options)
 
-    monkeypatch.setattr(preview, "Disposal", spied)
-    clock = preview.Clock(load(recipe_file))
+    monkeypatch.setattr(costs, "Disposal", spied)
+    clock = costs.Clock(load(recipe_file))
     assert clock.image("gc").tolist() == [2 / 8, 4 / 8]
     assert clock.image().tolist() == [2 / 20, 4 / 20]
     assert (sizes, chunks) == ([8, 20], [2])

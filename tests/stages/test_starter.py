@@ -21,7 +21,7 @@ from dtlctl.model import networks
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.schema import Recipe
 from dtlctl.report import figures
-from dtlctl.stages import attack_costs, starter
+from dtlctl.stages import costs, starter
 
 
 def images(
@@ -47,8 +47,8 @@ def clock(monkeypatch: pytest.MonkeyPatch):
         fake = SimpleNamespace(image=lambda variant="": np.array([seconds, 2 * seconds]), features=8, stages=1)
         monkeypatch.setattr(starter, "Clock", lambda _: fake)
 
-    monkeypatch.setattr(attack_costs, "FORWARD", 0.0)  # what attackers look at, and fit, is not counted
-    monkeypatch.setattr(attack_costs, "_fit", lambda *_: 0.0)
+    monkeypatch.setattr(costs, "FORWARD", 0.0)  # what attackers look at, and fit, is not counted
+    monkeypatch.setattr(costs, "_fit", lambda *_: 0.0)
     takes(1e-4)
     return takes
 

@@ -1,28 +1,90 @@
-"""What attacks cost here: a little of each is done on noise, timed, and multiplied. Coarse, and a matter of seconds."""
-
-from __future__ import annotations
+"""What jobs take here: a little of each is done on noise, timed, and multiplied. Coarse, and a matter of seconds."""
 
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from dtlctl.attacks import membership, signals
 from dtlctl.attacks.attackers import Frozen, SelfTraining
-from dtlctl.attacks.registry import ATTACKS, Attack
+from dtlctl.attacks.registry import ATTACKS
 from dtlctl.attacks.tuning import EVALUATIONS
+from dtlctl.console import devices
+from dtlctl.data.tensors import Batch
+from dtlctl.model import networks
+from dtlctl.objectives.disposal import Disposal
+from dtlctl.recipe.plan import Job
+from dtlctl.recipe.schema import Recipe
 from dtlctl.recipe.settings import Audit, Piggyback
 
-if TYPE_CHECKING:
-    from dtlctl.stages.preview import Clock
-
+MOST = 64
+"""Images of a step that is timed: larger batches take as long an image, and `check` should be quick."""
 LOOKED, FITTED = 16, 256
 """Images that an attack looks at, and that a classifier is fitted to."""
 FORWARD = 1 / 3
 """A forward pass, as a share of a step of training."""
+
+
+class Clock:
+    """How long an image takes here in a step of training, and in a step of a variant's disposal: [2] seconds.
+
+    Each is measured once, when it is asked for: whole steps of this network on noise, on the device and with the
+    threads that a run would have, in batches of at most `MOST` images. It is the quickest and the slowest of some.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.device = recipe, torch.device(devices.kind())
+        network = self.network()
+        self.parameters = sum(p.numel() for p in network.parameters())
+        self.features, self.stages = network.features, len(networks.stages(network.backbone)) + 1
+        self.image = cache(self._image)
+
+    def _image(self, variant: str = "") -> np.ndarray:
+        """Of an image in training; in a variant's disposal, of an image of the source and all that goes with it."""
+        settings: Any = self.recipe.dispose[variant] if variant else self.recipe.pretrain
+        chunks = settings.unlearn.chunks if variant else 1
+        size = min(settings.batch_size, max(MOST, 2 * chunks)) // chunks * chunks
+        loss, times = self._loss(variant, size), list[float]()
+        while len(times) < 4 or (sum(times) < 1.0 and len(times) < 20):
+            started = devices.clock(self.device)
+            loss().backward()
+            times.append(devices.clock(self.device) - started)
+        return np.array([min(times[1:]), max(times[1:])]) / size  # the first is not counted
+
+    def network(self) -> networks.Classifier:
+        spec = self.recipe.model
+        model = networks.build(heads={"source": 100, "target": 10}, **spec.model_dump(exclude={"channels_last"}))
+        model.precision, model.channels_last = self.recipe.precision, spec.channels_last
+        return model.to(self.device)
+
+    def noise(self, size: int) -> Batch:
+        x = torch.rand(size, 3, *2 * [self.recipe.model.image_size], device=self.device)
+        return Batch(x, torch.zeros(size, dtype=torch.int64, device=self.device), torch.arange(size))
+
+    def _loss(self, variant: str, size: int) -> Callable[[], Tensor]:
+        student, batch = self.network(), self.noise(size)
+        if not variant:
+            return lambda: cross_entropy(student(batch.x, "source"), batch.y)
+        settings, teacher = self.recipe.dispose[variant], self.network().eval().requires_grad_(False)
+        unlearn, retain, lam = settings.unlearn, settings.retain, settings.lam or 0.5
+        fixed: Any = {"batch_norm": "train", "images": size, "label_seed": 0}
+        disposal = Disposal(lam, unlearn, retain, student, teacher, chunks=unlearn.chunks, **fixed)
+        return lambda: disposal(batch, batch if retain.needs_target else None, True)[0]
+
+
+def training(job: Job[Any], images: int, clock: Clock, tests: int = 0, classes: int = 10) -> np.ndarray:
+    """Seconds [2] that a job that trains takes on so many images of so many classes; tests: of its test split."""
+    settings = job.settings
+    seen = settings.total_steps(images) * min(settings.batch_size, images)
+    if job.stage == "dispose":
+        return ((1 - settings.repair) * clock.image(job.model) + settings.repair * clock.image()) * seen
+    tuned = attackers(settings, images, tests, classes, clock) if job.stage == "piggyback" else 0
+    return clock.image() * seen + tuned
 
 
 def attackers(settings: Piggyback, images: int, tests: int, classes: int, clock: Clock) -> np.ndarray:
@@ -65,7 +127,7 @@ def audit(settings: Audit, source: dict[str, Any], target: dict[str, Any], clock
 
 def _attack(name: str, images: int, settings: Audit, clock: Clock) -> np.ndarray:
     """Seconds [2] of one attack on so many members and as many others."""
-    attack = ATTACKS.get(name, Attack(lambda view, _: signals.loss(view), membership.single))
+    attack = ATTACKS.get(name, ATTACKS["loss"])  # whose score that of an attack with references is like
     model, noise = clock.network().eval().requires_grad_(False).through("source"), clock.noise(LOOKED)
     few, view = (signals.Observation(model, [(noise.x[:n], noise.y[:n])]) for n in (2, LOOKED))
     seen = attack.observe(few, 1)  # what it imports is not counted
@@ -95,7 +157,6 @@ def _fit(kind: Any, rate: float, images: int, classes: int, width: int) -> float
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
