@@ -1,12 +1,10 @@
 """`dtlctl compare`: every unlearning loss at the λ that costs the same target accuracy.
 
 The paper adjusts λ so that "the differently unlearned models are compared with similar target accuracy" (section 4.2).
-Here λ is searched with real disposals, from the recipe's own outwards. The price that steers it is that on images that
-nothing is trained or tested on: the part of the target's train split that the recipe's `fraction` leaves out. TL and
-the variant answer the same ones (`training.price`); a TL from outside, which may have learned them, answers the test
-images. A tolerance is resolved where the half width of the price's 95 % interval is not larger: one that so many images
-cannot resolve at `compare.disagreement` is refused before anything trains, and where the measured interval is wider
-after all, no λ counts as reached.
+Here λ is searched with real disposals, by the price on target images that nothing is trained or tested on; a TL from
+outside, which may have learned them, answers the test images. A tolerance is resolved where the half width of the
+price's 95 % interval is not larger: one that so many images cannot resolve is refused before anything trains, and where
+the measured interval is wider after all, no λ counts as reached.
 """
 
 import json
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import expit, logit
 
 from dtlctl.console.progress import say
 from dtlctl.errors import DivergedError, RecipeError
@@ -41,10 +40,9 @@ LOW, FIRST, HIGH = 0.0005, 0.1, 0.9995
 def compare(
     path: Path, overrides: Sequence[str], out: Path, *, command: str, quiet: bool = False
 ) -> tuple[dict[str, Any], Path]:
-    """The document of the comparison, and the folder of its report. Runs are kept below OUT/<name>-compare.
+    """{"compare", "images": n, "seeds", "variants": {name: what `search` returns}, "table"}, and the report's folder.
 
-    {"compare": settings, "images": n, "seeds", "variants": {name: what `search` returns}, "table": ...}. Raises what
-    `_comparable` does, and DivergedError where every λ of a variant diverged.
+    Runs are kept below OUT/<name>-compare. Raises what `_comparable` and `search` do.
     """
     one_process("compare: start it as one process, without a launcher")
     base = load(path, list(overrides))
@@ -59,6 +57,9 @@ def compare(
         perform(experiments, ("pretrain", "finetune", *stages), relatives(out, base.name))
         return experiments
 
+    def at(variant: str, lam: float) -> Dispose:
+        return base.dispose[variant].model_copy(update={"lam": lam, "price": None})
+
     outside = base.finetune.weights is not None
     tl = [(tested if outside else validation)(experiment, "TL") for experiment in made("search", {})]
     cost = price_apart if outside else price
@@ -69,7 +70,7 @@ def compare(
         def prices(lam: float, variant: str = variant) -> list[Price]:
             name = folder_name(f"{variant}-{lam:.4g}", {variant: lam})
             try:
-                disposed = made("search", {name: _at(base.dispose[variant], lam)}, "dispose")
+                disposed = made("search", {name: at(variant, lam)}, "dispose")
             except DivergedError as error:
                 raise DivergedError(f"dispose.{name}: {error}") from None
             found = [cost(before, validation(one, name)) for before, one in zip(tl, disposed, strict=True)]
@@ -80,7 +81,7 @@ def compare(
 
         found = search(prices, base.dispose[variant].lam or FIRST, settings)
         document["variants"][variant] = found
-        matched[variant] = _at(base.dispose[variant], found["lambda"])
+        matched[variant] = at(variant, found["lambda"])
         if not quiet:
             say(f"{variant}: λ = {found['lambda']:g}, {_points(found)} points below TL; reached: {found['reached']}")
     final = made("matched", matched, "dispose", "piggyback")
@@ -92,8 +93,7 @@ def compare(
 def _comparable(experiment: Experiment, settings: Compare) -> tuple[list[str], int]:
     """The variants whose λ is to be found, and how many target images are held back for it.
 
-    Raises RecipeError where there are no variants, or too few images to resolve the tolerance, and what
-    `data_demands.check` raises: all of it before anything trains.
+    Raises RecipeError, and what `data_demands.check` does: all of it before anything trains.
     """
     variants = [name for name, one in experiment.recipe.dispose.items() if one.unlearn.kind != "none"]
     if not variants:
@@ -169,21 +169,12 @@ def following(tried: Sequence[tuple[float, float | None]], wanted: float) -> flo
         outermost, drop = max(cheap) if cheap else min(dear)
         step = 2.0 ** (len(tried) - 1) * (min(1, abs(math.log(drop / wanted))) if drop and drop > 0 else 1)
         middle = outermost + step if cheap else outermost - step
-    return 1 / (1 + math.exp(-middle))
-
-
-def _at(settings: Dispose, lam: float) -> Dispose:
-    return settings.model_copy(update={"lam": lam, "price": None})
+    return float(expit(middle))
 
 
 def rounded(lam: float) -> float:
     """λ with the digits that its run is named by, within the range of the search."""
     return float(f"{min(max(lam, LOW), HIGH):.4g}")
-
-
-def logit(lam: float) -> float:
-    """The log-odds of λ, in which steps are even: what matters is the ratio of the two terms."""
-    return math.log(lam / (1 - lam))
 
 
 def validation(experiment: Experiment, model: str) -> np.ndarray:
@@ -203,16 +194,15 @@ def advice(
 ) -> list[str]:
     """What to do next, in sentences: where no λ was reached, and for the final model, on all target images.
 
-    folder: of the comparison's runs, in which what they share with the final one is found. written: whether the λ
-    stand in the recipe.
+    folder: of the comparison's runs. written: whether the λ stand in the recipe.
     """
-    variants = document["variants"]
-    said = [
-        templates.said("advice", document["compare"], variant, one)
-        for variant, one in variants.items()
-        if one["reached"] != "yes"
-    ]
-    if reached := {variant: one["lambda"] for variant, one in variants.items() if one["reached"] == "yes"}:
+    said, reached = list[str](), dict[str, float]()
+    for variant, one in document["variants"].items():
+        if one["reached"] == "yes":
+            reached[variant] = one["lambda"]
+        else:
+            said.append(templates.said("advice", document["compare"], variant, one))
+    if reached:
         changes = [text for text in overrides if not re.search(r"\.(lambda|odds|price) *=", text)]
         if not written or len(changes) < len(overrides):
             keys = {json.dumps(variant) if "." in variant else variant: lam for variant, lam in reached.items()}
@@ -225,12 +215,11 @@ def advice(
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """Who needed which λ, then the report of the matched runs."""
     return tables.markdown(document["table"], before=[_needed(document)])
 
 
 def _needed(document: dict[str, Any]) -> tables.Table:
-    """One row a variant."""
+    """Who needed which λ: one row a variant."""
     settings = document["compare"]
     lines = []
     for name, one in document["variants"].items():
@@ -253,17 +242,12 @@ def _points(one: dict[str, Any]) -> str:
 
 def write(document: dict[str, Any], folder: Path, command: str) -> None:
     """Write compare.json, table.json, table.md, figures and report.html. Raises CheckpointError where it cannot."""
-    checkpoint.write(
-        folder / "compare.json", checkpoint.dump(document).encode()
-    )  # first: it cannot be made from the runs
+    checkpoint.write(folder / "compare.json", checkpoint.dump(document).encode())  # no run holds what it says
     files.write(document["table"], folder, command, before=[_needed(document)])
 
 
 def _changed(base: Recipe, source: str, name: str, seed: int, dispose: dict[str, Dispose]) -> Recipe:
-    """The recipe of a run with these variants alone, validated like a file. Whom to attack follows from the variants.
-
-    Raises RecipeError where that is no recipe.
-    """
+    """The recipe of a run with these variants alone, validated like a file. Whom to attack follows from them."""
     raw = base.resolved()
     if raw["piggyback"]["models"]:
         known = {*base.references, *dispose}
