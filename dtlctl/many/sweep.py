@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,19 +27,11 @@ from dtlctl.stages import data_demands, runner
 from dtlctl.storage import checkpoint
 
 
-@dataclass(frozen=True)
-class Point:
-    """One choice for every swept key."""
+class Point(NamedTuple):
+    """One choice for every swept key, and its folder's name, such as `gc.lambda-0.05`."""
 
     values: dict[str, Any]
-    hashed: bool = False
-    """Whether its name has a part of its hash, because another point of the grid would have the same name."""
-
-    @property
-    def name(self) -> str:
-        """The point as a folder's name, such as `gc.lambda-0.05`."""
-        text = "_".join(f"{key.removeprefix('dispose.')}-{value}" for key, value in self.values.items())
-        return folder_name(text.replace("*", "all"), self.values, hashed=self.hashed)
+    name: str
 
     @property
     def overrides(self) -> list[str]:
@@ -55,7 +46,7 @@ def folder_name(text: str, identity: dict[str, Any], *, hashed: bool = False) ->
 
 
 def points(over: Sequence[str]) -> list[Point]:
-    """The grid of `key=a,b,c` texts, in order. Raises RecipeError for a text that is not of this form."""
+    """The grid of `key=a,b,c` texts, in order. Raises RecipeError for a text of another form."""
     axes: dict[str, list[Any]] = {}
     for text in over:
         key, equals, values = text.partition("=")
@@ -64,9 +55,14 @@ def points(over: Sequence[str]) -> list[Point]:
         if key.strip() in axes or key.strip() == "name":
             raise RecipeError(f"--over {text}: {key.strip()} cannot be swept here (given twice, or the run's name)")
         axes[key.strip()] = parse_value(values)
-    grid = [Point(dict(zip(axes, choice, strict=True))) for choice in itertools.product(*axes.values())]
-    taken = Counter(point.name.lower() for point in grid)  # lower: some file systems do not tell "a" from "A"
-    return [replace(point, hashed=taken[point.name.lower()] > 1) for point in grid]
+
+    def name(values: dict[str, Any], *, hashed: bool = False) -> str:
+        text = "_".join(f"{key.removeprefix('dispose.')}-{value}" for key, value in values.items())
+        return folder_name(text.replace("*", "all"), values, hashed=hashed)
+
+    grid = [dict(zip(axes, choice, strict=True)) for choice in itertools.product(*axes.values())]
+    taken = Counter(name(values).lower() for values in grid)  # lower: some file systems do not tell "a" from "A"
+    return [Point(values, name(values, hashed=taken[name(values).lower()] > 1)) for values in grid]
 
 
 def run(
@@ -75,18 +71,16 @@ def run(
     """Do all points' stages under OUT/<name>-sweep; what is up to date there or in OUT/<name> is not done again."""
     one_process("sweep: start it as one process; --jobs N works on N points at a time")
     done = opened(recipe, over, overrides, out, quiet=quiet or jobs > 1)
-    experiments = [experiment for _, experiment in done]
-    perform(
-        experiments, STAGES, relatives(experiments[0].folder.parent, experiments[0].recipe.name), jobs=jobs, quiet=quiet
-    )
+    first = done[0][1]
+    others = relatives(first.folder.parent, first.recipe.name)
+    perform([experiment for _, experiment in done], STAGES, others, jobs=jobs, quiet=quiet)
     return done
 
 
 def plan(recipe: Path, over: Sequence[str], overrides: Sequence[str], out: Path) -> tuple[list[str], list[str]]:
-    """The sweep as lines for a shell: what comes first, and then the points, in any order and at the same time.
+    """The sweep as lines for a shell: first every pre-training that points share, then the points, in any order.
 
-    First comes the pre-training of every network that several points share. The same sweep afterwards finds all done
-    and makes the table.
+    The same sweep afterwards finds all done and makes the table.
     """
     experiments = [experiment for _, experiment in opened(recipe, over, overrides, out, quiet=True)]
     shared: dict[str, list[Experiment]] = {}
@@ -100,10 +94,7 @@ def plan(recipe: Path, over: Sequence[str], overrides: Sequence[str], out: Path)
 def opened(
     recipe: Path, over: Sequence[str], overrides: Sequence[str], out: Path, *, quiet: bool
 ) -> list[tuple[Point, Experiment]]:
-    """The points and their runs, with data that fits.
-
-    Raises RecipeError for two points that are one, and as `points`, `load` and `data_demands.check` do.
-    """
+    """The points and their runs, with data that fits. Raises RecipeError for two points that are one."""
     folder, grid = out / f"{load(recipe, list(overrides)).name}-sweep", points(over)
     if len({point.name for point in grid}) < len(grid):
         raise RecipeError("sweep: two points have the same values")
@@ -186,10 +177,7 @@ def perform(
 
 
 def _next(experiment: Experiment, left: list[Stage], earlier: Earlier, taken: set[str]) -> Task | None:
-    """What the run has to do next, less what others are at; stages with nothing to do are taken off `left`.
-
-    What another run has made is taken over.
-    """
+    """What the run has to do next, less what others are at or have made; stages that are done are taken off `left`."""
     results = experiment.results
     while left:
         ready = [job for job in experiment.chosen((left[0],)) if _has_parent(experiment, job) and not results.done(job)]
@@ -221,7 +209,7 @@ def visible_gpus() -> list[str]:
 
 
 def _start(run: Experiment, task: Task, threads: int, gpu: str, quiet: bool) -> subprocess.Popen[str]:
-    """A process that does the task. gpu: the one that it sees; where it is empty, those that this process sees."""
+    """A process that does the task. gpu: the one that it sees; "": those that this process sees."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
     command = [sys.executable, "-m", "dtlctl", task.stage, run.source, *run.words, *["--quiet"] * quiet]
     command += [word for model in task.models for word in ("--only", model)]

@@ -64,8 +64,7 @@ def _quoted(found: re.Match[str]) -> str:
 def _check_names(raw: Any, override: str) -> None:
     """Raise ValueError for a key in a table that has the user's name and is not there: it would make a new one."""
     kind: Any = Recipe
-    table = tomllib.loads(f"{override.partition('=')[0]} = 0")
-    place: list[str] = []
+    table, place = tomllib.loads(f"{override.partition('=')[0]} = 0"), list[str]()
     while table:
         ((name, table),) = table.items()
         known = raw if isinstance(raw, dict) else {}
@@ -86,13 +85,12 @@ def names_in(key: str) -> list[str]:
 
 def _variants(raw: dict[str, Any]) -> dict[str, Any]:
     """The tables of the variants with an unlearning loss, by name; they may hold anything else that is not valid."""
-    tables = raw.get("dispose")
-    return {
-        name: table
-        for name, table in (tables if isinstance(tables, dict) else {}).items()
-        if isinstance(table, dict)
-        and not (isinstance(loss := table.get("unlearn"), dict) and loss.get("kind") == "none")
-    }
+    tables = {name: table for name, table in _table(raw, "dispose").items() if isinstance(table, dict)}
+    return {name: table for name, table in tables.items() if _table(table, "unlearn").get("kind") != "none"}
+
+
+def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    return found if isinstance(found := raw.get(name), dict) else {}
 
 
 def _for_each_variant(raw: dict[str, Any], override: str) -> list[str]:
@@ -106,8 +104,7 @@ def _for_each_variant(raw: dict[str, Any], override: str) -> list[str]:
 
 def _resolve_odds(raw: dict[str, Any], changes: dict[str, Any]) -> None:
     """Replace `dispose.NAME.odds` by the λ that it comes to."""
-    tables = changes.get("dispose")
-    for name, change in (tables if isinstance(tables, dict) else {}).items():
+    for name, change in _table(changes, "dispose").items():
         if not isinstance(change, dict) or "odds" not in change:
             continue
         if "lambda" in change:
@@ -115,9 +112,8 @@ def _resolve_odds(raw: dict[str, Any], changes: dict[str, Any]) -> None:
         factor, variants = change.pop("odds"), _variants(raw)
         # An integer may be larger than any float, and still below infinity.
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= sys.float_info.max:
-            raise ValueError(
-                f"dispose.{name}.odds: {factor!r:.40} is no factor of the odds of lambda; give a number above 0"
-            )
+            reason = f"{factor!r:.40} is no factor of the odds of lambda; give a number above 0"
+            raise ValueError(f"dispose.{name}.odds: {reason}")
         if name not in variants:
             raise ValueError(f"dispose.{name}.odds: {name} has no unlearning loss" + suggest(name, variants))
         if (lam := variants[name].get("lambda")) is None:
@@ -142,9 +138,8 @@ def parse_value(text: str) -> list[Any]:
     values = parsed(text)
     plain = [one for value in values for one in (value if isinstance(value, list) else [value])]
     if "" in values or not all(isinstance(one, bool | int | float | str) for one in plain):
-        raise RecipeError(
-            f"--over ...={one_line(text)}: numbers, words, lists of them can be swept; dates, tables and nothing cannot"
-        )
+        allowed = "numbers, words, lists of them can be swept; dates, tables and nothing cannot"
+        raise RecipeError(f"--over ...={one_line(text)}: {allowed}")
     return values
 
 
@@ -184,28 +179,22 @@ def write_lambdas(path: Path, lambdas: Mapping[str, float], *, dry: bool = False
 def with_lambda(text: str, variant: str, lam: float) -> str:
     """The recipe with another λ of one variant. Raises ValueError where there is not exactly one number to change.
 
-    It is the one whose change makes the file say just what it should: so it may stand in a table, in an inline one or
-    behind a dotted key, and what only looks like it, in a comment or in a text, is left alone.
+    It is the one whose change makes the file say just what it should: whatever only looks like it is left alone.
     """
     wanted = tomllib.loads(text.removeprefix("\ufeff"))
     table = wanted.get("dispose", {}).get(variant, {})
     if "lambda" not in table:
-        raise ValueError(
-            f"[dispose.{variant}] has no lambda to change; write lambda = {lam:g} into it, instead of a price"
-        )
+        remedy = f"write lambda = {lam:g} into it, instead of a price"
+        raise ValueError(f"[dispose.{variant}] has no lambda to change; {remedy}")
     if table["lambda"] == lam:
         return text
     table["lambda"] = lam
     found = []
-    for at in re.finditer(r"""lambda["']?[ \t]*=[ \t]*([+-]?\d[\w.+-]*)""", text):
-        line = re.match(r"([^\r\n]*?)(?:[ \t]*# was [^\s#]+)?(\r?\n|$)", text[at.end(1) :])
-        assert line is not None
-        comment = f"{line[1]}  # was {at[1]}{line[2]}"
-        changed = f"{text[: at.start(1)]}{lam:g}{comment}{text[at.end(1) + line.end() :]}"
-        try:
+    number, rest = r"""lambda["']?[ \t]*=[ \t]*([+-]?\d[\w.+-]*)""", r"([^\r\n]*?)(?:[ \t]*# was [^\s#]+)?(\r?\n|$)"
+    for at in re.finditer(f"{number}(?={rest})", text):
+        changed = f"{text[: at.start(1)]}{lam:g}{at[2]}  # was {at[1]}{text[at.start(3) :]}"
+        with suppress(ValueError):
             found += [changed] if tomllib.loads(changed.removeprefix("\ufeff")) == wanted else []
-        except ValueError:
-            continue
     if len(found) != 1:
         raise ValueError(f"dispose.{variant}.lambda is not on a line of its own there; write {lam:g} by hand")
     return found[0]
