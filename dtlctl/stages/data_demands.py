@@ -16,13 +16,8 @@ from dtlctl.training.price import EXPECTED, images_for, resolution
 
 
 def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
-    """Raise RecipeError or DataError where a job's data has too many classes, or too few images, for its settings.
-
-    And DataError where the data of any of these jobs cannot be read, which may be of the last one's alone; RecipeError
-    where a disposal that is not there yet cannot be shared by the processes of this start.
-    """
-    jobs = list(jobs)
-    said: set[str] = set()  # roles that share a dataset share its notes
+    """Raise RecipeError or DataError where a job's data cannot be read, or not do for its settings or processes."""
+    jobs, said = list(jobs), set[str]()  # roles that share a dataset share its notes
     for role, notes in experiment.data.notes(tuple(dict.fromkeys(role for job in jobs for role in job.roles))).items():
         for text in [note.text for note in notes if note.text not in said]:
             experiment.processes.say(f"data.{role}: {text}")
@@ -38,7 +33,7 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
             if isinstance(job.settings.unlearn, NullSpace):
                 _batch_for_null_space(experiment, job, size)
             if job.settings.price is not None:
-                _images_for_a_price(experiment, job)
+                _images_for_a_price(experiment, job, job.settings.price)
         if job.stage == "piggyback" and job.settings.attackers:
             _images_to_hold_out(experiment, job)
             asking = any(isinstance(attacker, SelfTraining) for attacker in job.settings.attackers)
@@ -54,22 +49,14 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
 
 
 def local_chunks(settings: Dispose, processes: int, title: str) -> int:
-    """How many chunks a process has: all have as many, and of a batch without chunks an equal share.
-
-    Raises RecipeError where that cannot be.
-    """
+    """How many chunks a process has: all have as many, and of a batch without chunks an equal share; or RecipeError."""
     chunks = settings.unlearn.chunks
-    if chunks == 1 and settings.batch_size % processes:
-        size, rest = settings.batch_size, settings.batch_size % processes
-        raise RecipeError(
-            f"{title}: batch_size = {size} cannot be shared equally by {processes} processes (rest {rest})"
-            f"; make it a multiple of {processes}"
-        )
-    if chunks > 1 and chunks % processes:
-        raise RecipeError(
-            f"{title}: unlearn.chunks = {chunks} cannot be shared by {processes} processes (rest {chunks % processes})"
-            f"; make chunks a multiple of {processes}"
-        )
+    key, count, how, what = "unlearn.chunks", chunks, "shared", "chunks"
+    if chunks == 1:
+        key, count, how, what = "batch_size", settings.batch_size, "shared equally", "it"
+    if rest := count % processes:
+        reason = f"cannot be {how} by {processes} processes (rest {rest}); make {what} a multiple of {processes}"
+        raise RecipeError(f"{title}: {key} = {count} {reason}")
     return max(1, chunks // processes)
 
 
@@ -101,15 +88,15 @@ def _batch_for_null_space(experiment: Experiment, job: Job[Dispose], size: int) 
         )
 
 
-def _images_for_a_price(experiment: Experiment, job: Job[Dispose]) -> None:
+def _images_for_a_price(experiment: Experiment, job: Job[Dispose], allowed: float) -> None:
     """Raise RecipeError without images; say where they are so few that the price on them is known but roughly."""
-    count, allowed = len(experiment.data.held_back("target")), job.settings.price
+    count = len(experiment.data.held_back("target"))
     if not count:
         raise RecipeError(
             f"{experiment.source}: dispose.{job.model}.price: measured on target images that nothing trains on, and "
             "data.target.fraction leaves none out; set it to 0.8, say, or give lambda instead"
         )
-    if allowed is not None and (half := resolution(count, EXPECTED)) > allowed:
+    if (half := resolution(count, EXPECTED)) > allowed:
         experiment.processes.say(
             f"{job.title}: {count:,} target images are held back to measure the price, which they tell to about "
             f"± {half:.1f} points, where {allowed:g} is allowed: to be safe lambda is kept lower "
@@ -118,16 +105,14 @@ def _images_for_a_price(experiment: Experiment, job: Job[Dispose]) -> None:
 
 
 def _images_to_hold_out(experiment: Experiment, job: Job[Piggyback]) -> None:
-    fraction = experiment.recipe.data.of(job.dataset).fraction
+    data, role, share = experiment.data, job.dataset, 0.5
     if job.settings.choose_on == "test":
-        labels, share = experiment.data.images(job.dataset, "test").labels, 0.5
-        where, remedy = "piggyback.choose_on", f'the test split of data.{job.dataset} is too small; write "own"'
+        labels = data.images(role, "test").labels
+        where, remedy = "piggyback.choose_on", f'the test split of data.{role} is too small; write "own"'
     else:
-        labels, share = (
-            experiment.data.images(job.dataset, "train").labels[experiment.data.index(job.dataset)],
-            job.settings.held_out,
-        )
-        where = f"data.{job.dataset}.fraction: {fraction:g}"
+        labels, share = data.images(role, "train").labels[data.index(role)], job.settings.held_out
+        fraction = experiment.recipe.data.of(role).fraction
+        where = f"data.{role}.fraction: {fraction:g}"
         remedy = "make it larger" if fraction < 1 else "leave it out of the attackers' datasets"
     try:
         tuning.hold_out(labels, share, 0)

@@ -29,24 +29,21 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
         _say_what_there_is_to_keep(experiment)
     teacher = experiment.trainer.load_model("TL", global_batch_norm=not own_statistics).eval().requires_grad_(False)
     student = _student(experiment, job, teacher.classes, global_batch_norm=not own_statistics)
+    images, label_seed = experiment.data.images("source", "train").labels, experiment.recipe.stream("dispose/labels")
     disposal = Disposal(
-        settings.lam or 0.0,
-        settings.unlearn,
-        settings.retain,
-        student,
-        teacher,
-        chunks=chunks,
-        batch_norm=settings.batch_norm,
-        images=len(experiment.data.images("source", "train").labels),
-        label_seed=experiment.recipe.stream("dispose/labels"),
-        processes=engine.processes,
+        settings.lam or 0.0, settings.unlearn, settings.retain, student, teacher, chunks=chunks,
+        batch_norm=settings.batch_norm, images=len(images), label_seed=label_seed, processes=engine.processes,
         all_reduce=engine.all_reduce,
-    )
-    source = _batches(experiment, "source", job)
-    target = _batches(experiment, "target", job) if settings.retain.needs_target else None
-    steps = settings.total_steps(source.images)
-    repair_from = round(steps * (1 - settings.repair))
-    state = State()
+    )  # fmt: skip
+
+    def batches(role: str) -> Batches:
+        """Of equal chunks on equal processes; of a dataset smaller than a batch, as many images as divide."""
+        size = data_demands.equal_parts(experiment, job, role, engine.processes)
+        return experiment.trainer.batches(role, size, f"dispose/{role}")
+
+    source = batches("source")
+    target = batches("target") if settings.retain.needs_target else None
+    repair_from, state = round(settings.total_steps(source.images) * (1 - settings.repair)), State()
     checks = Checks(experiment, job, disposal, source, target, state)
 
     def objective(step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -96,12 +93,6 @@ def _student(
     renew(student.backbone, fresh.backbone, settings.fresh_stages)
     student.heads.load_state_dict(fresh.heads.state_dict())
     return student
-
-
-def _batches(experiment: Experiment, role: str, job: Job[Dispose]) -> Batches:
-    """Batches of equal chunks on equal processes; of a dataset smaller than a batch, as many images as divide."""
-    size = data_demands.equal_parts(experiment, job, role, experiment.engine.processes)
-    return experiment.trainer.batches(role, size, f"dispose/{role}")
 
 
 def _exactness(experiment: Experiment, job: Job[Dispose], disposal: Disposal, source: Batches) -> dict[str, float]:
