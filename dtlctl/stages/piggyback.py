@@ -42,20 +42,13 @@ Features = dict[Split, tuple[dict[str, np.ndarray], np.ndarray]]
 
 
 def piggyback(experiment: Experiment, job: Job[Piggyback]) -> None:
-    """Full fine-tuning of all weights under a new head. Head, batches and augmentation are the same for all models.
-
-    Then, if the recipe names any, the attackers who tune themselves.
-    """
+    """Full fine-tuning of all weights under a new head; head, batches and augmentation are the same for all models."""
     model = start(experiment, job, f"piggyback/{job.dataset}/head")
     batches = experiment.trainer.batches(job.dataset, job.settings.batch_size, f"piggyback/{job.dataset}/batches")
-    objective = cross_entropy(model, HEAD, batches)
-    parts = experiment.results.parts(job)
-    history, metrics = parts.common(
-        experiment.engine,
-        "single",
-        tuple[History, dict[str, Any]],
-        lambda: experiment.trainer.train(job, model, objective, batches, {"acc_pl": (HEAD, job.dataset)}),
-    )
+    objective, measures = cross_entropy(model, HEAD, batches), {"acc_pl": (HEAD, job.dataset)}
+    parts, form = experiment.results.parts(job), tuple[History, dict[str, Any]]
+    train = partial(experiment.trainer.train, job, model, objective, batches, measures)
+    history, metrics = parts.common(experiment.engine, "single", form, train)
     if job.settings.attackers:
         metrics |= _tuned(experiment, job, parts, metrics["acc_pl"])
     experiment.results.publish(job, metrics, history)
@@ -64,14 +57,11 @@ def piggyback(experiment: Experiment, job: Job[Piggyback]) -> None:
 def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: float) -> dict[str, Any]:
     """Metrics of the tuned attackers; `single`: Acc_pl of the table's one setting.
 
-    Each attacker tries his grid, or what a search suggests, on the training part of his images and keeps what is best
-    on the held-out part, the step too; with that he trains once more, on all he has, and is left out if that diverges.
-    The worst case is the attacker who is best on held-out images. `acc_pl_max` looks at the images that judge instead:
-    no attacker can do that, so it is an upper bound.
+    Each attacker tries settings on the training part of his images and keeps what is best on the held-out part, the
+    step too; with that he trains once more, on all he has, and is left out if that diverges. The worst case is the
+    attacker who is best on held-out images. `acc_pl_max` looks at the images that judge instead: an upper bound.
     """
-    started = time.perf_counter()
-    trials: list[Trial] = []
-    finals: list[list[Trial]] = []
+    started, trials, finals = time.perf_counter(), list[Trial](), list[list[Trial]]()
 
     def done(count: int, of: int) -> None:
         bar.at(len(trials) + count, job.settings.attack_seeds * of)
@@ -187,7 +177,13 @@ class Repetition:
     ) -> list[Evaluation]:  # fmt: skip
         """Learn from the own images at these places: looks by others on the way, or one after `until` steps."""
         if isinstance(attacker, Frozen):
-            (x, y), others = (self._known(attacker, setting, *part) for part in (("train", places), judges))
+            seen, stage = self.seen(attacker, setting.amount), setting.stage or features.EMBEDDING
+
+            def known(split: Split, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+                by_stage, y = seen[split]
+                return by_stage[stage][rows].astype(np.float64), y[rows]
+
+            (x, y), others = known("train", places), known(*judges)
             finite = np.isfinite(x).all()
             return [tuning.evaluate_probe(attacker.fit(x, y, setting.rate), *others)] if finite else []
         split, rows = judges
@@ -230,12 +226,6 @@ class Repetition:
             }
         return self.features[preparation]
 
-    def _known(
-        self, attacker: Frozen, setting: Setting, split: Split, places: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        by_stage, y = self.seen(attacker, setting.amount)[split]
-        return by_stage[setting.stage or features.EMBEDDING][places].astype(np.float64), y[places]
-
     def _prepared(self, attacker: Attacker | Frozen, rows: np.ndarray, amount: float | None) -> Classifier:
         model = copy.deepcopy(self.model)
         size = -(-len(rows) // max(1, len(rows) // 256))  # parts of about equal size
@@ -272,24 +262,22 @@ def share_out(
             torch.manual_seed(repetition.experiment.recipe.stream(f"{repetition.tag}/{number}"))
         return tasks[number]()
 
-    results: list[Result] = []
+    mine, found = range(engine.share.rank, len(tasks), engine.processes), dict[int, Result]()
     torch.set_num_threads(1 if at_once > 1 else cores)
     try:  # two probes of two threads each are slower
         with threadpool_limits(1 if at_once > 1 else None, "blas"), ThreadPoolExecutor(at_once) as pool:
             try:
-                for result in pool.map(work, range(engine.share.rank, len(tasks), engine.processes)):
-                    results.append(result)
-                    done(min(len(results) * engine.processes, len(tasks)))
+                for number, result in zip(mine, pool.map(work, mine), strict=True):
+                    found[number] = result
+                    done(min(len(found) * engine.processes, len(tasks)))
             except BaseException:
                 repetition.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     finally:
         torch.set_num_threads(cores)  # OpenMP's limits came back with those of BLAS
-    gathered = engine.gather_objects(results)
-    # Process r did tasks r, r + n, r + 2n, ...: deal them back into order.
-    order = [number for rank in range(engine.processes) for number in range(rank, len(tasks), engine.processes)]
-    return [result for _, result in sorted(zip(order, gathered, strict=True), key=lambda pair: pair[0])]
+    every = dict(engine.gather_objects([*found.items()]))
+    return [every[number] for number in range(len(tasks))]
 
 
 def draws(model: torch.nn.Module) -> bool:
