@@ -1,6 +1,7 @@
 """A model that exists already, in place of one that the run would train: `pre`, TGT, TL, or a reference."""
 
 import time
+from functools import partial
 from typing import Any
 
 from dtlctl.data.dataset import Note
@@ -25,7 +26,7 @@ def adopt(experiment: Experiment, job: Job[Any]) -> None:
     """
     started, where = time.perf_counter(), job.weights or ""
     network = experiment.recipe.model.model_dump(exclude={"channels_last"})
-    read = lambda: weights.read(where, network, getattr(job.settings, "classes", None))  # noqa: E731
+    read = partial(weights.read, where, network, getattr(job.settings, "classes", None))
     if where.startswith(weights.REGISTRY):
         experiment.processes.by_main(read)  # one process downloads what all read
     given = read()
@@ -40,11 +41,10 @@ def adopt(experiment: Experiment, job: Job[Any]) -> None:
         except ValueError as error:
             raise CheckpointError(f"{experiment.source}: {job.title}: {where}: {error}") from None
         metrics |= experiment.trainer.measured(model, {f"acc_{head[0]}": (head, head)})
+    for text in said:
+        experiment.processes.say(f"{job.title}: {text}")
     notes = [Note("fitted-head" if FITTED in text else "weights", 1, text) for text in said]
-    for note in notes:
-        experiment.processes.say(f"{job.title}: {note.text}")
-    history = History(seconds=time.perf_counter() - started)
-    experiment.results.publish(job, metrics, history, model, notes)
+    experiment.results.publish(job, metrics, History(seconds=time.perf_counter() - started), model, notes)
 
 
 def _head(experiment: Experiment, job: Job[Any], model: Classifier, given: weights.Given, head: str) -> str:

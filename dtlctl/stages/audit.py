@@ -32,8 +32,6 @@ COPIES = 0.01
 """Share of the test images that may be training images too; they are left out. With more there is no audit."""
 BLIND_LIMIT = 0.65
 """An attacker who never asks the model must not be surer than this (lower end of his AUC's interval)."""
-
-
 Role = Literal["source", "target"]
 
 
@@ -66,17 +64,18 @@ def audit(experiment: Experiment, job: Job[Audit]) -> None:
     head = Head(experiment, job, "source")
     metrics, costs = head.described() | {"source_head": _head_state(experiment, job)}, dict[str, Any]()
     metrics["entropy_readout"] = readout.uncertainty(experiment, head.model)
-    relearn = partial(readout.relearning, experiment, job.model, settings)
-    steps = settings.relearn_steps
-    metrics["relearning"] = finished.common(experiment.engine, "relearning", dict[str, Any], relearn) if steps else None
+    metrics["relearning"] = None
+    if settings.relearn_steps:
+        relearn = partial(readout.relearning, experiment, job.model, settings)
+        metrics["relearning"] = finished.common(experiment.engine, "relearning", dict[str, Any], relearn)
     if settings.cka and "target" in job.roles:
         metrics["cka"] = readout.similarity(experiment, job.model)
     if "as-is" in settings.modes:
         found, costs["as-is"] = head.attack("as-is", finished)
         metrics.update(found)
     if "reprobe" in settings.modes:
-        own = head.groups.head_members, head.groups.head_others
-        readout.fit_head(experiment, head.model, "source", [("train", own[0]), ("test", own[1])])
+        _, _, *own = head.groups
+        readout.fit_head(experiment, head.model, "source", [*zip(reference.SPLITS, own, strict=True)])
         metrics["reprobe"], costs["reprobe"] = head.attack("reprobe", finished)
     if "target" in settings.modes and "target" in head.model.heads:
         head = Head(experiment, job, "target")
@@ -99,8 +98,7 @@ class Head:
 
     def views(self) -> list[Observation]:
         """Of members and of others."""
-        sides: Any = ("train", self.groups.members), ("test", self.groups.others)
-        seen = self.model.through(self.role)
+        seen, sides = self.model.through(self.role), zip(reference.SPLITS, self.groups[:2], strict=True)
         return [Observation(seen, Images(self.experiment, self.role, *side)) for side in sides]
 
     def described(self) -> dict[str, Any]:
@@ -114,8 +112,8 @@ class Head:
                 f"(AUC {blind['auc']:.2f} on pixel statistics and classes)\n"
                 "prepare both splits in the same way, or every attack is credited with it"
             )
-        counts = {"members": len(self.groups.members), "others": len(self.groups.others)}
-        return {**counts, "matched": self.matched, "blind": blind}
+        members, others = map(len, self.groups[:2])
+        return {"members": members, "others": others, "matched": self.matched, "blind": blind}
 
     def attack(self, mode: str, finished: Parts) -> tuple[dict[str, Any], dict[str, Any]]:
         """Every attack of the recipe, each kept as soon as it is done: results by name, and the cost."""
@@ -129,7 +127,7 @@ class Head:
             results = self._judge(attack, name, seen)
             if name == "rmia":
                 results[name]["a"] = reference.answers(self.experiment, self.settings.references).a
-            total, images = _clocks() - started, len(self.groups.members) + len(self.groups.others)
+            total, images = _clocks() - started, sum(map(len, self.groups[:2]))
             cost = {"seconds": round(total[0], 3), "cpu_seconds": round(total[1], 3)}
             if observed[1] > 0.01:  # else all that it saw was on the account of an attack before it
                 cost["images_per_cpu_second"] = round(images / observed[1], 1)
@@ -194,7 +192,6 @@ def groups(experiment: Experiment, job: Job[Audit], role: Role = "source") -> tu
     labels, answers = train.labels[member_rows], test.labels[rows]
     places, others = membership.matched(labels, answers, np.random.default_rng(experiment.recipe.stream("audit")))
     members, others, pairs = member_rows[places], rows[others], len(places)
-    alone = len(np.setxor1d(labels, answers))
     if pairs < LEAST:
         raise DataError(
             f"{job.title}: {len(labels)} members and {len(answers)} non-members make {pairs} pairs of one class, too "
@@ -205,7 +202,8 @@ def groups(experiment: Experiment, job: Job[Audit], role: Role = "source") -> tu
     attacked = slice(head, head + min(pairs - head, job.settings.images))
     parts = members[attacked], others[attacked], members[:head], others[:head]
     left_out = {"members_left_out": len(labels) - pairs, "others_left_out": len(answers) - pairs}
-    return Groups(*map(np.sort, parts)), {"pairs": pairs, **left_out, "classes_left_out": alone, "copies": copies}
+    left_out["classes_left_out"] = len(np.setxor1d(labels, answers))
+    return Groups(*map(np.sort, parts)), {"pairs": pairs, **left_out, "copies": copies}
 
 
 def say_left_out(experiment: Experiment, job: Job[Audit], matched: dict[str, int]) -> None:
@@ -222,8 +220,7 @@ def say_left_out(experiment: Experiment, job: Job[Audit], matched: dict[str, int
 def _head_state(experiment: Experiment, job: Job[Audit]) -> str:
     """What as-is attacks look through: a source head that was "trained", "never trained", or "fitted here".
 
-    A head that goes back to one that was fitted on the members, when `pre` or TL was adopted without one, tells of this
-    fit and not of the network.
+    One that was fitted on the members, when `pre` or TL was adopted without one, tells of this fit and no network.
     """
     variant = experiment.recipe.dispose.get(job.model)
     before = [m for m in ("pre", "TL") if m in experiment.recipe.references and (m, job.model) != ("TL", "pre")]

@@ -98,9 +98,9 @@ class Checks:
             f"{self.job.title}: costs {cost.points:.1f} points [{cost.low:.1f}, {cost.high:.1f}] on {cost.images:,} "
             f"{where}, {kept} the {self.allowed:g} allowed{more}"
         )
-        found = asdict(cost)
-        return {**metrics, "price": found.pop("points"), **{f"price_{name}": value for name, value in found.items()},
-                "lambda": self.lam()}  # fmt: skip
+        metrics["price"] = cost.points
+        metrics |= {f"price_{name}": value for name, value in asdict(cost).items() if name != "points"}
+        return {**metrics, "lambda": self.lam()}
 
     def _lam(self, step: int, ratio: float) -> float:
         target = self.target[step] if self.target else None

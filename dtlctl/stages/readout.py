@@ -64,9 +64,8 @@ def uncertainty(experiment: Experiment, model: Classifier) -> dict[str, float]:
 def relearning(experiment: Experiment, name: str, settings: Audit) -> dict[str, Any]:
     """Train the model on the source again and count steps until 95 % of the Acc_s of `pre`, if any, or TL is back.
 
-    All weights, plain cross-entropy, a constant learning rate, batches of 64; Acc_s is that of at most 500 fixed test
-    images, ten times on the way. {"goal", "steps" (None: not within the budget), "budget", "curve": [[step, Acc_s],
-    ...]}, accuracies in %.
+    Acc_s is that of at most 500 fixed test images. {"goal", "steps" (None: not within the budget), "budget", "curve":
+    [[step, Acc_s], ...]}, accuracies in %.
     """
     whole = "pre" if "pre" in experiment.recipe.references else "TL"
     goal = SHARE * experiment.results.require(whole)["metrics"]["acc_s"]
@@ -81,15 +80,14 @@ def relearning(experiment: Experiment, name: str, settings: Audit) -> dict[str, 
         right = experiment.engine.correct(model, "source", experiment.trainer.split("source", "test", rows))
         return {"acc_s": 100 * float(right.mean())}
 
-    curve = [[0, accuracy(0)["acc_s"]]]
+    curve, steps = [[0, accuracy(0)["acc_s"]]], settings.relearn_steps
     if curve[0][1] < goal:
-        with experiment.processes.progress(f"audit/{name} relearn", settings.relearn_steps) as bar:
-            history = experiment.engine.train(
-                model, objective, plan, settings.relearn_steps, batches.batch_size, bar, accuracy, reports=POINTS
-            )
+        with experiment.processes.progress(f"audit/{name} relearn", steps) as bar:
+            size = batches.batch_size
+            history = experiment.engine.train(model, objective, plan, steps, size, bar, accuracy, reports=POINTS)
         curve += [[int(row["step"]), row["acc_s"]] for row in history.rows]
-    reached = [step for step, value in curve if value >= goal]
-    return {"goal": goal, "steps": reached[0] if reached else None, "budget": settings.relearn_steps, "curve": curve}
+    reached = next((step for step, value in curve if value >= goal), None)
+    return {"goal": goal, "steps": reached, "budget": steps, "curve": curve}
 
 
 def similarity(experiment: Experiment, name: str) -> dict[str, dict[str, float]]:

@@ -34,8 +34,7 @@ class References(NamedTuple):
 def answers(experiment: Experiment, count: int) -> References:
     """`count` (even) models are trained as `pretrain` says, in pairs on complementary random halves.
 
-    So each image is unknown to one of each pair. What each said is kept in the run's folder, for other models and later
-    audits.
+    So each image is unknown to one of each pair. What each said is kept in the run's folder for later audits.
     """
     rows, tested = experiment.data.index("source"), len(experiment.data.images("source", "test").labels)
     done, images = experiment.results.reference_answers(), len(rows) + tested
@@ -67,10 +66,7 @@ def _half(experiment: Experiment, number: int, images: int) -> np.ndarray:
 
 
 def _reference(experiment: Experiment, number: int, count: int, inside: np.ndarray) -> list[float]:
-    """Train one reference; its answers for all images, in the order of places.
-
-    inside: sorted places of the images it is trained on, those of the train subset first, then the test split's.
-    """
+    """Train one reference on the images at these places (of the train subset, then the test split); its answers."""
     settings, tag, engine = experiment.recipe.pretrain, f"audit/reference/{number}", experiment.engine
     train, test, rows = *(experiment.data.images("source", s) for s in SPLITS), experiment.data.index("source")
     model = experiment.trainer.new_model({"source": len(train.classes)}, tag)
