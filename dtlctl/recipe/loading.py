@@ -16,10 +16,7 @@ LARGEST = 1 << 20  # bytes of a recipe
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe in a TOML file, with overrides applied one after the other (`overrides.apply`) as if the file said so.
-
-    Raises RecipeError, naming file, key and reason, for anything that is not a valid recipe.
-    """
+    """The recipe in a TOML file, with overrides applied one after the other as if the file said so; or RecipeError."""
     what = "cannot be read: "
     try:
         text = _read(path)
@@ -40,12 +37,12 @@ def validated(raw: dict[str, Any], path: Path | str) -> Recipe:
         return Recipe.model_validate(_resolve_like(raw))
     except ValidationError as error:
         try:
-            reason = _explain(path, raw, error)
+            reason = _explain(raw, error)
         except RecursionError:  # what is quoted may be a thousand tables deep
-            reason = f"{path}: a key is nested too deeply"
-        raise RecipeError(reason) from None
+            reason = "a key is nested too deeply"
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: {one_line(error)}") from None
+        reason = one_line(error)
+    raise RecipeError(f"{path}: {reason}")
 
 
 def _read(path: Path) -> str:
@@ -79,7 +76,7 @@ def _resolve_like(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "data": {**data, "piggyback": resolved}}
 
 
-def _explain(path: Path | str, raw: dict[str, Any], error: ValidationError) -> str:
+def _explain(raw: dict[str, Any], error: ValidationError) -> str:
     """One line for the first mistake, unknown keys and tables before others, and one that names where the rest is."""
     errors = [e for e in error.errors(include_url=False) if not _inherited(raw, e["loc"])]
     unknown = {e["loc"][:-1] for e in errors if e["type"] == "extra_forbidden"}
@@ -87,10 +84,10 @@ def _explain(path: Path | str, raw: dict[str, Any], error: ValidationError) -> s
     errors = [e for e in errors if e["type"] != "missing" or e["loc"][:-1] not in unknown]
     errors.sort(key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
     places = [_place(raw, e) for e in errors]
-    reason = one_line(_reason(errors[0]), 500)
-    message = f"{path}: {places[0]}: {reason}" if places[0] else f"{path}: {reason}"
-    others = [place for place in dict.fromkeys(places) if place != places[0]]
-    return message + (f"\nalso wrong: {', '.join(others[:6])}" + (", ..." if len(others) > 6 else "") if others else "")
+    message = (places[0] and f"{places[0]}: ") + one_line(_reason(errors[0]), 500)
+    if others := [place for place in dict.fromkeys(places) if place != places[0]]:
+        message += f"\nalso wrong: {', '.join([*others[:6], *['...'] * (len(others) > 6)])}"
+    return message
 
 
 def _reason(error: Any) -> str:
