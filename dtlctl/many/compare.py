@@ -91,10 +91,7 @@ def compare(
 
 
 def _comparable(experiment: Experiment, settings: Compare) -> tuple[list[str], int]:
-    """The variants whose λ is to be found, and how many target images are held back for it.
-
-    Raises RecipeError, and what `data_demands.check` does: all of it before anything trains.
-    """
+    """The variants whose λ is to be found, and how many target images are held back for it; or RecipeError."""
     variants = [name for name, one in experiment.recipe.dispose.items() if one.unlearn.kind != "none"]
     if not variants:
         raise RecipeError(f"{experiment.source}: compare needs a [dispose.NAME] table with an unlearning loss")
@@ -117,10 +114,9 @@ def _comparable(experiment: Experiment, settings: Compare) -> tuple[list[str], i
 def search(prices: Callable[[float], list[Price]], first: float, settings: Compare) -> dict[str, Any]:
     """The λ whose mean price is `settings.target_drop`, looked for as `following` says. prices(λ): one of each seed.
 
-    {"lambda", "drop", "low", "high", "reached", "tried": [what `_numbers` returns]}. It takes for granted that more
-    unlearning costs more. `reached` is "yes"; "no" where no λ was near enough, of which the best is returned; or "not
-    resolved" where the price is near enough but its interval wider than the tolerance. A λ at which `prices` raises
-    DivergedError is too dear, and kept with a drop of None. Raises DivergedError where all of them diverged.
+    {"lambda", "drop", "low", "high", "reached", "tried": [what `_numbers` returns]}. `reached` is "yes"; "no" where no
+    λ was near enough, of which the best is returned; or "not resolved" where the interval is wider than the tolerance.
+    A λ that diverges is too dear, and kept with a drop of None. Raises DivergedError where all of them did.
     """
 
     def over(one: dict[str, Any]) -> float:
@@ -157,9 +153,8 @@ def following(tried: Sequence[tuple[float, float | None]], wanted: float) -> flo
     """The λ to try after these pairs of λ and drop (None: diverged, so too dear), of which none costs what is wanted.
 
     In log-odds, half-way between the dearest that is too cheap and the cheapest that is too dear. While all are on one
-    side, a step away from the outermost: of at most 1, then 2, 4, ...: the recipe's own λ is a guess, so what is near
-    it comes first. A step is shorter where the drop is near the price: as long as if the drop went with the odds.
-    (Those of RAND and null-space go with the odds or steeper: docs/results/disposal.md, "along λ".)
+    side, a step away from the outermost: of at most 1, then 2, 4, ..., and as long as if the drop went with the odds
+    (those of RAND and null-space go with the odds or steeper: docs/results/disposal.md, "along λ").
     """
     cheap = [(logit(lam), drop) for lam, drop in tried if drop is not None and drop < wanted]
     dear = [(logit(lam), drop) for lam, drop in tried if drop is None or drop > wanted]
@@ -192,10 +187,7 @@ def tested(experiment: Experiment, model: str) -> np.ndarray:
 def advice(
     document: dict[str, Any], recipe: Path, overrides: Sequence[str], folder: Path, *, written: bool
 ) -> list[str]:
-    """What to do next, in sentences: where no λ was reached, and for the final model, on all target images.
-
-    folder: of the comparison's runs. written: whether the λ stand in the recipe.
-    """
+    """What to do next, in sentences. folder: of the comparison's runs; written: whether the λ stand in the recipe."""
     said, reached = list[str](), dict[str, float]()
     for variant, one in document["variants"].items():
         if one["reached"] == "yes":

@@ -78,10 +78,7 @@ def run(
 
 
 def plan(recipe: Path, over: Sequence[str], overrides: Sequence[str], out: Path) -> tuple[list[str], list[str]]:
-    """The sweep as lines for a shell: first every pre-training that points share, then the points, in any order.
-
-    The same sweep afterwards finds all done and makes the table.
-    """
+    """The sweep as lines for a shell: first every pre-training that points share, then the points, in any order."""
     experiments = [experiment for _, experiment in opened(recipe, over, overrides, out, quiet=True)]
     shared: dict[str, list[Experiment]] = {}
     for experiment in experiments:
@@ -139,8 +136,7 @@ def perform(
     """Do these stages of several runs, a result that they share only once; `jobs` runs at a time, each a process.
 
     No run waits for another, unless for a result that both need; the one that is furthest behind goes first. Processes
-    at work at the same time share the cores, and each has one GPU, if there are any: the one that fewest are at. The
-    first failure ends all.
+    share the cores, and each has one GPU, if there are any: the one that fewest are at. The first failure ends all.
     """
     left = {experiment.folder: list(stages) for experiment in experiments}
     children: dict[Future[None], Child] = {}

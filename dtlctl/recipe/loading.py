@@ -61,8 +61,7 @@ def _read(path: Path) -> str:
 def _resolve_like(raw: dict[str, Any]) -> dict[str, Any]:
     """The recipe with a copy of the table that a `like` names, and the own keys, in its place.
 
-    A `like` that names none is left there, as a key that no dataset has. Where the table that it names is missing, so
-    is what copies it: only the first is a mistake.
+    A `like` that names none stays, as a key that no dataset has. What copies a table that is missing is missing too.
     """
     data = raw.get("data")
     if not isinstance(data, dict) or not isinstance(sets := data.get("piggyback"), dict):

@@ -17,8 +17,7 @@ from dtlctl.recipe.schema import Recipe
 def check(recipe: Recipe, source: str) -> None:
     """Raise RecipeError where the network lacks stages or layers that a variant or an attacker needs.
 
-    And CheckpointError for weights from outside that are not there or not the network's; none are fetched. source: the
-    recipe's file, for the message, which names the first mistake in full and the others by their keys.
+    And CheckpointError for weights from outside that are not there or not the network's; none are fetched.
     """
     if found := [*_lacking(recipe)]:
         others = ", ".join(place for place, _ in found[1:])
@@ -56,11 +55,8 @@ def _lacking(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield f"dispose.{name}.{key}", reason
     if recipe.piggyback.search and not find_spec("optuna"):
         yield "piggyback.search", "needs the package optuna: pip install 'dtlctl[optuna]'; or leave it out, for grids"
-    batch_norms = nn.modules.batchnorm._BatchNorm
-    needed: dict[str, tuple[str, Any]] = {
-        "renorm": ("batch normalisation", batch_norms),
-        "norms": ("normalisation", NORMS),
-    }
+    batch_norms: Any = nn.modules.batchnorm._BatchNorm
+    needed = {"renorm": ("batch normalisation", batch_norms), "norms": ("normalisation", NORMS)}
     for number, attacker in enumerate(recipe.piggyback.attackers):
         lacking, deepest = "", max(getattr(attacker, "stages", [0]))
         if deepest and deepest > len(networks.stages(backbone())):

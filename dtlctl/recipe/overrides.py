@@ -24,8 +24,7 @@ def apply(raw: dict[str, Any], override: str) -> None:
     """Change what a file says by one `key.path=value`.
 
     It is TOML but for two things. `dispose.*.KEY` is KEY of every variant with an unlearning loss. `dispose.NAME.odds`
-    is a factor: λ is set to where λ / (1 − λ), the weight of the unlearning loss over the retaining loss's in Eq. 1, is
-    that many times what it was. Raises RecipeError or ValueError, naming key and reason.
+    is a factor of λ / (1 − λ). Raises RecipeError or ValueError, naming key and reason.
     """
     for one in _for_each_variant(raw, override):
         changes = _parse_override(one)
@@ -161,8 +160,7 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
 def write_lambdas(path: Path, lambdas: Mapping[str, float], *, dry: bool = False) -> None:
     """Set λ of these variants in the file; a comment on the line keeps what it was. dry: only see whether that goes.
 
-    Raises RecipeError, the file untouched, where a λ is not one number in the file, and CheckpointError where the file
-    cannot be written.
+    Raises RecipeError where a λ is not one number in the file, and CheckpointError where that cannot be written.
     """
     where = Path(os.path.realpath(path))  # a link stays one
     try:

@@ -57,8 +57,7 @@ class Groups(NamedTuple):
 def audit(experiment: Experiment, job: Job[Audit]) -> None:
     """Attack as many training images of the source as test images, through its source head and through a new one.
 
-    Raises DataError for too few images and for groups that can be told apart without the model, DivergedError for a
-    model that answers nan.
+    Raises DataError for groups that are too small or told apart without the model, DivergedError for answers of nan.
     """
     started, settings, finished = _clocks(), job.settings, experiment.results.parts(job)
     head = Head(experiment, job, "source")

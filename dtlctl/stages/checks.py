@@ -27,11 +27,10 @@ STILL = 1.0
 class Checks:
     """Looks at one disposal as it runs, and finds its λ (`objectives.balance`) where the recipe gives a price.
 
-    state: where the training stands. What a check decides depends on its rows, the weights and the number of the step
-    alone, so that a run that is taken up again decides the same. The price is measured on target images held back for
-    it, which a TL from outside may have learned: then TL is measured on the test images instead. Where λ is given, it
-    is on test images, and, as by the probe, on no more than a quarter of the images trained on since the last check,
-    or 100.
+    state: where the training stands: a check depends on its rows, the weights and the step alone, so that a run that is
+    taken up again decides the same. The price is measured on target images held back for it, which a TL from outside
+    may have learned: then TL is measured on the test images. Where λ is given, it is on test images, and, as by the
+    probe, on at most a quarter of the images trained on since the last check, or 100.
     """
 
     def __init__(

@@ -33,8 +33,8 @@ FORWARD = 1 / 3
 class Clock:
     """How long an image takes here in a step of training, and in a step of a variant's disposal: [2] seconds.
 
-    Each is measured once, when it is asked for: whole steps of this network on noise, on the device and with the
-    threads that a run would have, in batches of at most `MOST` images. It is the quickest and the slowest of some.
+    Each is measured once: the quickest and the slowest of some whole steps of this network on noise, on the device and
+    with the threads that a run would have.
     """
 
     def __init__(self, recipe: Recipe):
@@ -107,10 +107,7 @@ def attackers(settings: Piggyback, images: int, tests: int, classes: int, clock:
 
 
 def audit(settings: Audit, source: dict[str, Any], target: dict[str, Any], clock: Clock) -> np.ndarray | None:
-    """Seconds [2] that the audit of one model takes besides reference models, by what is known of the data, if it is.
-
-    source, target: {"images", "test_images", ...}.
-    """
+    """Seconds [2] of the audit of one model besides references. source, target: {"images", "test_images"}, if known."""
     total = np.zeros(2)
     for mode in settings.modes:
         known = target if mode == "target" else source

@@ -61,10 +61,7 @@ def local_chunks(settings: Dispose, processes: int, title: str) -> int:
 
 
 def equal_parts(experiment: Experiment, job: Job[Dispose], role: str, processes: int) -> int:
-    """Images of a step of a disposal on the role's data: equal chunks on equal processes, of a small dataset fewer.
-
-    Raises RecipeError where a chunk, or a process's share, has fewer than two.
-    """
+    """Images of a disposal's step: equal chunks on equal processes; RecipeError where one has fewer than two."""
     images, size, chunks = len(experiment.data.index(role)), job.settings.batch_size, job.settings.unlearn.chunks
     parts = max(chunks, processes)
     if min(size, images) >= 2 * parts:

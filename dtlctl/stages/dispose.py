@@ -96,10 +96,7 @@ def _student(
 
 
 def _exactness(experiment: Experiment, job: Job[Dispose], disposal: Disposal, source: Batches) -> dict[str, float]:
-    """How near the first batch's collision is to float64, where the recipe sets a bound; else nothing.
-
-    Raises RecipeError where it does not hold.
-    """
+    """How near the first batch's collision is to float64; RecipeError where the recipe's bound, if any, is missed."""
     if (bound := job.settings.unlearn.cosine) is None:
         return {}
     found = disposal.cosine_to_float64(source[0])
@@ -115,8 +112,8 @@ def _exactness(experiment: Experiment, job: Job[Dispose], disposal: Disposal, so
 def diagnose(rows: list[dict[str, float]], before: float) -> dict[str, float]:
     """Where the unlearning loss took the source's cross-entropy, in nats: out of its minimum, or back into it.
 
-    rows: the history, with `source_loss`; one of them ends where repair begins. before: TL's, taken in the same way.
-    Its counterpart is the last row in which the unlearning loss was on; where it never was there is nothing to say.
+    rows: the history, one of which ends where repair begins. before: TL's, taken in the same way. Its counterpart is
+    the last row in which the unlearning loss was on.
     """
     driven = [row["source_loss"] for row in rows if "unlearn" in row]
     return {"source_loss_tl": before, "source_loss_unlearned": driven[-1]} if driven else {}

@@ -1,7 +1,4 @@
-"""theta_pl = TRAIN(theta, L(theta; D_p)) and its test accuracy Acc_pl: what an attacker gets out (Eq. 14).
-
-First with one setting; then by attackers who tune themselves, whose trials are shared out over processes and threads.
-"""
+"""theta_pl = TRAIN(theta, L(theta; D_p)) and Acc_pl: what an attacker gets out (Eq. 14), with one setting and tuned."""
 
 from __future__ import annotations
 
@@ -97,10 +94,7 @@ def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: fl
 def _tried(
     repetition: Repetition, settings: Piggyback, parts: Parts, done: Callable[[int, int], None]
 ) -> tuple[list[Point], list[Trial]]:
-    """The settings of all attackers' grids, or those that a search suggests, and what came of each.
-
-    done: told how many are tried, and of how many.
-    """
+    """The settings of the attackers' grids, or of a search, and what came of each. done: told how many, and of what."""
     total = settings.search.trials if settings.search else len(repetition.grid)
 
     def attempt(points: Sequence[Point], before: int = 0, part: str = "") -> list[Trial]:
@@ -247,7 +241,6 @@ def share_out(
     """Every task's result, in order. Tasks are shared out over processes and, on the CPU, over this one's threads.
 
     done: told after each of this process's tasks how many of all are finished by then, if others are as far.
-
     One thread a task: networks and batches this small leave a second thread idle. But threads share torch's random
     numbers, so the trials of a network that draws some go one after the other, each from a seed of its own.
     """

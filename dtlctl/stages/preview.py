@@ -27,11 +27,10 @@ def plan(
 ) -> dict[str, Any]:
     """{"recipe", "parameters", "stages", "data", "jobs", "minutes"}: counts are None where nothing cheap tells them.
 
-    decode: what a run would decode, first, with progress unless `quiet`; then all is known.
-    Every job has a state: "to do"; "done"; "stale", made from other settings, data or parents; "unreadable"; or "not
-    checked", a sidecar that is there while the data it was made from is not decoded. Times are pairs of seconds,
-    from the quickest and the slowest of a few real steps on this machine, for what is not done. Raises RecipeError and
-    DataError, naming the recipe's file `source`, where the network or decoded data lacks what the recipe asks for.
+    decode: what a run would decode, first, with progress unless `quiet`; then all is known. Every job has a state: "to
+    do"; "done"; "stale", made from other settings, data or parents; "unreadable"; or "not checked", its data not being
+    decoded. Times are pairs of seconds, by the quickest and the slowest of some steps, for what is not done. Raises
+    RecipeError and DataError where the network or decoded data lacks what the recipe asks for.
     """
     experiment, roles = Experiment(recipe, out, source=source, quiet=quiet), recipe.data.roles
     if decode:

@@ -30,10 +30,7 @@ POINTS = 10
 
 @torch.no_grad()
 def fit_head(experiment: Experiment, model: Classifier, head: str, sides: Sequence[tuple[Split, np.ndarray]]) -> int:
-    """Fit a head anew on the frozen features of some of its images, given by split and rows; returns how many.
-
-    Raises DivergedError for features that are not finite.
-    """
+    """Fit a head on frozen features of some images; returns how many. DivergedError where these are not finite."""
     model.eval()
     found: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for side in sides:
@@ -48,10 +45,7 @@ def fit_head(experiment: Experiment, model: Classifier, head: str, sides: Sequen
 
 
 def uncertainty(experiment: Experiment, model: Classifier) -> dict[str, float]:
-    """Mean entropy of the source head on the source's test split, in nats and as a share of log K (1: it is mute).
-
-    Raises DivergedError for answers that are not finite.
-    """
+    """Mean entropy of the source head on the source's test split, in nats and as a share of log K (1: it is mute)."""
     with torch.no_grad():
         seen, batches = model.through("source"), experiment.trainer.split("source", "test")
         parts = [-entropy(Observation(seen, [(batch.x, batch.y)]))["entropy"] for batch in batches]
@@ -94,7 +88,6 @@ def similarity(experiment: Experiment, name: str) -> dict[str, dict[str, float]]
     """Linear CKA of each stage with that of `TL`, `TGT`, `pre` and a new network, by model and stage.
 
     Of the means of stages' maps and of the embedding, on at most 1,000 test images of the source, the same for all.
-    Raises CheckpointError where one of them has yet to be made.
     """
     images = experiment.data.images("source", "test")
     order = np.random.default_rng(experiment.recipe.stream("audit/cka")).permutation(len(images.labels))

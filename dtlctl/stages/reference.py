@@ -32,10 +32,7 @@ class References(NamedTuple):
 
 @lru_cache(maxsize=1)
 def answers(experiment: Experiment, count: int) -> References:
-    """`count` (even) models are trained as `pretrain` says, in pairs on complementary random halves.
-
-    So each image is unknown to one of each pair. What each said is kept in the run's folder for later audits.
-    """
+    """What `count` (even) models say that are trained as `pretrain` says, in pairs on complementary random halves."""
     rows, tested = experiment.data.index("source"), len(experiment.data.images("source", "test").labels)
     done, images = experiment.results.reference_answers(), len(rows) + tested
     said, inside = np.zeros((count, images)), np.zeros((count, images), bool)

@@ -114,10 +114,7 @@ def write(
 
 
 def lengths(room: float, images: int, epoch: float, step: float) -> dict[str, float]:
-    """The share of the source's images, the epochs of pre-training and the disposal's length that fit into `room`.
-
-    room, epoch, step: seconds, of an epoch of pre-training and of a step of the disposal.
-    """
+    """How many of the source's images, epochs of pre-training and steps of disposal fit; room, epoch, step: seconds."""
     fits = room / (EPOCHS * epoch + step * images / BATCH)
     fraction = min(1.0, float(f"{fits / LEAST:.2g}"))
     passes = min(PASSES, max(LEAST, fits))
@@ -130,12 +127,11 @@ def lengths(room: float, images: int, epoch: float, step: float) -> dict[str, fl
 def look(path: str, role: str) -> dict[str, Any]:
     """What the template says of the dataset at a path, by both splits and some of its images. Raises DataError.
 
-    `counts`: training images of each class; `side`: median of the shorter sides; `table`: the keys that say where it
-    is, and splits that are not called train and test.
+    `counts`: training images of each class; `side`: median of the shorter sides; `table`: keys that say where it is.
     """
     try:
-        local = kind_of(path) == "local"
-        dataset = Dataset(path=path if not local or path.startswith((".", "/", "~")) else f"./{path}")
+        plain = kind_of(path) == "local" and not path.startswith((".", "/", "~"))
+        dataset = Dataset(path=f"./{path}" if plain else path)
     except ValueError:
         raise DataError(f"data.{role}.path: {path} is no folder, no file, no hub id and nothing builtin") from None
     with tempfile.TemporaryDirectory() as folder:
@@ -149,9 +145,8 @@ def look(path: str, role: str) -> dict[str, Any]:
         chosen = chosen[np.linspace(0, len(chosen) - 1, min(LOOKED, len(chosen)), dtype=int)]
         pictures = [_picture(train, int(row), role) for row in chosen]
     sides, sizes = sorted(min(size) for size, _ in pictures), sorted({size for size, _ in pictures}, key=np.prod)
-    counts = np.bincount(train.labels[train.labels >= 0], minlength=len(train.classes)).tolist()
     return {
-        "counts": counts,
+        "counts": np.bincount(train.labels[train.labels >= 0], minlength=len(train.classes)).tolist(),
         "side": sides[len(sides) // 2],
         "tests": int((test.labels >= 0).sum()),
         "sizes": list(dict.fromkeys(f"{width}x{height}" for width, height in (sizes[0], sizes[-1]))),
@@ -242,11 +237,8 @@ def _render(told: dict[str, Any]) -> str:
 def _seconds(text: str, counts: dict[str, list[int]]) -> dict[str, np.ndarray]:
     """What these stages take here as the recipe has them, and all the "rest" but the audit: [2] seconds each."""
     recipe = validated(tomllib.loads(text), "init")
-    clock = Clock(recipe)
-    seconds = {stage: np.zeros(2) for stage in ("pretrain", "dispose", "piggyback", "rest")}
-    for job in jobs(recipe):
-        if job.stage == "audit":
-            continue
+    clock, seconds = Clock(recipe), {stage: np.zeros(2) for stage in ("pretrain", "dispose", "piggyback", "rest")}
+    for job in [job for job in jobs(recipe) if job.stage != "audit"]:
         dataset = recipe.data.of(job.dataset)
         of = counts.get(job.dataset, counts["source"])
         images = sum(subset.sizes(of, dataset.fraction, dataset.balance))
