@@ -30,8 +30,14 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
             size = equal_parts(experiment, job, "source", processes)
             if job.settings.retain.needs_target:
                 equal_parts(experiment, job, "target", processes)
-            if isinstance(job.settings.unlearn, NullSpace):
-                _batch_for_null_space(experiment, job, size)
+            classes = len(experiment.data.classes("target"))
+            if isinstance(job.settings.unlearn, NullSpace) and size < (least := NullSpace.least_images(classes)):
+                # Of a source smaller than a batch there are fewer images a step.
+                key = f"dispose.{job.model}.batch_size" if size == job.settings.batch_size else "data.source.fraction"
+                raise RecipeError(
+                    f"{experiment.source}: {key}: {size} images a step are too few for null-space; "
+                    f"{classes} target classes need {least} or more"
+                )
             if job.settings.price is not None:
                 _images_for_a_price(experiment, job, job.settings.price)
         if job.stage == "piggyback" and job.settings.attackers:
@@ -72,17 +78,6 @@ def equal_parts(experiment: Experiment, job: Job[Dispose], role: str, processes:
         f"{experiment.source}: dispose.{job.model}: {min(size, images)} images of data.{role} a step make no {parts} "
         f"equal parts of 2 or more, for as many {kind}; make {key} larger, or take fewer {kind}"
     )
-
-
-def _batch_for_null_space(experiment: Experiment, job: Job[Dispose], size: int) -> None:
-    """size: images of a step, of a source smaller than a batch fewer than the recipe's `batch_size`."""
-    classes = len(experiment.data.classes("target"))
-    if size < (least := NullSpace.least_images(classes)):
-        key = f"dispose.{job.model}.batch_size" if size == job.settings.batch_size else "data.source.fraction"
-        raise RecipeError(
-            f"{experiment.source}: {key}: {size} images a step are too few for null-space; "
-            f"{classes} target classes need {least} or more"
-        )
 
 
 def _images_for_a_price(experiment: Experiment, job: Job[Dispose], allowed: float) -> None:

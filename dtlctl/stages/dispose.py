@@ -23,12 +23,12 @@ PROBED = 8
 def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
     settings, engine = job.settings, experiment.engine
     chunks = data_demands.local_chunks(settings, engine.processes, job.title)
-    # Collisions need each chunk's own batch statistics; one chunk means the statistics of the global batch.
-    own_statistics = settings.unlearn.chunks > 1
     if job.model == next(iter(experiment.recipe.dispose)):
         _say_what_there_is_to_keep(experiment)
-    teacher = experiment.trainer.load_model("TL", global_batch_norm=not own_statistics).eval().requires_grad_(False)
-    student = _student(experiment, job, teacher.classes, global_batch_norm=not own_statistics)
+    # Collisions need each chunk's own batch statistics; one chunk means the statistics of the global batch.
+    how = {"global_batch_norm": settings.unlearn.chunks == 1}
+    teacher = experiment.trainer.load_model("TL", **how).eval().requires_grad_(False)
+    student = _student(experiment, settings, teacher.classes, how)
     images, label_seed = experiment.data.images("source", "train").labels, experiment.recipe.stream("dispose/labels")
     disposal = Disposal(
         settings.lam or 0.0, settings.unlearn, settings.retain, student, teacher, chunks=chunks,
@@ -79,17 +79,14 @@ def _say_what_there_is_to_keep(experiment: Experiment) -> None:
             )
 
 
-def _student(
-    experiment: Experiment, job: Job[Dispose], heads: dict[str, int], *, global_batch_norm: bool
-) -> Classifier:
+def _student(experiment: Experiment, settings: Dispose, heads: dict[str, int], how: dict[str, bool]) -> Classifier:
     """TL, TL with its last stages and heads drawn anew, or a new network."""
-    settings = job.settings
     if not settings.new_heads:
-        return experiment.trainer.load_model("TL", global_batch_norm=global_batch_norm)
-    fresh = experiment.trainer.new_model(heads, "dispose/init", global_batch_norm=global_batch_norm)
+        return experiment.trainer.load_model("TL", **how)
+    fresh = experiment.trainer.new_model(heads, "dispose/init", **how)
     if settings.init == "fresh":
         return fresh
-    student = experiment.trainer.load_model("TL", global_batch_norm=global_batch_norm)
+    student = experiment.trainer.load_model("TL", **how)
     renew(student.backbone, fresh.backbone, settings.fresh_stages)
     student.heads.load_state_dict(fresh.heads.state_dict())
     return student
