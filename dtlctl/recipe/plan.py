@@ -1,14 +1,14 @@
 """What a recipe asks for, in order, and what each result depends on. Pure data: nothing here trains or loads."""
 
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from dtlctl.attacks.registry import ATTACKS, REFERENCED
 from dtlctl.recipe.schema import Recipe
 from dtlctl.strict import Strict
 
 Stage = Literal["pretrain", "finetune", "dispose", "piggyback", "audit"]
-STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "dispose", "piggyback", "audit")
+STAGES: tuple[Stage, ...] = get_args(Stage)
 Settings = TypeVar("Settings", bound=Strict)
 
 LATER = {"optimizer", "label_smoothing", "layer_decay", "patience", "settle", "search", "cka"}

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dtlctl.attacks import features
 from dtlctl.attacks.signals import Observation, entropy
 from dtlctl.data.dataset import Split
-from dtlctl.data.tensors import evaluation_batches
+from dtlctl.data.tensors import Batch, evaluation_batches
 from dtlctl.model.networks import Classifier
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.settings import Audit, Training
@@ -29,29 +30,34 @@ POINTS = 10
 
 
 @torch.no_grad()
+def seen(
+    experiment: Experiment, role: str, split: Split, rows: np.ndarray | None, see: Callable[[Batch], Tensor]
+) -> Tensor:
+    """What is seen of these images, in order on any number of processes; DivergedError where it is not finite."""
+    parts = [see(batch) for batch in experiment.trainer.split(role, split, rows)]
+    found = experiment.engine.gather(torch.cat(parts)).cpu()
+    check_finite(found)
+    return found
+
+
 def fit_head(experiment: Experiment, model: Classifier, head: str, sides: Sequence[tuple[Split, np.ndarray]]) -> int:
-    """Fit a head on frozen features of some images; returns how many. DivergedError where these are not finite."""
+    """Fit a head on the frozen features of some of its images, given by split and rows; returns how many."""
     model.eval()
-    found: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    for side in sides:
-        # Each is gathered for itself, so that the rows are in the same order on any number of processes.
-        parts = [(model.embed(batch.x), batch.y) for batch in experiment.trainer.split(head, *side)]
-        for kept, own in zip(found, zip(*parts, strict=True), strict=True):
-            kept.append(experiment.engine.gather(torch.cat(own)))
-    embeddings, labels = map(torch.cat, found)
-    check_finite(embeddings)
-    features.refit(model, head, embeddings, labels, len(experiment.data.classes(head)))
+    embeddings = [seen(experiment, head, *side, lambda batch: model.embed(batch.x)) for side in sides]
+    labels = np.concatenate([experiment.data.images(head, split).labels[rows] for split, rows in sides])
+    classes = len(experiment.data.classes(head))
+    features.refit(model, head, torch.cat(embeddings), torch.from_numpy(labels), classes)
     return len(labels)
 
 
 def uncertainty(experiment: Experiment, model: Classifier) -> dict[str, float]:
     """Mean entropy of the source head on the source's test split, in nats and as a share of log K (1: it is mute)."""
-    with torch.no_grad():
-        seen, batches = model.through("source"), experiment.trainer.split("source", "test")
-        parts = [-entropy(Observation(seen, [(batch.x, batch.y)]))["entropy"] for batch in batches]
-    found = experiment.engine.gather(torch.cat(parts)).cpu().double()
-    check_finite(found)
-    mean = float(found.mean())
+    head = model.through("source")
+
+    def unsure(batch: Batch) -> Tensor:
+        return -entropy(Observation(head, [(batch.x, batch.y)]))["entropy"]
+
+    mean = float(seen(experiment, "source", "test", None, unsure).double().mean())
     return {"nats": mean, "share_of_log_k": mean / math.log(max(2, model.classes["source"]))}
 
 
@@ -102,5 +108,5 @@ def similarity(experiment: Experiment, name: str) -> dict[str, dict[str, float]]
     others: dict[str, Callable[[], Classifier]] = {m: partial(load, m) for m in ("TL", "TGT", "pre") if m in known}
     others["scratch"] = partial(experiment.trainer.new_model, {}, "audit/cka/scratch")
     own = read(load(name))
-    seen = {model: read(make()) for model, make in others.items() if model != name}
-    return {m: {stage: features.linear_cka(own[stage], v) for stage, v in seen[m].items()} for m in seen}
+    found = {model: read(make()) for model, make in others.items() if model != name}
+    return {m: {stage: features.linear_cka(own[stage], v) for stage, v in found[m].items()} for m in found}

@@ -10,13 +10,14 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from dtlctl.attacks import signals
 from dtlctl.data.dataset import Split
-from dtlctl.data.tensors import Batches
+from dtlctl.data.tensors import Batch, Batches
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.run.experiment import Experiment
-from dtlctl.training.failures import check_finite
+from dtlctl.stages.readout import seen
 
 SPLITS: tuple[Split, Split] = ("train", "test")
 
@@ -82,13 +83,9 @@ def _reference(experiment: Experiment, number: int, count: int, inside: np.ndarr
         objective = cross_entropy(model, "source", batches, settings.label_smoothing)
         engine.train(model, objective, settings, steps, batches.batch_size, bar, lambda step: {})
     model.eval()
-    found: list[float] = []
-    for split, seen in zip(SPLITS, (rows, np.arange(len(test.labels))), strict=True):
-        answers = [torch.zeros(0, dtype=torch.float64)]
-        with torch.no_grad():
-            for batch in experiment.trainer.split("source", split, seen):
-                answers.append(signals.scaled(model(batch.x, "source"), batch.y).cpu())
-        said = engine.gather(torch.cat(answers))
-        check_finite(said)
-        found += said.tolist()
-    return found
+
+    def answer(batch: Batch) -> Tensor:
+        return signals.scaled(model(batch.x, "source"), batch.y)
+
+    said = [seen(experiment, "source", *side, answer) for side in zip(SPLITS, (rows, None), strict=True)]
+    return torch.cat(said).tolist()
