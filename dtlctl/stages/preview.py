@@ -17,7 +17,6 @@ from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import costs, data_demands
-from dtlctl.stages.costs import Clock
 from dtlctl.stages.reference import SPLITS, missing
 from dtlctl.storage import checkpoint
 
@@ -44,7 +43,7 @@ def plan(
             notes[:0] = overlap.within(role, *pairs[role])
         data[role]["notes"] += [note.text for note in notes]
     data_demands.check(experiment, [job for job in experiment.jobs if decoded.issuperset(job.roles)])
-    clock, spec = Clock(recipe), recipe.model
+    clock, spec = costs.Clock(recipe), recipe.model
     rows = [_job(experiment, job, data, clock) for job in experiment.jobs]
     audits = [row for row in rows if row["stage"] == "audit" and row["state"] != "done"]
     if audits:
@@ -105,7 +104,7 @@ def _describe(experiment: Experiment, role: str) -> dict[str, Any]:
     return {"role": role, "path": dataset.path, "decoded": decoded, "notes": notes, **counted}
 
 
-def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: Clock) -> dict[str, Any]:
+def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: costs.Clock) -> dict[str, Any]:
     known, state = data[job.dataset] if job.roles else {"images": None}, _state(experiment, job, data)
     size, steps = (None if job.weights else getattr(job.settings, key, None) for key in ("batch_size", "steps"))
     images, seconds = known["images"], np.zeros(2)
@@ -142,7 +141,7 @@ def _state(experiment: Experiment, job: Job[Any], data: dict[str, Any]) -> str:
     return "stale"
 
 
-def _references(experiment: Experiment, source: dict[str, Any], clock: Clock) -> np.ndarray:
+def _references(experiment: Experiment, source: dict[str, Any], clock: costs.Clock) -> np.ndarray:
     """What the missing references take; each sees half of the source's images, its test split among them."""
     count, settings = experiment.recipe.audit.references, experiment.recipe.pretrain
     if not count:

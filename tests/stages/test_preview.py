@@ -49,7 +49,7 @@ def trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fake = SimpleNamespace(
         parameters=1, features=8, stages=1, image=lambda variant="": seconds.get(variant, np.array([1.0, 2.0]))
     )
-    monkeypatch.setattr(preview, "Clock", lambda _: fake)
+    monkeypatch.setattr(costs, "Clock", lambda _: fake)
     monkeypatch.setattr(costs, "audit", lambda *_: np.array([5.0, 10.0]))
     monkeypatch.setattr(preview, "busy", lambda: None)
     return recipe_file
