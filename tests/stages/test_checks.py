@@ -16,7 +16,7 @@ from dtlctl.errors import RecipeError, Stopped
 from dtlctl.objectives import balance
 from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
-from dtlctl.stages import checks
+from dtlctl.stages import dispose
 from dtlctl.stages.runner import run
 from dtlctl.training.price import price, price_apart
 
@@ -117,7 +117,7 @@ GIVEN = (
 
 def test_a_given_lambda_is_watched_too(recipe_file: Path, monkeypatch):
     """Each of six checks has λ, the price on the target's test images against TL, and the probe, here of 3 classes."""
-    monkeypatch.setattr(checks, "PROBED_CLASSES", 3)
+    monkeypatch.setattr(dispose, "PROBED_CLASSES", 3)
     one = experiment(recipe_file, "runs", GIVEN % (6, 0.02, 40))
     run(one, STAGES)
     made = sidecar(one, "dispose/gc")

@@ -25,7 +25,6 @@ from dtlctl.objectives import unlearn
 from dtlctl.run.experiment import Experiment
 from dtlctl.run.results import Results
 from dtlctl.run.trainer import Trainer
-from dtlctl.stages import checks
 from dtlctl.stages import dispose as disposal
 from dtlctl.stages.runner import run
 from dtlctl.training import engine as engine_module
@@ -120,8 +119,8 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[Experiment], None]:
     def move(experiment: Experiment) -> None:
         monkeypatch.setattr(torch.optim, "SGD", Still)
         monkeypatch.setattr(engine_module, "check_weights", lambda *_: None)
-        monkeypatch.setattr(checks.Checks, "_right", lambda _self, _model, rows: np.zeros(len(rows), bool))
-        monkeypatch.setattr(checks.Checks, "_probe", lambda *_: 0.0)
+        monkeypatch.setattr(disposal.Checks, "_right", lambda _self, _model, rows: np.zeros(len(rows), bool))
+        monkeypatch.setattr(disposal.Checks, "_probe", lambda *_: 0.0)
         monkeypatch.setattr(disposal.Disposal, "source_loss_of_teacher", lambda *_: 0.0)
         monkeypatch.setattr(Engine, "_report", report)
         monkeypatch.setattr(Results, "publish", lambda *_: None)
