@@ -107,7 +107,8 @@ def _describe(experiment: Experiment, role: str) -> dict[str, Any]:
 def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: costs.Clock) -> dict[str, Any]:
     known, state = data[job.dataset] if job.roles else {"images": None}, _state(experiment, job, data)
     size, steps = (None if job.weights else getattr(job.settings, key, None) for key in ("batch_size", "steps"))
-    images, seconds = known["images"], np.zeros(2)
+    images = known["images"]
+    seconds: np.ndarray | None = np.zeros(2)
     if size is not None and images is not None:
         size, steps = min(size, images), job.settings.total_steps(images)
     if size is not None and state != "done":
