@@ -47,8 +47,6 @@ TL. A smaller network or fewer images come first."""
 BATCH = 64
 ATTACK, WEAKEST = 150, 30
 """Steps that an attacker gets; fewer, but not fewer than so many, where all of them would take a third of the time."""
-UNIT = {"fraction": 1.0, "epochs": 1, "steps": 1, "passes": 1.0, "attack": ATTACK}
-"""Lengths of a recipe that is written to be timed."""
 SIDES = (16, 24, 32, 48, 64, 96, 128, 160, 224)
 PRICE = 1.0
 """Points of Acc_t that the disposal may cost; [publish] allows besides what so many test images cannot tell from it."""
@@ -97,7 +95,7 @@ def write(
         "asked": arch is not None,
     }
     for told["model"] in [network] if weights else _networks(side, arch, gpu, size is not None):
-        told |= {"minutes": "?"} | UNIT
+        told |= {"minutes": "?", "fraction": 1.0, "epochs": 1, "steps": 1, "passes": 1.0, "attack": ATTACK}
         spent = _seconds(_render(told), {role: found["counts"] for role, found in seen.items()})
         # By the quickest steps, or a busy moment decides.
         epoch, step, attacks, rest = (float(spent[name][0]) for name in ("pretrain", "dispose", "piggyback", "rest"))
