@@ -27,9 +27,7 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
             # What is there need not be shared by the processes of this start.
             processes = 1 if (experiment.folder / job.path).exists() else int(os.environ.get("WORLD_SIZE", "1"))
             local_chunks(job.settings, processes, f"{experiment.source}: {job.title}")
-            size = equal_parts(experiment, job, "source", processes)
-            if job.settings.retain.needs_target:
-                equal_parts(experiment, job, "target", processes)
+            size = equal_parts(experiment, job, processes)["source"]
             classes = len(experiment.data.classes("target"))
             if isinstance(job.settings.unlearn, NullSpace) and size < (least := NullSpace.least_images(classes)):
                 # Of a source smaller than a batch there are fewer images a step.
@@ -66,18 +64,18 @@ def local_chunks(settings: Dispose, processes: int, title: str) -> int:
     return max(1, chunks // processes)
 
 
-def equal_parts(experiment: Experiment, job: Job[Dispose], role: str, processes: int) -> int:
-    """Images of a disposal's step: equal chunks on equal processes; RecipeError where one has fewer than two."""
-    images, size, chunks = len(experiment.data.index(role)), job.settings.batch_size, job.settings.unlearn.chunks
-    parts = max(chunks, processes)
-    if min(size, images) >= 2 * parts:
-        return job.settings.equal_parts(images, processes)
-    key = f"data.{role}.fraction" if images < size else f"dispose.{job.model}.batch_size"
-    kind = "chunks" if chunks >= processes else "processes"
-    raise RecipeError(
-        f"{experiment.source}: dispose.{job.model}: {min(size, images)} images of data.{role} a step make no {parts} "
-        f"equal parts of 2 or more, for as many {kind}; make {key} larger, or take fewer {kind}"
-    )
+def equal_parts(experiment: Experiment, job: Job[Dispose], processes: int) -> dict[str, int]:
+    """Images of a disposal's step by role; RecipeError where a chunk, or a process's share, has fewer than two."""
+    images = {role: len(experiment.data.index(role)) for role in job.roles}
+    whole, chunks, sizes = job.settings.batch_size, job.settings.unlearn.chunks, job.batches(images, processes)
+    parts, kind = max(chunks, processes), "chunks" if chunks >= processes else "processes"
+    for role, size in sizes.items():
+        if size < 2 * parts:
+            key = f"data.{role}.fraction" if images[role] < whole else f"dispose.{job.model}.batch_size"
+            reason = f"{min(whole, images[role])} images of data.{role} a step make no {parts} equal parts of 2 or more"
+            remedy = f"for as many {kind}; make {key} larger, or take fewer {kind}"
+            raise RecipeError(f"{experiment.source}: dispose.{job.model}: {reason}, {remedy}")
+    return sizes
 
 
 def _images_for_a_price(experiment: Experiment, job: Job[Dispose], allowed: float) -> None:

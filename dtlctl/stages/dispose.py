@@ -46,14 +46,9 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
         batch_norm=settings.batch_norm, images=len(images), label_seed=label_seed, processes=engine.processes,
         all_reduce=engine.all_reduce,
     )  # fmt: skip
-
-    def batches(role: str) -> Batches:
-        """Of equal chunks on equal processes; of a dataset smaller than a batch, as many images as divide."""
-        size = data_demands.equal_parts(experiment, job, role, engine.processes)
-        return experiment.trainer.batches(role, size, f"dispose/{role}")
-
-    source = batches("source")
-    target = batches("target") if settings.retain.needs_target else None
+    sizes = data_demands.equal_parts(experiment, job, engine.processes)
+    batches = {role: experiment.trainer.batches(role, size, f"dispose/{role}") for role, size in sizes.items()}
+    source, target = batches["source"], batches.get("target")
     repair_from, state = round(settings.total_steps(source.images) * (1 - settings.repair)), State()
     checks = Checks(experiment, job, disposal, source, target, state)
 
