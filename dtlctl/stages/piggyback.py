@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from statistics import mean, median
@@ -97,20 +97,18 @@ def _tried(
     """The settings of the attackers' grids, or of a search, and what came of each. done: told how many, and of what."""
     total = settings.search.trials if settings.search else len(repetition.grid)
 
-    def attempt(points: Sequence[Point], before: int = 0, part: str = "") -> list[Trial]:
+    def attempt(points: list[Point], before: int) -> list[Trial]:
+        name = f"trial-{repetition.seed}"
+        if settings.search:
+            name += f"-{before}-{_digest([[attacker.table(), setting] for attacker, setting in points])}"
         tasks = [partial(repetition.attempt, *point) for point in points]
-        trying = parts.each(f"trial-{repetition.seed}{part}", Trial, tasks, repetition.stop.is_set)
+        trying = parts.each(name, Trial, tasks, repetition.stop.is_set)
         return share_out(repetition, trying, lambda count: done(before + count, total))
 
-    def suggested(points: list[Point], before: int) -> list[Trial]:
-        wave = _digest([[attacker.table(), setting] for attacker, setting in points])
-        found = attempt(points, before, f"-{before}-{wave}")
-        return [trial._replace(table=attacker.table()) for trial, (attacker, _) in zip(found, points, strict=True)]
-
     if not settings.search:
-        return repetition.grid, attempt(repetition.grid)
+        return repetition.grid, attempt(repetition.grid, 0)
     seed = repetition.experiment.recipe.stream(f"{repetition.tag}/search")
-    return search(settings.attackers, repetition.stages, settings.search.trials, seed, suggested)
+    return search(settings.attackers, repetition.stages, settings.search.trials, seed, attempt)
 
 
 def _digest(what: list[Any]) -> str:
@@ -156,7 +154,8 @@ class Repetition:
 
     def attempt(self, attacker: Attacker, setting: Setting) -> Trial:
         """Train on the training part and look at the held-out part."""
-        return Trial(setting, self.seed, self._learnt(attacker, setting, self.train, self.held))
+        table = attacker.table() if self.job.settings.search else None
+        return Trial(setting, self.seed, self._learnt(attacker, setting, self.train, self.held), table=table)
 
     def finish(self, attacker: Attacker, trial: Trial) -> Trial:
         """The trial's setting and length once more, on all of the attacker's images, and how it is judged."""
