@@ -74,16 +74,15 @@ def compare(
             except DivergedError as error:
                 raise DivergedError(f"dispose.{name}: {error}") from None
             found = [cost(before, validation(one, name)) for before, one in zip(tl, disposed, strict=True)]
-            if not quiet:
-                by_seed = ", ".join(f"{one.points:.1f} ± {one.half_width:.1f}" for one in found)
-                say(f"{name}: {by_seed} points below TL, by seed")
+            by_seed = ", ".join(f"{one.points:.1f} ± {one.half_width:.1f}" for one in found)
+            say(f"{name}: {by_seed} points below TL, by seed", quiet)
             return found
 
         found = search(prices, base.dispose[variant].lam or FIRST, settings)
         document["variants"][variant] = found
         matched[variant] = at(variant, found["lambda"])
-        if not quiet:
-            say(f"{variant}: λ = {found['lambda']:g}, {_points(found)} points below TL; reached: {found['reached']}")
+        told = f"λ = {found['lambda']:g}, {_points(found)} points below TL; reached: {found['reached']}"
+        say(f"{variant}: {told}", quiet)
     final = made("matched", matched, "dispose", "piggyback")
     document["table"] = summary.summarise([experiment.folder for experiment in final])
     write(document, folder / "report", command)
