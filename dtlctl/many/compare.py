@@ -27,7 +27,6 @@ from dtlctl.recipe.plan import Stage
 from dtlctl.recipe.schema import Recipe
 from dtlctl.recipe.settings import Compare, Dispose
 from dtlctl.report import files, summary, tables, templates
-from dtlctl.run.earlier import relatives
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands
 from dtlctl.storage import checkpoint
@@ -54,7 +53,7 @@ def compare(
     def made(name: str, dispose: dict[str, Dispose], *stages: Stage) -> list[Experiment]:
         recipes = [_changed(base, str(path), f"{name}-{seed}", seed, dispose) for seed in seeds]
         experiments = [Experiment(recipe, folder, source=str(path), quiet=quiet) for recipe in recipes]
-        perform(experiments, ("pretrain", "finetune", *stages), relatives(out, base.name))
+        perform(experiments, ("pretrain", "finetune", *stages))
         return experiments
 
     def at(variant: str, lam: float) -> Dispose:

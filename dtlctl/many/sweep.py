@@ -71,9 +71,7 @@ def run(
     """Do all points' stages under OUT/<name>-sweep; what is up to date there or in OUT/<name> is not done again."""
     one_process("sweep: start it as one process; --jobs N works on N points at a time")
     done = opened(recipe, over, overrides, out, quiet=quiet or jobs > 1)
-    first = done[0][1]
-    others = relatives(first.folder.parent, first.recipe.name)
-    perform([experiment for _, experiment in done], STAGES, others, jobs=jobs, quiet=quiet)
+    perform([experiment for _, experiment in done], STAGES, jobs=jobs, quiet=quiet)
     return done
 
 
@@ -129,16 +127,14 @@ class Child(NamedTuple):
     gpu: str
 
 
-def perform(
-    experiments: Sequence[Experiment], stages: Iterable[Stage], others: Sequence[Path] = (), *, jobs: int = 1,
-    quiet: bool = True,
-) -> None:  # fmt: skip
+def perform(experiments: Sequence[Experiment], stages: Iterable[Stage], *, jobs: int = 1, quiet: bool = True) -> None:
     """Do these stages of several runs, a result that they share only once; `jobs` runs at a time, each a process.
 
     No run waits for another, unless for a result that both need; the one that is furthest behind goes first. Processes
     share the cores, and each has one GPU, if there are any: the one that fewest are at. The first failure ends all.
     """
     left = {experiment.folder: list(stages) for experiment in experiments}
+    others = relatives(experiments[0].folder.parent, experiments[0].recipe.name)
     children: dict[Future[None], Child] = {}
     gpus, pool = visible_gpus() or [""], ThreadPoolExecutor(jobs)
     try:
