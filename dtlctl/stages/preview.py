@@ -105,7 +105,8 @@ def _describe(experiment: Experiment, role: str) -> dict[str, Any]:
 
 
 def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: costs.Clock) -> dict[str, Any]:
-    known, state = data[job.dataset] if job.roles else {"images": None}, _state(experiment, job, data)
+    known: dict[str, Any] = data[job.dataset] if job.roles else {"images": None}
+    state = _state(experiment, job, data)
     size, steps = (None if job.weights else getattr(job.settings, key, None) for key in ("batch_size", "steps"))
     images = known["images"]
     seconds: np.ndarray | None = np.zeros(2)
