@@ -28,6 +28,7 @@ from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.plan import jobs
 from dtlctl.recipe.settings import PASSES
 from dtlctl.stages import audit, costs
+from dtlctl.stages.costs import Clock
 from dtlctl.stages.preview import rendered, words
 from dtlctl.training.price import EXPECTED, resolution
 
@@ -234,7 +235,7 @@ def _render(told: dict[str, Any]) -> str:
 def _seconds(text: str, counts: dict[str, list[int]]) -> dict[str, np.ndarray]:
     """What these stages take here as the recipe has them, and all the "rest" but the audit: [2] seconds each."""
     recipe = validated(tomllib.loads(text), "init")
-    clock, seconds = costs.Clock(recipe), {stage: np.zeros(2) for stage in ("pretrain", "dispose", "piggyback", "rest")}
+    clock, seconds = Clock(recipe), {stage: np.zeros(2) for stage in ("pretrain", "dispose", "piggyback", "rest")}
     for job in [job for job in jobs(recipe) if job.stage != "audit"]:
         dataset = recipe.data.of(job.dataset)
         of = counts.get(job.dataset, counts["source"])

@@ -45,7 +45,7 @@ def clock(monkeypatch: pytest.MonkeyPatch):
 
     def takes(seconds: float) -> None:
         fake = SimpleNamespace(image=lambda variant="": np.array([seconds, 2 * seconds]), features=8, stages=1)
-        monkeypatch.setattr(costs, "Clock", lambda _: fake)
+        monkeypatch.setattr(starter, "Clock", lambda _: fake)
 
     monkeypatch.setattr(costs, "FORWARD", 0.0)  # what attackers look at, and fit, is not counted
     monkeypatch.setattr(costs, "_fit", lambda *_: 0.0)
