@@ -31,6 +31,7 @@ def init(
         metavar="NAME", help="The network: resnet18, timm:NAME, ...; default: what fits here.")] = None,
     size: Annotated[int | None, typer.Option(min=8, max=1024, help="Pixels; default: by the images.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the run; default: by the folders.")] = None,
+    minutes: Annotated[int, typer.Option(min=5, help="What the run may take here, about: more trains longer.")] = 30,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Print a recipe to begin with: one for your data and this machine, or one that comes with dtlctl."""
@@ -44,7 +45,7 @@ def init(
         say("init: looking at the data, and measuring some steps of training", quiet)
         from dtlctl.stages import starter
 
-        print(starter.write(source, target, attacker, weights, arch, size, name), end="")
+        print(starter.write(source, target, attacker, weights, arch, size, name, minutes), end="")
         return
     known = shipped()
     if which is None:

@@ -20,8 +20,8 @@ GAIN, FULL = 0.5, 3.0
 SMOOTH = 0.5
 """The share that a check has in log-odds of λ: a norm on one batch is noisy."""
 LEAST, MOST = 1e-4, 0.9
-"""λ stays between these: 1 - λ is part of how far a step goes for the target. Where an unlearning loss has what it wants
-its gradient vanishes, and an equal weight for it would leave the target none: a new network then never forms."""
+"""λ stays between these: 1 - λ is part of how far a step goes for the target. Where an unlearning loss has what it
+wants its gradient vanishes, and an equal weight for it would leave the target none: a new network never forms."""
 
 
 def aim(allowed: float, half_width: float) -> float:

@@ -290,7 +290,8 @@ class Publish(Strict):
     """Limits for the model that is published, which the exit code of `dtlctl run` and of `dtlctl export` holds.
 
     `run` does and writes everything, and ends with exit code 5 where the model that its verdict recommends misses one,
-    or where it recommends none; `export` refuses the model. A limit is met where the whole 95 % interval is within it.
+    or where it recommends none; `export` refuses the model. A limit is met where the whole 95 % interval is within it,
+    and by TGT, which was not disposed of, unless it is shown to be beyond it.
     """
 
     price: float | None = Field(None, ge=0, le=100)

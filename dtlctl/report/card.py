@@ -122,7 +122,7 @@ def _card(experiment: Experiment, model: str, document: Any, config: dict[str, A
         title=data.model_name,
         model=model,
         config=config,
-        sentences=_sentences(document, model, recipe.publish or Publish()),
+        sentences=[*_sentences(document, model, recipe.publish or Publish()), *_moved(experiment)],
         table=tables.render([_table(evidence, model)]).strip(),
         audit=next((row.get("audit_auc") for row in document["rows"] if row["model"] == model), None),
         attackers=templates.said("who", document["recipe"]["piggyback"]) if own["attacks"] else "",
@@ -140,6 +140,13 @@ def _sentences(document: dict[str, Any], model: str, limits: Publish) -> list[st
     own = [f"[publish] {text}" for _, text in verdict.held(document["evidence"], model, limits)]
     first = f"This is {model}, which is not what the verdict recommends."
     return [first, *own, *(text for text in sentences if not text.startswith("[publish]"))]
+
+
+def _moved(experiment: Experiment) -> list[str]:
+    """A sentence where the limits are not those that the run was made with: they may have been set to fit."""
+    before, now = ((one.publish or Publish()).model_dump() for one in (recipe_of(experiment.folder), experiment.recipe))
+    changed = [f"{name} from {before[name]} to {now[name]}" for name in now if before[name] != now[name]]
+    return [f"Limits of [publish] changed after the evidence was there: {', '.join(changed)}."] if changed else []
 
 
 def _table(evidence: dict[str, Any], model: str) -> tables.Table:

@@ -1,5 +1,6 @@
 """May it be published? Sentences from the numbers of a report, and no more than these numbers say."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,11 +64,17 @@ def demand(document: dict[str, Any], model: str | None, limits: Publish | None, 
     if limits in (None, Publish()):
         return
     if model is None:
-        raise EvidenceError(f"{where}: [publish]: no model is recommended; the verdict says why")
+        raise EvidenceError(
+            f"{where}: [publish]: no model is recommended; the verdict says why\n"
+            "TGT gives nothing of the source away (export --model TGT); longer pre-training and disposal may do better"
+        )
     if short := [text for state, text in held(document["evidence"], model, limits) if state != "met"]:
+        own = limits.price if limits and limits.price is not None else 0.0
+        looser = max(own, math.ceil(document["evidence"].get(model, {}).get("price", {}).get("high") or 0))
         raise EvidenceError(
             f"{where}: [publish] is not met by {model}: {' '.join(short)}\n"
-            "more test images narrow an interval; another limit, as in --set publish.price=5, needs no training"
+            f"more test images narrow an interval; another limit, as in --set publish.price={looser:g}, needs no "
+            "training, and the card says that it was changed"
         )
 
 

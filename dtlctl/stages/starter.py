@@ -32,9 +32,9 @@ from dtlctl.stages.costs import Clock
 from dtlctl.stages.preview import rendered, words
 from dtlctl.training.price import EXPECTED, resolution
 
-MINUTES = 18
-"""What training and attackers may take by the quickest steps. Real ones were seen to take a quarter longer; with images
-to read and the audit it is about half an hour."""
+MINUTES, PLANNED = 30, 0.6
+"""What a run may take, and what training and attackers may of it by the quickest steps: real ones were seen to take a
+quarter longer, and images to read and the audit come on top."""
 HELD_OUT = 0.2
 """Of each class, for testing, where there is no test split."""
 EPOCHS = 2
@@ -57,12 +57,14 @@ LOOKED = 48
 
 def write(
     source: str, target: str, attacker: str | None, weights: str | None, arch: str | None, size: int | None,
-    name: str | None,
+    name: str | None, minutes: int = MINUTES,
 ) -> str:  # fmt: skip
     """The recipe as TOML. Raises what the stages would for data and weights that they cannot use.
 
-    arch: the network, as in a recipe; None for one that fits this machine, or for that of the weights.
+    arch: the network, as in a recipe; None for one that fits this machine, or for that of the weights. minutes: what
+    the run may take here.
     """
+    seconds = 60 * PLANNED * minutes
     seen = {"source": look(source, "source"), "target": look(target, "target")}
     if attacker:
         seen["piggyback.attacker"] = look(attacker, "piggyback.attacker")
@@ -84,7 +86,7 @@ def write(
         "attacker": seen.get("piggyback.attacker"),
         "each": min(each, *own["counts"]),
         "few": round(min(1.0, each * len(own["counts"]) / sum(own["counts"])), 6),
-        "limit": MINUTES,
+        "limit": minutes,
         "usual": ATTACK,
         "recommended": PASSES,
         "audited": audit.LEAST,
@@ -100,11 +102,11 @@ def write(
         spent = _seconds(_render(told), {role: found["counts"] for role, found in seen.items()})
         # By the quickest steps, or a busy moment decides.
         epoch, step, attacks, rest = (float(spent[name][0]) for name in ("pretrain", "dispose", "piggyback", "rest"))
-        told["attack"] = int(max(WEAKEST, min(ATTACK, ATTACK * 20 * MINUTES / (attacks or 1))))
+        told["attack"] = int(max(WEAKEST, min(ATTACK, ATTACK * seconds / 3 / (attacks or 1))))
         spent["rest"] += spent["piggyback"] * told["attack"] / ATTACK
-        room = 60 * MINUTES - rest - attacks * told["attack"] / ATTACK
-        told |= lengths(max(room, 15 * MINUTES), sum(own["counts"]), epoch, step)
-        if told["fraction"] == 1 and told["attack"] == ATTACK and room >= 15 * MINUTES:
+        room = seconds - rest - attacks * told["attack"] / ATTACK
+        told |= lengths(max(room, seconds / 4), sum(own["counts"]), epoch, step)
+        if told["fraction"] == 1 and told["attack"] == ATTACK and room >= seconds / 4:
             break
     total = told["epochs"] * told["fraction"] * spent["pretrain"] + told["steps"] * spent["dispose"] + spent["rest"]
     told["minutes"] = words(total / 60, "min") + (f" ({note})" if (note := busy()) else "")

@@ -108,6 +108,16 @@ def test_a_folder_is_written_verified_and_replaced(experiment: Experiment, call)
     assert code == 2 and "not only an export" in err and (given / "README.md").read_bytes() == before
 
 
+def test_limits_that_were_changed_for_the_export_are_told(experiment: Experiment, call):
+    for limit, told in ((100, True), (None, False)):
+        change = () if limit is None else ("--set", f"publish.price={limit}")
+        code, _, err = call("export", experiment.source, "--model", "TL", "--to", f"given/{limit}", *change)
+        assert code == 0, err
+        assert (
+            "changed after the evidence was there: price from None to 100" in pieces(Path(f"given/{limit}"))[0]
+        ) == told
+
+
 def test_without_a_name_it_is_what_the_verdict_recommends(experiment: Experiment, call):
     """Where nothing is known of scratch there is no verdict, and a name is asked for."""
     shutil.rmtree(experiment.folder / "piggyback/scratch")

@@ -54,7 +54,14 @@ def clock(monkeypatch: pytest.MonkeyPatch):
 
 
 def written(folder: Path, *arguments: object) -> Recipe:
-    options: dict[str, Any] = {"attacker": None, "weights": None, "arch": None, "size": None, "name": None}
+    options: dict[str, Any] = {
+        "attacker": None,
+        "weights": None,
+        "arch": None,
+        "size": None,
+        "name": None,
+        "minutes": 30,
+    }
     options |= dict(zip(options, arguments, strict=False))
     text = starter.write(str(folder / "s"), str(folder / "t"), **options)
     (folder / "recipe.toml").write_text(text)
@@ -126,6 +133,9 @@ def test_lengths_follow_the_machine(clock, tmp_path: Path):
     recipe = written(tmp_path)
     assert (recipe.pretrain.epochs, recipe.data.source.fraction, recipe.dispose["gc"].steps) == (8, 0.039, 3)
     assert recipe.data.piggyback["source"].balance == "classes"
+    clock(0.02)  # 60 minutes are 108,000 images: attackers need no more than a third with 49 steps (35,280 images)
+    recipe = written(tmp_path, None, None, None, None, None, 60)
+    assert recipe.piggyback.steps == 50 and recipe.dispose["gc"].steps > 193
 
 
 @pytest.mark.parametrize(
