@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -9,14 +10,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtlctl.errors import nearest
 from dtlctl.model import small_maps
 from dtlctl.model.cifar import DEPTHS, CifarResNet
 from dtlctl.model.stages import renew, shares, stages, watched
 
-__all__ = ["DEPTHS", "CifarResNet", "Classifier", "Precision", "architectures", "build", "check", "outline",
-           "precision", "renew", "shares", "stages", "watched"]  # fmt: skip
+__all__ = ["DEPTHS", "CifarResNet", "Classifier", "Precision", "architectures", "build", "check", "once_only",
+           "outline", "precision", "renew", "shares", "stages", "watched"]  # fmt: skip
 
 # Names that need no look into torchvision, so that checking a recipe stays quick.
 _KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *DEPTHS}
@@ -150,6 +152,26 @@ def outline(arch: str, stem: str, width: int | None, image_size: int) -> Classif
     device = "cpu" if arch.startswith(("regnet", TIMM)) else "meta"
     with torch.random.fork_rng(devices=[]), torch.device(device):
         return _assemble(arch, {}, stem, width, image_size).eval()
+
+
+@lru_cache(maxsize=8)
+def once_only(arch: str, stem: str, width: int | None, image_size: int) -> str:
+    """The operation of this network that torch cannot differentiate twice, as gradient collision must; "" for none."""
+    if arch.startswith(_ANY_SIZE):  # convolutions, batch norms and ReLUs
+        return ""
+    like = outline(arch, stem, width, image_size)
+    weights = [*like.parameters()]
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        try:
+            answers = like.embed(torch.zeros(2, 3, image_size, image_size, device=weights[0].device))
+            first = torch.autograd.grad(answers.square().sum(), weights, create_graph=True, allow_unused=True)
+            total = sum((one.square().sum() for one in first if one is not None), answers.sum())
+            torch.autograd.grad(total, weights, allow_unused=True)
+        except RuntimeError as error:
+            if found := re.search(r"derivative for aten::(\w+?)(_backward)? is not implemented", str(error)):
+                return found[1]
+            raise
+    return ""
 
 
 def _assemble(arch: str, heads: dict[str, int], stem: str, width: int | None, image_size: int) -> Classifier:

@@ -1,6 +1,6 @@
 """What a recipe demands of its network, looked at before anything trains."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,7 +10,7 @@ from dtlctl.attacks.attackers import NORMS
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.model import networks, weights
 from dtlctl.objectives.batched import batchable
-from dtlctl.objectives.unlearn import NullSpace
+from dtlctl.objectives.unlearn import GradientCollision, NullSpace
 from dtlctl.recipe.schema import Recipe
 
 
@@ -36,11 +36,16 @@ def check(recipe: Recipe, source: str) -> None:
 def _lacking(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, reason) of every variant or attacker that asks for stages, layers or a way that the network has not."""
     spec, arch = recipe.model, recipe.model.arch
+    outlined = arch, spec.stem, spec.width, spec.image_size
 
     def backbone() -> nn.Module:  # built only if something is demanded of it: most recipes need not wait for it
-        return networks.outline(arch, spec.stem, spec.width, spec.image_size).backbone
+        return networks.outline(*outlined).backbone
 
     for name, settings in recipe.dispose.items():
+        twice = isinstance(settings.unlearn, GradientCollision)
+        if twice and (operation := networks.once_only(*outlined)):
+            reason = f"gradient-collision is differentiated twice, and torch cannot with {operation}, which {arch} has"
+            yield f"dispose.{name}.unlearn", f'{reason}; write {{ kind = "random-labels" }}, or take another network'
         if settings.unlearn.memory == "batched" and not batchable(backbone()):
             reason = f"{arch} has other layers than convolutions, linear layers and batch norms"
             yield f"dispose.{name}.unlearn.memory", f'"batched": {reason}; write "auto", "keep" or "recompute"'
@@ -53,6 +58,10 @@ def _lacking(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 if not known:
                     reason = f"the stages of {arch} are not known; choose another network or variant"
                 yield f"dispose.{name}.{key}", reason
+    yield from _lacking_to_attackers(recipe, backbone)
+
+
+def _lacking_to_attackers(recipe: Recipe, backbone: Callable[[], nn.Module]) -> Iterator[tuple[str, str]]:
     if recipe.piggyback.search and not find_spec("optuna"):
         yield "piggyback.search", "needs the package optuna: pip install 'dtlctl[optuna]'; or leave it out, for grids"
     batch_norms: Any = nn.modules.batchnorm._BatchNorm
@@ -65,5 +74,5 @@ def _lacking(recipe: Recipe) -> Iterator[tuple[str, str]]:
             if word in attacker.kind and not any(isinstance(module, kinds) for module in backbone().modules()):
                 lacking = layers
         if lacking:
-            reason = f'kind "{attacker.kind}" needs {lacking}, which {arch} does not have; leave it out'
+            reason = f'kind "{attacker.kind}" needs {lacking}, which {recipe.model.arch} does not have; leave it out'
             yield f"piggyback.attackers.{number}", reason

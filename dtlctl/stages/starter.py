@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from dtlctl.console import devices
 from dtlctl.console.machine import busy, cores
@@ -98,6 +99,13 @@ def write(
         "asked": arch is not None,
     }
     for told["model"] in [network] if weights else _networks(side, arch, gpu, size is not None):
+        spec = [{"width": None, **told["model"]}[key] for key in ("arch", "stem", "width", "image_size")]
+        try:
+            networks.check(*spec)
+        except ValueError as error:
+            raise RecipeError(f"init: {error}") from None
+        told["once_only"], backbone = networks.once_only(*spec), networks.outline(*spec).backbone
+        told["normed"] = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules())
         told |= {"minutes": "?", "fraction": 1.0, "epochs": 1, "steps": 1, "passes": 1.0, "attack": ATTACK}
         spent = _seconds(_render(told), {role: found["counts"] for role, found in seen.items()})
         # By the quickest steps, or a busy moment decides.

@@ -1,10 +1,15 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dtlctl.errors import RecipeError
 from dtlctl.model import networks, small_maps
 from dtlctl.model.networks import Classifier, build, check
+from dtlctl.recipe.loading import load
+from dtlctl.run.experiment import Experiment
 
 
 def count(model):
@@ -283,3 +288,21 @@ def test_convolutions_are_for_small_maps_only_where_maps_are_small(arch, stem, s
     for hook in hooks:
         hook.remove()
     assert (min(seen) <= 2) == small
+
+
+@pytest.mark.parametrize(
+    ("arch", "found"), [("resnet18", ""), ("mobilenet_v3_small", "hardsigmoid"), ("mobilenet_v2", ""), ("vit_b_32", "")]
+)
+def test_what_torch_cannot_differentiate_twice_is_named(arch: str, found: str):
+    """Gradient collision must: MobileNet v3's squeeze-and-excitation has hard sigmoids. Attention has it without its
+    fused kernels."""
+    assert networks.once_only(arch, "imagenet", None, 32) == found
+
+
+def test_a_network_that_cannot_collide_is_refused_before_anything_trains(recipe_file: Path):
+    text = recipe_file.read_text().replace(
+        'arch = "resnet8"\nwidth = 4\n', 'arch = "mobilenet_v3_small"\nstem="imagenet"\n'
+    )
+    recipe_file.write_text(text)
+    with pytest.raises(RecipeError, match=r"dispose\.gc\.unlearn: .*hardsigmoid, which mobilenet_v3_small has; write"):
+        Experiment(load(recipe_file), recipe_file.parent / "runs")

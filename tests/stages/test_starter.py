@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from dtlctl.errors import CheckpointError, DataError, RecipeError
 from dtlctl.model import networks
+from dtlctl.recipe import network_demands
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.schema import Recipe
 from dtlctl.report import figures
@@ -210,6 +211,27 @@ def test_a_network_of_timm_is_told_by_its_folder_or_by_name(
     assert {"mean": recipe.model.mean, "std": recipe.model.std} == usual | {
         key: numbers for key, numbers in (config or {}).items() if key in usual
     }
+
+
+@pytest.mark.parametrize(
+    ("arch", "variant", "kinds"),
+    [
+        ("mobilenet_v3_small", "rand", ["full", "renorm", "probe"]),  # hard sigmoids have no second derivative
+        ("convnext_tiny", "gc", ["full", "probe"]),  # no batch norm that could be renewed
+        ("resnet32", "gc", ["full", "renorm", "probe"]),
+    ],
+)
+def test_disposal_and_attackers_are_those_that_the_network_can(
+    clock, tmp_path: Path, arch: str, variant: str, kinds: list[str]
+):
+    images(tmp_path / "s", 2, 4, 1, (32, 32))
+    images(tmp_path / "t", 2, 4, 1, (32, 32))
+    recipe = written(tmp_path, None, None, arch)
+    assert [*recipe.dispose] == [variant]
+    assert [one.kind for one in recipe.piggyback.attackers] == kinds
+    network_demands.check(recipe, "mine.toml")
+    with pytest.raises(RecipeError, match="no_such_network"):
+        written(tmp_path, None, None, "no_such_network")
 
 
 def test_an_export_says_its_own_width(clock, tmp_path: Path):
