@@ -99,13 +99,7 @@ def write(
         "asked": arch is not None,
     }
     for told["model"] in [network] if weights else _networks(side, arch, gpu, size is not None):
-        spec = [{"width": None, **told["model"]}[key] for key in ("arch", "stem", "width", "image_size")]
-        try:
-            networks.check(*spec)
-        except ValueError as error:
-            raise RecipeError(f"init: {error}") from None
-        told["once_only"], backbone = networks.once_only(*spec), networks.outline(*spec).backbone
-        told["normed"] = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules())
+        told |= _able(told["model"])
         told |= {"minutes": "?", "fraction": 1.0, "epochs": 1, "steps": 1, "passes": 1.0, "attack": ATTACK}
         spent = _seconds(_render(told), {role: found["counts"] for role, found in seen.items()})
         # By the quickest steps, or a busy moment decides.
@@ -202,6 +196,18 @@ def _networks(side: int, arch: str | None, gpu: bool, fixed: bool) -> Iterator[d
     yield {"arch": "resnet8", "stem": "small", "image_size": side}
     if not fixed and side > 32:
         yield {"arch": "resnet8", "stem": "small", "image_size": 32}
+
+
+def _able(model: dict[str, Any]) -> dict[str, Any]:
+    """What a network cannot differentiate twice, and whether it has batch norms. RecipeError for one there is not."""
+    spec = [{"width": None, **model}[key] for key in ("arch", "stem", "width", "image_size")]
+    try:
+        networks.check(*spec)
+    except ValueError as error:
+        raise RecipeError(f"init: {error}") from None
+    layers = networks.outline(*spec).backbone.modules()
+    normed = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
+    return {"once_only": networks.once_only(*spec), "normed": normed}
 
 
 def adopted(weights: str, arch: str | None, side: int) -> tuple[dict[str, Any], int]:
