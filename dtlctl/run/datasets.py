@@ -31,6 +31,8 @@ class Datasets:
         self.index = cache(self._index)
         self.whole = cache(partial(self._images, split="train", whole=True))
         self.notes = cache(self._notes)
+        self.left: Path | None = None
+        """Where decoded images of one's own, which may be private, lie since this object asked for them."""
 
     def classes(self, role: str) -> tuple[str, ...]:
         return self.images(role, "train").classes
@@ -90,6 +92,8 @@ class Datasets:
         asked = self._asked(role, split, whole)
         with self.processes.progress(f"decode {role} {split}", 1) as bar:
             self.processes.by_main(lambda: decoded.load(*asked, bar.at))
+        if self.source(role).kind == "local":
+            self.left = decoded.folder()
         return decoded.load(*asked)
 
     def _asked(self, role: str, split: Split, whole: bool) -> tuple[Source, Split, int, Wanted | None]:

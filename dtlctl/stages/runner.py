@@ -30,6 +30,8 @@ def run(
     chosen = sorted(experiment.chosen(stages, only), key=lambda job: not job.weights)
     there, done = list[str](), list[Job[Any]]()
     data_demands.check(experiment, chosen)
+    if (left := experiment.data.left) and chosen:
+        experiment.processes.say(f"decoded images are kept in {left}, or where DTLCTL_CACHE says; delete it at will")
     earlier = cache(lambda: Earlier(relatives(experiment.folder.parent, experiment.recipe.name)))
     for number, job in enumerate(chosen, 1):
         if not force and ((own := experiment.results.done(job)) or _taken_over(experiment, job, earlier)):

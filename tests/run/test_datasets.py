@@ -124,3 +124,15 @@ def test_check_lists_what_is_held_out(recipe_file: Path, call, tmp_path: Path):
     assert all(Path(line).is_file() for line in out.splitlines())
     code, _, err = call("check", recipe_file, "--tested", "sauce")
     assert code == 2 and "did you mean 'source'" in err
+
+
+def test_where_decoded_images_of_ones_own_lie_is_told_once(recipe_file: Path, call, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "cache"))
+    for number in range(10):
+        path = tmp_path / "pool" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number,) * 3).save(path)
+    change = f"data.source={{path='{tmp_path / 'pool'}', test=0.2}}"
+    for told in (True, False):  # the second run decodes nothing
+        _, _, err = call("pretrain", recipe_file, "--set", change)
+        assert (f"decoded images are kept in {tmp_path / 'cache'}" in err) is told
