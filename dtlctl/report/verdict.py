@@ -14,6 +14,9 @@ from dtlctl.report.templates import points, said, shared
 YARDSTICK = 2.0
 """Points of Acc_t: a model above this price is not recommended where the recipe has no limit of its own."""
 
+ENOUGH = 100
+"""Steps of an attacker: fewer are told."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -177,6 +180,10 @@ def _caveats(document: dict[str, Any]) -> list[str]:
     if weak := dict.fromkeys(name for name, one in attacks if not one["tuned"]):
         weakly = f"Attacked with one setting only, none tuned: {', '.join(weak)}."
         caveats.append(f"{weakly} Stronger attackers may get more.")
+    table = document.get("recipe", {}).get("piggyback", {})
+    steps = [one["steps"] for one in (table, *table.get("attackers", ())) if one.get("steps")]
+    if steps and min(steps) < ENOUGH:
+        caveats.append(f"Attackers had as few as {min(steps)} steps: with more they may get more.")
     names = dict.fromkeys(name for name, _ in attacks)
     saw = [model for model, one in found.items() if model not in NEVER_SAW_THE_SOURCE and "acc_t" in one]
     lacks = {model: [name for name in names if name not in found[model]["attacks"]] for model in saw}

@@ -188,6 +188,11 @@ def test_weak_missing_and_old_evidence_is_named():
     assert "none tuned: letters" in said and "rand on letters" in said and "piggyback/rand/letters" in said
     assert found.models["rand"]["reasons"] == ["never attacked on letters"]
     assert "none tuned" not in " ".join(judged(models()).caveats)
+    for steps, told in ((30, True), (150, False)):
+        recipe = {"piggyback": {"steps": 150, "attackers": [{"kind": "probe"}, {"kind": "full", "steps": steps}]}}
+        assert (
+            "as few as 30 steps" in " ".join(verdict({**document(models()), "recipe": recipe}, None).caveats)
+        ) is told
 
 
 def test_the_strongest_attacker_counts_but_not_the_one_whom_nobody_can_choose():
