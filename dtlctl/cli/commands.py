@@ -206,7 +206,7 @@ def verify(
     shown = {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in found.items()}
     print(json.dumps(found) if as_json else "\n".join(f"{name} {value}" for name, value in shown.items()))
     measured = ", and Acc_t is what was measured here" if recipe else ""
-    say(f"{folder}: every file is what its card says{measured}", quiet=False)
+    say(f"{folder}: weights and config are those of the card's header{measured}; its text is not checked", quiet=False)
 
 
 def sweep(

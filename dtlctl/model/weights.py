@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError
 from torch import Tensor
 
 from dtlctl.errors import CheckpointError, one_line, suggest
@@ -135,24 +136,47 @@ def tensors_of(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             said = json.loads((file.metadata() or {}).get("dtlctl", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        config = path.with_name("config.json")
-        if not said and os.path.isdir(weights) and config.is_file():
-            said = _of_timm(json.loads(config.read_text(encoding="utf-8")))
         if not isinstance(said, dict):
             raise ValueError("its header is not one of ours")
     except (OSError, SafetensorError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{weights}: not a safetensors file that can be read ({one_line(error)})") from None
+    config = path.with_name("config.json")
+    if not said and os.path.isdir(weights) and config.is_file():
+        try:
+            said = _of_timm(_Config.model_validate_json(config.read_bytes()))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"{config}: {one_line(f'{key}: ' * bool(key) + first['msg'])}; mend it") from None
+        except OSError as error:
+            raise CheckpointError(f"{config}: {error.strerror}") from None
     return tensors, said
 
 
-def _of_timm(config: dict[str, Any]) -> dict[str, Any]:
-    """What timm's config.json, in a folder from the hub, says of the network, classes and preprocessing."""
-    told = config.get("pretrained_cfg", {})
-    said = {name: told[name] for name in ("mean", "std") if name in told} | {"classes": config.get("label_names")}
-    said |= {"timm": config["architecture"]} if "architecture" in config else {}
-    if size := told.get("input_size"):
-        said["side"] = size[-1]
-        said["resize"] = f"{size[-1]} pixels (crop_pct {told.get('crop_pct')}, {told.get('interpolation')})"
+class _Pretrained(BaseModel):
+    mean: tuple[float, float, float] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    input_size: tuple[int, PositiveInt, PositiveInt] | None = None
+    crop_pct: Any = None
+    interpolation: Any = None
+
+
+class _Config(BaseModel):
+    """What is read of timm's config.json, in a folder from the hub."""
+
+    architecture: str | None = None
+    label_names: list[str] | None = None
+    pretrained_cfg: _Pretrained = _Pretrained()
+
+
+def _of_timm(config: _Config) -> dict[str, Any]:
+    """What it says of the network, classes and preprocessing."""
+    told = config.pretrained_cfg
+    said: dict[str, Any] = {name: list(numbers) for name in ("mean", "std") if (numbers := getattr(told, name))}
+    said |= {"classes": config.label_names} | ({"timm": config.architecture} if config.architecture else {})
+    if told.input_size:
+        side = told.input_size[-1]
+        said |= {"side": side, "resize": f"{side} pixels (crop_pct {told.crop_pct}, {told.interpolation})"}
     return said
 
 

@@ -72,12 +72,15 @@ def demand(document: dict[str, Any], model: str | None, limits: Publish | None, 
             "TGT gives nothing of the source away (export --model TGT); longer pre-training and disposal may do better"
         )
     if short := [text for state, text in held(document["evidence"], model, limits) if state != "met"]:
-        own = limits.price if limits and limits.price is not None else 0.0
-        looser = max(own, math.ceil(document["evidence"].get(model, {}).get("price", {}).get("high") or 0))
+        high = document["evidence"].get(model, {}).get("price", {}).get("high") or 0
+        looser = {
+            f"publish.price={math.ceil(high)}": any(text.startswith("price") for text in short),
+            "a larger publish.recovered": not all(text.startswith("price") for text in short),
+        }
         raise EvidenceError(
             f"{where}: [publish] is not met by {model}: {' '.join(short)}\n"
-            f"more test images narrow an interval; another limit, as in --set publish.price={looser:g}, needs no "
-            "training, and the card says that it was changed"
+            f"more test images narrow an interval; without training there is another limit "
+            f"({' and '.join(one for one, short in looser.items() if short)}, by --set, or none), which the card tells"
         )
 
 

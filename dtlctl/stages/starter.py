@@ -23,7 +23,7 @@ from dtlctl.data.dataset import Dataset, Rows, Split, kind_of
 from dtlctl.data.sources import Source
 from dtlctl.errors import CheckpointError, DataError, NoSplit, RecipeError, one_line
 from dtlctl.model import networks
-from dtlctl.model.weights import REGISTRY, read, tensors_of
+from dtlctl.model.weights import REGISTRY, Given, read, tensors_of
 from dtlctl.recipe.loading import validated
 from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.plan import jobs
@@ -75,7 +75,11 @@ def write(
     usual = re.sub(r"[^\w.-]+", "-", folders, flags=re.ASCII).strip("-._")[:64]
     each = max(4, min(20, min(own["counts"]) // 20))
     side = _side(max(own["side"], seen["target"]["side"]), size, gpu)
-    network, outputs = adopted(weights, arch, side) if weights else ({}, 0)
+    network: dict[str, Any] = {}
+    outputs = 0
+    if weights:
+        network, given = adopted(weights, arch, side)
+        outputs = _fitting(weights, given, len(own["counts"]), len(seen["target"]["counts"]))
     told_to = resolution(max(1, seen["target"]["tests"]), EXPECTED)
     told: dict[str, Any] = {
         "toml": partial(json.dumps, ensure_ascii=False),
@@ -210,8 +214,8 @@ def _able(model: dict[str, Any]) -> dict[str, Any]:
     return {"once_only": networks.once_only(*spec), "normed": normed}
 
 
-def adopted(weights: str, arch: str | None, side: int) -> tuple[dict[str, Any], int]:
-    """Keys of [model] for the network that weights are of, and their head's outputs.
+def adopted(weights: str, arch: str | None, side: int) -> tuple[dict[str, Any], Given]:
+    """Keys of [model] for the network that weights are of, and what is in them.
 
     By `arch`, or what the file or the config.json of its folder says, or else of any ResNet that they fit.
     side: of the images, unless the network takes those alone that it was trained on. Raises CheckpointError.
@@ -228,13 +232,27 @@ def adopted(weights: str, arch: str | None, side: int) -> tuple[dict[str, Any], 
         network = {"width": None, "mean": networks.MEAN, "std": networks.STD, **keys}
         try:
             networks.check(name, stem, network["width"], size)
-            head = read(weights, network).head
-            return keys, len(head[1]) if head else 0
+            return keys, read(weights, network)
         except (CheckpointError, ValueError, TypeError) as error:  # a header may hold anything
             failures.append(error)
     fitted = [error for error in failures if isinstance(error, CheckpointError)] or failures
-    more = "" if told else "\nwhere it is no ResNet, name it: --arch mobilenet_v3_small, --arch timm:NAME"
+    more = (
+        ""
+        if told or "do not fit" not in str(fitted[0])
+        else "\nwhere it is no ResNet, name it: --arch mobilenet_v3_small, --arch timm:NAME"
+    )
     raise CheckpointError(f"{weights}: {str(fitted[0]).removeprefix(f'{weights}: ')}{more}")
+
+
+def _fitting(weights: str, given: Given, source: int, target: int) -> int:
+    """The outputs of the weights' head, 0 without one. CheckpointError for one of neither dataset that has no names."""
+    outputs = len(given.head[1]) if given.head else 0
+    if given.classes is None and outputs not in (0, source, target):
+        raise CheckpointError(
+            f"{weights}: its head has {outputs} outputs without names; the source has {source} classes, the target "
+            f"{target}: name them in a config.json beside it (label_names), or take the head out"
+        )
+    return outputs
 
 
 def _render(told: dict[str, Any]) -> str:

@@ -64,6 +64,24 @@ def test_a_folder_from_the_hub_brings_classes_and_normalisation(timm: Any, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"pretrained_cfg": null}', "config.json: pretrained_cfg: "),
+        ('{"pretrained_cfg": {"mean": [0.5, 0.5]}}', "config.json: pretrained_cfg.mean"),
+        ('{"pretrained_cfg": {"std": [1, 1, 0]}}', "config.json: pretrained_cfg.std.2: .* greater than 0"),
+        ('{"architecture": ["resnet18"]}', "config.json: architecture: "),
+        ('{"label_names": {"a": 1}}', "config.json: label_names: "),
+        ("{not", "config.json: Invalid JSON"),
+    ],
+)
+def test_what_is_wrong_in_a_config_is_named(tmp_path: Path, text: str, words: str):
+    save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=words):
+        weights.tensors_of(str(tmp_path))
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
         ("resnet19", {}, "no network 'resnet19'; did you mean 'resnet18'"),

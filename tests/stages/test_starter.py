@@ -306,6 +306,10 @@ def test_weights_are_adopted_where_their_head_fits(clock, tmp_path: Path, classe
     images(tmp_path / "t", 3, 4, 1)
     network = torchvision.models.resnet18(num_classes=classes)
     save_file(network.state_dict(), tmp_path / "net.safetensors")
+    if classes == 5:  # of neither, and nothing names them
+        with pytest.raises(CheckpointError, match="its head has 5 outputs without names; the source has 2 classes"):
+            written(tmp_path, None, str(tmp_path / "net.safetensors"))
+        return
     recipe = written(tmp_path, None, str(tmp_path / "net.safetensors"))
     given = {"pretrain": recipe.pretrain and recipe.pretrain.weights, "finetune": recipe.finetune.weights}
     assert {name for name, weights in given.items() if weights} == {table}
