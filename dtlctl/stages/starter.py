@@ -75,11 +75,8 @@ def write(
     usual = re.sub(r"[^\w.-]+", "-", folders, flags=re.ASCII).strip("-._")[:64]
     each = max(4, min(20, min(own["counts"]) // 20))
     side = _side(max(own["side"], seen["target"]["side"]), size, gpu)
-    network: dict[str, Any] = {}
-    outputs = 0
-    if weights:
-        network, given = adopted(weights, arch, side)
-        outputs = _fitting(weights, given, len(own["counts"]), len(seen["target"]["counts"]))
+    sizes = len(own["counts"]), len(seen["target"]["counts"])
+    network, outputs = adopted(weights, arch, side, *sizes) if weights else ({}, 0)
     told_to = resolution(max(1, seen["target"]["tests"]), EXPECTED)
     told: dict[str, Any] = {
         "toml": partial(json.dumps, ensure_ascii=False),
@@ -214,8 +211,8 @@ def _able(model: dict[str, Any]) -> dict[str, Any]:
     return {"once_only": networks.once_only(*spec), "normed": normed}
 
 
-def adopted(weights: str, arch: str | None, side: int) -> tuple[dict[str, Any], Given]:
-    """Keys of [model] for the network that weights are of, and what is in them.
+def adopted(weights: str, arch: str | None, side: int, source: int, target: int) -> tuple[dict[str, Any], int]:
+    """Keys of [model] for the network that weights are of, and their head's outputs; source, target: classes.
 
     By `arch`, or what the file or the config.json of its folder says, or else of any ResNet that they fit.
     side: of the images, unless the network takes those alone that it was trained on. Raises CheckpointError.
@@ -232,9 +229,11 @@ def adopted(weights: str, arch: str | None, side: int) -> tuple[dict[str, Any], 
         network = {"width": None, "mean": networks.MEAN, "std": networks.STD, **keys}
         try:
             networks.check(name, stem, network["width"], size)
-            return keys, read(weights, network)
+            given = read(weights, network)
         except (CheckpointError, ValueError, TypeError) as error:  # a header may hold anything
             failures.append(error)
+        else:
+            return keys, _outputs(weights, given, source, target)
     fitted = [error for error in failures if isinstance(error, CheckpointError)] or failures
     more = (
         ""
@@ -244,7 +243,7 @@ def adopted(weights: str, arch: str | None, side: int) -> tuple[dict[str, Any], 
     raise CheckpointError(f"{weights}: {str(fitted[0]).removeprefix(f'{weights}: ')}{more}")
 
 
-def _fitting(weights: str, given: Given, source: int, target: int) -> int:
+def _outputs(weights: str, given: Given, source: int, target: int) -> int:
     """The outputs of the weights' head, 0 without one. CheckpointError for one of neither dataset that has no names."""
     outputs = len(given.head[1]) if given.head else 0
     if given.classes is None and outputs not in (0, source, target):
