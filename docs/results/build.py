@@ -46,7 +46,8 @@ LABELS = {
     "lr-0.01": "learning rate 0.01", "lr-0.1": "learning rate 0.1", "gc-src-kd": "distilled on source images",
     "gc-tgt-kd": "distilled on target images", "gc-tgt-ce": "target labels",
     "gc-3": "gradient collision, three passes", "gc-two": "gradient collision, two fresh stages",
-    "gc-tl": "gradient collision, from TL", "regrown": "no unlearning loss, grown anew", "gc-tgt-a-gem": "A-GEM on target images",
+    "gc-tl": "gradient collision, from TL", "regrown": "no unlearning loss, grown anew",
+    "gc-tgt-a-gem": "A-GEM on target images",
 }  # fmt: skip
 """A model in a table: its unlearning loss, fresh stages, and whose images retain, where not the source's alone."""
 GREY, ORANGE, BLUE, PURPLE, GREEN = "#555b63", "#d55e00", "#0072b2", "#aa4499", "#00805a"
