@@ -16,6 +16,7 @@ from dtlctl.bench import meter
 from dtlctl.console import devices
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import RecipeError
+from dtlctl.model import networks
 from dtlctl.objectives import batched, collision
 from dtlctl.objectives.step import together
 
@@ -93,6 +94,8 @@ def run(setup: meter.Setup, chunks: str, ways: str | None) -> dict[str, Any]:
                 raise ValueError(f"--ways {way}: unknown (valid: {', '.join(WAYS)})")
         device = torch.device(devices.kind())
         bench = Bench(setup, device)
+        if lacking := networks.no_second_derivative(setup.arch, setup.stem, None, setup.image_size):
+            raise ValueError(f"torch cannot differentiate {lacking} twice, which {setup.arch} has; see --train")
     except ValueError as error:
         raise RecipeError(f"bench: {error}") from None
     cannot = {("gc-pairwise", c) for c in counts if c > PAIRWISE_MOST}

@@ -17,8 +17,8 @@ from dtlctl.model import small_maps
 from dtlctl.model.cifar import DEPTHS, CifarResNet
 from dtlctl.model.stages import renew, shares, stages, watched
 
-__all__ = ["DEPTHS", "CifarResNet", "Classifier", "Precision", "architectures", "build", "check", "once_only",
-           "outline", "precision", "renew", "shares", "stages", "watched"]  # fmt: skip
+__all__ = ["DEPTHS", "CifarResNet", "Classifier", "Precision", "architectures", "build", "check",
+           "no_second_derivative", "outline", "precision", "renew", "shares", "stages", "watched"]  # fmt: skip
 
 # Names that need no look into torchvision, so that checking a recipe stays quick.
 _KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *DEPTHS}
@@ -155,7 +155,7 @@ def outline(arch: str, stem: str, width: int | None, image_size: int) -> Classif
 
 
 @lru_cache(maxsize=8)
-def once_only(arch: str, stem: str, width: int | None, image_size: int) -> str:
+def no_second_derivative(arch: str, stem: str, width: int | None, image_size: int) -> str:
     """The operation of this network that torch cannot differentiate twice, as gradient collision must; "" for none."""
     if arch.startswith(_ANY_SIZE):  # convolutions, batch norms and ReLUs
         return ""
@@ -168,9 +168,8 @@ def once_only(arch: str, stem: str, width: int | None, image_size: int) -> str:
             total = sum((one.square().sum() for one in first if one is not None), answers.sum())
             torch.autograd.grad(total, weights, allow_unused=True)
         except RuntimeError as error:
-            if found := re.search(r"derivative for aten::(\w+?)(_backward)? is not implemented", str(error)):
-                return found[1]
-            raise
+            found = re.search(r"derivative for aten::(\w+?)(_backward)? is not implemented", str(error))
+            return found[1] if found else "a layer of its own"  # one that only says that it is differentiated once
     return ""
 
 

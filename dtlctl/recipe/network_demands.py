@@ -43,7 +43,7 @@ def _lacking(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
     for name, settings in recipe.dispose.items():
         twice = isinstance(settings.unlearn, GradientCollision)
-        if twice and (operation := networks.once_only(*outlined)):
+        if twice and (operation := networks.no_second_derivative(*outlined)):
             reason = f"gradient-collision is differentiated twice, and torch cannot with {operation}, which {arch} has"
             yield f"dispose.{name}.unlearn", f'{reason}; write {{ kind = "random-labels" }}, or take another network'
         if settings.unlearn.memory == "batched" and not batchable(backbone()):

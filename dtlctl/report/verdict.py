@@ -73,14 +73,13 @@ def demand(document: dict[str, Any], model: str | None, limits: Publish | None, 
         )
     if short := [text for state, text in held(document["evidence"], model, limits) if state != "met"]:
         high = document["evidence"].get(model, {}).get("price", {}).get("high") or 0
-        looser = {
-            f"publish.price={math.ceil(high)}": any(text.startswith("price") for text in short),
-            "a larger publish.recovered": not all(text.startswith("price") for text in short),
-        }
+        about_price = sum(text.startswith("price") for text in short)
+        looser = [f"publish.price={math.ceil(high)}"] * (about_price > 0)
+        looser += ["a larger publish.recovered"] * (about_price < len(short))
         raise EvidenceError(
             f"{where}: [publish] is not met by {model}: {' '.join(short)}\n"
             f"more test images narrow an interval; without training there is another limit "
-            f"({' and '.join(one for one, short in looser.items() if short)}, by --set, or none), which the card tells"
+            f"({' and '.join(looser)}, by --set, or none), which the card tells"
         )
 
 

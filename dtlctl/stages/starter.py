@@ -208,7 +208,7 @@ def _able(model: dict[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"init: {error}") from None
     layers = networks.outline(*spec).backbone.modules()
     normed = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
-    return {"once_only": networks.once_only(*spec), "normed": normed}
+    return {"lacking": networks.no_second_derivative(*spec), "normed": normed}
 
 
 def adopted(weights: str, arch: str | None, side: int, source: int, target: int) -> tuple[dict[str, Any], int]:

@@ -76,3 +76,8 @@ def test_wrong_calls_are_refused(options, message, call):
 def test_a_stem_that_does_not_exist_is_refused(call):
     code, out, err = call("bench", *SMALL, "--stem", "smal")
     assert (code, out) == (2, "") and "'smal' is not one of" in err
+
+
+def test_a_network_that_cannot_collide_is_refused(call):
+    code, _, err = call("bench", "--arch", "mobilenet_v3_small", "--batch-size", 8, "--chunks", 2)
+    assert code == 2 and "hardsigmoid" in err and err.count("\n") == 1

@@ -296,7 +296,7 @@ def test_convolutions_are_for_small_maps_only_where_maps_are_small(arch, stem, s
 def test_what_torch_cannot_differentiate_twice_is_named(arch: str, found: str):
     """Gradient collision must: MobileNet v3's squeeze-and-excitation has hard sigmoids. Attention has it without its
     fused kernels."""
-    assert networks.once_only(arch, "imagenet", None, 32) == found
+    assert networks.no_second_derivative(arch, "imagenet", None, 32) == found
 
 
 def test_a_network_that_cannot_collide_is_refused_before_anything_trains(recipe_file: Path):
