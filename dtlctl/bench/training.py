@@ -1,11 +1,13 @@
 """How many images a second training takes here: on ready tensors, as `pretrain` does it, and by a plain script.
 
-The plain script is what people write to train a network on a `datasets` table.
+The plain script is what people write to train a network on a `datasets` table. Where timm is, its loader takes part.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain, repeat
+from importlib.util import find_spec
+from io import BytesIO
+from itertools import chain, product, repeat
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -87,8 +89,8 @@ def run(setup: Setup, data: str, steps: int) -> dict[str, Any]:
         ("decode", None): _in_flow(_timed(streamed.__getitem__, engine.device)),
     }
     images = _table(sources[0], setup)
-    for workers in sorted({0, cores() - 1}):
-        turns["plain", workers] = _plain(images, setup, classes, workers, plan, engine.device)
+    for way, workers in product(("plain", "timm") if find_spec("timm") else ("plain",), sorted({0, cores() - 1})):
+        turns[way, workers] = _plain(images, setup, classes, workers, plan, engine.device, by_timm=way == "timm")
     seconds = setup.seconds({way: partial(_a_step, turn, steps) for way, turn in turns.items()})
     told = {"data": data, "images": count, "steps": steps}
     return told | setup.document(engine.device, compared(seconds, size), cores=cores())
@@ -154,7 +156,9 @@ def _table(source: Source, setup: Setup) -> Any:
         return datasets.Dataset.from_dict(columns, features=features)
 
 
-def _plain(images: Any, setup: Setup, classes: int, workers: int, plan: Training, device: torch.device) -> Turn:
+def _plain(
+    images: Any, setup: Setup, classes: int, workers: int, plan: Training, device: torch.device, by_timm: bool = False
+) -> Turn:
     """What torch's and torchvision's own tutorials do: a DataLoader over images that are transformed one by one."""
     from torchvision import transforms as T
 
@@ -166,23 +170,56 @@ def _plain(images: Any, setup: Setup, classes: int, workers: int, plan: Training
         T.ToTensor(),
         T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ]
-    options: Any = {"shuffle": True, "drop_last": True, "num_workers": workers, "persistent_workers": workers > 0}
-    prepared = images.with_transform(partial(_prepare, T.Compose(transforms)))
-    loader = DataLoader(prepared, setup.batch_size, pin_memory=on_gpu, **options)
+    options: Any = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": on_gpu}
+    if by_timm:
+        loader = _of_timm(images, setup, transforms, device, options)
+    else:
+        prepared = images.with_transform(partial(_prepare, T.Compose(transforms)))
+        loader = DataLoader(prepared, setup.batch_size, shuffle=True, drop_last=True, **options)
     model = plain_network(setup, classes).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum, weight_decay=plan.weight_decay)
     source = chain.from_iterable(repeat(loader))
 
     def step(_: int) -> None:
         batch = next(source)
-        x, y = batch["x"].to(device, non_blocking=True), batch["y"].to(device, non_blocking=True)
+        x, y = (part.to(device, non_blocking=True) for part in (batch if by_timm else batch.values()))
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=setup.precision == "bfloat16"):
             loss = F.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
 
-    return _in_flow(_timed(step, device), ahead=workers * (loader.prefetch_factor or 0))
+    return _in_flow(_timed(step, device), ahead=2 * workers + on_gpu)  # a DataLoader's, and one of timm's prefetcher
+
+
+def _of_timm(images: Any, setup: Setup, transforms: list[Any], device: torch.device, options: Any) -> Any:
+    """timm's loader of the same table; on a GPU with its prefetcher, which makes floats of bytes there."""
+    from timm.data import ImageDataset, create_loader
+    from timm.data.transforms import ToNumpy
+    from torchvision.transforms import Compose
+
+    on_gpu, shape = device.type == "cuda", (3, setup.image_size, setup.image_size)
+    prepared = ImageDataset("", Encoded(images))
+    more: Any = {"is_training": True, "use_prefetcher": on_gpu, "device": device, **options}
+    loader = create_loader(prepared, shape, setup.batch_size, **more)
+    prepared.transform = Compose([*transforms[:-2], ToNumpy()] if on_gpu else transforms)
+    return loader
+
+
+class Encoded:
+    """A table as timm reads one: a file and a label a row."""
+
+    def __init__(self, images: Any):
+        import datasets
+
+        self.images = images.cast_column("image", datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[BytesIO, int]:
+        row = self.images[index]
+        return BytesIO(row["image"]["bytes"]), row["label"]
 
 
 def _prepare(transform: Callable[[Any], Tensor], examples: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from importlib.util import find_spec
 from statistics import median
 
+import datasets
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from torch import nn
+from torchvision import transforms as T
 
 from dtlctl.bench import training
 from dtlctl.bench.meter import Setup
@@ -15,6 +21,8 @@ from dtlctl.data.entry import Kept
 from dtlctl.data.stream import Streamed
 from dtlctl.model import networks
 
+WITH_TIMM = find_spec("timm") is not None
+with_timm = pytest.mark.skipif(not WITH_TIMM, reason="timm is not installed")
 BATCH = 300  # of about 1,000 images: turns go through more than one epoch
 TINY = (
     *("bench", "--train", "--quiet", "--json", "--data", "builtin:digits", "--arch", "resnet8", "--stem", "small"),
@@ -35,9 +43,10 @@ def test_the_document_has_every_way_with_its_speed_and_its_ratios(layout, other,
     monkeypatch.setattr(training, "cores", lambda: 2)
     document, rows = measured(call, *layout)
     ours = ("ready", f"ready-{other}", "dtlctl", "stream", "decode")
-    ways = [*((way, None) for way in ours), ("plain", 0), ("plain", 1)]
+    plain = [("plain", 0), ("plain", 1)]
+    ways = [*((way, None) for way in ours), *plain, *((("timm", 0), ("timm", 1)) if WITH_TIMM else ())]
     assert list(rows) == ways
-    fastest = min(rows[way]["seconds"] for way in ways[-2:])
+    fastest = min(rows[way]["seconds"] for way in plain)
     for row in rows.values():
         assert len(row["turns"]) == 2 and row["seconds"] == median(row["turns"]) > 0
         assert row["images_per_second"] == pytest.approx(BATCH / row["seconds"])
@@ -53,23 +62,24 @@ def test_the_document_has_every_way_with_its_speed_and_its_ratios(layout, other,
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "slow"),
+    ("place", "name", "slow", "share"),
     [
-        (Kept, "__getitem__", "dtlctl"),
-        (Streamed, "_piece", "stream decode"),
-        (training, "_prepare", "plain"),
+        (Kept, "__getitem__", "dtlctl", 1),
+        (Streamed, "_piece", "stream decode", 1),
+        (training, "_prepare", "plain", 1),
+        pytest.param(training.Encoded, "__getitem__", "timm", 1 / 16, marks=with_timm),
     ],
-    ids=["dtlctl", "stream", "plain"],
+    ids=["dtlctl", "stream", "plain", "timm"],
 )
-def test_a_slow_way_to_the_images_shows(place, name, slow, call, monkeypatch):
+def test_a_slow_way_to_the_images_shows(place, name, slow, share, call, monkeypatch):
     """Half a second more a batch is several times what a step of the tiny network takes; no other way has it.
 
-    Of a stream three batches are late at the same time.
+    Of a stream three batches are late at the same time. share: of a batch, that is read at once.
     """
     fast = getattr(place, name)
 
     def late(*arguments):
-        time.sleep(0.5)
+        time.sleep(0.5 * share)
         return fast(*arguments)
 
     monkeypatch.setattr(training, "cores", lambda: 1)
@@ -77,6 +87,24 @@ def test_a_slow_way_to_the_images_shows(place, name, slow, call, monkeypatch):
     _, rows = measured(call, "--batch-size", 16)
     slowest = min(rows.values(), key=lambda row: row["to_ready"])
     assert slowest["way"] in slow and slowest["to_ready"] < 0.5 and slowest["seconds"] > 0.5 / 3
+
+
+@with_timm
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_timm_s_loader_has_the_images_at_their_size_and_makes_floats_where_it_is_said(device, monkeypatch):
+    """On a GPU, which needs none to be asked: bytes, for its prefetcher; else as the plain script normalises."""
+    rng = np.random.default_rng(0)
+    files = [Image.fromarray(rng.integers(0, 256, (12, 20, 3), np.uint8)) for _ in range(6)]
+    images = datasets.Dataset.from_dict({"image": files, "label": range(6)})
+    images = images.cast_column("image", datasets.Image())
+    monkeypatch.setattr("timm.data.loader.PrefetchLoader", lambda loader, **_: loader)
+    transforms = [T.Resize(8), T.CenterCrop(8), T.ToTensor(), T.Normalize((0.5,) * 3, (0.25,) * 3)]
+    setup = Setup("resnet8", "small", 8, 3, "float32", False, 1, True)
+    loader = training._of_timm(images, setup, transforms, torch.device(device), {"num_workers": 0})
+    x, y = (torch.cat(part) for part in zip(*loader, strict=True))
+    expected = torch.stack([T.Compose(transforms)(image) for image in files])[y]
+    torch.testing.assert_close(x if device == "cpu" else (x / 255 - 0.5) / 0.25, expected)
+    assert x.dtype == (torch.float32 if device == "cpu" else torch.uint8) and sorted(y.tolist()) == list(range(6))
 
 
 @pytest.mark.parametrize(("arch", "stem"), [("resnet18", "small"), ("resnet10", "imagenet"), ("resnet8", "small")])
