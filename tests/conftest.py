@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -137,8 +138,16 @@ def opened(recipe_file: Path):
 
 
 @pytest.fixture
+def forked(tmp_path: Path):
+    """Run the command line in new processes, in an empty folder; starting Python and torchrun is left out."""
+    from tests.reliability.fork import command, together
+
+    return lambda *arguments, processes=1: together(partial(command, *arguments), tmp_path, processes)
+
+
+@pytest.fixture
 def dtlctl(tmp_path: Path):
-    """Run the command line in a fresh process, in an empty folder."""
+    """Run the command line as a user does, by torchrun where there are processes, in an empty folder."""
 
     def call(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
         launcher = [sys.executable, "-m"]

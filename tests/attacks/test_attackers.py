@@ -628,9 +628,9 @@ def test_a_test_split_too_small_to_choose_by_is_told_before_anything_trains(reci
     assert not experiment.folder.exists()
 
 
-def test_two_processes_share_the_trials(recipe_file: Path, dtlctl):
+def test_two_processes_share_the_trials(recipe_file: Path, forked):
     """Trials are whole on one process each, so they are the same to the last digit."""
-    result = dtlctl("piggyback", recipe_file, "--only", "scratch", "--set", ATTACKERS, "--set", "name=two", processes=2)
+    result = forked("piggyback", recipe_file, "--only", "scratch", "--set", ATTACKERS, "--set", "name=two", processes=2)
     assert result.returncode == 0, result.stderr
     experiment = Experiment(load(recipe_file, [ATTACKERS, "name=one"]), recipe_file.parent / "runs", quiet=True)
     run(experiment, ("piggyback",), only=("scratch",))

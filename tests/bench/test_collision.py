@@ -26,10 +26,10 @@ SMALL = (
 )
 
 
-def test_the_document_has_every_way_with_its_ratio_and_its_error(dtlctl):
-    done = dtlctl("bench", *SMALL, "--chunks", "2,4", "--json", "--quiet")
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+def test_the_document_has_every_way_with_its_ratio_and_its_error(call):
+    code, out, err = call("bench", *SMALL, "--chunks", "2,4", "--json", "--quiet")
+    assert code == 0, err
+    document = json.loads(out)
     rows = {(row["way"], row["chunks"]): row for row in document["rows"]}
     assert rows.keys() == {("ce", 1)} | {(way, c) for way in WAYS for c in (2, 4)}
     assert rows["ce", 1]["ratio"] == 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 
-from tests.reliability import page
+from tests.reliability import faults, page
+from tests.reliability.fork import together
 
 needs = pytest.mark.skipif(not list(page.RESULTS.glob("*.json")), reason="no full run of the faults was kept yet")
 
@@ -37,9 +38,8 @@ SAMPLE = ["kills:50", "publishing:45", "signals:30", "disk:18", "files:35", "rec
         pytest.param([], id="all", marks=pytest.mark.slow),
     ],
 )
-def test_nothing_is_lost_by_a_fault(groups: list[str]):
+def test_nothing_is_lost_by_a_fault(groups: list[str], tmp_path: Path):
     chosen = [word for group in groups for word in ("--group", group)]
-    command = [sys.executable, "-m", "tests.reliability.faults", *chosen, "--seed", "1"]
-    done = subprocess.run(command, cwd=page.ROOT, capture_output=True, text=True, check=False, timeout=1800)
+    done = together(partial(faults.main, [*chosen, "--seed", "1"]), tmp_path, patience=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("ok ")

@@ -297,12 +297,12 @@ def test_the_audits_shown_are_those_of_the_recipe(recipe_file: Path):
         assert [row["model"] for row in table["rows"] if "audit_auc" in row] == shown
 
 
-def test_two_processes_find_what_one_finds(recipe_file: Path, dtlctl):
+def test_two_processes_find_what_one_finds(recipe_file: Path, forked):
     change = 'audit={attacks=["loss", "grad-w"], modes=["as-is", "reprobe"], repeats=2, relearn_steps=0}'
     pretrained(recipe_file, change)
     found = []
     for processes in (1, 2):
-        result = dtlctl("audit", recipe_file, "--only", "pre", "--set", change, "--force", processes=processes)
+        result = forked("audit", recipe_file, "--only", "pre", "--set", change, "--force", processes=processes)
         assert result.returncode == 0, result.stderr
         sidecar = json.loads((recipe_file.parent / result.stdout.strip()).read_text())
         assert sidecar["processes"] == processes

@@ -56,13 +56,13 @@ def test_two_processes_equal_one(recipe_file: Path, dtlctl, call, precision: str
             assert difference < tolerance, f"{job}: {name} differs by {difference:.1e}"
 
 
-def test_two_processes_take_a_step_in_bfloat16_as_one_does(recipe_file: Path, dtlctl, call):
+def test_two_processes_take_a_step_in_bfloat16_as_one_does(recipe_file: Path, forked, call):
     """A single step, since rounding to 8 bits grows. Batch statistics are sums in float32 on both sides, though of
     activations in bfloat16: only the order of additions differs."""
     changes = ("--set", 'precision="bfloat16"', "--set", "pretrain.steps=1", "--set", "dispose.gc.unlearn.cosine=0.1")
     code, _, err = call("pretrain", recipe_file, *changes, "--set", "name=one")
     assert code == 0, err
-    done = dtlctl("pretrain", recipe_file, *changes, "--set", "name=two", processes=2)
+    done = forked("pretrain", recipe_file, *changes, "--set", "name=two", processes=2)
     assert done.returncode == 0, done.stderr
     for name, difference in differences(recipe_file.parent / "runs", "pretrain").items():
         assert difference < (1e-5 if "running" in name else 1e-3), f"{name} differs by {difference:.1e}"
@@ -91,9 +91,9 @@ def test_two_machines_over_loopback_do_what_one_does(recipe_file: Path, call):
     assert max(differences(recipe_file.parent / "runs", "pretrain").values()) < 1e-10
 
 
-def test_chunks_that_processes_cannot_share_are_refused_before_anything_trains(recipe_file: Path, dtlctl):
+def test_chunks_that_processes_cannot_share_are_refused_before_anything_trains(recipe_file: Path, forked):
     changes = ("--set", "dispose.gc.unlearn.chunks=3", "--set", "dispose.gc.batch_size=9")
-    result = dtlctl("run", recipe_file, *changes, processes=2)
+    result = forked("run", recipe_file, *changes, processes=2)
     assert result.returncode != 0
     assert "dispose/gc: unlearn.chunks = 3 cannot be shared by 2 processes (rest 1)" in result.stderr
     assert not list((recipe_file.parent / "runs").rglob("model.json"))
