@@ -142,7 +142,7 @@ def forked(tmp_path: Path):
     """Run the command line in new processes, in an empty folder; starting Python and torchrun is left out."""
     from tests.reliability.fork import command, together
 
-    return lambda *arguments, processes=1: together(partial(command, *arguments), tmp_path, processes)
+    return lambda *arguments, **group: together(partial(command, *arguments), tmp_path, **group)
 
 
 @pytest.fixture

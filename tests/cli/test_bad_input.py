@@ -176,7 +176,9 @@ def test_divergence_ends_with_3(call, recipe_file: Path, tmp_path: Path):
     assert not list((tmp_path / "runs").rglob("model.json"))
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_run_with_its_code_and_keeps_finished_results(recipe_file: Path, signum: int, code: int):
     command = [sys.executable, "-m", "dtlctl", "run", recipe_file, "--set", "finetune.steps=1000000"]
     process = subprocess.Popen(command, cwd=recipe_file.parent, stderr=subprocess.PIPE, text=True)
@@ -226,9 +228,13 @@ def test_memory_that_runs_out_is_told_with_the_job_and_its_keys(opened, monkeypa
 
 
 def test_a_system_without_locks_is_told_where_dtlctl_runs(recipe_file: Path):
-    """As on Windows, where these modules are not there: one line, not a traceback; the public API works."""
+    """As on Windows, where these modules are not there: one line, not a traceback; the public API works.
+
+    Its `import dtlctl` brings no torch; the first name that is asked for does.
+    """
     code = (
-        "import sys; sys.modules.update(fcntl=None, resource=None); import dtlctl; dtlctl.collide, dtlctl.load;"
+        "import sys; sys.modules.update(fcntl=None, resource=None); import dtlctl; assert 'torch' not in sys.modules;"
+        "dtlctl.load; assert 'torch' in sys.modules; dtlctl.collide;"
         f"sys.argv = ['dtlctl', 'finetune', {str(recipe_file)!r}]; from dtlctl.cli.app import main; main()"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

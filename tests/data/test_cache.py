@@ -1,8 +1,6 @@
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from dtlctl.data import cache, entry
 from dtlctl.data.dataset import Dataset
 from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
+from tests.reliability.fork import together
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -266,14 +265,13 @@ def test_the_winner_of_a_race_is_used(tmp_path, cache_folder, monkeypatch):
     assert ours.fingerprint == theirs[0].fingerprint
 
 
-def test_two_processes_at_once(cache_folder):
-    program = (
-        "from dtlctl.data import cache, dataset, sources\n"
-        "print(cache.load(sources.Source(dataset.Dataset(path='builtin:digits')), 'train', 16).fingerprint)"
-    )
-    both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    one, other = (process.communicate(timeout=120)[0] for process in both)
-    assert one == other and len(one.strip()) == 64
+def digits():
+    print(cache.load(Source(Dataset(path="builtin:digits")), "train", 16).fingerprint)
+
+
+def test_two_processes_at_once(cache_folder, tmp_path):
+    one, other = together(digits, tmp_path, processes=2).stdout.split()
+    assert one == other and len(one) == 64
     assert len(list(cache_folder.iterdir())) == 1
 
 

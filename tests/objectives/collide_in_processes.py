@@ -1,13 +1,10 @@
 """Steps of gradient collision with eight chunks, shared by the processes; each way in turn.
 
-`collide_in_processes.py FOLDER` runs it on 1, 2, 4 and 8 processes (gloo), and writes value, gradient and weights.
+`everything(FOLDER)` runs it on 1, 2, 4 and 8 processes (gloo), and writes value, gradient and weights.
 """
-
-import sys
 
 import torch
 import torch.distributed as dist
-import torchvision.models  # noqa: F401 - before there are fifteen processes, which would each import it
 from safetensors.torch import save_file
 
 from dtlctl.data.tensors import Batch, Share
@@ -17,7 +14,7 @@ from dtlctl.objectives.step import Step
 from dtlctl.objectives.unlearn import GradientCollision
 
 CHUNKS = 8
-STEPS = {"batched": 20, "keep": 4, "recompute": 4}
+STEPS = {"batched": 10, "keep": 3, "recompute": 3}
 
 
 def all_reduce(tensors):
@@ -78,11 +75,10 @@ def work(rank, processes, folder):
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def everything(folder):
     context = torch.multiprocessing.get_context("fork")  # importing torch anew costs far more than the work
     for processes in (1, 2, 4, 8):
-        running = [context.Process(target=work, args=(rank, processes, sys.argv[1])) for rank in range(processes)]
+        running = [context.Process(target=work, args=(rank, processes, folder)) for rank in range(processes)]
         for process in running:
             process.start()
         for process in running:

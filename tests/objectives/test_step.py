@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +17,9 @@ from dtlctl.objectives import step as forward
 from dtlctl.objectives.disposal import Disposal
 from dtlctl.objectives.retain import Distill
 from dtlctl.objectives.unlearn import GradientCollision
+from tests.objectives.collide_in_processes import everything
 from tests.objectives.test_collision import assert_equal, pairwise
+from tests.reliability.fork import together
 
 
 def student(arch="resnet8"):
@@ -128,20 +128,18 @@ def test_dropout_is_no_rounding():
 
 # Real processes -------------------------------------------------------------------------------------------------
 
-PROGRAM = Path(__file__).parent / "collide_in_processes.py"
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    done = subprocess.run([sys.executable, PROGRAM, folder], capture_output=True, text=True, timeout=300, check=False)
+    done = together(partial(everything, folder), folder)
     assert done.returncode == 0, done.stderr
     return {count: load_file(folder / f"{count}.safetensors") for count in (1, 2, 4, 8)}
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_eight_chunks_on_any_number_of_processes(count, trained):
-    """1x8, 2x4, 4x2 and 8x1 chunks: the first value and gradient, and the weights after 20 steps (slow ways: 4)."""
+    """1x8, 2x4, 4x2 and 8x1 chunks: the first value and gradient, and the weights after 10 steps (slow ways: 3)."""
     one_process, found = trained[1], trained[count]
     assert found.keys() == one_process.keys() and len(found) > 40
     for name, tensor in found.items():

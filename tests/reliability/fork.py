@@ -65,19 +65,20 @@ def call(*arguments: object, folder: Path, fault: str = "") -> Outcome:
 
 
 def together(
-    work: Callable[[], None], folder: Path, processes: int = 1, patience: int = HANG
+    work: Callable[[], None], folder: Path, processes: int = 1, machines: int = 1, patience: int = HANG
 ) -> subprocess.CompletedProcess[str]:
-    """The work in the folder, in processes that know each other as those of torchrun do.
+    """The work in the folder, in processes that are told of each other what torchrun tells.
 
     They are children of a server that has imported what they need; one that has computed anything cannot fork.
     """
+    local = processes // machines
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    world |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(local), "GROUP_WORLD_SIZE": str(machines)}
     paths, running = [], []
     for rank in range(processes):
-        own = world | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) if processes > 1 else {}
+        own = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank % local)} if processes > 1 else {}
         paths.append([folder / f".{stream}-{rank}" for stream in ("stdout", "stderr")])
         running.append(SERVER.Process(target=_be, args=(work, folder, paths[-1], {**os.environ, **own})))
         running[-1].start()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from dtlctl.report.results import refuse_other_images
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages.runner import run
 from dtlctl.storage.checkpoint import read_sidecar
+from tests.reliability.fork import command, together
 
 
 def test_a_large_split_is_decoded_as_far_as_it_is_drawn(
@@ -58,20 +57,10 @@ def test_a_run_on_streamed_images_is_the_same(finished: Path, tmp_path: Path):
             assert one.get(part) == other.get(part), (name, part)
 
 
-KILLED = """
-import sys
-from dtlctl.cli.app import main
-from tests.reliability.driver import sabotage
-sabotage("step:8=kill")
-main()
-"""
-
-
 def test_a_training_on_streamed_images_goes_on_after_kill_9_to_the_same_bits(finished: Path, tmp_path: Path, call):
     """Killed before step 8 of 12, in the middle of an epoch of 5."""
     more = [word for change in ("name=killed", "checkpoint_minutes=0", *STREAMED) for word in ("--set", change)]
-    command, root = [sys.executable, "-c", KILLED, "pretrain", str(finished), *more], Path(__file__).parents[2]
-    killed = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, check=False)
+    killed = together(partial(command, "pretrain", finished, *more, fault="step:8=kill"), tmp_path)
     assert killed.returncode == -9 and not (tmp_path / "runs/killed/pretrain/model.json").exists()
     code, _, err = call("pretrain", finished, *more)
     assert code == 0 and "goes on from step 6 of 12" in err

@@ -6,6 +6,8 @@ import json
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from dtlctl.errors import RecipeError
 from dtlctl.objectives.unlearn import Uniform
 from dtlctl.recipe.settings import Dispose
 from dtlctl.stages.data_demands import local_chunks
+from tests.reliability.fork import together
+from tests.training.wait_in_processes import wait
 
 # Retaining losses that need target batches, beside the tiny recipe's own two variants.
 MORE = """dispose={
@@ -68,6 +72,16 @@ def test_two_processes_take_a_step_in_bfloat16_as_one_does(recipe_file: Path, fo
         assert difference < (1e-5 if "running" in name else 1e-3), f"{name} differs by {difference:.1e}"
 
 
+def test_what_launchers_on_two_machines_tell_makes_what_one_process_makes(recipe_file: Path, forked, call):
+    changes = ("--set", 'precision="float64"')
+    code, _, err = call("pretrain", recipe_file, *changes, "--set", "name=one", "--quiet")
+    assert code == 0, err
+    two = forked("pretrain", recipe_file, *changes, "--set", "name=two", processes=2, machines=2)
+    assert two.returncode == 0 and two.stderr.count("on 2 processes of 2 machines") == 1, two.stderr
+    assert max(differences(recipe_file.parent / "runs", "pretrain").values()) < 1e-10
+
+
+@pytest.mark.slow
 def test_two_machines_over_loopback_do_what_one_does(recipe_file: Path, call):
     """Each "machine" is a launcher of its own that knows the other by an address alone, as under SLURM."""
     changes = ("--set", 'precision="float64"')
@@ -107,15 +121,17 @@ def test_a_batch_without_chunks_is_shared_equally_or_not_at_all():
         local_chunks(plain, 3, "dispose/unif")
 
 
-@pytest.mark.parametrize("work", ["decoding", "trials", "step", "agreement"])
-def test_processes_wait_for_days_where_others_work_and_not_where_they_hang(work: str):
+def test_processes_wait_for_days_where_others_work_and_not_where_they_hang(tmp_path: Path):
     """Decoding and trials take four seconds of one process; a step and an agreement six. The limit is two seconds."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command = [*launcher, str(Path(__file__).parent / "wait_in_processes.py"), work]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert found.returncode == 0, found.stderr
-    first, second = sorted(found.stdout.split("\n")[:2])
-    if work in ("decoding", "trials"):
-        assert (first, second) == ("process 0 of 2 goes on", "process 1 of 2 goes on")
-    else:  # the one that is late may see its own message through
-        assert first == "process 0 of 2 waited in vain: True" and second.startswith("process 1 of 2 ")
+    works = ("decoding", "trials", "step", "agreement")
+    for work in works:
+        (tmp_path / work).mkdir()
+    with ThreadPoolExecutor(len(works)) as pairs:
+        ended = list(pairs.map(lambda work: together(partial(wait, work), tmp_path / work, 2), works))
+    for work, found in zip(works, ended, strict=True):
+        assert found.returncode == 0, found.stderr
+        first, second = sorted(found.stdout.splitlines())
+        if work in ("decoding", "trials"):
+            assert (first, second) == ("process 0 of 2 goes on", "process 1 of 2 goes on"), work
+        else:  # the one that is late may see its own message through
+            assert first == "process 0 of 2 waited in vain: True" and second.startswith("process 1 of 2 "), work

@@ -1,7 +1,5 @@
 """Two processes, with limits of two seconds: what waits for the main process alone may take longer."""
 
-import os
-import sys
 import time
 from datetime import timedelta
 
@@ -11,20 +9,21 @@ from dtlctl.training import collectives
 from dtlctl.training import engine as engine_module
 from dtlctl.training.engine import Engine
 
-if __name__ == "__main__":
+
+def wait(work: str) -> None:
     engine_module.TIMEOUT = collectives.TIMEOUT = timedelta(seconds=2)
     engine = Engine()
     first, who = engine.is_main, f"process {engine.share.rank} of {engine.processes}"
-    if sys.argv[1] == "decoding":
+    if work == "decoding":
         engine.by_main(lambda: time.sleep(4))
-    elif sys.argv[1] == "trials":
+    elif work == "trials":
         time.sleep(4 if first else 0)
         assert engine.gather_objects([engine.share.rank]) == [0, 1]
     try:
-        if sys.argv[1] == "step":
+        if work == "step":
             time.sleep(0 if first else 6)
             engine.all_reduce([torch.ones(1)])
-        elif sys.argv[1] == "agreement":
+        elif work == "agreement":
             time.sleep(0 if first else 6)
             engine.agree(0)
     except RuntimeError as error:
@@ -33,4 +32,3 @@ if __name__ == "__main__":
         print(f"{who} waited in vain: {is_loss(error)}\n", end="", flush=True)
     else:
         print(f"{who} goes on\n", end="", flush=True)
-    os._exit(0)  # torch may abort as it takes a group down whose peer is gone; what was to be seen is printed
