@@ -66,7 +66,8 @@ class Dataset(Strict):
 
     A path that begins with `.`, `/` or `~`, or that exists, is local; a relative one starts at the working directory. A
     folder holds `train/<class>/*.png` and `test/<class>/*.png`, images beside `train.csv` and `test.csv`, parquet or
-    arrow files as the hub lays them out, or what `save_to_disk` wrote. Columns are guessed only from one candidate.
+    arrow files as the hub lays them out, webdataset shards, or what `save_to_disk` wrote. Columns are guessed only from
+    one candidate.
 
     A fraction below 1 is drawn by the seed. The images of a smaller one are among those of a larger one.
     """
@@ -80,7 +81,7 @@ class Dataset(Strict):
     image: str | None = None
     """Image column; guessed where there is exactly one."""
     label: str | None = None
-    """Label column; guessed where there is exactly one `ClassLabel`."""
+    """Label column; guessed where there is exactly one `ClassLabel`. Of a webdataset `.cls`, or `label` in `.json`."""
     train: str = Field("train", min_length=1)
     """Name of the train split."""
     test: str | float = "test"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dtlctl.data import builtin, files, subset, tables
+from dtlctl.data import builtin, files, subset, tables, webdataset
 from dtlctl.data.classes import align, some
 from dtlctl.data.dataset import USUAL, Asked, Dataset, Note, Rows, Split, builtin_name, kind_of
 from dtlctl.data.shards import files_in
@@ -115,7 +115,8 @@ class Source:
             return tables.from_file(self._asked, self._root).rows
         if found := tables.from_folder(self._asked, self._tree):
             return found.rows
-        images = cache(partial(files.opened, self._asked, self._tree))
+        packed = webdataset.from_folder(self._asked, self._tree)
+        images = cache(packed or partial(files.opened, self._asked, self._tree))
         return lambda split, scratch: images(split)
 
     def _named(self, split: Split, image_size: int, scratch: Path | None) -> Rows:
