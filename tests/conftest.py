@@ -67,6 +67,11 @@ relearn_steps = 0
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, or one of them would be left alone at the end: real processes, and types."""
+    items.sort(key=lambda item: "dtlctl" not in getattr(item, "fixturenames", ()) and "mypy" not in item.name)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory):
     """Decoded images are shared by all tests of a session and by nobody else."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -35,10 +37,19 @@ def test_the_list_is_that_of_torchvision_s_classifiers_and_ours():
     assert not {"googlenet", "inception_v3", "squeezenet1_0"} & set(NAMES)
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_the_stages_of_every_architecture_hold_all_of_its_weights_once(part):
+FAMILIES = {re.match(r"[a-z]+(_v\d|_y)?", name)[0]: name for name in reversed(NAMES)} | {"small": "resnet8"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param([*FAMILIES.values()], id="one of each family"),
+        pytest.param([name for name in NAMES if name not in FAMILIES.values()], id="the rest", marks=pytest.mark.slow),
+    ],
+)
+def test_the_stages_of_every_architecture_hold_all_of_its_weights_once(names):
     """In forward order; each with a matrix or convolution; the last with 1 % of the weights or more."""
-    for arch in NAMES[part::4]:
+    for arch in names:
         stem = "small" if arch in networks.DEPTHS else "imagenet"
         networks.check(arch, stem, None, 224)
         backbone = networks.outline(arch, stem, None, 224).backbone

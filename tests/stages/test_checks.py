@@ -40,7 +40,10 @@ def sidecar(one: Experiment, path: str) -> dict:
 
 
 def test_a_price_is_measured_on_target_images_that_nothing_trains_on(recipe_file: Path):
-    """The metric is the paired price of TL and the variant on the rows that the fraction leaves out, made anew here."""
+    """The metric is the paired price of TL and the variant on the rows that the fraction leaves out, made anew here.
+
+    Every row of the history has the λ that its ratio and the gradients give.
+    """
     one = experiment(recipe_file)
     run(one, STAGES)
     found = sidecar(one, "dispose/gc")["metrics"]
@@ -53,11 +56,6 @@ def test_a_price_is_measured_on_target_images_that_nothing_trains_on(recipe_file
     cost = price(*right)
     assert (found["price"], found["price_low"], found["price_high"]) == (cost.points, cost.low, cost.high)
     assert found["price_images"] == len(held)
-
-
-def test_every_row_has_the_lambda_that_its_ratio_and_the_gradients_give(recipe_file: Path):
-    one = experiment(recipe_file)
-    run(one, STAGES)
     rows = [row for row in sidecar(one, "dispose/gc")["history"] if "lambda" in row]
     assert len(rows) == 24
     before = [row for row in rows if row["step"] < 24 * balance.FORMED]
@@ -180,7 +178,8 @@ def test_a_source_that_brought_nothing_is_told_before_the_disposal(
     recipe_file: Path, capsys, tl: float, tgt: float, told: int
 ):
     """Once, before the first of two variants; the accuracies are written into the sidecars here."""
-    one = experiment(recipe_file, "runs", "dispose.rand={lambda=0.5, steps=1, batch_size=8, unlearn={kind='uniform'}}")
+    rand = "dispose.rand={lambda=0.5, steps=1, batch_size=8, unlearn={kind='uniform'}}"
+    one = experiment(recipe_file, "runs", rand, "dispose.gc.steps=3")
     run(one, STAGES[:2])
     for path, accuracy in (("finetune", tl), ("target-only", tgt)):
         file = one.folder / path / "model.json"
