@@ -91,8 +91,10 @@ class Dataset(Strict):
     """γ: the share of the train split that is used."""
     balance: Balance = "classes"
     """What a fraction below 1 has of each class: the same number, as in the paper, or (`keep`) its share."""
-    augment: Literal["none", "crop", "crop-flip"] = "crop-flip"
-    """Of training batches. `crop`: shifts by up to an eighth of the image, black moving in; `flip`: mirrors half."""
+    augment: Literal["none", "crop", "crop-flip", "resized-crop-flip"] = "crop-flip"
+    """Of training batches. `crop`: shifts by up to an eighth of the image, black moving in; `flip`: mirrors half.
+    `resized-crop`: 8 to 100 % of the image at a ratio of 3/4 to 4/3, enlarged to the whole, as photographs are trained.
+    """
     decode: Literal["auto", "cache", "stream"] = "auto"
     """`cache`: every image once, kept at 3 bytes a pixel; `stream`: once to look at it, then whenever a batch needs it,
     by processes of their own, kept nowhere. `auto` streams what would take more than half of the room left on the

@@ -81,7 +81,9 @@ class Batches:
             x = sent(torch.from_numpy(self._begun[step]()), self.device)
         else:
             x = self._resident.index_select(0, there)
-        if self.augment != "none":
+        if self.augment == "resized-crop-flip":
+            x = resized_crop_and_flip(x, self._boxes(step, x.shape[-1]))
+        elif self.augment != "none":
             x = crop_and_flip(x, *self._draw(step, x.shape[-1] // 8))
         return Batch(_scaled(x), self.labels[there], self.rows[places])
 
@@ -105,6 +107,20 @@ class Batches:
         shifts = torch.randint(-padding, padding + 1, (self.batch_size, 2), generator=generator)
         flips = torch.rand(self.batch_size, generator=generator) < (0.5 if self.augment == "crop-flip" else 0.0)
         return self.share.of(shifts), self.share.of(flips)
+
+    def _boxes(self, step: int, size: int) -> Tensor:
+        """int64 [B, 5]: top, left, height, width, and whether mirrored, as torchvision's RandomResizedCrop draws them.
+
+        A share of 0.08 to 1 of the image, a ratio of 3/4 to 4/3 on a logarithmic scale, the first of ten that fit.
+        """
+        drawn = torch.rand(3, self.batch_size, 10, dtype=torch.float64, generator=(g := _generator(self.seed, 1, step)))
+        area, ratio = size**2 * (0.08 + 0.92 * drawn[0]), (3 / 4) ** (1 - 2 * drawn[1])
+        sides = torch.stack([area / ratio, area * ratio]).sqrt().round().clamp(1)
+        fits = (sides <= size).all(0)
+        first = fits.long().argmax(1, keepdim=True)
+        sides = sides.gather(2, first.expand(2, -1, 1))[..., 0].clamp(max=size)
+        corners = (torch.rand(2, self.batch_size, dtype=torch.float64, generator=g) * (size + 1 - sides)).floor()
+        return self.share.of(torch.cat([corners, sides, (drawn[2, :, :1] < 0.5).T]).long().T)
 
 
 def evaluation_batches(
@@ -143,6 +159,22 @@ def crop_and_flip(x: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
     places = torch.add(columns.unsqueeze(1), ys.unsqueeze(2), alpha=size + 2)  # [B, S, S]
     framed = F.pad(x, (1, 1, 1, 1)).flatten(2)
     return framed.gather(2, places.view(len(x), 1, -1).expand(-1, channels, -1)).view(x.shape)
+
+
+def resized_crop_and_flip(x: Tensor, boxes: Tensor) -> Tensor:
+    """float [B, C, S, S]: of every image its own box, enlarged to the whole, bilinearly; as torchvision resizes a crop.
+
+    x: [B, C, S, S]; boxes: int64 [B, 5] on the CPU: top, left, height, width, and whether mirrored. No box is larger
+    than the image, so nothing is ever made smaller, and there is nothing for an antialias filter to do.
+    """
+    size = x.shape[-1]
+    start, sides, mirrored = boxes.float().split([2, 2, 1], 1)
+    lines = torch.arange(size).add(0.5) * (sides / size).unsqueeze(2) - 0.5  # [B, 2, S], in pixels of the box
+    places = lines.clamp(min=0).minimum(sides.unsqueeze(2) - 1) + start.unsqueeze(2)  # nothing from outside of it
+    places[:, 1] = torch.where(mirrored > 0, places[:, 1].flip(1), places[:, 1])
+    ys, columns = sent(places * (2 / max(size - 1, 1)) - 1, x.device).unbind(1)
+    grid = torch.stack(torch.broadcast_tensors(columns.unsqueeze(1), ys.unsqueeze(2)), 3)
+    return F.grid_sample(x.float(), grid, align_corners=True)
 
 
 @lru_cache

@@ -93,7 +93,7 @@ def _samples(shard: Path) -> dict[str, dict[str, Member]]:
                 key, _, kind = name.partition(".")
                 if member.isdir():
                     continue
-                if not (member.isreg() and key and kind) or key == "_":
+                if not (member.isreg() and key and kind):  # hidden, a link, ..., of no kind
                     found[member.name] = {}
                     continue
                 parts = found.setdefault(posixpath.join(folder, key), {})
