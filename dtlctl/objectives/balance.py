@@ -13,10 +13,12 @@ START = 1.0
 """The first ratio: both terms weigh the same."""
 CHECKS, APART = 40, 10
 """How often a run looks at its price and gradients, and how many steps lie between at least: a look costs a few."""
-FORMED = 0.7
-"""The share of the steps after which the price steers: before, it tells how far the network has come."""
+LATE = 0.7
+"""The share of the steps after which the price is measured on all images."""
 GAIN, FULL = 0.5, 3.0
-"""A check changes log r by at most GAIN, where the price is FULL points or more away from the allowed one."""
+"""A check changes log r by at most GAIN, where the price is FULL points or more away from where it may be."""
+STEEPEST = 10.0
+"""The ratio and its inverse squared stay below: a price that cannot follow must not wind it up for good."""
 SMOOTH = 0.5
 """The share that a check has in log-odds of λ: a norm on one batch is noisy."""
 LEAST, MOST = 1e-4, 0.9
@@ -29,12 +31,15 @@ def aim(allowed: float, half_width: float) -> float:
     return min(allowed, 2 * allowed - half_width)
 
 
-def ratio(rows: Sequence[Mapping[str, float]], share: float, price: float, wanted: float) -> float:
-    """The ratio after a check at this share of the run. rows: the history so far; price and wanted: in points."""
+def ratio(rows: Sequence[Mapping[str, float]], share: float, price: float, wanted: float, whole: float) -> float:
+    """The ratio after a check at this share of the run. rows: the history so far; the others in points.
+
+    whole: what there is to lose. A network on its way may lack so much of it as a cosine leaves from all to nothing.
+    """
     last = next((row["ratio"] for row in reversed(rows) if "ratio" in row), START)
-    if share < FORMED:
-        return last
-    return last * math.exp(GAIN * min(1.0, max(-1.0, (wanted - price) / FULL)))
+    most = wanted + (whole - wanted) * (1 + math.cos(math.pi * share)) / 2
+    away = max(0.0, price - most) + min(0.0, price - wanted)
+    return min(STEEPEST, max(STEEPEST**-2, last * math.exp(-GAIN * min(1.0, max(-1.0, away / FULL)))))
 
 
 def lam(rows: Sequence[Mapping[str, float]], ratio: float, retain: float, unlearn: float) -> float:

@@ -160,14 +160,14 @@ class Checks:
 
     def check(self, step: int) -> dict[str, float]:
         """The price so far and the probe's accuracy in %, and λ from here on."""
-        few = slice(None) if step >= balance.FORMED * self.length else self.few
+        few = slice(None) if step >= balance.LATE * self.length else self.few
         now = self._price(few)
         probe = self._probe(self.disposal.student)
         row = {"price": now.points, "price_half_width": now.half_width, "source_probe": probe}
         if not self.allowed:
             return {**row, "lambda": self.disposal.lam}
         wanted = balance.aim(self.allowed, now.half_width)
-        ratio = balance.ratio(self.state.rows, step / self.length, now.points, wanted)
+        ratio = balance.ratio(self.state.rows, step / self.length, now.points, wanted, 100 * self.before.mean())
         lam = self._lam(step, ratio) if step < self.length else self.lam()
         return {**row, "ratio": ratio, "lambda": lam}
 
@@ -175,7 +175,7 @@ class Checks:
         """Whether the recipe lets it end here: at its last `settle` checks neither number moved."""
         wanted, step = self.job.settings.settle, self.state.step
         looks = [row for row in self.state.rows if "source_probe" in row][-(wanted or 0) - 1 :]
-        early = self.allowed is not None and step < balance.FORMED * self.length
+        early = self.allowed is not None and step < balance.LATE * self.length
         if wanted is None or early or len(looks) <= wanted or looks[-1]["step"] != step:
             return False
         columns = ([row[name] for row in looks] for name in ("price", "source_probe"))

@@ -29,16 +29,29 @@ def test_lambda_stays_between_its_bounds_where_a_gradient_vanishes_or_bursts(ret
     assert balance.lam([], 1.0, retain, unlearn) == pytest.approx(lam)
 
 
-def test_the_price_does_not_steer_while_the_network_forms():
-    assert balance.ratio([{"ratio": 0.8}], balance.FORMED - 0.01, price=60.0, wanted=1.0) == 0.8
-    assert balance.ratio([], 0.1, price=60.0, wanted=1.0) == balance.START
+def after(price: float, share: float, last: float = 2.0) -> float:
+    """The ratio after a check, by how much: of 61 points there are to lose 1 may be lost at the end."""
+    return balance.ratio([{"ratio": last}], share, price, wanted=1.0, whole=61.0) / last
+
+
+def test_a_network_on_its_way_may_lack_what_a_cosine_leaves():
+    """Half-way it may lack 1 + 60/2 = 31 points, at two thirds 1 + 60/4 = 16, at first all, at the end 1."""
+    assert balance.ratio([], 0.0, 61.0, wanted=1.0, whole=61.0) == balance.START
+    assert [after(price, 1 / 2) for price in (31.0, 1.0)] == pytest.approx([1, 1])
+    assert [after(price, 2 / 3) for price in (16.0, 1.0)] == pytest.approx([1, 1])
+    assert after(1.0, 1.0) == pytest.approx(1)
 
 
 def test_the_ratio_falls_where_the_price_is_above_and_rises_where_it_is_below():
     """1.5 points of FULL = 3 are half of GAIN: a factor of e^(1/4); 30 points are as much as 3: e^(1/2)."""
-    assert balance.ratio([{"ratio": 2.0}], 0.9, price=2.5, wanted=1.0) == pytest.approx(2 * math.exp(-0.25))
-    assert balance.ratio([{"ratio": 2.0}], 0.9, price=-0.5, wanted=1.0) == pytest.approx(2 * math.exp(0.25))
-    assert balance.ratio([{"ratio": 2.0}], 0.9, price=31.0, wanted=1.0) == pytest.approx(2 * math.exp(-0.5))
+    assert [after(32.5, 1 / 2), after(2.5, 1.0)] == pytest.approx([math.exp(-0.25)] * 2)
+    assert [after(-0.5, 0.1), after(-0.5, 1.0)] == pytest.approx([math.exp(0.25)] * 2)
+    assert after(61.0, 1 / 2) == pytest.approx(math.exp(-0.5))
+
+
+def test_a_price_that_cannot_follow_does_not_wind_the_ratio_up():
+    assert after(-9.0, 0.5, last=balance.STEEPEST) == 1
+    assert after(61.0, 1.0, last=balance.STEEPEST**-2) == 1
 
 
 def test_images_that_cannot_resolve_a_price_lower_what_is_aimed_at():
@@ -48,10 +61,10 @@ def test_images_that_cannot_resolve_a_price_lower_what_is_aimed_at():
 
 
 def test_a_run_under_control_ends_at_its_price():
-    """A plant whose price goes with the log of the ratio, 1 point at r = 1/4: there from 1, within the steering."""
+    """A plant whose price goes with the log of the ratio, 1 point at r = 1/4: from 1 to there, give or take 0.3."""
     rows: list[dict[str, float]] = []
     for check in range(1, balance.CHECKS + 1):
         at = rows[-1]["ratio"] if rows else balance.START
         price = 1 + 3 * (math.log(at) - math.log(0.25))
-        rows.append({"ratio": balance.ratio(rows, check / balance.CHECKS, price, wanted=1.0)})
-    assert rows[-1]["ratio"] == pytest.approx(0.25, rel=0.05)
+        rows.append({"ratio": balance.ratio(rows, check / balance.CHECKS, price, wanted=1.0, whole=61.0)})
+    assert 1 + 3 * (math.log(rows[-1]["ratio"]) - math.log(0.25)) == pytest.approx(1, abs=0.3)

@@ -58,8 +58,12 @@ def test_a_price_is_measured_on_target_images_that_nothing_trains_on(recipe_file
     assert found["price_images"] == len(held)
     rows = [row for row in sidecar(one, "dispose/gc")["history"] if "lambda" in row]
     assert len(rows) == 24
-    before = [row for row in rows if row["step"] < 24 * balance.FORMED]
-    assert {row["ratio"] for row in before} == {balance.START}
+    tl = one.engine.correct(
+        one.trainer.load_model("TL"), "target", one.trainer.split("target", "train", one.data.held_back("target"))
+    )
+    for number, row in enumerate(rows):
+        wanted, whole = balance.aim(2.0, row["price_half_width"]), 100 * tl.mean()
+        assert row["ratio"] == balance.ratio(rows[:number], row["step"] / 24, row["price"], wanted, whole)
     assert len({row["ratio"] for row in rows}) > 1 and len({row["lambda"] for row in rows}) > 20
     assert all(balance.LEAST <= row["lambda"] <= balance.MOST for row in rows)
 
