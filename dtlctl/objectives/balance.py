@@ -14,7 +14,7 @@ START = 1.0
 CHECKS, APART = 40, 10
 """How often a run looks at its price and gradients, and how many steps lie between at least: a look costs a few."""
 LATE = 0.7
-"""The share of the steps after which the price is measured on all images."""
+"""The share of the steps after which the price should be the allowed one, and is measured on all images."""
 GAIN, FULL = 0.5, 3.0
 """A check changes log r by at most GAIN, where the price is FULL points or more away from where it may be."""
 STEEPEST = 10.0
@@ -37,7 +37,7 @@ def ratio(rows: Sequence[Mapping[str, float]], share: float, price: float, wante
     whole: what there is to lose. A network on its way may lack so much of it as a cosine leaves from all to nothing.
     """
     last = next((row["ratio"] for row in reversed(rows) if "ratio" in row), START)
-    most = wanted + (whole - wanted) * (1 + math.cos(math.pi * share)) / 2
+    most = wanted + (whole - wanted) * (1 + math.cos(math.pi * min(1.0, share / LATE))) / 2
     away = max(0.0, price - most) + min(0.0, price - wanted)
     return min(STEEPEST, max(STEEPEST**-2, last * math.exp(-GAIN * min(1.0, max(-1.0, away / FULL)))))
 
