@@ -2,8 +2,8 @@
 
 What a λ does depends on how steep the two losses are, which differs by factors of ten and changes as a network forms.
 So λ follows from a ratio r of what the two terms of Eq. 1 weigh in a step, λ |∇unlearn| = r (1 - λ) |∇retain|, and r
-follows from the price: it stays where it starts while the network forms, and from then on goes up where the price so
-far is below the allowed one, and down where it is above.
+follows from the price so far: it goes up where that is below the allowed one, and down where it is above what a network
+on its way may still lack.
 """
 
 import math
@@ -34,7 +34,7 @@ def aim(allowed: float, half_width: float) -> float:
 def ratio(rows: Sequence[Mapping[str, float]], share: float, price: float, wanted: float, whole: float) -> float:
     """The ratio after a check at this share of the run. rows: the history so far; the others in points.
 
-    whole: what there is to lose. A network on its way may lack so much of it as a cosine leaves from all to nothing.
+    whole: what there is to lose. A network on its way may lack what a cosine leaves of it, from all down to `wanted`.
     """
     last = next((row["ratio"] for row in reversed(rows) if "ratio" in row), START)
     most = wanted + (whole - wanted) * (1 + math.cos(math.pi * min(1.0, share / LATE))) / 2

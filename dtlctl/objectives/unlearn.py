@@ -30,6 +30,8 @@ class OnePart(Algorithm):
     needs_maps: ClassVar[bool] = False
     """Whether `ChunkOutputs.maps` are wanted."""
     trains_source_head: ClassVar[bool] = True
+    no_price: ClassVar[str] = ""
+    """Why no λ can be found for a price, if none can."""
 
 
 class GradientCollision(Algorithm):
@@ -49,6 +51,7 @@ class GradientCollision(Algorithm):
     """Least cosine of the first batch's gradient to float64's, or the disposal stops. `bfloat16` requires it."""
     trains_source_head: ClassVar[bool] = True
     needs_maps: ClassVar[bool] = False
+    no_price: ClassVar[str] = ""
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         value, surrogate = step.collide(lambda c: F.cross_entropy(c.source, c.y), self_pairs=self.self_pairs)
@@ -82,6 +85,7 @@ class NegativeCrossEntropy(OnePart):
     """NEG, Eq. 13: gradient ascent on the source task. Unbounded below."""
 
     kind: Literal["negative-ce"] = "negative-ce"
+    no_price: ClassVar[str] = "has no bound, so that none would hold; write lambda instead, 0.01 or less"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         loss = _mean([-F.cross_entropy(c.source, c.y) for c in step.chunks])
@@ -200,6 +204,7 @@ class Nothing(OnePart):
     """No unlearning: with `init = "fresh"` the reference `distilled`, a new network that only ever saw TL's answers."""
 
     kind: Literal["none"] = "none"
+    no_price: ClassVar[str] = "has no lambda to find; leave it out"
     trains_source_head: ClassVar[bool] = False
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:

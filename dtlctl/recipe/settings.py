@@ -108,7 +108,7 @@ class Dispose(Training):
     """One variant: minimises `(1 − lambda) · retain + lambda · unlearn` (Eq. 1). An empty table is the recommended
     one, of 10 epochs of the source."""
 
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     batch_size: int = Field(64, ge=2, le=65_536)
     """Images a step."""
     clip: float | None = Field(10.0, gt=0)
@@ -157,8 +157,8 @@ class Dispose(Training):
             raise ValueError(f"unlearn.chunks = {chunks} does not divide batch_size = {size} (rest {size % chunks})")
         if size // chunks < 2:
             raise ValueError(f"a chunk would hold {size // chunks} image; 2 are needed")
-        if self.unlearn.kind == "none" and self.price is not None:
-            raise ValueError('price: unlearn = { kind = "none" } has no lambda to find; leave it out')
+        if self.price is not None and self.unlearn.no_price:
+            raise ValueError(f'price: unlearn = {{ kind = "{self.unlearn.kind}" }} {self.unlearn.no_price}')
         if self.lam is not None and self.price is not None:
             raise ValueError(f"price = {self.price:g} finds lambda, and lambda = {self.lam:g} is given; leave one out")
         if self.price is not None and self.repair:
