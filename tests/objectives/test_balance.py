@@ -35,18 +35,18 @@ def after(price: float, share: float, last: float = 2.0) -> float:
 
 
 def test_a_network_on_its_way_may_lack_what_a_cosine_leaves():
-    """Half-way it may lack 1 + 60/2 = 31 points, at two thirds 1 + 60/4 = 16, at first all, at the end 1."""
+    """Half-way to LATE it may lack 1 + 60/2 = 31 points, at two thirds 1 + 60/4 = 16, at first all, from LATE on 1."""
     assert balance.ratio([], 0.0, 61.0, wanted=1.0, whole=61.0) == balance.START
-    assert [after(price, 1 / 2) for price in (31.0, 1.0)] == pytest.approx([1, 1])
-    assert [after(price, 2 / 3) for price in (16.0, 1.0)] == pytest.approx([1, 1])
-    assert after(1.0, 1.0) == pytest.approx(1)
+    assert [after(price, balance.LATE / 2) for price in (31.0, 1.0)] == pytest.approx([1, 1])
+    assert [after(price, balance.LATE * 2 / 3) for price in (16.0, 1.0)] == pytest.approx([1, 1])
+    assert [after(1.0, share) for share in (balance.LATE, 1.0)] == pytest.approx([1, 1])
 
 
 def test_the_ratio_falls_where_the_price_is_above_and_rises_where_it_is_below():
     """1.5 points of FULL = 3 are half of GAIN: a factor of e^(1/4); 30 points are as much as 3: e^(1/2)."""
-    assert [after(32.5, 1 / 2), after(2.5, 1.0)] == pytest.approx([math.exp(-0.25)] * 2)
+    assert [after(32.5, balance.LATE / 2), after(2.5, 1.0)] == pytest.approx([math.exp(-0.25)] * 2)
     assert [after(-0.5, 0.1), after(-0.5, 1.0)] == pytest.approx([math.exp(0.25)] * 2)
-    assert after(61.0, 1 / 2) == pytest.approx(math.exp(-0.5))
+    assert after(61.0, balance.LATE / 2) == pytest.approx(math.exp(-0.5))
 
 
 def test_a_price_that_cannot_follow_does_not_wind_the_ratio_up():
