@@ -130,7 +130,7 @@ def from_hub(asked: Asked) -> Tables:
 def from_file(asked: Asked, root: Path) -> Tables:
     """A parquet or arrow file: the split "train"."""
     if root.suffix.lower() not in _BUILDERS:
-        hint = "; write the folder that holds it" if root.suffix.lower() in LISTS else kinds([root.name])
+        hint = "; write the folder that holds it" if root.suffix.lower() in (*LISTS, ".tar") else kinds([root.name])
         raise DataError(f"data.{asked.role}.path: {root} is neither a folder nor a .parquet or .arrow file{hint}")
     return Tables(asked, {"train": Files(asked, [str(root)])})
 

@@ -167,6 +167,12 @@ def test_what_is_no_webdataset_or_no_label_is_refused(tmp_path, members, recipe,
     assert message in refused(Dataset(path=str(tmp_path / "d"), **recipe))
 
 
+def test_one_shard_alone_is_asked_for_by_its_folder(tmp_path):
+    one = shard(tmp_path / "d/0.tar", samples(["a", "b"]))
+    assert refused(Dataset(path=str(one))).endswith("; write the folder that holds it")
+    assert named(load(Dataset(path=str(one.parent)))) == ["a", "b"]
+
+
 def test_images_are_read_where_they_lie(tmp_path):
     """Fifty megabytes beside the images of a shard never are in memory; neither is a copy of them on the disk."""
     members = {**samples(["a", "b"] * 20), "some/000.npy": bytes(50_000_000)}
