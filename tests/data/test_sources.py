@@ -67,7 +67,7 @@ def message(dataset, split="train") -> str:
         ({"path": "owner/.."}, "neither a hub id"),
         ({"path": "o/n", "fraction": 0.0}, "greater than 0"),
         ({"path": "o/n", "fraction": 1.1}, "less than or equal to 1"),
-        ({"path": "o/n", "augment": "flip"}, "'none', 'crop' or 'crop-flip'"),
+        ({"path": "o/n", "augment": "flip"}, "'none', 'crop', 'crop-flip' or 'resized-crop-flip'"),
         ({"path": "o/n", "test": ""}, "'' is neither a split's name nor a share between 0 and 1, such as 0.2"),
         ({"path": "o/n", "test": 1.0}, "1.0 is neither a split's name nor a share"),
         ({"path": "builtin:digits", "test": 0.2}, "has the splits train and test, not 0.2"),
