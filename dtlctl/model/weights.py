@@ -86,6 +86,10 @@ def _fitted(
     """The backbone's tensors and the head's. Raises ValueError for those of another network."""
     like = outline(*(network[name] for name in ("arch", "stem", "width", "image_size")))
     own, names = like.backbone.state_dict(), [f"{like.readout}.weight", f"{like.readout}.bias"]
+    wrapper = os.path.commonprefix([*tensors]).rpartition(".")[0] + "."  # module. of DDP, _orig_mod. of torch.compile
+    if not own.keys() & tensors.keys() and len(wrapper) > 1:
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+        notes.append(f"the names of its tensors begin with {wrapper}, which is taken off")
     backbone = {name: tensor for name, tensor in tensors.items() if name not in names}
     head = [tensors[name] for name in names if name in tensors]
     shapes = {"missing": [name for name in own if name not in backbone and not name.endswith(COUNT)]}

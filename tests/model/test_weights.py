@@ -146,6 +146,17 @@ class Bomb:
         return exec, ("raise SystemExit('unpickled')",)
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model.net."])
+def test_what_a_wrapper_puts_before_every_name_is_taken_off(tmp_path: Path, wrapper: str):
+    """DistributedDataParallel, torch.compile and training frameworks save a network as a part of their own."""
+    tensors = saved(tmp_path / "plain.safetensors")
+    save_file({wrapper + name: tensor for name, tensor in tensors.items()}, tmp_path / "wrapped.safetensors")
+    plain, wrapped = (weights.read(str(tmp_path / f"{name}.safetensors"), TINY) for name in ("plain", "wrapped"))
+    assert wrapped.backbone.keys() == plain.backbone.keys()
+    assert wrapped.head and torch.equal(wrapped.head[0], tensors["fc.weight"])
+    assert any(wrapper in note for note in wrapped.notes) and not plain.notes
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".BIN"])
 def test_a_pickle_is_not_opened_and_three_lines_convert_it(tmp_path: Path, monkeypatch, suffix: str):
     """The three lines are run, on a file that torch wrote."""
