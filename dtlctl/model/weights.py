@@ -86,8 +86,8 @@ def _fitted(
     """The backbone's tensors and the head's. Raises ValueError for those of another network."""
     like = outline(*(network[name] for name in ("arch", "stem", "width", "image_size")))
     own, names = like.backbone.state_dict(), [f"{like.readout}.weight", f"{like.readout}.bias"]
-    first = next(iter(own))
-    wrapper = next((name.removesuffix(first) for name in tensors if name.endswith(f".{first}")), "")
+    anchor = next(iter(own))
+    wrapper = next((name.removesuffix(anchor) for name in tensors if name.endswith(f".{anchor}")), "")
     if wrapper and all(name.startswith(wrapper) for name in tensors):  # module. of DDP, _orig_mod. of torch.compile
         tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
         notes.append(f"the names of its tensors begin with {wrapper}, which is taken off")
