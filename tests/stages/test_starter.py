@@ -216,9 +216,9 @@ def test_a_network_of_timm_is_told_by_its_folder_or_by_name(
 @pytest.mark.parametrize(
     ("arch", "variant", "kinds"),
     [
-        ("mobilenet_v3_small", "rand", ["full", "renorm", "probe"]),  # hard sigmoids have no second derivative
-        ("convnext_tiny", "gc", ["full", "probe"]),  # no batch norm that could be renewed
-        ("resnet32", "gc", ["full", "renorm", "probe"]),
+        ("mobilenet_v3_small", "rand", ["full", "norms", "renorm-probe", "probe"]),  # hard sigmoids have no second derivative
+        ("convnext_tiny", "gc", ["full", "probe"]),  # no batch norm
+        ("resnet32", "gc", ["full", "norms", "renorm-probe", "probe"]),
     ],
 )
 def test_disposal_and_attackers_are_those_that_the_network_can(
