@@ -216,7 +216,7 @@ def test_a_network_of_timm_is_told_by_its_folder_or_by_name(
 @pytest.mark.parametrize(
     ("arch", "variant", "kinds"),
     [
-        ("mobilenet_v3_small", "rand", ["full", "norms", "renorm-probe", "probe"]),  # hard sigmoids have no second derivative
+        ("mobilenet_v3_small", "rand", ["full", "norms", "renorm-probe", "probe"]),  # hard sigmoids
         ("convnext_tiny", "gc", ["full", "probe"]),  # no batch norm
         ("resnet32", "gc", ["full", "norms", "renorm-probe", "probe"]),
     ],
