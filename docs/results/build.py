@@ -46,7 +46,7 @@ LABELS = {
     "lr-0.01": "learning rate 0.01", "lr-0.1": "learning rate 0.1", "gc-src-kd": "distilled on source images",
     "gc-tgt-kd": "distilled on target images", "gc-tgt-ce": "target labels",
     "gc-3": "gradient collision, three passes", "gc-two": "gradient collision, two fresh stages",
-    "gc-tl": "gradient collision, from TL", "regrown": "no unlearning loss, grown anew",
+    "gc-tl": "gradient collision, from TL", "sim": "simulated attacker", "regrown": "no unlearning loss, grown anew",
     "gc-tgt-a-gem": "A-GEM on target images",
 }  # fmt: skip
 """A model in a table: its unlearning loss, fresh stages, and whose images retain, where not the source's alone."""
@@ -86,6 +86,10 @@ class Seeds(dict[int, float]):
     @property
     def each(self) -> str:
         return ", ".join(map(tenth, self.values()))
+
+    @property
+    def tight(self) -> str:
+        return str(self).replace(" ", "")
 
     def __str__(self) -> str:
         return f"{tenth(self.mean)} ± {self.half:.1f}" if len(self) > 1 else tenth(self.mean)
