@@ -17,8 +17,8 @@ LATE = 0.7
 """The share of the steps after which the price should be the allowed one, and is measured on all images."""
 GAIN, FULL = 0.5, 3.0
 """A check changes log r by at most GAIN, where the price is FULL points or more away from where it may be."""
-STEEPEST = 10.0
-"""The ratio and its inverse squared stay below: a price that cannot follow must not wind it up for good."""
+LEAST_RATIO, MOST_RATIO = 0.01, 10.0
+"""The ratio stays between these: where the price cannot follow, it must not go so far that it takes long to return."""
 SMOOTH = 0.5
 """The share that a check has in log-odds of λ: a norm on one batch is noisy."""
 LEAST, MOST = 1e-4, 0.9
@@ -39,7 +39,7 @@ def ratio(rows: Sequence[Mapping[str, float]], share: float, price: float, wante
     last = next((row["ratio"] for row in reversed(rows) if "ratio" in row), START)
     most = wanted + (whole - wanted) * (1 + math.cos(math.pi * min(1.0, share / LATE))) / 2
     away = max(0.0, price - most) + min(0.0, price - wanted)
-    return min(STEEPEST, max(STEEPEST**-2, last * math.exp(-GAIN * min(1.0, max(-1.0, away / FULL)))))
+    return min(MOST_RATIO, max(LEAST_RATIO, last * math.exp(-GAIN * min(1.0, max(-1.0, away / FULL)))))
 
 
 def lam(rows: Sequence[Mapping[str, float]], ratio: float, retain: float, unlearn: float) -> float:

@@ -85,7 +85,7 @@ class NegativeCrossEntropy(OnePart):
     """NEG, Eq. 13: gradient ascent on the source task. Unbounded below."""
 
     kind: Literal["negative-ce"] = "negative-ce"
-    no_price: ClassVar[str] = "has no bound, so that none would hold; write lambda instead, 0.01 or less"
+    no_price: ClassVar[str] = "has no bound, so no price would hold; write lambda instead, 0.01 or less"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         loss = _mean([-F.cross_entropy(c.source, c.y) for c in step.chunks])

@@ -50,8 +50,8 @@ def test_the_ratio_falls_where_the_price_is_above_and_rises_where_it_is_below():
 
 
 def test_a_price_that_cannot_follow_does_not_wind_the_ratio_up():
-    assert after(-9.0, 0.5, last=balance.STEEPEST) == 1
-    assert after(61.0, 1.0, last=balance.STEEPEST**-2) == 1
+    assert after(-9.0, 0.5, last=balance.MOST_RATIO) == 1
+    assert after(61.0, 1.0, last=balance.LEAST_RATIO) == 1
 
 
 def test_images_that_cannot_resolve_a_price_lower_what_is_aimed_at():

@@ -96,7 +96,7 @@ def test_without_images_to_measure_a_price_on_nothing_trains(recipe_file: Path):
         ("{price=1.0, lambda=0.1, steps=4}", "leave one out"),
         ("{price=1.0, repair=0.5, steps=4}", "repair"),
         ("{price=1.0, steps=4, unlearn={kind='none'}}", "no lambda to find"),
-        ("{price=1.0, steps=4, unlearn={kind='negative-ce'}}", "has no bound, so that none would hold; write lambda"),
+        ("{price=1.0, steps=4, unlearn={kind='negative-ce'}}", "has no bound, so no price would hold; write lambda"),
         ("{price=0, steps=4}", "greater than 0"),
     ],
 )
