@@ -45,7 +45,7 @@ def init(
         say("init: looking at the data, and measuring some steps of training", quiet)
         from dtlctl.stages import starter
 
-        print(starter.write(source, target, attacker, weights, arch, size, name, minutes), end="")
+        print(starter.write(source, target, attacker, weights, arch, size, name, minutes, quiet), end="")
         return
     known = shipped()
     if which is None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from dtlctl.console import devices
 from dtlctl.console.machine import busy, cores
+from dtlctl.console.progress import say
 from dtlctl.data import files, subset
 from dtlctl.data.dataset import Dataset, Rows, Split, kind_of
 from dtlctl.data.sources import Source
@@ -58,12 +59,12 @@ LOOKED = 48
 
 def write(
     source: str, target: str, attacker: str | None, weights: str | None, arch: str | None, size: int | None,
-    name: str | None, minutes: int = MINUTES,
+    name: str | None, minutes: int = MINUTES, quiet: bool = True,
 ) -> str:  # fmt: skip
     """The recipe as TOML. Raises what the stages would for data and weights that they cannot use.
 
     arch: the network, as in a recipe; None for one that fits this machine, or for that of the weights. minutes: what
-    the run may take here.
+    the run may take here; where that starves the disposal, it is said.
     """
     seconds = 60 * PLANNED * minutes
     seen = {"source": look(source, "source"), "target": look(target, "target")}
@@ -76,7 +77,7 @@ def write(
     each = max(4, min(20, min(own["counts"]) // 20))
     side = _side(max(own["side"], seen["target"]["side"]), size, gpu)
     sizes = len(own["counts"]), len(seen["target"]["counts"])
-    network, outputs = adopted(weights, arch, side, *sizes) if weights else ({}, 0)
+    network, outputs, known = adopted(weights, arch, side, *sizes, size is not None) if weights else ({}, 0, False)
     told_to = resolution(max(1, seen["target"]["tests"]), EXPECTED)
     told: dict[str, Any] = {
         "toml": partial(json.dumps, ensure_ascii=False),
@@ -98,6 +99,7 @@ def write(
         "adopted": "finetune" if outputs == len(seen["target"]["counts"]) != len(own["counts"]) else "pretrain",
         "weights": weights,
         "asked": arch is not None,
+        "sized": "as asked" if size else "known" if known else "guessed" if weights else "seen",
     }
     for told["model"] in [network] if weights else _networks(side, arch, gpu, size is not None):
         told |= _able(told["model"])
@@ -113,7 +115,14 @@ def write(
             break
     total = told["epochs"] * told["fraction"] * spent["pretrain"] + told["steps"] * spent["dispose"] + spent["rest"]
     told["minutes"] = words(total / 60, "min") + (f" ({note})" if (note := busy()) else "")
+    _say_starved(told["steps"], total, quiet)
     return _render(told)
+
+
+def _say_starved(steps: int, seconds: np.ndarray, quiet: bool) -> None:
+    if steps < STEPS:
+        short = f"{steps:,} steps of disposal fit; with fewer than {STEPS} a new network may not get as far as TL"
+        say(f"init: {words(seconds / 60, 'min')} here; {short}: more --minutes, or a smaller --size or --arch", quiet)
 
 
 def lengths(room: float, images: int, epoch: float, step: float) -> dict[str, float]:
@@ -211,18 +220,22 @@ def _able(model: dict[str, Any]) -> dict[str, Any]:
     return {"lacking": networks.no_second_derivative(*spec), "normed": normed}
 
 
-def adopted(weights: str, arch: str | None, side: int, source: int, target: int) -> tuple[dict[str, Any], int]:
-    """Keys of [model] for the network that weights are of, and their head's outputs; source, target: classes.
+def adopted(
+    weights: str, arch: str | None, side: int, source: int, target: int, fixed: bool
+) -> tuple[dict[str, Any], int, bool]:
+    """Keys of [model] for the network that weights are of, their head's outputs, whether the images' size is theirs.
 
     By `arch`, or what the file or the config.json of its folder says, or else of any ResNet that they fit.
-    side: of the images, unless the network takes those alone that it was trained on. Raises CheckpointError.
+    side: of the images, where nothing says what the network was trained on, or it is fixed: asked for. source, target:
+    classes. Raises CheckpointError.
     """
     said = {} if weights.startswith(REGISTRY) else tensors_of(weights)[1]
     own = {key: said[key] for key in ("width", "mean", "std") if said.get(key)}
     told = arch or said.get("arch") or ("timm" in said and f"{networks.TIMM}{said['timm']}")
     archs = [told] if told else [*(f"resnet{depth}" for depth in (18, 34, 50, 101, 152, 10)), *networks.DEPTHS]
     stems = [said["stem"]] if "stem" in said else ["imagenet", "small"]
-    sides = dict.fromkeys([side, *(said[key] for key in ("image_size", "side") if key in said), 224])
+    trained, built = ([said[key]] if key in said else [] for key in ("image_size", "side"))
+    sides = dict.fromkeys([*trained * (not fixed), side, *trained, *built, 224])
     failures: list[Exception] = []
     for stem, name, size in product(stems, archs, sides):
         keys = {"arch": name, "stem": stem, "image_size": size, **own}
@@ -233,7 +246,7 @@ def adopted(weights: str, arch: str | None, side: int, source: int, target: int)
         except (CheckpointError, ValueError, TypeError) as error:  # a header may hold anything
             failures.append(error)
         else:
-            return keys, _outputs(weights, given, source, target)
+            return keys, _outputs(weights, given, source, target), size in (*trained, *built)
     fitted = [error for error in failures if isinstance(error, CheckpointError)] or failures
     more = (
         ""

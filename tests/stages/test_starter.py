@@ -62,6 +62,7 @@ def written(folder: Path, *arguments: object) -> Recipe:
         "size": None,
         "name": None,
         "minutes": 30,
+        "quiet": True,
     }
     options |= dict(zip(options, arguments, strict=False))
     text = starter.write(str(folder / "s"), str(folder / "t"), **options)
@@ -109,7 +110,7 @@ def test_weights_say_which_network_they_are_of(clock, tmp_path: Path, arch: str,
         written(tmp_path, None, str(file))
 
 
-def test_lengths_follow_the_machine(clock, tmp_path: Path):
+def test_lengths_follow_the_machine(clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """1,000 images of 2 classes, 20 x 28: 16 pixels fit. Image passes, at a quicker and quicker machine:
 
     fine-tuning twice, max(60, 100/2) = 60 steps of 64, of 80 images: 7,680. Three models: 150 steps of 40 images (2 x
@@ -135,7 +136,9 @@ def test_lengths_follow_the_machine(clock, tmp_path: Path):
     assert (recipe.pretrain.epochs, recipe.data.source.fraction, recipe.dispose["gc"].steps) == (8, 0.039, 3)
     assert recipe.data.piggyback["source"].balance == "classes"
     clock(0.02)  # 60 minutes are 108,000 images: attackers need no more than a third with 49 steps (35,280 images)
-    recipe = written(tmp_path, None, None, None, None, None, 60)
+    assert capsys.readouterr().err == ""
+    recipe = written(tmp_path, None, None, None, None, None, 60, False)
+    assert f"{recipe.dispose['gc'].steps} steps of disposal fit" in capsys.readouterr().err
     assert recipe.piggyback.steps == 50 and recipe.dispose["gc"].steps > 193
 
 
@@ -234,16 +237,18 @@ def test_disposal_and_attackers_are_those_that_the_network_can(
         written(tmp_path, None, None, "no_such_network")
 
 
-def test_an_export_says_its_own_width(clock, tmp_path: Path):
+def test_an_export_says_its_own_width_and_size(clock, tmp_path: Path):
+    """The images have 20 pixels, and 64; the network was trained on 24, which is what it gets unless asked."""
     images(tmp_path / "s", 3, 4, 1)
-    images(tmp_path / "t", 2, 4, 1)
-    spec: dict[str, Any] = {"arch": "resnet8", "stem": "small", "width": 24, "image_size": 16, "mean": [0.4, 0.5, 0.6]}
+    images(tmp_path / "t", 2, 4, 1, (64, 64))
+    spec: dict[str, Any] = {"arch": "resnet8", "stem": "small", "width": 24, "image_size": 24, "mean": [0.4, 0.5, 0.6]}
     model = networks.build(heads={"target": 2}, **spec)
     header = {"dtlctl": json.dumps({**spec, "std": [1.0, 1.0, 1.0], "classes": ["class0", "class1"]})}
     save_file(model.plain_state("target"), tmp_path / "net.safetensors", header)
     recipe = written(tmp_path, None, str(tmp_path / "net.safetensors"))
     assert {**recipe.model.model_dump(), **spec} == recipe.model.model_dump()
     assert recipe.finetune.weights
+    assert written(tmp_path, None, str(tmp_path / "net.safetensors"), None, 32).model.image_size == 32
 
 
 def test_an_attackers_images_are_a_dataset_of_their_own(clock, tmp_path: Path):
