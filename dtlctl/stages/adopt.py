@@ -1,8 +1,11 @@
 """A model that exists already, in place of one that the run would train: `pre`, TGT, TL, or a reference."""
 
+import math
 import time
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from dtlctl.data.dataset import Note
 from dtlctl.errors import CheckpointError
@@ -35,16 +38,31 @@ def adopt(experiment: Experiment, job: Job[Any]) -> None:
     said, metrics = list(given.notes), dict[str, Any]()
     if roles := " and ".join(f"data.{role}" for role in job.roles):
         said.append(f"taken as trained on the train split of {roles}, and not on the test split: audits rest on that")
+    for role in job.roles:
+        if not isinstance(share := experiment.recipe.data.of(role).test, str):
+            drawn = f"data.{role}.test = {share:g} is drawn here: a network that was trained on all of the folder has"
+            said.append(f"{drawn} seen these images, and accuracies and audits mean little")
     for head in HEADS.get(job.model, ()):
         try:
             said.append(_head(experiment, job, model, given, head))
         except ValueError as error:
             raise CheckpointError(f"{experiment.source}: {job.title}: {where}: {error}") from None
         metrics |= experiment.trainer.measured(model, {f"acc_{head[0]}": (head, head)})
+        if FITTED not in said[-1]:
+            said += _by_chance(metrics[f"acc_{head[0]}"], experiment.data.images(head, "test").labels)
     for text in said:
         experiment.processes.say(f"{job.title}: {text}")
     notes = [Note("fitted-head" if FITTED in text else "weights", 1, text) for text in said]
     experiment.results.publish(job, metrics, History(seconds=time.perf_counter() - started), model, notes)
+
+
+def _by_chance(accuracy: float, labels: np.ndarray) -> list[str]:
+    """What to look at where answers are right as seldom as guessed ones: within two standard deviations, or less."""
+    share = float(np.bincount(labels[labels >= 0]).max()) / (count := int((labels >= 0).sum()))
+    if accuracy / 100 > share + 2 * math.sqrt(share * (1 - share) / count):
+        return []
+    wrong = "image_size, mean or std under [model] may be wrong, or the order of its classes"
+    return [f"{accuracy:.1f} % is no better than chance: {wrong}"]
 
 
 def _head(experiment: Experiment, job: Job[Any], model: Classifier, given: weights.Given, head: str) -> str:

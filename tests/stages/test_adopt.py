@@ -119,6 +119,19 @@ def test_what_has_no_head_for_the_target_or_names_others_is_told(trained: Experi
     assert "no class '0'" in note["text"] and "fitted" in note["text"]
 
 
+@pytest.mark.parametrize(("rolled", "told"), [(0, False), (1, True)])
+def test_a_head_in_another_order_is_no_better_than_chance_and_told(
+    trained: Experiment, recipe_file: Path, rolled: int, told: bool
+):
+    file = recipe_file.parent / "pre.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors[name].roll(rolled, 0) for name in ("fc.weight", "fc.bias")}, file)
+    experiment = new(recipe_file, f"pretrain={{weights='{file}'}}")
+    run(experiment, ("pretrain",))
+    notes = [note["text"] for note in sidecar(experiment, "pretrain/model.json")["notes"]["weights"]]
+    assert any("chance" in note and "order of its classes" in note for note in notes) is told
+
+
 def test_nothing_is_trained_before_all_weights_fit(recipe_file: Path):
     with pytest.raises(CheckpointError, match=r"reference\.public\.weights: nowhere.* does not exist"):
         new(recipe_file, "reference.public={weights='nowhere.safetensors'}")
