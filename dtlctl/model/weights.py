@@ -192,6 +192,7 @@ def _file(weights: str) -> Path:
             f"{weights}: a pickle can run any code, and is not opened. Convert it, where it may do no harm:\n"
             "import torch, safetensors.torch as st\n"
             f"state = torch.load({path.name!r}, map_location='cpu', weights_only=True)\n"
+            "state = state.get('model', state.get('state_dict', state))  # of a larger checkpoint\n"
             f"st.save_file({{k: v.contiguous() for k, v in state.items()}}, {f'{path.stem}.safetensors'!r})"
         )
     if path.is_dir():

@@ -158,13 +158,14 @@ def test_what_a_wrapper_puts_before_every_name_is_taken_off(tmp_path: Path, wrap
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".BIN"])
-def test_a_pickle_is_not_opened_and_three_lines_convert_it(tmp_path: Path, monkeypatch, suffix: str):
-    """The three lines are run, on a file that torch wrote."""
+def test_a_pickle_is_not_opened_and_four_lines_convert_it(tmp_path: Path, monkeypatch, suffix: str):
+    """The four lines are run, on a file that torch wrote: the tensors, or a training script's checkpoint."""
     (tmp_path / f"bomb{suffix}").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(CheckpointError, match="weights_only=True"):
         weights.identity(str(tmp_path / f"bomb{suffix}"), "resnet8")
     tensors = saved(tmp_path / "x.safetensors")
-    torch.save(tensors, tmp_path / f"mine{suffix}")
+    wrapped = {".pth": {"state_dict": tensors, "epoch": 3}, ".pt": {"model": tensors, "epoch": 3}}
+    torch.save(wrapped.get(suffix, tensors), tmp_path / f"mine{suffix}")
     with pytest.raises(CheckpointError) as told:
         weights.read(str(tmp_path / f"mine{suffix}"), TINY)
     monkeypatch.chdir(tmp_path)
