@@ -79,7 +79,7 @@ def demand(document: dict[str, Any], model: str | None, limits: Publish | None, 
         raise EvidenceError(
             f"{where}: [publish] is not met by {model}: {' '.join(short)}\n"
             f"more test images narrow an interval; without training there is another limit "
-            f"({' and '.join(looser)}, by --set, or none), which the card tells"
+            f"({' and '.join(looser)}, by --set) or none (their lines deleted), which the card tells"
         )
 
 

@@ -81,7 +81,9 @@ def load(path: Path | str) -> networks.Classifier:
         names = dict(zip(model.plain_state("target"), model.state_dict(), strict=True))
         checkpoint.fill(model, {names.get(name, name): tensor for name, tensor in tensors.items()})
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a model that dtlctl exported ({error})") from None
+        raise CheckpointError(
+            f"{path}: not a model that dtlctl exported ({error}); of a run, `dtlctl export` writes one"
+        ) from None
     return model.eval()
 
 
