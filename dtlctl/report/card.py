@@ -30,7 +30,8 @@ def evidence(experiment: Experiment) -> dict[str, Any]:
     made, asked = ({**one.resolved(), "publish": None} for one in (recipe_of(experiment.folder), experiment.recipe))
     if made != asked:
         other = ", ".join(name for name in asked if made.get(name) != asked[name])
-        raise RecipeError(f"{experiment.folder}: made from other settings of {other}; run: {experiment.command('run')}")
+        remedy = f"repeat the --set of the run, or run: {experiment.command('run')}"
+        raise RecipeError(f"{experiment.folder}: made from other settings of {other}; {remedy}")
     document = summarise([experiment.folder])
     return document | {"verdict": asdict(verdict.verdict(document, experiment.recipe.publish))}
 

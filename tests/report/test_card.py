@@ -129,7 +129,7 @@ def test_without_a_name_it_is_what_the_verdict_recommends(experiment: Experiment
 
 def test_a_run_of_another_recipe_is_no_evidence(experiment: Experiment, call):
     code, _, err = call("export", experiment.source, "--model", "TL", "--to", "release", "--set", "audit.repeats=3")
-    assert code == 2 and "made from other settings of audit; run: dtlctl run" in err
+    assert code == 2 and "made from other settings of audit; repeat the --set of the run, or run: dtlctl run" in err
 
 
 @pytest.mark.parametrize(
