@@ -122,7 +122,8 @@ def write(
 def _say_starved(steps: int, seconds: np.ndarray, quiet: bool) -> None:
     if steps < STEPS:
         short = f"{steps:,} steps of disposal fit; with fewer than {STEPS} a new network may not get as far as TL"
-        say(f"init: {words(seconds / 60, 'min')} here; {short}: more --minutes, or a smaller --size or --arch", quiet)
+        time = words((seconds / 60).tolist(), "min")
+        say(f"init: {time} here; {short}: more --minutes, or a smaller --size or --arch", quiet)
 
 
 def lengths(room: float, images: int, epoch: float, step: float) -> dict[str, float]:
