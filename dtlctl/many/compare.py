@@ -60,7 +60,7 @@ def compare(
         return base.dispose[variant].model_copy(update={"lam": lam, "price": None})
 
     outside = base.finetune.weights is not None
-    tl = [(tested if outside else validation)(experiment, "TL") for experiment in made("search", {})]
+    tl = [answers(experiment, "TL", tested=outside) for experiment in made("search", {})]
     cost = price_apart if outside else price
     document: dict[str, Any] = {"compare": settings.model_dump(mode="json"), "images": images, "seeds": seeds}
     document["variants"], matched = {}, dict(base.dispose)
@@ -72,7 +72,7 @@ def compare(
                 disposed = made("search", {name: at(variant, lam)}, "dispose")
             except DivergedError as error:
                 raise DivergedError(f"dispose.{name}: {error}") from None
-            found = [cost(before, validation(one, name)) for before, one in zip(tl, disposed, strict=True)]
+            found = [cost(before, answers(one, name)) for before, one in zip(tl, disposed, strict=True)]
             by_seed = ", ".join(f"{one.points:.1f} ± {one.half_width:.1f}" for one in found)
             say(f"{name}: {by_seed} points below TL, by seed", quiet)
             return found
@@ -170,16 +170,10 @@ def rounded(lam: float) -> float:
     return float(f"{min(max(lam, LOW), HIGH):.4g}")
 
 
-def validation(experiment: Experiment, model: str) -> np.ndarray:
-    """bool [n]: which target images of the train split that nothing was trained on the model answers rightly."""
-    images = experiment.trainer.split("target", "train", experiment.data.held_back("target"))
-    return experiment.engine.correct(experiment.trainer.load_model(model), "target", images)
-
-
-def tested(experiment: Experiment, model: str) -> np.ndarray:
-    """bool [m]: the same of the test split."""
-    images = experiment.trainer.split("target", "test")
-    return experiment.engine.correct(experiment.trainer.load_model(model), "target", images)
+def answers(experiment: Experiment, model: str, *, tested: bool = False) -> np.ndarray:
+    """bool [n]: which target images that nothing was trained on, or of the test split, the model answers rightly."""
+    seen: Any = ("test", None) if tested else ("train", experiment.data.held_back("target"))
+    return experiment.trainer.right(experiment.trainer.load_model(model), "target", *seen)
 
 
 def advice(

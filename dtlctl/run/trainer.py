@@ -95,6 +95,17 @@ class Trainer:
         batches = evaluation_batches(images.pixels, images.labels, rows, device=engine.device, share=engine.share)
         return engine.stoppable(batches)
 
+    def whole(
+        self, role: str, split: Split, rows: np.ndarray | None = None, size: int | None = None
+    ) -> Iterator[Batch]:
+        """All of a split, or of some rows of it, on this process: what is few, or is not shared out."""
+        images, device = self.data.images(role, split), self.processes.engine.device
+        return evaluation_batches(images.pixels, images.labels, rows, device=device, batch_size=size)
+
+    def right(self, model: networks.Classifier, role: str, split: Split, rows: np.ndarray | None) -> np.ndarray:
+        """bool [n]: which images of a split, or of some rows of it, the head of that role answers rightly."""
+        return self.processes.engine.correct(model, role, self.split(role, split, rows))
+
     def measured(self, model: networks.Classifier, measures: dict[str, tuple[str, str]]) -> dict[str, Any]:
         """Accuracies in % as {name: (head, role)} asks for them, each on all of the role's test split.
 
@@ -136,8 +147,7 @@ class Trainer:
         def evaluate(step: int) -> dict[str, float]:
             found = {**check(step), **tests(step)}
             if patience and (step % epoch == 0 or step == steps):
-                right = self.processes.engine.correct(model, job.dataset, self.split(job.dataset, "train", held))
-                found[HELD_OUT] = 100 * float(right.mean())
+                found[HELD_OUT] = 100 * float(self.right(model, job.dataset, "train", held).mean())
             return found
 
         def tests(step: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dtlctl.attacks import features
 from dtlctl.console.progress import say
 from dtlctl.data.dataset import Split
-from dtlctl.data.tensors import Batches, evaluation_batches
+from dtlctl.data.tensors import Batches
 from dtlctl.errors import CheckpointError, RecipeError
 from dtlctl.model.networks import Classifier, renew
 from dtlctl.objectives import balance
@@ -150,7 +150,9 @@ class Checks:
         self.rows = experiment.data.held_back("target") if self.allowed else _evenly(tested, min(LOOKED_AT, most))
         self.few = _evenly(len(self.rows), LOOKED_AT)
         self.apart = bool(self.allowed) and experiment.recipe.finetune.weights is not None
-        self.before = self._right(disposal.teacher, *(("test", None) if self.apart else (self.split, self.rows)))
+        self.right = experiment.trainer.right
+        seen: tuple[Split, np.ndarray | None] = ("test", None) if self.apart else (self.split, self.rows)
+        self.before = self.right(disposal.teacher, "target", *seen)
         self.probe_of_tl = self._probe(disposal.teacher)
         self.first = self._lam(0, balance.START) if self.allowed else disposal.lam
 
@@ -205,22 +207,16 @@ class Checks:
 
     def _price(self, few: np.ndarray | slice) -> Price:
         """What the disposal costs so far, by these of the rows."""
-        after = self._right(self.disposal.student, self.split, self.rows[few])
+        after = self.right(self.disposal.student, "target", self.split, self.rows[few])
         return price_apart(self.before, after) if self.apart else price(self.before[few], after)
-
-    def _right(self, model: Classifier, split: Split, rows: np.ndarray | None) -> np.ndarray:
-        """bool [n]: which of these rows of a split, or of all, the model answers rightly."""
-        batches = self.experiment.trainer.split("target", split, rows)
-        return self.experiment.engine.correct(model, "target", batches)
 
     def _probe(self, model: Classifier) -> float:
         """Accuracy in % of least squares on the means of all stages' maps, fitted on one half of the images."""
-        images, training = self.experiment.data.images("source", "test"), model.training
-        # Whole on every process: they are few.
-        batches = evaluation_batches(images.pixels, images.labels, self.probed, device=self.experiment.engine.device)
+        labels, training = self.experiment.data.images("source", "test").labels[self.probed], model.training
+        batches = self.experiment.trainer.whole("source", "test", self.probed)
         seen = features.read(model.eval(), (batch.x for batch in batches))
         model.train(training)
-        return features.least_squares(np.concatenate([*seen.values()], 1), images.labels[self.probed])
+        return features.least_squares(np.concatenate([*seen.values()], 1), labels)
 
 
 def _evenly(images: int, most: int) -> np.ndarray:

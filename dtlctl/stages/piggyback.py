@@ -22,7 +22,6 @@ from dtlctl.attacks.attackers import Attacker, Frozen, SelfTraining
 from dtlctl.attacks.search import Point, reusable, search
 from dtlctl.attacks.tuning import Evaluation, Setting, Trial
 from dtlctl.data.dataset import Split
-from dtlctl.data.tensors import Batch, evaluation_batches
 from dtlctl.model.networks import Classifier
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.plan import Job
@@ -145,6 +144,7 @@ class Repetition:
         self.fresh = experiment.trainer.new_model({}, f"{self.tag}/fresh", global_batch_norm=False)
         asked = any(isinstance(attacker, SelfTraining) for attacker in job.settings.attackers)
         self.left_out = experiment.data.held_back(job.dataset) if asked else self.own[:0]
+        self.whole = partial(experiment.trainer.whole, job.dataset)  # trials are shared out, batches are not
         self.stop = threading.Event()
         self.features: dict[Any, Features] = {}
         read = [self.seen(a, n) for a in job.settings.attackers if isinstance(a, Frozen) for n in a.amounts()]
@@ -180,7 +180,7 @@ class Repetition:
             finite = np.isfinite(x).all()
             return [tuning.evaluate_probe(attacker.fit(x, y, setting.rate), *others)] if finite else []
         split, rows = judges
-        look = partial(self._whole, split, self.own[rows] if split == "train" else rows)
+        look = partial(self.whole, split, self.own[rows] if split == "train" else rows)
         model, size = self._prepared(attacker, places, setting.amount), attacker.batch_size
         batches = self.experiment.trainer.batches(self.job.dataset, size, f"{self.tag}/batches", self.own[places])
         batches.augment = attacker.augment or batches.augment
@@ -225,13 +225,8 @@ class Repetition:
         attacker.prepare(model, self.fresh, self._pixels("train", self.own[rows], size), amount)
         return model
 
-    def _whole(self, split: Split, rows: np.ndarray | None = None, size: int | None = None) -> Iterator[Batch]:
-        """All of a split, or of these rows, on this process: trials are shared out, batches are not."""
-        images, device = self.experiment.data.images(self.job.dataset, split), self.experiment.engine.device
-        return evaluation_batches(images.pixels, images.labels, rows, device=device, batch_size=size)
-
-    def _pixels(self, *arguments: Any) -> Iterator[Tensor]:
-        return (batch.x for batch in self._whole(*arguments))
+    def _pixels(self, split: Split, rows: np.ndarray | None = None, size: int | None = None) -> Iterator[Tensor]:
+        return (batch.x for batch in self.whole(split, rows, size))
 
 
 def share_out(

@@ -16,7 +16,7 @@ from torch import Tensor
 from dtlctl.attacks import features
 from dtlctl.attacks.signals import Observation, entropy
 from dtlctl.data.dataset import Split
-from dtlctl.data.tensors import Batch, evaluation_batches
+from dtlctl.data.tensors import Batch
 from dtlctl.model.networks import Classifier
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.settings import Audit, Training
@@ -77,8 +77,7 @@ def relearning(experiment: Experiment, name: str, settings: Audit) -> dict[str, 
     rows = np.sort(np.random.default_rng(experiment.recipe.stream("audit/relearn/test")).permutation(test)[:500])
 
     def accuracy(step: int) -> dict[str, float]:
-        right = experiment.engine.correct(model, "source", experiment.trainer.split("source", "test", rows))
-        return {"acc_s": 100 * float(right.mean())}
+        return {"acc_s": 100 * float(experiment.trainer.right(model, "source", "test", rows).mean())}
 
     curve, steps = [[0, accuracy(0)["acc_s"]]], settings.relearn_steps
     if curve[0][1] < goal:
@@ -95,14 +94,12 @@ def similarity(experiment: Experiment, name: str) -> dict[str, dict[str, float]]
 
     Of the means of stages' maps and of the embedding, on at most 1,000 test images of the source, the same for all.
     """
-    images = experiment.data.images("source", "test")
-    order = np.random.default_rng(experiment.recipe.stream("audit/cka")).permutation(len(images.labels))
-    rows, device = np.sort(order[:1000]), experiment.engine.device
+    test = len(experiment.data.images("source", "test").labels)
+    rows = np.sort(np.random.default_rng(experiment.recipe.stream("audit/cka")).permutation(test)[:1000])
 
     def read(model: Classifier) -> dict[str, np.ndarray]:
         # Whole on every process: shares would have to be put back into order.
-        batches = evaluation_batches(images.pixels, images.labels, rows, device=device)
-        return features.read(model.eval(), (batch.x for batch in batches))
+        return features.read(model.eval(), (batch.x for batch in experiment.trainer.whole("source", "test", rows)))
 
     known, load = experiment.recipe.references, experiment.trainer.load_model
     others: dict[str, Callable[[], Classifier]] = {m: partial(load, m) for m in ("TL", "TGT", "pre") if m in known}

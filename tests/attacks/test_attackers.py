@@ -375,7 +375,7 @@ def test_a_head_that_is_fitted_starts_as_the_probe_of_the_embedding(recipe_file:
 
     def look(model: Any, batches: Any, *rest: Any, **options: Any) -> Any:
         assert all(parameter.requires_grad for parameter in model.parameters()) and batches.augment == "none"
-        answers.append(tuning.evaluate(model, repetition._whole("test"), 0))
+        answers.append(tuning.evaluate(model, repetition.whole("test"), 0))
         return train(model, batches, *rest, **options)
 
     monkeypatch.setattr(tuning, "train", look)

@@ -258,7 +258,7 @@ def test_validation_images_are_neither_trained_on_nor_tested_on(recipe_file: Pat
     monkeypatch.setattr(experiment.trainer, "load_model", lambda name: None)
     monkeypatch.setattr(experiment.trainer, "split", lambda role, split, rows: seen.append((role, split, rows)))
     monkeypatch.setattr(type(experiment.engine), "correct", lambda *_: answers(50))
-    assert comparison.validation(experiment, "TL").sum() == 490
+    assert comparison.answers(experiment, "TL").sum() == 490
     ((role, split, rows),) = seen
     assert (role, split, len(rows)) == ("target", "train", 980)
     assert len(np.intersect1d(rows, experiment.data.index("target"))) == 0

@@ -119,7 +119,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[Experiment], None]:
     def move(experiment: Experiment) -> None:
         monkeypatch.setattr(torch.optim, "SGD", Still)
         monkeypatch.setattr(engine_module, "check_weights", lambda *_: None)
-        monkeypatch.setattr(disposal.Checks, "_right", lambda _self, _model, _split, rows: np.zeros(len(rows), bool))
+        monkeypatch.setattr(Trainer, "right", lambda _self, _model, _role, _split, rows: np.zeros(len(rows), bool))
         monkeypatch.setattr(disposal.Checks, "_probe", lambda *_: 0.0)
         monkeypatch.setattr(disposal.Disposal, "source_loss_of_teacher", lambda *_: 0.0)
         monkeypatch.setattr(Engine, "_report", report)
