@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -14,13 +14,6 @@ from dtlctl.errors import CheckpointError, DivergedError, one_line
 from dtlctl.storage import checkpoint
 
 Part = TypeVar("Part")
-
-
-class ProcessGroup(Protocol):
-    """What the engine does for the processes together, as far as it is needed here."""
-
-    def agree(self, code: int) -> int: ...
-    def by_main(self, work: Callable[[], Any]) -> Any: ...
 
 
 class Parts:
@@ -49,8 +42,8 @@ class Parts:
                 self._write(name, found)
         return found
 
-    def common(self, group: ProcessGroup, name: str, form: Any, make: Callable[[], Part]) -> Part:
-        """A part that all processes make together; what the main one has of it is kept."""
+    def common(self, group: Any, name: str, form: Any, make: Callable[[], Part]) -> Part:
+        """A part that all processes of a group (the engine) make together; what the main one has of it is kept."""
         found = self._read(name, form)
         if group.agree(found is None) or found is None:
             found = made = make()

@@ -53,7 +53,7 @@ def test_every_attack_in_both_modes(recipe_file: Path, tmp_path: Path):
     assert found["loss"]["tpr_at_0.01"] is None
     assert found["relearning"]["steps"] == 0  # the pre-trained model has nothing to relearn
     assert 0 < found["entropy_readout"]["share_of_log_k"] < 1
-    assert set(found["cost"]) == {"as-is", "reprobe", "cpu_seconds"}
+    assert set(found["cost"]) == {"as-is", "reprobe"}
     files.write(summary.summarise([experiment.folder]), tmp_path / "out", "dtlctl report", [experiment.folder])
     page = (tmp_path / "out" / "audit.md").read_text()
     assert "not to be resolved by fewer than 1000 non-members" in page
