@@ -118,7 +118,7 @@ def test_compare_goes_on_past_a_lambda_that_diverges(recipe_file: Path, monkeypa
 
     monkeypatch.setattr(comparison, "perform", perform)
     monkeypatch.setattr(comparison, "write", lambda *_: None)
-    monkeypatch.setattr(comparison, "validation", lambda _, name: answers(70.0 if name == "TL" else 69.0))
+    monkeypatch.setattr(comparison, "answers", lambda _, name, **_more: answers(70.0 if name == "TL" else 69.0))
     monkeypatch.setattr(summary, "summarise", lambda _: {})
     change = "compare={target_drop=4.1, rounds=3, tolerance=3.0}"
     document, _ = comparison.compare(recipe_file, [change], recipe_file.parent, command="x", quiet=True)
@@ -145,12 +145,12 @@ def test_a_price_is_what_validation_loses_against_tl_of_the_same_seed(
     """
     scores = {"TL": (70.0, 80.0), "gc": (68.0, 79.0), "rand": (30.0, 80.0)}
 
-    def validation(experiment: Experiment, name: str) -> np.ndarray:
+    def validation(experiment: Experiment, name: str, **_more: bool) -> np.ndarray:
         return answers(scores[name.partition("-")[0]][experiment.recipe.seed - 5])
 
     monkeypatch.setattr(comparison, "perform", lambda *_: None)
     monkeypatch.setattr(comparison, "write", lambda *_: None)
-    monkeypatch.setattr(comparison, "validation", validation)
+    monkeypatch.setattr(comparison, "answers", validation)
     monkeypatch.setattr(summary, "summarise", lambda runs: [run.name for run in runs])
     change = "compare={target_drop=1.5, rounds=1, tolerance=2.8, seeds=[5, 6]}"
     document, _ = comparison.compare(recipe_file, [change], recipe_file.parent, command="x")
@@ -171,8 +171,8 @@ def test_a_tl_from_outside_answers_the_test_images(recipe_file: Path, monkeypatc
     """It may have learned what is held back: 100 % there were a price of 40 points. On the test images it has 62."""
     monkeypatch.setattr(comparison, "perform", lambda *_: None)
     monkeypatch.setattr(comparison, "write", lambda *_: None)
-    monkeypatch.setattr(comparison, "validation", lambda _, name: answers(100.0 if name == "TL" else 60.0))
-    monkeypatch.setattr(comparison, "tested", lambda *_: answers(62.0)[::2])
+    right = {True: answers(62.0)[::2], False: answers(60.0)}
+    monkeypatch.setattr(comparison, "answers", lambda _, name, tested=False: right[tested])
     monkeypatch.setattr(summary, "summarise", lambda _: {})
     monkeypatch.setattr(network_demands, "check", lambda *_: None)
     file = recipe_file.parent / "tl.safetensors"
@@ -227,7 +227,7 @@ def test_a_variant_with_a_long_name_is_compared_like_any_other(recipe_file: Path
 
     monkeypatch.setattr(comparison, "perform", perform)
     monkeypatch.setattr(comparison, "write", lambda *_: None)
-    monkeypatch.setattr(comparison, "validation", lambda *_: answers(70))
+    monkeypatch.setattr(comparison, "answers", lambda *_, **_more: answers(70))
     monkeypatch.setattr(summary, "summarise", lambda _: {})
     change = "compare={target_drop=1, tolerance=3, rounds=1}"
     document, _ = comparison.compare(recipe_file, [*variants, change], recipe_file.parent, command="x", quiet=True)
