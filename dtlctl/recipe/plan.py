@@ -127,8 +127,9 @@ def jobs(recipe: Recipe) -> list[Job[Any]]:
     for variant, settings in recipe.dispose.items():
         plan.append(Job("dispose", variant, f"dispose/{variant}/model.json", settings, ("source", "target"), "TL"))
     for name in recipe.data.piggyback:
-        attack = recipe.piggyback.attacking(name)
-        for model in recipe.piggyback_models:
+        own = [one for one in recipe.piggyback.attackers if one.datasets is None or name in one.datasets]
+        attack = recipe.piggyback.model_copy(update={"attackers": own})
+        for model in recipe.piggyback.models or [*recipe.references, *recipe.dispose]:
             parent = None if model == "scratch" else model
             path = f"piggyback/{model}/{name}.json"
             plan.append(Job("piggyback", model, path, attack, (f"piggyback.{name}",), parent))

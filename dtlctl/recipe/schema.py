@@ -170,10 +170,6 @@ class Recipe(Strict):
         return ["scratch", "TGT", *(["pre"] * (not self.finetune.weights)), "TL", *self.reference]
 
     @property
-    def piggyback_models(self) -> list[str]:
-        return self.piggyback.models or [*self.references, *self.dispose]
-
-    @property
     def audit_models(self) -> list[str]:
         if self.audit.models is not None:
             return self.audit.models

@@ -200,11 +200,6 @@ class Piggyback(Training):
     held_out: float = Field(0.25, gt=0, lt=1)
     """The share of his own images that chooses settings: the same number of every class, at least one."""
 
-    def attacking(self, dataset: str) -> Piggyback:
-        """The table with those attackers alone who attack that dataset."""
-        chosen = [a for a in self.attackers if a.datasets is None or dataset in a.datasets]
-        return self.model_copy(update={"attackers": chosen})
-
 
 AttackName = Literal[
     "loss", "entropy", "modified-entropy", "max-softmax", "adv-dist", "grad-w", "grad-x", "wb", "rmia", "lira"

@@ -28,7 +28,7 @@ class Datasets:
         seed = recipe.stream("subset/source")  # for test splits of all roles, which may share a dataset
         self.source = cache(lambda role: Source(recipe.data.of(role), role, seed))
         self.images = cache(self._images)
-        self.index = cache(self._index)
+        self.index = cache(lambda role: self._draw(role, self.images(role, "train").labels, len(self.classes(role))))
         self.whole = cache(partial(self._images, split="train", whole=True))
         self.notes = cache(self._notes)
         self.left: Path | None = None
@@ -102,7 +102,3 @@ class Datasets:
     def _draw(self, role: str, labels: np.ndarray, classes: int) -> np.ndarray:
         table, seed = self.recipe.data.of(role), self.recipe.stream(f"subset/{role}")
         return subset.draw(labels, classes, table.fraction, seed, table.balance)
-
-    def _index(self, role: str) -> np.ndarray:
-        train = self.images(role, "train")
-        return self._draw(role, train.labels, len(train.classes))

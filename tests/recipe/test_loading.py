@@ -28,7 +28,7 @@ def test_every_shipped_recipe_loads_and_keeps_its_name(path: Path):
 
 def test_defaults_are_resolved(recipe_file: Path):
     recipe = load(recipe_file)
-    assert recipe.piggyback_models == ["scratch", "TL", "gc"]
+    assert [job.model for job in jobs(recipe) if job.stage == "piggyback"] == ["scratch", "TL", "gc"]
     assert recipe.audit_models == ["pre", "TL", "gc", "rand"]
     assert recipe.dispose["gc"].retain.kind == "distill"
     assert recipe.data.piggyback["again"].path == "builtin:digits"
