@@ -9,9 +9,9 @@ import jinja2
 import numpy as np
 
 from dtlctl.console.machine import busy
-from dtlctl.data import overlap, subset
+from dtlctl.data import subset
 from dtlctl.data.entry import Images
-from dtlctl.errors import CheckpointError, DataError
+from dtlctl.errors import CheckpointError
 from dtlctl.model import networks
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Recipe
@@ -36,13 +36,10 @@ def plan(
         for role in roles:
             experiment.data.identity(role)
     data = {role: _describe(experiment, role) for role in roles}
-    decoded = {role for role, row in data.items() if row["decoded"]}
-    pairs = {role: (experiment.data.images(role, "train"), experiment.data.images(role, "test")) for role in decoded}
-    for role, notes in overlap.across(pairs).items():
-        with suppress(DataError):  # `data_demands.check` raises it
-            notes[:0] = overlap.within(role, *pairs[role])
-        data[role]["notes"] += [note.text for note in notes]
-    data_demands.check(experiment, [job for job in experiment.jobs if decoded.issuperset(job.roles)])
+    decoded = tuple(role for role, row in data.items() if row["decoded"])
+    for role, notes in experiment.data.notes(decoded).items():
+        data[role]["notes"] = list(dict.fromkeys([*data[role]["notes"], *(note.text for note in notes)]))
+    data_demands.check(experiment, [job for job in experiment.jobs if {*job.roles} <= {*decoded}])
     clock, spec = costs.Clock(recipe), recipe.model
     rows = [_job(experiment, job, data, clock) for job in experiment.jobs]
     audits = [row for row in rows if row["stage"] == "audit" and row["state"] != "done"]
