@@ -153,9 +153,9 @@ def crop_and_flip(x: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
     x: [B, C, S, S] of any dtype, on any device; shifts: int64 [B, 2], |shift| < S, and flips: bool [B], on the CPU.
     """
     channels, size = x.shape[1:3]
-    moves = shifts + (size - 1)
-    moves[:, 1].add_(flips, alpha=2 * size - 1)
-    ys, columns = _lines(size, x.device)[sent(moves, x.device)].unbind(1)  # [B, S]
+    lines = (shifts.unsqueeze(2) + torch.arange(1, size + 1)).clamp(0, size + 1)  # [B, 2, S], of a framed image
+    lines[:, 1] = torch.where(flips.unsqueeze(1), lines[:, 1].flip(1), lines[:, 1])
+    ys, columns = sent(lines, x.device).unbind(1)
     places = torch.add(columns.unsqueeze(1), ys.unsqueeze(2), alpha=size + 2)  # [B, S, S]
     framed = F.pad(x, (1, 1, 1, 1)).flatten(2)
     return framed.gather(2, places.view(len(x), 1, -1).expand(-1, channels, -1)).view(x.shape)
@@ -175,16 +175,6 @@ def resized_crop_and_flip(x: Tensor, boxes: Tensor) -> Tensor:
     ys, columns = sent(places * (2 / max(size - 1, 1)) - 1, x.device).unbind(1)
     grid = torch.stack(torch.broadcast_tensors(columns.unsqueeze(1), ys.unsqueeze(2)), 3)
     return F.grid_sample(x.float(), grid, align_corners=True)
-
-
-@lru_cache
-def _lines(size: int, device: torch.device) -> Tensor:
-    """int64 [2(2S - 1), S]: what a line shows when moved by 1 - S to S - 1, then the same mirrored.
-
-    Place 0 and place S + 1 are the black frame around an image.
-    """
-    moved = torch.arange(2 - size, 2 * size, device=device).clamp(0, size + 1).unfold(0, size, 1)
-    return torch.cat([moved, moved.flip(1)])
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
