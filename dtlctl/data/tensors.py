@@ -189,18 +189,15 @@ def _scaled(x: Tensor) -> Tensor:
 
 def _begin(pixels: Sequence[Pixels], rows: np.ndarray) -> Callable[[], np.ndarray]:
     """These rows of pixels that follow each other, for when they are called for; a stream's are begun at once."""
-    if len(pixels) == 1:
-        return pixels[0].ask(rows) if isinstance(pixels[0], Streamed) else partial(pixels[0].__getitem__, rows)
-    start, parts = 0, list[tuple[np.ndarray, Callable[[], np.ndarray]]]()
-    for one in pixels:
-        here = (rows >= start) & (rows < start + len(one))
-        parts.append((here, _begin([one], rows[here] - start)))
-        start += len(one)
+    first, *rest = pixels
+    if not rest:
+        return first.ask(rows) if isinstance(first, Streamed) else partial(first.__getitem__, rows)
+    here = rows < len(first)
+    own, others = _begin([first], rows[here]), _begin(rest, rows[~here] - len(first))
 
     def joined() -> np.ndarray:
-        found = np.empty((len(rows), *pixels[0].shape[1:]), np.uint8)
-        for here, part in parts:
-            found[here] = part()
+        found = np.empty((len(rows), *first.shape[1:]), np.uint8)
+        found[here], found[~here] = own(), others()
         return found
 
     return joined
