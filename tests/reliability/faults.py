@@ -87,7 +87,7 @@ def signals(bench: Bench) -> Iterator[Entry]:
     """SIGTERM and SIGINT: exit 143 or 130, state saved, and the same command ends with the same result."""
     faults = []
     for job, steps in STEPS.items():
-        trained = "eval:2" if job in ("gc", "rand") else "eval:1"  # a disposal looks at TL before it begins
+        trained = "eval:3" if job in ("gc", "rand") else "eval:1"  # a disposal looks at TL twice before it begins
         places = [trained, "publish:2"] + ([f"step:{bench.random.randint(1, steps)}"] if steps else [])
         faults += [(job, where, what) for where in places for what in ("term", "int")]
     for job, where, what in bench.drawn(faults):
