@@ -23,7 +23,7 @@ from PIL import Image
 
 from dtlctl.console.machine import cores
 from dtlctl.data import entry as entries
-from dtlctl.data.classes import some
+from dtlctl.data.classes import show, some
 from dtlctl.data.dataset import Rows, Split
 from dtlctl.data.entry import Entry, Images, Wanted
 from dtlctl.data.pixels import Depth, Rule, decide, decode, hashed
@@ -33,7 +33,7 @@ from dtlctl.errors import DataError
 from dtlctl.storage.checkpoint import sync, write
 
 # Changing how images are chosen, decoded, resized or stored must change this number: it is part of the key.
-_FORMAT = 7
+_FORMAT = 8
 _BATCH, _BYTES = 64, 1 << 20  # images a task, at most, and bytes of their pixels
 
 Progress = Callable[[int, int], None]
@@ -65,7 +65,7 @@ def load(
         rows = source.rows(split, image_size, _rows_of(place) if streamed else work / "scratch")
         entry = entries.read(place, image_size, streamed)
         if entry is None:
-            _check_classes(rows, split, source.where(split))
+            check_classes(rows, split, source.where(split))
             entries.create(rows, work / "entry", image_size, source.where(split), streamed)
             entry = _publish(work / "entry", place, image_size, streamed)
         _decode(rows, entry, own, train_rule if split == "test" else None, progress)
@@ -96,7 +96,7 @@ def _is_streamed(source: Source, split: Split, image_size: int, wanted: Wanted |
     if source.dataset.decode != "auto" or source.kind == "builtin":
         return source.dataset.decode == "stream"
     rows = source.rows(split, image_size, None)
-    _check_classes(rows, split, source.where(split))
+    check_classes(rows, split, source.where(split))
     labels = rows.labels[rows.labels >= 0]
     asked = labels if wanted is None else wanted(labels, len(rows.classes))
     images = max(len(asked), min(len(labels), entries.WHOLE))
@@ -230,13 +230,14 @@ def _batch(
     return (places, pixels, hashed(pixels), states), depths, broken
 
 
-def _check_classes(source: Rows, split: Split, place: str) -> None:
+def check_classes(source: Rows, split: Split, place: str) -> None:
+    """Raise DataError, naming `place`, for a split that nothing could be learned from."""
     labels, classes = source.labels[source.labels >= 0], source.classes
     missing = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
     if not len(labels):
         raise DataError(f"{place}: no row has a label")
     if split == "train" and len(classes) < 2:
-        raise DataError(f"{place}: only one class, {classes}")
+        raise DataError(f"{place}: only one class, {show(classes[0])}, and two are the least")
     if split == "train" and len(missing):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"{place}: class {classes[missing[0]]!r}{more} has no image")

@@ -46,9 +46,11 @@ class Rows(NamedTuple):
 
 def unlabelled(value: object) -> bool:
     """Whether a table's label says that there is none: nothing, blanks, "nan", a number below 0 as number or text."""
-    if isinstance(value, int):
-        return value < 0
-    return value is None or str(value).strip() in ("", "nan", "NaN", "-1", "-1.0")
+    text = "" if value is None else str(value).strip()
+    try:
+        return not float(text) >= 0  # nan, too, is not
+    except ValueError:
+        return not text
 
 
 # What people call their splits. One of the second group is offered where the test split is missing.

@@ -19,6 +19,8 @@ from dtlctl.errors import DataError, one_line
 
 Member = tuple[str, int, int]
 """Its name, where its content begins in the shard, and how many bytes it has."""
+Samples = dict[str, dict[str, Member]]
+"""Of a shard: the members of each sample, by their kinds."""
 
 
 def from_folder(asked: Asked, tree: Tree) -> Callable[[Split], Rows] | None:
@@ -31,8 +33,8 @@ def from_folder(asked: Asked, tree: Tree) -> Callable[[Split], Rows] | None:
     first = next((file for file in shards if tarfile.is_tarfile(tree.root / file)), None)
     if first is None or any(posixpath.splitext(file)[1].lower() in suffixes() for file in tree.files):
         return None
-    samples = _samples(tree.root / first).values()
-    if not any(_images(asked, one) and {asked.dataset.label or "cls", "json"} & {*one} for one in samples):
+    samples = _samples(tree.root / first)
+    if not any(_images(asked, one) and {asked.dataset.label or "cls", "json"} & {*one} for one in samples.values()):
         return None
     names = {asked.dataset.train, str(asked.dataset.test), *sum(USUAL.values(), ())}
     named = re.compile(rf"(?<![^\W_])({'|'.join(map(re.escape, names))})(?![^\W_])")
@@ -42,14 +44,15 @@ def from_folder(asked: Asked, tree: Tree) -> Callable[[Split], Rows] | None:
         splits.setdefault(found[1] if found else "", []).append(file)
     if {*splits} == {""}:
         splits = {"train": shards}
-    return lambda split: _opened(asked, tree, split, splits)
+    looked = {first: samples}  # not read again when its split is opened
+    return lambda split: _opened(asked, tree, split, splits, looked)
 
 
-def _opened(asked: Asked, tree: Tree, split: Split, splits: dict[str, list[str]]) -> Rows:
+def _opened(asked: Asked, tree: Tree, split: Split, splits: dict[str, list[str]], looked: dict[str, Samples]) -> Rows:
     asked.check(split, filter(None, splits))
     labels, members, bare = list[str | None](), list[tuple[str, Member]](), list[str]()
     for shard in splits[asked.name(split)]:
-        for key, parts in _samples(tree.root / shard).items():
+        for key, parts in (looked.pop(shard, None) or _samples(tree.root / shard)).items():
             images = _images(asked, parts)
             if len(images) > 1:
                 several = f"sample {key} has several images: {', '.join(images)}"
@@ -83,9 +86,9 @@ def _opened(asked: Asked, tree: Tree, split: Split, splits: dict[str, list[str]]
     )
 
 
-def _samples(shard: Path) -> dict[str, dict[str, Member]]:
+def _samples(shard: Path) -> Samples:
     """By the name up to its first dot, by what follows in lower case; what is no file of a sample has no parts."""
-    found: dict[str, dict[str, Member]] = {}
+    found: Samples = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:

@@ -19,7 +19,7 @@ from torch import nn
 from dtlctl.console import devices
 from dtlctl.console.machine import busy, cores
 from dtlctl.console.progress import say
-from dtlctl.data import files, subset
+from dtlctl.data import cache, files, subset
 from dtlctl.data.dataset import Dataset, Rows, Split, kind_of
 from dtlctl.data.sources import Source
 from dtlctl.errors import CheckpointError, DataError, NoSplit, RecipeError, one_line
@@ -154,6 +154,7 @@ def look(path: str, role: str) -> dict[str, Any]:
         if not isinstance(dataset.test, str):
             found["train"] = Source(dataset, role).rows("train", SIDES[0], Path(folder))
         train, test = found["train"], found["test"]
+        cache.check_classes(train, "train", f"data.{role}.path: {path}")
         chosen = np.flatnonzero(train.labels >= 0)
         chosen = chosen[np.linspace(0, len(chosen) - 1, min(LOOKED, len(chosen)), dtype=int)]
         pictures = [_picture(train, int(row), role) for row in chosen]

@@ -217,7 +217,7 @@ def test_a_class_without_a_training_image(tmp_path):
     assert message(dataset) == f"{dataset.path}, split 'train': class 'dog' and 1 more has no image"
     assert message(dataset, "test") == message(dataset)
     dataset = parquet(tmp_path / "one", table([7, 7, -1], Value("int8")), table([7], Value("int8")), label="label")
-    assert message(dataset).endswith("split 'train': only one class, ('7',)")
+    assert message(dataset).endswith("split 'train': only one class, '7', and two are the least")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtlctl.data import cache
+from dtlctl.data import cache, webdataset
 from dtlctl.data.dataset import Dataset
 from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
@@ -117,14 +117,15 @@ def test_members_belong_together_by_name_wherever_they_stand(tmp_path):
 def test_what_has_no_label_or_no_image_is_said_and_counted(tmp_path):
     lone = {"x.cls": "a", "._001.png": picture(1), "README": "text"}
     unlabelled = {"some/9.png": picture(9), "some/10.png": picture(10), "some/10.cls": "-1"}
+    unlabelled |= {"some/11.png": picture(11), "some/11.cls": "-2\n"}
     shard(tmp_path / "d/train.tar", {**samples(["a", "b"]), **lone, **unlabelled})
     (tmp_path / "d/notes.txt").write_text("x")
     shard(tmp_path / "d/extra.tar", samples(["a"]))
     images = load(Dataset(path=str(tmp_path / "d")))
     said = {note.kind: (note.number, note.text) for note in images.notes}
-    assert named(images) == ["a", "b"] and images.dropped == 2
+    assert named(images) == ["a", "b"] and images.dropped == 3
     assert {kind: number for kind, (number, _) in said.items()} == {
-        **{"no-image": 3, "unread": 1, "unlabelled": 2, "unused": 1}
+        **{"no-image": 3, "unread": 1, "unlabelled": 3, "unused": 1}
     }
     assert "'._001.png', 'README'" in said["no-image"][1] and "notes.txt" in said["unread"][1]
     assert "extra.tar" in said["unused"][1]
@@ -171,6 +172,17 @@ def test_one_shard_alone_is_asked_for_by_its_folder(tmp_path):
     one = shard(tmp_path / "d/0.tar", samples(["a", "b"]))
     assert refused(Dataset(path=str(one))).endswith("; write the folder that holds it")
     assert named(load(Dataset(path=str(one.parent)))) == ["a", "b"]
+
+
+def test_headers_are_read_once(tmp_path, monkeypatch):
+    """The first shard's tell whether it is a webdataset, and are those of its split."""
+    for name in ("test-0.tar", "train-0.tar", "train-1.tar"):
+        shard(tmp_path / "d" / name, samples(["a", "b"]))
+    read, samples_of = list[str](), webdataset._samples
+    monkeypatch.setattr(webdataset, "_samples", lambda path: read.append(path.name) or samples_of(path))
+    source = Source(Dataset(path=str(tmp_path / "d")), "source")
+    assert [len(source.rows(split, SIDE, None).labels) for split in ("train", "test", "train")] == [4, 2, 4]
+    assert sorted(read) == ["test-0.tar", "train-0.tar", "train-1.tar"]
 
 
 def test_images_are_read_where_they_lie(tmp_path):

@@ -291,6 +291,9 @@ def test_what_is_no_dataset_is_told_as_a_run_would(clock, tmp_path: Path):
         written(tmp_path)
     with pytest.raises(DataError, match=r"data\.source\.path: typo is no folder"):
         starter.write("typo", str(tmp_path / "t"), None, None, None, None, None)
+    images(tmp_path / "one", 1, 4, 1)
+    with pytest.raises(DataError, match=r"data\.source\.path: .*: only one class, 'class0'"):
+        starter.write(str(tmp_path / "one"), str(tmp_path / "t"), None, None, None, None, None)
 
 
 def test_folders_without_a_test_split_have_a_part_held_out(clock, tmp_path: Path):
