@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from stat import S_ISREG
 
 from PIL import Image
 
@@ -40,6 +41,9 @@ class Tree:
                 for name in sorted(names):
                     if name.lower() not in _SYSTEM:
                         stat = os.stat(os.path.join(here, name))
+                        if not S_ISREG(stat.st_mode):  # to open a pipe waits for ever
+                            said = "is a pipe, a socket or a device; move it away"
+                            raise DataError(f"data.{role}.path: {os.path.join(here, name)} {said}")
                         self.stats.append((start + name, stat.st_size, stat.st_mtime_ns))
             if failed:
                 raise failed[0]
@@ -118,6 +122,7 @@ def opened(asked: Asked, tree: Tree, split: Split) -> Rows:
         return os.path.join(dataset.path, images[row])
 
     tops = {file.partition("/")[0] for file in tree.files if _suffix(file) in suffixes()}
+    beside = [top for top in sorted(tops) if here.folder and not here.list and top in tree.files]
     # Beside lists, a folder is where their images are.
     holding = {top for top in tops if not here.list or top.casefold() in sum(USUAL.values(), ())}
     return Rows(
@@ -126,7 +131,7 @@ def opened(asked: Asked, tree: Tree, split: Split) -> Rows:
         lambda rows: [read_file(tree.root / images[row], path(row)) for row in rows],
         path,
         tuple(Note(kind, len(what), f"{place}: {text}") for kind, what, text in said if what),
-        tuple(name for name, one in splits.items() if one.list or name in holding),
+        (*(name for name, one in splits.items() if one.list or name in holding), *beside),
     )
 
 

@@ -1,6 +1,5 @@
 """Lists that name the images of a split and their classes: CSV, TSV, JSON lines."""
 
-import codecs
 import csv
 import io
 import json
@@ -32,20 +31,21 @@ def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) ->
     if twins := [start + other for other in LISTS if other != end and start + other in files]:
         raise DataError(f"{name}: {twins[0]} is a list of the same split; move one of the two out of the way")
     try:
-        blob = (root / place.list).read_bytes()
-        if blob[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise DataError(f"{name}: it is UTF-16; save it as UTF-8")
-        text = blob.decode("utf-8-sig")
+        text = (root / place.list).read_bytes().decode("utf-8-sig")
         if place.list.lower().endswith(".jsonl"):
             rows = [dict(json.loads(line)) for line in text.splitlines() if line.strip()]
+            columns = [*rows[0]] if rows else []
         else:
             delimiter = max(",;\t", key=text.partition("\n")[0].count)
-            rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True))
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+            rows, columns = list(reader), [*(reader.fieldnames or ())]
+    except UnicodeDecodeError:
+        raise DataError(f"{name}: it is not UTF-8; save it as UTF-8") from None
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise DataError(f"{name}: cannot be read: {error}") from error
     if not rows:
         raise DataError(f"{name}: has no rows")
-    image, label = (_column(asked, name, key, rows[0]) for key in ("image", "label"))
+    image, label = (_column(asked, name, key, columns) for key in ("image", "label"))
     files, found = set(files), {}
     kinds_of: dict[str, type] = {}
     for row in rows:
@@ -76,6 +76,10 @@ def _column(asked: Asked, name: str, key: str, known: Iterable[Any]) -> str:
         names = (wanted,) if wanted else _COLUMNS[key]
         if blank := [column for column in known if str(column) != (bare := str(column).strip()) and bare in names]:
             raise DataError(f"{name}: the column {blank[0]!r} has blanks around its name; remove them")
-        say = f"has no column {wanted!r}" if wanted else f"has no single column named {' or '.join(_COLUMNS[key])}"
+        say = (
+            f"has {len(found) or 'no'} column{'s' * bool(found)} {wanted!r}"
+            if wanted
+            else f"has no single column named {' or '.join(_COLUMNS[key])}"
+        )
         raise DataError(f"{name} {say}; set data.{asked.role}.{key} (columns: {columns})")
     return found[0]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -84,6 +85,12 @@ def test_what_is_not_read_is_counted_by_kind(tmp_path):
     assert "1 .txt (train/dog/notes.txt)" in text and "1 without suffix (train/dog/README)" in text
     assert "1 .zip (train/dog/old.zip; unpack it)" in text and "Thumbs" not in text
     assert load(dataset, "test").notes == ()
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    dataset = folder(tmp_path / "d", *BASE)
+    os.mkfifo(tmp_path / "d/train/cat/pipe.png")
+    assert "d/train/cat/pipe.png is a pipe, a socket or a device; move it away" in refused(dataset)
 
 
 @pytest.mark.parametrize("name", ["x.PNG", "x.Png", "x.JPG", "x.jpeg", "x.jfif", "x.avif", "x.webp"])
@@ -236,11 +243,18 @@ def test_two_lists_share_a_folder_of_images(tmp_path):
         (b"id,label\n0.png,a\n", "has no single column named file_name or filename or"),
         (b"file_name,label\n", "has no rows"),
         (b"file_name,label\n0.png,a,b\n", "the row of '0.png' has more fields than the header"),
-        (b"\xff\xfe\x00", "it is UTF-16; save it as UTF-8"),
+        (b"file_name,label,label\n0.png,a,b\n1.png,b,a\n", "(columns: file_name, label, label)"),
+        (b"\xff\xfe\x00", "it is not UTF-8; save it as UTF-8"),
+        (b"file_name,label\n0.png,\xe9\n", "it is not UTF-8; save it as UTF-8"),
     ],
 )
 def test_a_wrong_list_is_named(tmp_path, text, says):
     assert says in refused(folder(tmp_path / "d", "0.png", "1.png", **{"train.csv": text}))
+
+
+def test_a_list_with_the_line_ends_of_old_macs_is_read(tmp_path):
+    text = b"file_name,label\r0.png,a\r1.png,b\r"
+    assert seen(load(folder(tmp_path / "d", "0.png", "1.png", **{"train.csv": text}))) == [(0, "a"), (1, "b")]
 
 
 def saved(names=("cat", "dog")) -> datasets.Dataset:
@@ -389,6 +403,8 @@ def test_splits_that_the_recipe_does_not_use_are_named(tmp_path):
     dataset = folder(tmp_path / "d", *BASE, "train2/cat/7.png", "val/cat/8.png", **{"docs/x.txt": b"x"})
     number, text = notes(load(dataset))["unused"]
     assert number == 2 and text.endswith(": not used, as neither split of the recipe: 'train2', 'val'")
+    _, text = notes(load(folder(tmp_path / "f", *BASE, "x.png", **{"notes.txt": b"x"})))["unused"]
+    assert text.endswith(": 'x.png'")
     lists = {f"{name}.csv": b"file_name,label\nimg/0.png,a\nimg/1.png,b\n" for name in ("train", "old")}
     number, text = notes(load(folder(tmp_path / "e", "img/0.png", "img/1.png", **lists)))["unused"]
     assert number == 1 and text.endswith(": 'old'")
@@ -400,7 +416,11 @@ def test_splits_that_the_recipe_does_not_use_are_named(tmp_path):
         (["test/a/0.png", "test/b/0.png"], {"train.zip": b"PK"}, "/d/train.zip is an archive; unpack it"),
         (["test/a/0.png"], {"train.tar.gz": b"x"}, "/d/train.tar.gz is an archive; unpack it"),
         (["cat/train/0.png", "cat/test/1.png", "dog/train/2.png"], {}, "holds CLASS/SPLIT/image, as in cat/test; move"),
-        ([], {"train.csv": "file_name,label\n0.png,a\n".encode("utf-16")}, "train.csv: it is UTF-16; save it as UTF-8"),
+        (
+            [],
+            {"train.csv": "file_name,label\n0.png,a\n".encode("utf-16")},
+            "train.csv: it is not UTF-8; save it as UTF-8",
+        ),
         (["0.png"], {"train.csv": b"file_name, label\n0.png,a\n"}, "the column ' label' has blanks around its name"),
     ],
 )
