@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from dtlctl.model.networks import Classifier, outline
 
 REGISTRY = "torchvision:"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 COUNT = "num_batches_tracked"
 """Of a batch norm. Files from before torch 0.4.1 lack it, and nothing here depends on it."""
 
@@ -108,6 +110,10 @@ def _fitted(
         stem = {7: "imagenet", 3: "small"}.get(first[0]) if first else None
         hint = f'; its first layer is that of stem = "{stem}"' if stem not in (None, network["stem"]) else ""
         raise ValueError(f"tensors do not fit {network['arch']}: {said}{hint}")
+    floats = {name for name in tensors if name in names or own[name].is_floating_point()}
+    if other := [name for name in sorted(floats) if tensors[name].dtype not in FLOATS]:
+        told = f"{len(other)} tensors are {tensors[other[0]].dtype} ({_three(other)}), as if quantised"
+        raise ValueError(f"{told}; save the network in float32, float16 or bfloat16")
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{len(bad)} tensors hold numbers that are not finite ({_three(bad)})")
     if kinds := {str(t.dtype) for t in tensors.values() if t.is_floating_point()} - {"torch.float32"}:

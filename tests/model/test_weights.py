@@ -95,6 +95,11 @@ def test_files_without_a_head_or_counts_of_batches_are_whole(tmp_path: Path):
         (lambda t: {**t, "stem.0.weight": torch.zeros(8, 3, 3, 3)}, r"\(stem.0.weight \[8, 3, 3, 3\], not \[4, 3"),
         (lambda t: {**t, "fc.weight": torch.zeros(3, 7)}, r"1 of another shape \(fc.weight, fc.bias\)"),
         (lambda t: {**t, "fc.bias": torch.full((3,), torch.nan)}, r"1 tensors .* not finite \(fc.bias\)"),
+        (lambda t: {**t, "fc.bias": t["fc.bias"].to(torch.int8)}, r"1 tensors are torch.int8 \(fc.bias\), as if quant"),
+        (
+            lambda t: {**t, "stem.0.weight": t["stem.0.weight"].to(torch.float8_e4m3fn)},
+            r"float8_e4m3fn \(stem.0.weight",
+        ),
         (lambda t: {"é\n": torch.zeros(1)}, r"missing \(.*, \.\.\.\); 1 unknown \(\\xe9\\n\)"),
     ],
 )
