@@ -15,7 +15,11 @@ def cores() -> int:
 def busy() -> str | None:
     """What to say of a machine that has more to do than cores to do it with: times measured there are too long."""
     load, *_ = os.getloadavg()
-    return f"the machine is busy (load {load:.1f} on {cores()} cores): less when it is idle" if load > cores() else None
+    if load <= cores():
+        return None
+    # Threads that share a core with others' work keep each other waiting.
+    threads = "" if os.environ.get("OMP_NUM_THREADS") == "1" else ", or now with OMP_NUM_THREADS=1"
+    return f"the machine is busy (load {load:.1f} on {cores()} cores): less when it is idle{threads}"
 
 
 def memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:

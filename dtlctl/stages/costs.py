@@ -50,7 +50,7 @@ class Clock:
         chunks = settings.unlearn.chunks if variant else 1
         size = min(settings.batch_size, max(MOST, 2 * chunks)) // chunks * chunks
         loss, times = self._loss(variant, size), list[float]()
-        while len(times) < 4 or (sum(times) < 1.0 and len(times) < 20):
+        while len(times) < 2 or (sum(times) < 1.0 and len(times) < 20):
             started = devices.clock(self.device)
             loss().backward()
             times.append(devices.clock(self.device) - started)

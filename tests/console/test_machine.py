@@ -39,11 +39,19 @@ def test_the_smallest_limit_above_a_process_is_its_memory(tmp_path: Path, monkey
     assert machine.memory(tmp_path, tmp_path / "none") <= WHOLE
 
 
-@pytest.mark.parametrize(("load", "said"), [(9.0, True), (0.5, False)])
-def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch, load: float, said: bool):
+@pytest.mark.parametrize(
+    ("load", "threads", "said"),
+    [
+        (9.0, "", ": less when it is idle, or now with OMP_NUM_THREADS=1"),
+        (9.0, "1", ": less when it is idle"),
+        (0.5, "", ""),
+    ],
+)
+def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch, load: float, threads: str, said: str):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr(machine, "cores", lambda: 2)
-    assert machine.busy() == ("the machine is busy (load 9.0 on 2 cores): less when it is idle" if said else None)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert machine.busy() == (f"the machine is busy (load 9.0 on 2 cores){said}" if said else None)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
