@@ -72,9 +72,10 @@ def demand(document: dict[str, Any], model: str | None, limits: Publish | None, 
             "TGT gives nothing of the source away (export --model TGT); longer pre-training and disposal may do better"
         )
     if short := [text for state, text in held(document["evidence"], model, limits) if state != "met"]:
-        high = document["evidence"].get(model, {}).get("price", {}).get("high") or 0
+        end = "low" if model == "TGT" else "high"  # of the interval: TGT meets what it is not shown to be beyond
+        enough = document["evidence"].get(model, {}).get("price", {}).get(end) or 0
         about_price = sum(text.startswith("price") for text in short)
-        looser = [f"publish.price={math.ceil(high)}"] * (about_price > 0)
+        looser = [f"publish.price={math.ceil(enough)}"] * (about_price > 0)
         looser += ["a larger publish.recovered"] * (about_price < len(short))
         raise EvidenceError(
             f"{where}: [publish] is not met by {model}: {' '.join(short)}\n"
