@@ -140,7 +140,8 @@ def lengths(room: float, images: int, epoch: float, step: float) -> dict[str, fl
 def look(path: str, role: str) -> dict[str, Any]:
     """What the template says of the dataset at a path, by both splits and some of its images. Raises DataError.
 
-    `counts`: training images of each class; `side`: median of the shorter sides; `table`: keys that say where it is.
+    `counts`: training images of each class; `least`: test images of the class with fewest; `side`: median of the
+    shorter sides; `table`: keys that say where it is.
     """
     try:
         plain = kind_of(path) == "local" and not path.startswith((".", "/", "~"))
@@ -162,7 +163,8 @@ def look(path: str, role: str) -> dict[str, Any]:
     return {
         "counts": np.bincount(train.labels[train.labels >= 0], minlength=len(train.classes)).tolist(),
         "side": sides[len(sides) // 2],
-        "tests": int((test.labels >= 0).sum()),
+        "tests": len(tested := test.labels[test.labels >= 0]),
+        "least": min(np.unique(tested, return_counts=True)[1], default=0),
         "sizes": list(dict.fromkeys(f"{width}x{height}" for width, height in (sizes[0], sizes[-1]))),
         "modes": sorted({mode for _, mode in pictures}),
         "notes": [one_line(note.text) for rows in found.values() for note in rows.notes],

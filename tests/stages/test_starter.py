@@ -95,6 +95,14 @@ def test_what_init_prints_is_checked_and_run_as_it_is(call, clock, tmp_path: Pat
     assert "| gc " in table
 
 
+def test_an_attacker_with_few_images_chooses_on_test_images_where_there_are_ten_of_every_class(clock, tmp_path: Path):
+    images(tmp_path / "s", 2, 12, 10)
+    images(tmp_path / "t", 2, 4, 1)
+    assert written(tmp_path).piggyback.choose_on == "test"
+    next((tmp_path / "s/test/class1").iterdir()).unlink()
+    assert written(tmp_path).piggyback.choose_on == "own"
+
+
 @pytest.mark.parametrize(("arch", "stem"), [("resnet18", "imagenet"), ("resnet34", "small"), ("resnet20", "small")])
 def test_weights_say_which_network_they_are_of(clock, tmp_path: Path, arch: str, stem: str):
     images(tmp_path / "s", 2, 4, 1)
