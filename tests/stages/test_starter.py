@@ -140,13 +140,13 @@ def test_lengths_follow_the_machine(clock, tmp_path: Path, capsys: pytest.Captur
     assert (recipe.model.arch, recipe.pretrain.epochs, recipe.data.source.fraction) == ("resnet8", 12, 1)
     assert (recipe.dispose["gc"].steps, recipe.piggyback.steps, recipe.piggyback.attackers[1].steps) == (193, 30, 30)
     clock(0.6)  # 1,800 images, of them a quarter for this: 450 / (2 * 960 + 1,000) = 0.154 passes where 4 are the least
-    recipe = written(tmp_path)
+    assert capsys.readouterr().err == ""
+    recipe = written(tmp_path, None, None, None, None, None, 30, False)
     assert (recipe.pretrain.epochs, recipe.data.source.fraction, recipe.dispose["gc"].steps) == (8, 0.039, 3)
+    assert "3 steps of disposal fit" in capsys.readouterr().err
     assert recipe.data.piggyback["source"].balance == "classes"
     clock(0.02)  # 60 minutes are 108,000 images: attackers need no more than a third with 49 steps (35,280 images)
-    assert capsys.readouterr().err == ""
-    recipe = written(tmp_path, None, None, None, None, None, 60, False)
-    assert f"{recipe.dispose['gc'].steps} steps of disposal fit" in capsys.readouterr().err
+    recipe = written(tmp_path, None, None, None, None, None, 60)
     assert recipe.piggyback.steps == 50 and recipe.dispose["gc"].steps > 193
 
 
