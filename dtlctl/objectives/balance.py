@@ -27,11 +27,8 @@ wants its gradient vanishes, and an equal weight for it would leave the target n
 
 
 def aim(allowed: float, half_width: float) -> float:
-    """The price to steer at, in points: the allowed one, or less by what the images cannot resolve of it.
-
-    Never less than minus the allowed one: a gain that few images would have to prove leaves nothing to unlearn with.
-    """
-    return max(-allowed, min(allowed, 2 * allowed - half_width))
+    """The price to steer at, in points: the allowed one, or less by what the images cannot resolve of it."""
+    return min(allowed, 2 * allowed - half_width)
 
 
 def ratio(rows: Sequence[Mapping[str, float]], share: float, price: float, wanted: float, whole: float) -> float:

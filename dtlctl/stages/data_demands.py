@@ -89,8 +89,8 @@ def _images_for_a_price(experiment: Experiment, job: Job[Dispose], allowed: floa
     if (half := resolution(count, EXPECTED)) > allowed:
         experiment.processes.say(
             f"{job.title}: {count:,} target images are held back to measure the price, which they tell to about "
-            f"± {half:.1f} points, where {allowed:g} is allowed: to be safe less is aimed at, down to a gain of "
-            f"{allowed:g} ({images_for(allowed, EXPECTED):,} such images would be enough)"
+            f"± {half:.1f} points, where {allowed:g} is allowed: to be safe lambda is kept lower, even "
+            f"near 0 ({images_for(allowed, EXPECTED):,} such images would be enough; else allow more, or give lambda)"
         )
 
 
