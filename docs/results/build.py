@@ -50,7 +50,7 @@ LABELS = {
     "gc-tgt-a-gem": "A-GEM on target images",
 }  # fmt: skip
 """A model in a table: its unlearning loss, fresh stages, and whose images retain, where not the source's alone."""
-GREY, ORANGE, BLUE, PURPLE, GREEN = "#555b63", "#d55e00", "#0072b2", "#aa4499", "#00805a"
+GREY, BLUE, GREEN = "#555b63", "#0072b2", "#00805a"
 POINTS = {
     "stages/TL": ("TL, published as it is", GREY, (24.0, 3.4)),
     "stages/rand": ("random labels,\nfresh stages", BLUE, (23.0, -6.0)),
