@@ -3,7 +3,8 @@
 What a λ does depends on how steep the two losses are, which differs by factors of ten and changes as a network forms.
 So λ follows from a ratio r of what the two terms of Eq. 1 weigh in a step, λ |∇unlearn| = r (1 - λ) |∇retain|, and r
 follows from the price so far: it goes up where that is below the allowed one, and down where it is above what a network
-on its way may still lack.
+on its way may still lack. The price is that of the mean of the last weights, `AVERAGED`: a network at a high learning
+rate lacks several points that annealing gives back, which are not λ's to save (arXiv:1803.05407).
 """
 
 import math
@@ -13,9 +14,11 @@ START = 1.0
 """The first ratio: both terms weigh the same."""
 CHECKS, APART = 40, 10
 """How often a run looks at its price and gradients, and how many steps lie between at least: a look costs a few."""
-LATE = 0.7
-"""The share of the steps after which the price should be the allowed one, and is measured on all images."""
-GAIN, FULL = 0.5, 3.0
+LATE, ON_ALL = 0.8, 0.7
+"""Shares of the steps after which the price should be the allowed one, and is measured on all images."""
+AVERAGED = 0.05
+"""The share of the steps over which weights are averaged, with exponential weights, for their price."""
+GAIN, FULL = 0.5, 1.5
 """A check changes log r by at most GAIN, where the price is FULL points or more away from where it may be."""
 LEAST_RATIO, MOST_RATIO = 0.01, 10.0
 """The ratio stays between these: where the price cannot follow, it must not go so far that it takes long to return."""

@@ -108,7 +108,7 @@ class Dispose(Training):
     """One variant: minimises `(1 − lambda) · retain + lambda · unlearn` (Eq. 1). An empty table is the recommended
     one, of 10 epochs of the source."""
 
-    revision: ClassVar[int] = 4
+    revision: ClassVar[int] = 5
     batch_size: int = Field(64, ge=2, le=65_536)
     """Images a step."""
     clip: float | None = Field(10.0, gt=0)

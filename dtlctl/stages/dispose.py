@@ -1,10 +1,13 @@
 """theta_dtl = TRAIN(theta_tl, (1 - lambda) L_retain + lambda L_unlearn): dispose of the source (Eq. 1)."""
 
+import math
 from contextlib import suppress
 from dataclasses import asdict
+from typing import cast
 
 import numpy as np
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dtlctl.attacks import features
 from dtlctl.console.progress import say
@@ -54,6 +57,7 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
 
     def objective(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         disposal.lam = checks.lam()
+        checks.follow(student)
         return disposal(source[step], target[step] if target else None, step < repair_from)
 
     exactness = _exactness(experiment, job, disposal, source)
@@ -140,6 +144,10 @@ class Checks:
         self.source, self.target = source, target
         self.length = job.settings.total_steps(source.images)
         every = max(balance.APART, self.length // balance.CHECKS)
+        self.averaged: AveragedModel | None = None
+        if job.settings.schedule != "constant":  # else nothing will give back what the last weights lack
+            average = get_ema_multi_avg_fn(1 - 1 / max(5.0, balance.AVERAGED * self.length))
+            self.averaged = state.beside = AveragedModel(disposal.student, multi_avg_fn=average, use_buffers=True)
         self.steps = range(0, self.length, every)
         most = max(100, every * source.batch_size // 4)
         labels = experiment.data.images("source", "test").labels
@@ -156,19 +164,25 @@ class Checks:
         self.probe_of_tl = self._probe(disposal.teacher)
         self.first = self._lam(0, balance.START) if self.allowed else disposal.lam
 
+    def follow(self, student: Classifier) -> None:
+        """Take the weights before a step into the mean whose price is measured on the way."""
+        if self.averaged:
+            self.averaged.update_parameters(student)
+
     def lam(self) -> float:
         """λ of the next step."""
         return next((row["lambda"] for row in reversed(self.state.rows) if "lambda" in row), self.first)
 
     def check(self, step: int) -> dict[str, float]:
-        """The price so far and the probe's accuracy in %, and λ from here on."""
-        few = slice(None) if step >= balance.LATE * self.length else self.few
-        now = self._price(few)
+        """The price so far, of the mean of the last weights, the probe's accuracy in %, and λ from here on."""
+        few = slice(None) if step >= balance.ON_ALL * self.length else self.few
+        on_its_way = self.averaged if step < self.length else None
+        now = self._price(cast(Classifier, on_its_way.module) if on_its_way else self.disposal.student, few)
         probe = self._probe(self.disposal.student)
         row = {"price": now.points, "price_half_width": now.half_width, "source_probe": probe}
         if not self.allowed:
             return {**row, "lambda": self.disposal.lam}
-        wanted = balance.aim(self.allowed, now.half_width)
+        wanted = balance.aim(self.allowed, now.half_width * math.sqrt(now.images / len(self.rows)))  # of all images
         ratio = balance.ratio(self.state.rows, step / self.length, now.points, wanted, 100 * self.before.mean())
         lam = self._lam(step, ratio) if step < self.length else self.lam()
         return {**row, "ratio": ratio, "lambda": lam}
@@ -177,7 +191,7 @@ class Checks:
         """Whether the recipe lets it end here: at its last `settle` checks neither number moved."""
         wanted, step = self.job.settings.settle, self.state.step
         looks = [row for row in self.state.rows if "source_probe" in row][-(wanted or 0) - 1 :]
-        early = self.allowed is not None and step < balance.LATE * self.length
+        early = self.allowed is not None and step < balance.ON_ALL * self.length
         if wanted is None or early or len(looks) <= wanted or looks[-1]["step"] != step:
             return False
         columns = ([row[name] for row in looks] for name in ("price", "source_probe"))
@@ -189,7 +203,7 @@ class Checks:
         metrics = {"source_probe_tl": self.probe_of_tl, "source_probe": self._probe(self.disposal.student)}
         if not self.allowed:
             return metrics
-        cost = self._price(slice(None))
+        cost = self._price(self.disposal.student, slice(None))
         kept = "within" if cost.high <= self.allowed else "above" if cost.low > self.allowed else "not told from"
         where = "target images held back" + ", TL on the test images" * self.apart
         more = f" (about {images_for(self.allowed, cost.disagreement):,} would tell)" if kept[0] == "n" else ""
@@ -205,9 +219,9 @@ class Checks:
         target = self.target[step] if self.target else None
         return balance.lam(self.state.rows, ratio, *self.disposal.norms(self.source[step], target))
 
-    def _price(self, few: np.ndarray | slice) -> Price:
-        """What the disposal costs so far, by these of the rows."""
-        after = self.right(self.disposal.student, "target", self.split, self.rows[few])
+    def _price(self, model: Classifier, few: np.ndarray | slice) -> Price:
+        """What going from TL to this model costs, by these of the rows."""
+        after = self.right(model, "target", self.split, self.rows[few])
         return price_apart(self.before, after) if self.apart else price(self.before[few], after)
 
     def _probe(self, model: Classifier) -> float:

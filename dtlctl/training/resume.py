@@ -36,7 +36,8 @@ class State:
     """Where a training stands between two steps.
 
     rows: the reports so far; sums: this process's, scalars, since the last one; seconds: up to the start or the last
-    restore; lr: of the last step; best: weights and buffers of the best row by HELD_OUT.
+    restore; lr: of the last step; best: weights and buffers of the best row by HELD_OUT; beside: what changes with the
+    model, as a mean of its weights, and is saved with it.
     """
 
     step: int = 0
@@ -45,6 +46,7 @@ class State:
     seconds: float = 0.0
     lr: float = 0.0
     best: dict[str, Tensor] = field(default_factory=dict)
+    beside: nn.Module | None = None
 
     def best_step(self) -> int:
         """Of the first row that is the best by HELD_OUT; 0 where none has it."""
@@ -89,6 +91,9 @@ class StateFile:
             **{f"model/{name}": tensor for name, tensor in model.state_dict().items()},
             **{f"best/{name}": tensor for name, tensor in state.best.items()},
             **{
+                f"beside/{name}": tensor for name, tensor in (state.beside.state_dict() if state.beside else {}).items()
+            },
+            **{
                 f"optimizer/{number}/{name}": value
                 for number, own in optimizer.state_dict()["state"].items()
                 for name, value in own.items()
@@ -116,6 +121,8 @@ class StateFile:
             for options, lr in zip(optimizer.param_groups, document.lrs, strict=True):
                 options["lr"] = lr
             schedule.load_state_dict({"last_epoch": step, "_step_count": step + 1, "_last_lr": list(document.lrs)})
+            if state.beside:
+                checkpoint.fill(state.beside, _under("beside/", tensors))
             for name in KEPT:
                 setattr(state, name, getattr(document, name))
             state.best = {name: tensor.to(group.device) for name, tensor in _under("best/", tensors).items()}

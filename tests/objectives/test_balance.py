@@ -43,9 +43,9 @@ def test_a_network_on_its_way_may_lack_what_a_cosine_leaves():
 
 
 def test_the_ratio_falls_where_the_price_is_above_and_rises_where_it_is_below():
-    """1.5 points of FULL = 3 are half of GAIN: a factor of e^(1/4); 30 points are as much as 3: e^(1/2)."""
-    assert [after(32.5, balance.LATE / 2), after(2.5, 1.0)] == pytest.approx([math.exp(-0.25)] * 2)
-    assert [after(-0.5, 0.1), after(-0.5, 1.0)] == pytest.approx([math.exp(0.25)] * 2)
+    """0.75 points of FULL = 1.5 are half of GAIN: a factor of e^(1/4); 30 points are as much as 1.5: e^(1/2)."""
+    assert [after(31.75, balance.LATE / 2), after(1.75, 1.0)] == pytest.approx([math.exp(-0.25)] * 2)
+    assert [after(0.25, 0.1), after(0.25, 1.0)] == pytest.approx([math.exp(0.25)] * 2)
     assert after(61.0, balance.LATE / 2) == pytest.approx(math.exp(-0.5))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from dtlctl.attacks import features
@@ -66,6 +67,29 @@ def test_a_price_is_measured_on_target_images_that_nothing_trains_on(recipe_file
         assert row["ratio"] == balance.ratio(rows[:number], row["step"] / 24, row["price"], wanted, whole)
     assert len({row["ratio"] for row in rows}) > 1 and len({row["lambda"] for row in rows}) > 20
     assert all(balance.LEAST <= row["lambda"] <= balance.MOST for row in rows)
+
+
+def test_on_its_way_the_price_is_that_of_the_mean_of_the_last_weights(recipe_file: Path, monkeypatch):
+    """Made anew from the weights before each step: m <- m + (w - m) / 5 for 24 steps, whose twentieth is below 5."""
+    seen: list[dict[str, torch.Tensor]] = []
+    follow = dispose.Checks.follow
+
+    def watched(self, student):
+        seen.append({name: tensor.clone() for name, tensor in student.state_dict().items()})
+        follow(self, student)
+
+    monkeypatch.setattr(dispose.Checks, "follow", watched)
+    one = experiment(recipe_file)
+    run(one, STAGES)
+    row = next(row for row in sidecar(one, "dispose/gc")["history"] if row["step"] == 20)
+    mean = seen[0]
+    for weights in seen[1:20]:
+        mean = {name: value.lerp(weights[name], 0.2) if value.is_floating_point() else weights[name]
+                for name, value in mean.items()}  # fmt: skip
+    model, held = one.trainer.load_model("gc"), one.data.held_back("target")
+    model.load_state_dict(mean)
+    tl, ours = (one.trainer.right(m, "target", "train", held) for m in (one.trainer.load_model("TL"), model))
+    assert row["price"] == price(tl, ours).points
 
 
 def test_a_priced_disposal_that_is_stopped_goes_on_to_the_same_weights(recipe_file: Path, monkeypatch):
