@@ -4,7 +4,8 @@ A message is one or two lines: what is wrong, where (file, key, row), what to do
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -33,6 +34,16 @@ class DtlError(Exception):
     """The root; `exit_code` is what the shell sees."""
 
     exit_code = 1
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Within, an error says of what it is, and stays what it is."""
+    try:
+        yield
+    except DtlError as error:
+        error.args = (f"{what}: {error}",)
+        raise
 
 
 class RecipeError(DtlError):
@@ -81,21 +92,3 @@ class Stopped(DtlError):
             "stopped by a signal; what is finished or saved is kept, and the same command goes on from there"
         )
         self.exit_code = 128 + signum
-
-
-class PeerFailed(DtlError):
-    """Another process of this run met an error; it says which, this one ends with the same code."""
-
-    def __init__(self, exit_code: int):
-        super().__init__("ended because the main process did; its message says why")
-        self.exit_code = exit_code
-
-
-class PeerLost(DtlError):
-    """Another process of this run is gone without a word to this one."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "another process of this run is gone; its own message, or the launcher's, says why\n"
-            "the same command goes on from the state that was saved last"
-        )

@@ -11,7 +11,7 @@ import typer
 from dtlctl import __version__
 from dtlctl.cli import commands, tools
 from dtlctl.console import stop
-from dtlctl.errors import DtlError, PeerLost, RecipeError, Stopped
+from dtlctl.errors import DtlError, RecipeError, Stopped
 
 HELP = """Disposable transfer learning: pre-train on private data, fine-tune on a small task, dispose of the rest.
 
@@ -80,7 +80,9 @@ def _foreseen(error: Exception) -> DtlError | None:
         from dtlctl.training.failures import is_loss
 
         if is_loss(error):
-            return Stopped(stop.pending()) if stop.pending() else PeerLost()
+            gone = "another process of this run is gone; its own message, or the launcher's, says why\n"
+            gone += "the same command goes on from the state that was saved last"
+            return Stopped(stop.pending()) if stop.pending() else DtlError(gone)
     if lacking := re.search(r"'(aten::[\w.]+)' (?:is not .*for the|with arguments from the) '?(\w+)", str(error)):
         return RecipeError(
             f"{lacking[2]}: torch has no {lacking[1]} for this device\n"

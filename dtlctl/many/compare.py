@@ -1,10 +1,8 @@
 """`dtlctl compare`: every unlearning loss at the λ that costs the same target accuracy.
 
-The paper adjusts λ so that "the differently unlearned models are compared with similar target accuracy" (section 4.2).
-Here λ is searched with real disposals, by the price on target images that nothing is trained or tested on; a TL from
-outside, which may have learned them, answers the test images. A tolerance is resolved where the half width of the
-price's 95 % interval is not larger: one that so many images cannot resolve is refused before anything trains, and where
-the measured interval is wider after all, no λ counts as reached.
+As in the paper's section 4.2. λ is searched with real disposals, by the price on target images that nothing is trained
+or tested on; a TL from outside, which may have learned them, answers the test images. A tolerance that so many images
+cannot resolve is refused before anything trains; where the 95 % interval is wider after all, no λ counts as reached.
 """
 
 import json
@@ -20,7 +18,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from dtlctl.console.progress import say
-from dtlctl.errors import DivergedError, RecipeError
+from dtlctl.errors import DivergedError, RecipeError, named
 from dtlctl.many.sweep import folder_name, one_process, perform
 from dtlctl.recipe.loading import load, validated
 from dtlctl.recipe.plan import Stage
@@ -68,10 +66,8 @@ def compare(
 
         def prices(lam: float, variant: str = variant) -> list[Price]:
             name = folder_name(f"{variant}-{lam:.4g}", {variant: lam})
-            try:
+            with named(f"dispose.{name}"):
                 disposed = made("search", {name: at(variant, lam)}, "dispose")
-            except DivergedError as error:
-                raise DivergedError(f"dispose.{name}: {error}") from None
             found = [cost(before, answers(one, name)) for before, one in zip(tl, disposed, strict=True)]
             by_seed = ", ".join(f"{one.points:.1f} ± {one.half_width:.1f}" for one in found)
             say(f"{name}: {by_seed} points below TL, by seed", quiet)

@@ -17,7 +17,7 @@ import torch
 
 from dtlctl.console.machine import cores
 from dtlctl.console.progress import say
-from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, RecipeError
+from dtlctl.errors import CheckpointError, DataError, DivergedError, DtlError, RecipeError, named
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.overrides import parse_value
 from dtlctl.recipe.plan import STAGES, Job, Stage
@@ -97,10 +97,12 @@ def opened(
     for point in grid:
         call = [*overrides, *point.overrides, f"name={point.name}"]
         words = [*(word for text in call for word in ("--set", text)), "--out", str(folder)]
-        experiment = Experiment(load(recipe, call), folder, source=str(recipe), words=words, quiet=quiet)
+        with named(", ".join(point.overrides)):
+            experiment = Experiment(load(recipe, call), folder, source=str(recipe), words=words, quiet=quiet)
         found.append((point, experiment))
-    for _, experiment in found:
-        data_demands.check(experiment, experiment.jobs)
+    for point, experiment in found:
+        with named(", ".join(point.overrides)):
+            data_demands.check(experiment, experiment.jobs)
     return found
 
 
@@ -153,7 +155,7 @@ def perform(experiments: Sequence[Experiment], stages: Iterable[Stage], *, jobs:
                     ended = pool.submit(_wait, process, experiment.recipe.name, task.stage)
                     children[ended] = Child(process, experiment.folder, task.keys, gpu)
                 else:
-                    with experiment.results.opened():
+                    with named(f"{experiment.recipe.name}, {task.stage}"), experiment.results.opened():
                         runner.run(experiment, (task.stage,), only=task.models)
             elif children:
                 for ended in wait(children, return_when=FIRST_COMPLETED).done:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dtlctl.attacks.attackers import NORMS
-from dtlctl.errors import CheckpointError, RecipeError
+from dtlctl.errors import RecipeError, named
 from dtlctl.model import networks, weights
 from dtlctl.objectives.batched import batchable
 from dtlctl.objectives.unlearn import GradientCollision, NullSpace
@@ -25,12 +25,10 @@ def check(recipe: Recipe, source: str) -> None:
     stages = {"pretrain": recipe.pretrain, "finetune": recipe.finetune, "target-only": recipe.target_only}
     for place, settings in {**stages, **{f"reference.{name}": one for name, one in recipe.reference.items()}}.items():
         if settings and settings.weights:
-            try:
+            with named(f"{source}: {place}.weights"):
                 weights.identity(settings.weights, recipe.model.arch)
                 if not settings.weights.startswith(weights.REGISTRY):
                     weights.read(settings.weights, recipe.model.model_dump(), getattr(settings, "classes", None))
-            except CheckpointError as error:
-                raise CheckpointError(f"{source}: {place}.weights: {error}") from None
 
 
 def _lacking(recipe: Recipe) -> Iterator[tuple[str, str]]:

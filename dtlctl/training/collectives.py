@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dtlctl.console import stop
 from dtlctl.data.tensors import Share
-from dtlctl.errors import DtlError, PeerFailed, Stopped
+from dtlctl.errors import DtlError, Stopped
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(days=7)
@@ -50,10 +50,11 @@ class Collectives:
             except DtlError as error:
                 failure = error
         code = self.agree(failure.exit_code if failure else 0, patient=True)
+        if code and not failure:
+            failure = DtlError("ended because the main process did; its message says why")
+            failure.exit_code = code
         if failure:
             raise failure
-        if code:
-            raise PeerFailed(code)
         return result
 
     def stoppable(self, items: Iterable[Item]) -> Iterator[Item]:

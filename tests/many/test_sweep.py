@@ -301,6 +301,16 @@ def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, call
     assert len(said.strip().splitlines()) == 2
 
 
+def test_an_error_says_which_setting_it_is_of(recipe_file: Path, call):
+    """Before anything is trained, and while one run after the other is: the second rate is too large."""
+    (recipe_file.parent / "bare").mkdir()
+    code, _, said = call("sweep", recipe_file, "--over", "data.source.path=builtin:digits,./bare")
+    assert code == 4 and 'error: data.source.path="./bare": data.source.path: ./bare holds no image' in said
+    steps = "pretrain={lr=0.1, steps=200, schedule='constant'}"
+    code, _, said = call("sweep", recipe_file, "--set", steps, "--over", "pretrain.lr=0.001,100", "--quiet")
+    assert code == 3 and said.startswith("error: pretrain.lr-100, pretrain: training diverged at step"), said
+
+
 def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     for over, message in (
         ("dispose.gc.lambda=0.1,7", "less than or equal to 1"),
