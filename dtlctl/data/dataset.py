@@ -160,6 +160,8 @@ class Asked(NamedTuple):
         hint = f'; write {split} = "{usual[0]}" in [{role}]' if usual else nearest(wanted, names)
         if split == "test" and not hint and self.dataset.train in names:
             hint = f"; write test = 0.2 in [{role}] to hold out a part of {self.dataset.train!r}"
+        if split == "train" and not hint and len(names) == 1:
+            hint = f'; add it, or divide the one that is there: train = "{names[0]}" and test = 0.2 in [{role}]'
         said = f"{role}.{split}: {self.dataset.path} has no split {wanted!r} (splits: {', '.join(names) or 'none'})"
         raise NoSplit(said + hint, usual)
 

@@ -42,7 +42,7 @@ class Source:
         if isinstance(share, str):
             return self._named(split, image_size, scratch)
         whole = self._named("train", image_size, scratch)
-        if there := [name for name in whole.splits if name.casefold() in USUAL["test"]]:
+        if there := [name for name in whole.splits if name.casefold() in USUAL["test"] and name != self.dataset.train]:
             raise DataError(
                 f"data.{self.role}.test: {self.dataset.path} has a split {there[0]!r}, so test = {share:g} would hold "
                 f'out a second one; write test = "{there[0]}", or move that split away'

@@ -247,6 +247,14 @@ def test_nothing_is_held_out_beside_a_test_split(tmp_path):
     assert "has a split 'val', so test = 0.2 would hold out a second one; write test = \"val\"" in message(dataset)
 
 
+def test_a_test_split_alone_can_be_divided_as_the_error_says(tmp_path):
+    dataset = pool(tmp_path / "d", {"a": 10, "b": 5}, "test").model_copy(update={"test": "test"})
+    with pytest.raises(DataError, match=r"no split 'train' .*; add it, .*: train = \"test\" and test = 0.2 in \[data"):
+        load(dataset)
+    divided = dataset.model_copy(update={"train": "test", "test": 0.2})
+    assert [len(load(divided, split).labels) for split in ("train", "test")] == [12, 3]
+
+
 def test_a_class_of_one_image_cannot_be_shared_out(tmp_path):
     said = message(pool(tmp_path / "d", {"a": 3, "b": 1}), "test")
     assert "class 'b' has 1 image, of which test = 0.2 would leave none to train on" in said
