@@ -81,9 +81,10 @@ class Classifier(nn.Module):
         self.std = nn.Buffer(torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self.precision: Precision = "float32"
         self.channels_last = False
+        self.classes: list[str] = []  # of an exported model: the names of its logits
 
     @property
-    def classes(self) -> dict[str, int]:
+    def outputs(self) -> dict[str, int]:
         return {name: int(head.out_features) for name, head in self.heads.items() if isinstance(head, nn.Linear)}
 
     def embed(self, x: Tensor) -> Tensor:

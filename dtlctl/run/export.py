@@ -43,8 +43,7 @@ def packed(experiment: Experiment, model: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def export(experiment: Experiment, model: str, to: Path) -> None:
-    """Write the model as one file. Raises RecipeError, too, for a place where the file cannot be."""
-    refuse(experiment, to)
+    """Write the model as one file, at a place that `refuse` has let pass. Raises RecipeError where it cannot be."""
     blob, _ = packed(experiment, model)
     try:
         checkpoint.write(to, blob)
@@ -69,14 +68,15 @@ def refuse(experiment: Experiment, to: Path) -> None:
 
 
 def load(path: Path | str) -> networks.Classifier:
-    """An exported model, in eval mode: `load(path)(x, "target")` are logits [B, classes] of x [B, 3, H, W] in [0, 1].
+    """An exported model, in eval mode: `load(path)(x)` are logits [B, classes] of x [B, 3, H, W] in [0, 1].
 
-    path: the file, or the folder. Raises CheckpointError for what `export` did not write.
+    Its `classes` name them. path: the file, or the folder. Raises CheckpointError for what `export` did not write.
     """
     tensors, described = weights.tensors_of(str(path))
     try:
         classes = described.pop("classes")
         model = networks.build(heads={"target": len(classes)}, **described)
+        model.classes = [*classes]
         model.to(tensors[f"{model.readout}.weight"].dtype)
         names = dict(zip(model.plain_state("target"), model.state_dict(), strict=True))
         checkpoint.fill(model, {names.get(name, name): tensor for name, tensor in tensors.items()})

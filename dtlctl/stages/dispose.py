@@ -42,7 +42,7 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
     # Collisions need each chunk's own batch statistics; one chunk means the statistics of the global batch.
     how = {"global_batch_norm": settings.unlearn.chunks == 1}
     teacher = experiment.trainer.load_model("TL", **how).eval().requires_grad_(False)
-    student = _student(experiment, settings, teacher.classes, how)
+    student = _student(experiment, settings, teacher.outputs, how)
     images, label_seed = experiment.data.images("source", "train").labels, experiment.recipe.stream("dispose/labels")
     disposal = Disposal(
         settings.lam or 0.0, settings.unlearn, settings.retain, student, teacher, chunks=chunks,

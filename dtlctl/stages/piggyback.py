@@ -203,7 +203,7 @@ class Repetition:
         found = features.read(model.eval(), self._pixels("train", rows))[features.EMBEDDING]
         if not np.isfinite(found).all():
             return False
-        features.refit(model, HEAD, torch.from_numpy(found), torch.from_numpy(self.labels[rows]), model.classes[HEAD])
+        features.refit(model, HEAD, torch.from_numpy(found), torch.from_numpy(self.labels[rows]), model.outputs[HEAD])
         model.heads[HEAD].requires_grad_(True)
         return True
 

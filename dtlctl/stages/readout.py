@@ -58,7 +58,7 @@ def uncertainty(experiment: Experiment, model: Classifier) -> dict[str, float]:
         return -entropy(Observation(head, [(batch.x, batch.y)]))["entropy"]
 
     mean = float(seen(experiment, "source", "test", None, unsure).double().mean())
-    return {"nats": mean, "share_of_log_k": mean / math.log(max(2, model.classes["source"]))}
+    return {"nats": mean, "share_of_log_k": mean / math.log(max(2, model.outputs["source"]))}
 
 
 def relearning(experiment: Experiment, name: str, settings: Audit) -> dict[str, Any]:

@@ -71,8 +71,9 @@ def test_an_exported_model_answers_as_the_runs_own_does(experiment: Experiment, 
     assert (code, out, err) == (0, "given/rand.safetensors\n", "")
     x, own = torch.rand(4, 3, 8, 8), experiment.trainer.load_model("rand").eval()
     theirs = export.load(Path(out.strip()))
+    assert theirs.classes == [str(digit) for digit in range(10)]
     with torch.no_grad():
-        assert torch.equal(theirs(x, "target"), own(x, "target")) and not theirs.training
+        assert torch.equal(theirs(x), own(x, "target")) and not theirs.training
         assert not torch.equal(theirs(x, "target"), experiment.trainer.load_model("TL").eval()(x, "target"))
 
 
