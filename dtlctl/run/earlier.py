@@ -36,7 +36,8 @@ class Earlier:
         self.known: dict[str, Path] = {}
         for path in (path for folder in self.folders for form in FORMS for path in sorted(folder.glob(form))):
             with suppress(CheckpointError, OSError):
-                self.known[_key_in(path, path.stat().st_mtime_ns)] = path
+                if not checkpoint.lost(path):
+                    self.known[_key_in(path, path.stat().st_mtime_ns)] = path
 
     def find(self, experiment: Experiment, job: Job[Any]) -> Path | None:
         """The sidecar of the job's result; None, too, where its parent is not up to date."""

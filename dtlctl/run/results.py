@@ -92,9 +92,9 @@ class Results:
         return checkpoint.key(self._inputs(job))
 
     def done(self, job: Job[Any]) -> bool:
-        """Whether the result exists and was made from exactly this recipe, data and parent."""
+        """Whether the result exists, whole, and was made from exactly this recipe, data and parent."""
         sidecar = checkpoint.read_sidecar(self.path(job))
-        return sidecar is not None and sidecar["key"] == self.key(job)
+        return sidecar is not None and sidecar["key"] == self.key(job) and not checkpoint.lost(self.path(job))
 
     def reference_answers(self) -> Parts:
         """What reference models said of the source's images, kept for the audits of all models."""
@@ -107,11 +107,9 @@ class Results:
         """The sidecar of an up-to-date model; else CheckpointError with the command that makes it."""
         job = self.maker(model)
         sidecar = checkpoint.read_sidecar(self.path(job))
-        remedy = f"run: {self.command(job.stage)}"
-        if sidecar is None:
-            raise CheckpointError(f"{self.path(job)}: {model} has not been made yet; {remedy}")
-        if sidecar["key"] != self.key(job):
-            raise CheckpointError(f"{self.path(job)}: {model} was made from other settings or data; {remedy}")
+        if sidecar is None or sidecar["key"] != self.key(job):
+            why = "was made from other settings or data" if sidecar else "has not been made yet"
+            raise CheckpointError(f"{self.path(job)}: {model} {why}; run: {self.command(job.stage)}")
         return sidecar
 
     def publish(
@@ -144,7 +142,7 @@ class Results:
             if model is None:
                 checkpoint.publish_json(self.path(job), sidecar)
             else:
-                checkpoint.publish(self.path(job).parent, model, {**sidecar, "heads": model.classes})
+                checkpoint.publish(self.path(job).parent, model, {**sidecar, "heads": model.outputs})
             self.tidy(job)
 
         with stop.deferred():

@@ -42,6 +42,8 @@ def run(
             more = f" and {len(there) - NAMED} more" if len(there) > NAMED else ""
             experiment.processes.say(f"up to date: {', '.join(there[:NAMED])}{more}")
             there.clear()
+        if lost := checkpoint.lost(experiment.results.path(job)):
+            experiment.processes.say(f"{job.title}: {lost} is missing; the model is made again")
         if experiment.results.scratch(job).exists() and (parts := experiment.results.parts(job).count()):
             experiment.processes.say(f"{job.title}: goes on with {parts} finished part{'s' * (parts > 1)}")
         try:

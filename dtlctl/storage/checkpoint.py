@@ -94,6 +94,12 @@ def adopt(found: Path, goal: Path, model: str) -> None:
     settle(goal.parent)
 
 
+def lost(sidecar: Path) -> Path | None:
+    """The weights of a model's sidecar, where they are missing."""
+    weights = sidecar.with_name("model.safetensors")
+    return weights if sidecar.name == "model.json" and sidecar.exists() and not weights.exists() else None
+
+
 def settle(folder: Path) -> None:
     """Finish a publication that was cut short, or undo it if it had not got far enough; for its owner alone."""
     weights, sidecar = folder / ".model.safetensors.next", folder / ".model.json.next"
