@@ -13,6 +13,8 @@ COPIED = 0.5
 FEW = 10
 """So many copies among a drawn part of a train split may be chance, whatever share of the whole they stand for."""
 
+SAME = "its training images are those of data.source: to dispose of the source is to dispose of the target"
+
 
 def among(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """bool [n]: whether each image, of n hashes, is among the others, of m hashes."""
@@ -54,6 +56,9 @@ def across(data: Mapping[str, tuple[Images, Images]]) -> dict[str, list[Note]]:
     for role, (own, test) in data.items():
         compared = {own.split, own.fingerprint}
         for other, (train, _) in data.items():
+            same = {own.split, own.fingerprint} & {train.split, train.fingerprint}
+            if same and (role, other) == ("target", "source"):
+                found[role].append(Note("same-as-source", len(own.rows), SAME))
             if compared & {train.split, train.fingerprint}:
                 continue
             compared |= {train.split, train.fingerprint}

@@ -9,7 +9,7 @@ import jinja2
 import numpy as np
 
 from dtlctl.console.machine import busy
-from dtlctl.data import subset
+from dtlctl.data import overlap, subset
 from dtlctl.data.entry import Images
 from dtlctl.errors import CheckpointError
 from dtlctl.model import networks
@@ -85,7 +85,8 @@ def words(pair: Sequence[float], unit: str) -> str:
 def _describe(experiment: Experiment, role: str) -> dict[str, Any]:
     """What is known of a role's data: decoded, or by the names of files; nothing is decoded for it."""
     dataset, source = experiment.recipe.data.of(role), experiment.data.source(role)
-    notes = ["revision not pinned"] if source.kind == "hub" and dataset.revision is None else []
+    notes = [overlap.SAME] if role == "target" and source.identity == experiment.data.source("source").identity else []
+    notes += ["revision not pinned"] if source.kind == "hub" and dataset.revision is None else []
     counted: dict[str, Any] = dict.fromkeys(("images", "test_images", "classes"))
     train, test = found = [experiment.data.cached(role, split) or source.listed(split) for split in SPLITS]
     if train:
@@ -126,7 +127,7 @@ def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: cos
 def _state(experiment: Experiment, job: Job[Any], data: dict[str, Any]) -> str:
     """One of those that `plan` names. No data is decoded and no engine started for it."""
     path = experiment.folder / job.path
-    if not path.exists():
+    if not path.exists() or checkpoint.lost(path):
         return "to do"
     try:
         checkpoint.read_sidecar(path)

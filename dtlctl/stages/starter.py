@@ -21,6 +21,7 @@ from dtlctl.console.machine import busy, cores
 from dtlctl.console.progress import say
 from dtlctl.data import cache, files, subset
 from dtlctl.data.dataset import Dataset, Rows, Split, kind_of
+from dtlctl.data.overlap import SAME
 from dtlctl.data.sources import Source
 from dtlctl.errors import CheckpointError, DataError, NoSplit, RecipeError, one_line
 from dtlctl.model import networks
@@ -45,8 +46,7 @@ target accuracy. What ten passes leave goes to pre-training."""
 MOST = 40
 """Epochs of pre-training: more are left to whoever has the time."""
 LEAST, STEPS = 4, 400
-"""Passes of a disposal, and steps where half of the time gives them: with fewer, a new network does not get as far as
-TL. A smaller network or fewer images come first."""
+"""Passes of a disposal, and steps where half of the time gives them: with fewer, a new network does not reach TL."""
 BATCH = 64
 ATTACK, WEAKEST = 150, 30
 """Steps that an attacker gets; fewer, but not fewer than so many, where all of them would take a third of the time."""
@@ -67,9 +67,8 @@ def write(
     the run may take here; where that starves the disposal, it is said.
     """
     seconds = 60 * PLANNED * minutes
-    seen = {"source": look(source, "source"), "target": look(target, "target")}
-    if attacker:
-        seen["piggyback.attacker"] = look(attacker, "piggyback.attacker")
+    paths = {"source": source, "target": target, "piggyback.attacker": attacker}
+    seen = {role: look(path, role) for role, path in paths.items() if path is not None}
     own, device = seen["source"], torch.device(devices.kind())
     gpu = device.type != "cpu"
     folders = "-".join(Path(path).name.removeprefix("builtin:") for path in (source, target))
@@ -77,8 +76,7 @@ def write(
     each = max(4, min(20, min(own["counts"]) // 20))
     side = _side(max(own["side"], seen["target"]["side"]), size, gpu)
     sizes = len(own["counts"]), len(seen["target"]["counts"])
-    network, outputs, known = adopted(weights, arch, side, *sizes, size is not None) if weights else ({}, 0, False)
-    told_to = resolution(max(1, seen["target"]["tests"]), EXPECTED)
+    network, outputs, trained = adopted(weights, arch, side, *sizes, size is not None) if weights else ({}, 0, None)
     told: dict[str, Any] = {
         "toml": partial(json.dumps, ensure_ascii=False),
         "name": name or usual.rstrip(".") or "mine",
@@ -94,12 +92,13 @@ def write(
         "recommended": PASSES,
         "audited": audit.LEAST,
         "price": PRICE,
-        "told": told_to,
+        "told": (told_to := resolution(max(1, seen["target"]["tests"]), EXPECTED)),
         "most": float(max(2, math.ceil(PRICE + told_to))),
         "adopted": "finetune" if outputs == len(seen["target"]["counts"]) != len(own["counts"]) else "pretrain",
         "weights": weights,
         "asked": arch is not None,
-        "sized": "as asked" if size else "known" if known else "guessed" if weights else "seen",
+        "asked_size": size,
+        "trained": trained,
     }
     for told["model"] in [network] if weights else _networks(side, arch, gpu, size is not None):
         told |= _able(told["model"])
@@ -115,11 +114,17 @@ def write(
             break
     total = told["epochs"] * told["fraction"] * spent["pretrain"] + told["steps"] * spent["dispose"] + spent["rest"]
     told["minutes"] = words(total / 60, "min") + (f" ({note})" if (note := busy()) else "")
-    _say_starved(told["steps"], total, quiet)
+    _say(told, total, quiet)
     return _render(told)
 
 
-def _say_starved(steps: int, seconds: np.ndarray, quiet: bool) -> None:
+def _say(told: dict[str, Any], seconds: np.ndarray, quiet: bool) -> None:
+    """What nobody should miss who writes the recipe into a file, unread; seconds: [2], of all of it."""
+    steps, size, trained = told["steps"], told["model"]["image_size"], told["trained"]
+    if len({Path(told[role]["table"]["path"]).resolve() for role in ("source", "target")}) == 1:
+        say(f"init: data.target: {SAME}", quiet)
+    if trained not in (None, size):
+        say(f"init: the weights were trained at {trained} pixels; image_size is {size} (--size {trained})", quiet)
     if steps < STEPS:
         short = f"{steps:,} steps of disposal fit; with fewer than {STEPS} a new network may not get as far as TL"
         time = words((seconds / 60).tolist(), "min")
@@ -226,8 +231,8 @@ def _able(model: dict[str, Any]) -> dict[str, Any]:
 
 def adopted(
     weights: str, arch: str | None, side: int, source: int, target: int, fixed: bool
-) -> tuple[dict[str, Any], int, bool]:
-    """Keys of [model] for the network that weights are of, their head's outputs, whether the images' size is theirs.
+) -> tuple[dict[str, Any], int, int | None]:
+    """Keys of [model] for the network that weights are of, their head's outputs, and the image size they were made for.
 
     By `arch`, or what the file or the config.json of its folder says, or else of any ResNet that they fit.
     side: of the images, where nothing says what the network was trained on, or it is fixed: asked for. source, target:
@@ -250,13 +255,10 @@ def adopted(
         except (CheckpointError, ValueError, TypeError) as error:  # a header may hold anything
             failures.append(error)
         else:
-            return keys, _outputs(weights, given, source, target), size in (*trained, *built)
+            return keys, _outputs(weights, given, source, target), next(iter([*trained, *built]), None)
     fitted = [error for error in failures if isinstance(error, CheckpointError)] or failures
-    more = (
-        ""
-        if told or "do not fit" not in str(fitted[0])
-        else "\nwhere it is no ResNet, name it: --arch mobilenet_v3_small, --arch timm:NAME"
-    )
+    hint = "\nwhere it is no ResNet, name it: --arch mobilenet_v3_small, --arch timm:NAME"
+    more = hint * (not told and "do not fit" in str(fitted[0]))
     raise CheckpointError(f"{weights}: {str(fitted[0]).removeprefix(f'{weights}: ')}{more}")
 
 

@@ -65,6 +65,17 @@ def test_training_images_of_two_roles_are_told_of_the_later():
     assert found == {"source": [], "target": [("train-in-source", 2)]}
 
 
+def test_a_target_that_is_the_source_is_told_wherever_it_lies():
+    """By the split in the cache, or, for a copy, by all that is in it; an attacker's copy of the source is no fault."""
+    source = images(b"1", b"2", fingerprint="s"), images(b"8")
+    copied = images(b"1", b"2", fingerprint="s")._replace(split="elsewhere"), images(b"9")
+    for target in (source, copied):
+        data = {"piggyback.copy": source, "target": target, "source": source}
+        found = {role: [(note.kind, note.number) for note in notes] for role, notes in overlap.across(data).items()}
+        assert found == {"piggyback.copy": [], "target": [("same-as-source", 2)], "source": []}
+    assert overlap.across({"target": source, "piggyback.copy": source}) == {"target": [], "piggyback.copy": []}
+
+
 def test_roles_on_different_guessed_scales_are_told():
     """A source of 12 bits beside a target of 8; two roles of 16 bits agree, and so do shares of 1 and bytes."""
 

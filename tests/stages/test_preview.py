@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dtlctl.data import cache
+from dtlctl.data import cache, overlap
 from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
 from dtlctl.recipe import network_demands
@@ -241,6 +241,13 @@ def test_a_folder_is_looked_at_once(recipe_file: Path, tmp_path: Path, monkeypat
     assert next(row["images"] for row in found["data"] if row["role"] == "target") == 4
     inside = [f"photos/{split}{name}" for split in ("test", "train") for name in ("", "/a", "/b")]
     assert sorted(path for path in looked if path.startswith("photos")) == ["photos", *inside]
+
+
+def test_a_target_that_is_the_source_is_said_before_anything_is_decoded(recipe_file: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "empty"))
+    notes = {row["role"]: row["notes"] for row in planned(recipe_file)["data"]}
+    assert notes == {"source": [], "target": [overlap.SAME], "piggyback.again": []}
+    assert not planned(recipe_file, "data.target.path=builtin:letters")["data"][1]["notes"]
 
 
 def test_data_that_is_not_there_is_no_plan(recipe_file: Path, call):

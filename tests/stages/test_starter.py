@@ -192,17 +192,21 @@ def test_a_gpu_gets_a_larger_network_and_the_stem_for_its_images():
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "asked", "side"),
+    ("name", "config", "asked", "side", "said"),
     [
-        ("mobilenetv3_small_050", {"mean": [0.5] * 3, "std": [0.25] * 3}, None, 16),
-        ("mobilenetv3_small_050", None, "timm:mobilenetv3_small_050", 16),
-        ("vit_tiny_patch16_224", {"input_size": [3, 64, 64]}, None, 64),
+        ("mobilenetv3_small_050", {"mean": [0.5] * 3, "std": [0.25] * 3}, None, 16, "a guess"),
+        ("mobilenetv3_small_050", {"input_size": [3, 96, 96]}, None, 16, "the weights were trained at 96"),
+        ("mobilenetv3_small_050", None, "timm:mobilenetv3_small_050", 16, "a guess"),
+        ("vit_tiny_patch16_224", {"input_size": [3, 64, 64]}, None, 64, "that of the weights"),
     ],
 )
 def test_a_network_of_timm_is_told_by_its_folder_or_by_name(
-    clock, tmp_path: Path, name: str, config: dict[str, Any] | None, asked: str | None, side: int
+    clock, tmp_path: Path, capsys, name: str, config: dict[str, Any] | None, asked: str | None, side: int, said: str
 ):
-    """With the normalisation that it was trained with; a transformer takes images of the size that it was built for."""
+    """With the normalisation that it was trained with; a transformer takes images of the size that it was built for.
+
+    Any other takes the images as they are, and it is said where its config.json tells of another size.
+    """
     timm = pytest.importorskip("timm", reason="the extra timm is not installed")
     images(tmp_path / "s", 3, 4, 1)
     images(tmp_path / "t", 2, 4, 1)
@@ -215,7 +219,10 @@ def test_a_network_of_timm_is_told_by_its_folder_or_by_name(
     else:
         told = {"architecture": name, "pretrained_cfg": config}
         (tmp_path / "net/config.json").write_text(json.dumps(told))
-    recipe = written(tmp_path, None, str(tmp_path / "net"), asked)
+    recipe = written(tmp_path, None, str(tmp_path / "net"), asked, None, None, 30, False)
+    text, err = (tmp_path / "recipe.toml").read_text(), capsys.readouterr().err
+    assert said in next(line for line in text.splitlines() if line.startswith("image_size"))
+    assert ("the weights were trained at 96 pixels; image_size is 16 (--size 96)" in err) == ("at 96" in said)
     usual = {"mean": [*networks.MEAN], "std": [*networks.STD]}
     assert recipe.pretrain is not None and recipe.pretrain.weights == str(tmp_path / "net")
     assert (recipe.model.arch, recipe.model.image_size) == (f"timm:{name}", side)
@@ -302,6 +309,13 @@ def test_what_is_no_dataset_is_told_as_a_run_would(clock, tmp_path: Path):
     images(tmp_path / "one", 1, 4, 1)
     with pytest.raises(DataError, match=r"data\.source\.path: .*: only one class, 'class0'"):
         starter.write(str(tmp_path / "one"), str(tmp_path / "t"), None, None, None, None, None)
+
+
+def test_a_target_that_is_the_source_is_told(clock, tmp_path: Path, capsys):
+    images(tmp_path / "s", 2, 4, 1)
+    (tmp_path / "t").symlink_to(tmp_path / "s")
+    written(tmp_path, None, None, None, None, None, 30, False)
+    assert "init: data.target: its training images are those of data.source" in capsys.readouterr().err
 
 
 def test_folders_without_a_test_split_have_a_part_held_out(clock, tmp_path: Path):
