@@ -76,10 +76,8 @@ def _column(asked: Asked, name: str, key: str, known: Iterable[Any]) -> str:
         names = (wanted,) if wanted else _COLUMNS[key]
         if blank := [column for column in known if str(column) != (bare := str(column).strip()) and bare in names]:
             raise DataError(f"{name}: the column {blank[0]!r} has blanks around its name; remove them")
-        say = (
-            f"has {len(found) or 'no'} column{'s' * bool(found)} {wanted!r}"
-            if wanted
-            else f"has no single column named {' or '.join(_COLUMNS[key])}"
-        )
-        raise DataError(f"{name} {say}; set data.{asked.role}.{key} (columns: {columns})")
+        said = f"no single column named {' or '.join(names)}"
+        if wanted:
+            said = f"{len(found) or 'no'} column{'s' * bool(found)} {wanted!r}"
+        raise DataError(f"{name} has {said}; set data.{asked.role}.{key} (columns: {columns})")
     return found[0]

@@ -41,12 +41,8 @@ def known(experiment: Experiment, model: str | None, document: dict[str, Any] | 
     names = [job.model for job in experiment.jobs if job.stage in ("finetune", "dispose")]
     model = model or (document["verdict"]["recommended"] if document else None)
     if model is None:
-        why = (
-            f"{document['verdict']['sentences'][0]} For one all the same, say"
-            if document
-            else "a file has no verdict: say"
-        )
-        raise RecipeError(f"export: {why} which model, as --model NAME (one of {', '.join(names)})")
+        why = f"{document['verdict']['sentences'][0]} For one all the same, " if document else "a file has no verdict: "
+        raise RecipeError(f"export: {why}say which model, as --model NAME (one of {', '.join(names)})")
     if model not in names:
         valid = suggest(model, names)
         raise RecipeError(f"--model {model}: {experiment.source} has no such model with a target head{valid}")

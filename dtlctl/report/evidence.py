@@ -76,10 +76,6 @@ def _attacks(models: Models, name: str) -> dict[str, tuple[Number, dict[str, Any
         who = dict.fromkeys(text for each in tuned for text in each or ["full, one setting"])
         found[model] = (
             accuracy([row[kind][name] for row, kind in best], images, repeats),
-            {
-                "attacker": ", ".join(who),
-                "images": None if None in images else min(images),
-                "tuned": len(kinds) > 1,
-            },
+            {"attacker": ", ".join(who), "images": None if None in images else min(images), "tuned": len(kinds) > 1},
         )
     return found
