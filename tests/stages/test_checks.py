@@ -71,23 +71,26 @@ def test_a_price_is_measured_on_target_images_that_nothing_trains_on(recipe_file
 
 def test_on_its_way_the_price_is_that_of_the_mean_of_the_last_weights(recipe_file: Path, monkeypatch):
     """Made anew from the weights before each step: m <- m + (w - m) / 5 for 24 steps, whose twentieth is below 5."""
-    seen: list[dict[str, torch.Tensor]] = []
+    means: list[dict[str, torch.Tensor]] = []
+    watched: list[dispose.Checks] = []
     follow = dispose.Checks.follow
 
-    def watched(self, student):
-        seen.append({name: tensor.clone() for name, tensor in student.state_dict().items()})
+    def followed(self, student):
+        weights = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        before = means[-1] if means else weights
+        means.append({name: tensor.lerp(weights[name], 0.2) if tensor.is_floating_point() else weights[name]
+                      for name, tensor in before.items()})  # fmt: skip
+        watched.append(self)
         follow(self, student)
 
-    monkeypatch.setattr(dispose.Checks, "follow", watched)
+    monkeypatch.setattr(dispose.Checks, "follow", followed)
     one = experiment(recipe_file)
     run(one, STAGES)
+    found = watched[-1].averaged.module.state_dict()
+    assert all(torch.allclose(found[name], tensor) for name, tensor in means[-1].items() if tensor.is_floating_point())
     row = next(row for row in sidecar(one, "dispose/gc")["history"] if row["step"] == 20)
-    mean = seen[0]
-    for weights in seen[1:20]:
-        mean = {name: value.lerp(weights[name], 0.2) if value.is_floating_point() else weights[name]
-                for name, value in mean.items()}  # fmt: skip
     model, held = one.trainer.load_model("gc"), one.data.held_back("target")
-    model.load_state_dict(mean)
+    model.load_state_dict(means[19])
     tl, ours = (one.trainer.right(m, "target", "train", held) for m in (one.trainer.load_model("TL"), model))
     assert row["price"] == price(tl, ours).points
 
