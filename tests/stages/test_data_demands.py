@@ -35,7 +35,8 @@ def test_more_stages_than_the_network_has_end_every_command_before_data_is_read(
     for command in ("check", "pretrain", "run", "compare", "sweep"):
         words = [*(word for change in changes for word in ("--set", change)), *("--over", "seed=0,1")]
         found = call(command, recipe_file, *words[: None if command == "sweep" else -2])
-        assert found == (2, "", expected), command
+        where = "error: seed=0: " if command == "sweep" else "error: "
+        assert found == (2, "", expected.replace("error: ", where)), command
     assert not (tmp_path / "runs").exists()
 
 
@@ -80,10 +81,10 @@ def test_a_batch_too_small_for_the_null_space_is_told_before_anything_trains(cal
     """Ten digits need 30 images a step."""
     reason = "dispose.null.batch_size: 29 images a step are too few for null-space; 10 target classes need 30 or more"
     expected = (2, "", f"error: {recipe_file}: {reason}\n")
-    for command in (("run",), ("compare",), ("sweep", "--over", "seed=0,1")):
-        assert (
-            call(*command, recipe_file, "--quiet", "--set", NULL % (29, 2), "--set", "compare.tolerance=9") == expected
-        ), command
+    of_point = (2, "", f"error: seed=0: {recipe_file}: {reason}\n")
+    small = ("--quiet", "--set", NULL % (29, 2), "--set", "compare.tolerance=9")
+    assert [call(command, recipe_file, *small) for command in ("run", "compare")] == [expected] * 2
+    assert call("sweep", "--over", "seed=0,1", recipe_file, *small) == of_point
     assert not list((tmp_path / "runs").rglob("model.json"))
     decode(recipe_file)
     assert call("check", recipe_file, "--set", NULL % (29, 2)) == expected
