@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import update_bn
@@ -68,7 +68,7 @@ class _Trained(_Attacker):
     """What every attacker who trains by gradients can vary."""
 
     tried: ClassVar[str] = "lr"
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """`sgd` has momentum 0.9."""
     lr: list[Rate] = Field([0.001, 0.01, 0.1, 1.0], min_length=1)
     """Learning rates to try."""
@@ -80,10 +80,18 @@ class _Trained(_Attacker):
     """Share of the steps in which the learning rate rises; then it falls to zero along a cosine."""
     weight_decay: float = Field(WEIGHT_DECAY, ge=0, le=1)
     """Weight decay, of all weights."""
+    layer_decay: float | None = Field(None, gt=0, lt=1)
+    """Of `adamw`: the new head has `lr`, each stage before it this share of the next one's."""
     augment: Literal["none", "crop", "crop-flip"] | None = None
     """What is done to his images; default: what the dataset's table says."""
     head: Literal["drawn", "fitted"] = "drawn"
     """The new head begins as it is drawn, or (`fitted`) as a logistic regression on the features (arXiv:2202.10054)."""
+
+    @model_validator(mode="after")
+    def _layered(self) -> "_Trained":
+        if self.layer_decay is not None and self.optimizer != "adamw":
+            raise ValueError(f'layer_decay = {self.layer_decay:g} is for optimizer = "adamw"; give both or neither')
+        return self
 
     def grid(self, stages: Sequence[str] = ()) -> list[Setting]:
         return [Setting(self.kind, self.optimizer, rate, None, much) for much in self.amounts() for rate in self.lr]

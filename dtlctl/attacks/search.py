@@ -5,7 +5,7 @@ The suggestions are Optuna's (arXiv:1907.10902), by its tree-structured Parzen e
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from pydantic import Field
 
@@ -27,6 +27,7 @@ Point = tuple[Attacker, Setting]
 class Search(Algorithm):
     """A search among the attackers' settings, instead of their grids. It needs the extra `optuna`."""
 
+    revision: ClassVar[int] = 2
     trials: int = Field(ge=1, le=100_000)
     """Settings to try in each repetition. Kind, amount, stage, optimiser, augmentation and head are searched, and on a
     logarithmic scale the range from the least to the largest of `lr`, `C` or `k`, a quarter of `steps` to all, and
@@ -82,6 +83,7 @@ def suggested(trial: Any, attackers: Sequence[Attacker], stages: Sequence[str]) 
         found["steps"] = trial.suggest_int(f"{place}.steps", max(1, attacker.steps // 4), attacker.steps, log=True)
         found["weight_decay"] = _short(trial.suggest_float(f"{place}.weight_decay", *WEIGHT_DECAYS, log=True))
         optimizer = found["optimizer"]
+        found["layer_decay"] = attacker.layer_decay if optimizer == "adamw" else None
     rate = trial.suggest_float(f"{place}.{attacker.tried}.{optimizer}", min(rates), max(rates), log=True)
     rate = round(rate) if all(isinstance(one, int) for one in rates) else _short(rate)
     chosen = attacker.model_copy(update={**found, attacker.tried: [rate]})

@@ -3,17 +3,21 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW
 
 from dtlctl.data.tensors import Batch, Batches
 from dtlctl.errors import DataError
+from dtlctl.model.networks import Classifier, rates
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+OPTIMIZERS = {"sgd": partial(SGD, momentum=MOMENTUM), "adam": Adam, "adamw": AdamW}
 EVALUATIONS = 10
 """How often a model in training is tested on the held-out images."""
 
@@ -100,13 +104,14 @@ def factor(step: int, steps: int, warmup: float) -> float:
 
 
 def train(
-    model: nn.Module,
+    model: Classifier,
     batches: Batches,
     setting: Setting,
     *,
     steps: int,
     warmup: float,
     weight_decay: float = WEIGHT_DECAY,
+    layer_decay: float | None = None,
     unlabelled: Batches | None = None,
     threshold: float = 1.0,
     until: int | None = None,
@@ -115,14 +120,15 @@ def train(
 ) -> list[Evaluation]:
     """Train all of `model` in place by cross-entropy, on this process alone, along a schedule of `steps` steps.
 
-    unlabelled: images to learn from too, by `pseudo_labelled`. until: stop after so many steps. held_out: batches to
-    test the model on `EVALUATIONS` times, until its loss is not finite; it ends with the weights of its best test.
+    layer_decay: of adamw, as `networks.rates` takes it. unlabelled: images to learn from too, by `pseudo_labelled`.
+    until: stop after so many steps. held_out: batches to test the model on `EVALUATIONS` times, until its loss is not
+    finite; it ends with the weights of its best test.
     """
-    parameters: Any = [p for p in model.parameters() if p.requires_grad]
-    if setting.optimizer == "adam":
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, setting.rate, weight_decay=weight_decay)
-    else:
-        optimizer = torch.optim.SGD(parameters, setting.rate, MOMENTUM, weight_decay=weight_decay)
+    weights: Any = [p for p in model.parameters() if p.requires_grad]
+    if layer_decay is not None:
+        weights = rates(model, model.backbone, setting.rate, layer_decay)
+    make: Any = OPTIMIZERS[setting.optimizer or "sgd"]
+    optimizer = make(weights, setting.rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(min(step, steps - 1), steps, warmup))
     every, evaluations, best_state = max(1, steps // EVALUATIONS), [], None
     for step in range(until or steps):

@@ -15,10 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dtlctl.errors import nearest
 from dtlctl.model import small_maps
 from dtlctl.model.cifar import DEPTHS, CifarResNet
-from dtlctl.model.stages import renew, shares, stages, watched
+from dtlctl.model.stages import rates, renew, shares, stages, watched
 
 __all__ = ["DEPTHS", "CifarResNet", "Classifier", "Precision", "architectures", "build", "check",
-           "no_second_derivative", "outline", "precision", "renew", "shares", "stages", "watched"]  # fmt: skip
+           "no_second_derivative", "outline", "precision", "rates", "renew", "shares", "stages", "watched"]  # fmt: skip
 
 # Names that need no look into torchvision, so that checking a recipe stays quick.
 _KNOWN = {"resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *DEPTHS}

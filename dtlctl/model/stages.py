@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -52,6 +52,21 @@ def stages(backbone: nn.Module) -> list[Stage]:
         last = found.pop()
         found[-1] = _joined(found[-1], last._replace(output=found[-1].output))
     return found[1:]
+
+
+def rates(model: nn.Module, backbone: nn.Module, lr: float, decay: float) -> list[dict[str, Any]]:
+    """Groups of weights for an optimizer: heads learn at `lr`, each stage of the backbone before at `decay` times that.
+
+    What is in no stage, as the stem, stands before the first (as in BEiT, arXiv:2106.08254).
+    """
+    blocks = stages(backbone)
+    depth: dict[nn.Parameter, int] = dict.fromkeys(backbone.parameters(), len(blocks) + 1)
+    depth |= {p: len(blocks) - k for k, block in enumerate(blocks) for m in block.modules for p in m.parameters()}
+    groups: dict[int, list[nn.Parameter]] = {}
+    for weight in model.parameters():
+        if weight.requires_grad:
+            groups.setdefault(depth.get(weight, 0), []).append(weight)
+    return [{"params": members, "lr": lr * decay**n} for n, members in groups.items()]
 
 
 def shares(backbone: nn.Module) -> dict[str, float]:

@@ -12,7 +12,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 Settings = TypeVar("Settings", bound=Strict)
 
 LATER = {"optimizer", "label_smoothing", "layer_decay", "patience", "settle", "search", "cka"}
-LATER_OF_ATTACKERS = {"weight_decay", "augment", "head"}
+LATER_OF_ATTACKERS = {"weight_decay", "augment", "head", "layer_decay"}
 """Keys that recipes did not always have: with their defaults a result is the one that it was without them."""
 
 

@@ -194,7 +194,8 @@ class Repetition:
             more = {"unlabelled": unlabelled, "threshold": attacker.threshold}
         looks = tuning.train(
             model, batches, setting, steps=attacker.steps, warmup=attacker.warmup, until=until,
-            weight_decay=attacker.weight_decay, held_out=None if until else look, stopped=self.stop.is_set, **more,
+            weight_decay=attacker.weight_decay, layer_decay=attacker.layer_decay,
+            held_out=None if until else look, stopped=self.stop.is_set, **more,
         )  # fmt: skip
         return [tuning.evaluate(model, look(), until)] if until else looks
 

@@ -234,29 +234,12 @@ def _precision(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def optimizer_of(model: nn.Module, plan: Training) -> Optimizer:
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights: Any = [p for p in model.parameters() if p.requires_grad]
     if getattr(plan, "optimizer", "sgd") == "adamw":
-        decay = getattr(plan, "layer_decay", None)
-        groups = _by_layer(model, plan.lr, decay) if decay else weights
-        return torch.optim.AdamW(groups, plan.lr, weight_decay=plan.weight_decay, fused=True)
+        if (decay := getattr(plan, "layer_decay", None)) and isinstance(model, networks.Classifier):
+            weights = networks.rates(model, model.backbone, plan.lr, decay)
+        return torch.optim.AdamW(weights, plan.lr, weight_decay=plan.weight_decay, fused=True)
     return torch.optim.SGD(weights, plan.lr, plan.momentum, weight_decay=plan.weight_decay, fused=True)
-
-
-def _by_layer(model: nn.Module, lr: float, decay: float) -> list[dict[str, Any]]:
-    """Weights with their learning rates: heads `lr`, each stage of the backbone before them `decay` times the next's.
-
-    What is in no stage, as the stem, stands before the first (as in BEiT, arXiv:2106.08254).
-    """
-    depth: dict[nn.Parameter, int] = {}
-    if isinstance(model, networks.Classifier):
-        blocks = networks.stages(model.backbone)
-        depth = dict.fromkeys(model.backbone.parameters(), len(blocks) + 1)
-        depth |= {p: len(blocks) - k for k, block in enumerate(blocks) for m in block.modules for p in m.parameters()}
-    groups: dict[int, list[nn.Parameter]] = {}
-    for weight in model.parameters():
-        if weight.requires_grad:
-            groups.setdefault(depth.get(weight, 0), []).append(weight)
-    return [{"params": members, "lr": lr * decay**n} for n, members in groups.items()]
 
 
 def schedule_of(optimizer: Optimizer, plan: Training, steps: int) -> LRScheduler:

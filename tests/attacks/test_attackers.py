@@ -19,6 +19,7 @@ from dtlctl.attacks import attackers, features, tuning
 from dtlctl.attacks.attackers import Compressed, Full, LastBlock, Lora, Norms, Renorm
 from dtlctl.attacks.features import logistic, nearest
 from dtlctl.attacks.tuning import Evaluation, Setting, Trial
+from dtlctl.data.tensors import Batch
 from dtlctl.errors import DataError, RecipeError
 from dtlctl.model import networks
 from dtlctl.recipe.loading import load
@@ -265,6 +266,30 @@ def test_norms_and_lora_train_nothing_else_of_the_backbone():
         assert ranks == ({2} if amount else {0})
         assert any(moved) == (amount is None)
         assert not torch.equal(old.heads["piggyback"].weight, before.heads["piggyback"].weight)
+
+
+def total(model: torch.nn.Module):
+    """In cross-entropy's place, a loss whose gradient is one everywhere."""
+    return lambda logits, y: sum(p.sum() for p in model.parameters())
+
+
+def test_a_layered_attacker_steps_as_far_as_each_stage_may(monkeypatch: pytest.MonkeyPatch):
+    """AdamW's first step is a weight's rate, whatever its gradient: here 0.01 for the head, half for the last of three
+    stages, and so on; the stem's is 0.01 / 16. Without layer_decay it is 0.01 for all."""
+    for decay, base in ((0.5, 0.5), (None, 1.0)):
+        model, _ = pair()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        monkeypatch.setattr(tuning.F, "cross_entropy", total(model))
+        batch = Batch(torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64), torch.arange(2))
+        setting = Setting("full", "adamw", 0.01)
+        tuning.train(model.through("piggyback"), [batch], setting, steps=1, warmup=0, weight_decay=0, layer_decay=decay)
+        stages = networks.stages(model.backbone)
+        places = {id(p): k for k, stage in enumerate(stages) for m in stage.modules for p in m.parameters()}
+        for name, p in model.named_parameters():
+            rate = 0.01 if name.startswith("heads") else 0.01 * base ** (3 - places.get(id(p), -1))
+            torch.testing.assert_close(before[name] - p.detach(), torch.full_like(p, rate), rtol=2e-2, atol=1e-6)
+    with pytest.raises(ValueError, match=r"layer_decay = 0\.5 is for optimizer"):
+        Full(layer_decay=0.5)
 
 
 def test_training_keeps_the_best_look_and_survives_divergence():

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -172,6 +173,19 @@ def test_without_optuna_a_search_is_refused_before_anything_trains(recipe_file: 
 
 
 def test_the_space_is_that_of_the_classes():
-    assert searching.CHOICES == {"optimizer": ("sgd", "adam"), "head": ("drawn", "fitted")}
+    assert searching.CHOICES == {"optimizer": ("sgd", "adam", "adamw"), "head": ("drawn", "fitted")}
     assert searching.AUGMENTS == ("none", "crop", "crop-flip")
     assert LastBlock().table() == {"kind": "last-block"}
+
+
+def test_a_layered_rate_is_kept_with_the_optimizer_that_it_is_for():
+    """What is suggested is a table that a recipe may hold: layer_decay stands beside adamw alone."""
+    asked = Full(optimizer="adamw", layer_decay=0.5, lr=[0.001, 0.01])
+    for optimizer, kept in (("adamw", 0.5), ("sgd", None)):
+        said = {"0.optimizer": optimizer, "0.head": "drawn", "0.augment": "none", "attacker": 0, "0.steps": 40}
+        answer = lambda name, *_, said=said, **__: said.get(name, 0.002 if "lr" in name else None)  # noqa: E731
+        decay = lambda name, *_, **__: 0.001 if "decay" in name else 0.002  # noqa: E731
+        trial = SimpleNamespace(suggest_categorical=answer, suggest_int=answer, suggest_float=decay)
+        found, setting = searching.suggested(trial, [asked], [])
+        assert (found.layer_decay, setting.optimizer) == (kept, optimizer)
+        Full(**{**found.table(), "kind": "full"})
