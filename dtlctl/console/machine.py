@@ -17,9 +17,7 @@ def busy() -> str | None:
     load, *_ = os.getloadavg()
     if load <= cores():
         return None
-    # Threads that share a core with others' work keep each other waiting.
-    threads = "" if os.environ.get("OMP_NUM_THREADS") == "1" else ", or now with OMP_NUM_THREADS=1"
-    return f"the machine is busy (load {load:.1f} on {cores()} cores): less when it is idle{threads}"
+    return f"the machine is busy (load {load:.1f} on {cores()} cores): less when it is idle"
 
 
 def memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dtlctl.attacks import membership, signals
@@ -28,6 +28,28 @@ LOOKED, FITTED = 16, 256
 """Images that an attack looks at, and that a classifier is fitted to."""
 FORWARD = 1 / 3
 """A forward pass, as a share of a step of training."""
+CROWDED = 1.5
+"""So many times slower than one are several threads that keep each other waiting."""
+
+
+def crowded() -> str | None:
+    """What to say of a machine whose other work makes this process's threads slower than one; from here on it has one.
+
+    Beside a busy core a step of two threads was seen to take up to a hundred times that of one: no time to plan by.
+    """
+    threads, image, layer = torch.get_num_threads(), torch.rand(64, 16, 32, 32), nn.Conv2d(16, 32, 3)
+    if threads == 1 or devices.kind() != "cpu":
+        return None
+
+    def convolutions(threads: int) -> float:
+        torch.set_num_threads(threads)
+        layer(image).sum().backward()  # the first is not counted
+        return seconds(lambda: [layer(image).sum().backward() for _ in range(5)])
+
+    if (ratio := convolutions(threads) / convolutions(1)) > CROWDED:
+        return f"other work is done here: one thread is {ratio:.1f} times as fast as {threads}; set OMP_NUM_THREADS=1"
+    torch.set_num_threads(threads)
+    return None
 
 
 class Clock:

@@ -24,7 +24,7 @@ from dtlctl.storage import checkpoint
 def plan(
     recipe: Recipe, out: Path, source: str = "RECIPE", *, decode: bool = False, quiet: bool = True
 ) -> dict[str, Any]:
-    """{"recipe", "parameters", "stages", "data", "jobs", "minutes"}: counts are None where nothing cheap tells them.
+    """{"recipe", "parameters", "stages", "data", "jobs", "busy", "minutes"}: counts are None where nothing cheap tells.
 
     decode: what a run would decode, first, with progress unless `quiet`; then all is known. Every job has a state: "to
     do"; "done"; "stale", made from other settings, data or parents; "unreadable"; or "not checked", its data not being
@@ -40,7 +40,7 @@ def plan(
     for role, notes in experiment.data.notes(decoded).items():
         data[role]["notes"] = list(dict.fromkeys([*data[role]["notes"], *(note.text for note in notes)]))
     data_demands.check(experiment, [job for job in experiment.jobs if {*job.roles} <= {*decoded}])
-    clock, spec = costs.Clock(recipe), recipe.model
+    crowded, clock, spec = costs.crowded(), costs.Clock(recipe), recipe.model
     rows = [_job(experiment, job, data, clock) for job in experiment.jobs]
     audits = [row for row in rows if row["stage"] == "audit" and row["state"] != "done"]
     if audits:
@@ -56,6 +56,7 @@ def plan(
         "stages": networks.shares(networks.outline(spec.arch, spec.stem, spec.width, spec.image_size).backbone),
         "data": list(data.values()),
         "jobs": rows,
+        "busy": crowded or busy(),
         "minutes": (np.sum(known, 0) / 60).round(1).tolist() if len(known) == len(rows) else None,
     }
 
@@ -66,7 +67,7 @@ def text(document: dict[str, Any]) -> str:
     for row in document["data"]:  # roles that share a dataset share its notes
         row["fresh"] = [note for note in row["notes"] if note not in said]
         said.update(row["notes"])
-    return rendered("check.txt.j2", {**document, "words": words, "busy": busy()})
+    return rendered("check.txt.j2", {**document, "words": words})
 
 
 def rendered(name: str, told: dict[str, Any]) -> str:

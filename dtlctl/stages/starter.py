@@ -76,6 +76,7 @@ def write(
     each = max(4, min(20, min(own["counts"]) // 20))
     side = _side(max(own["side"], seen["target"]["side"]), size, gpu)
     sizes = len(own["counts"]), len(seen["target"]["counts"])
+    crowded = costs.crowded()
     network, outputs, trained = adopted(weights, arch, side, *sizes, size is not None) if weights else ({}, 0, None)
     told: dict[str, Any] = {
         "toml": partial(json.dumps, ensure_ascii=False),
@@ -113,13 +114,15 @@ def write(
         if told["fraction"] == 1 and told["attack"] == ATTACK and room >= seconds / 4:
             break
     total = told["epochs"] * told["fraction"] * spent["pretrain"] + told["steps"] * spent["dispose"] + spent["rest"]
-    told["minutes"] = words(total / 60, "min") + (f" ({note})" if (note := busy()) else "")
-    _say(told, total, quiet)
+    told["minutes"] = words(total / 60, "min") + (f" ({note})" if (note := crowded or busy()) else "")
+    _say(told, total, note, quiet)
     return _render(told)
 
 
-def _say(told: dict[str, Any], seconds: np.ndarray, quiet: bool) -> None:
+def _say(told: dict[str, Any], seconds: np.ndarray, busy: str | None, quiet: bool) -> None:
     """What nobody should miss who writes the recipe into a file, unread; seconds: [2], of all of it."""
+    if busy:
+        say(f"init: {busy}; lengths in the recipe are by these times", quiet)
     steps, size, trained = told["steps"], told["model"]["image_size"], told["trained"]
     if len({Path(told[role]["table"]["path"]).resolve() for role in ("source", "target")}) == 1:
         say(f"init: data.target: {SAME}", quiet)

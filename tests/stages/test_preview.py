@@ -168,6 +168,22 @@ def test_the_cost_of_an_audit_is_that_of_looks_and_judging(recipe_file: Path, mo
     assert costs.audit(recipe.audit, {**source, "images": None}, target, clock) is None
 
 
+@pytest.mark.parametrize(("two", "said"), [(4.0, "one thread is 2.0 times as fast as 2"), (2.9, None)])
+def test_threads_that_wait_for_others_are_given_up(monkeypatch: pytest.MonkeyPatch, two: float, said: str | None):
+    """Two threads take twice as long as one: one is left, and it is said. At 1.45 times both stay."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(costs, "seconds", lambda work: two if torch.get_num_threads() == 2 else 2.0)
+    try:
+        torch.set_num_threads(2)
+        found = costs.crowded()
+        assert (found is None) if said is None else (said in found and "OMP_NUM_THREADS=1" in found)
+        assert torch.get_num_threads() == (2 if said is None else 1)
+        torch.set_num_threads(1)
+        assert costs.crowded() is None
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_the_steps_that_are_timed_are_those_of_the_recipe(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     """gc's step looks at source images in its two chunks; the one of a training at a batch. Its looks take .2 to .4 s.
 
