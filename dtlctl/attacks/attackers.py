@@ -17,6 +17,7 @@ from torch.optim.swa_utils import update_bn
 
 from dtlctl.attacks.features import EMBEDDING, logistic, nearest
 from dtlctl.attacks.tuning import WEIGHT_DECAY, Setting
+from dtlctl.data.dataset import Augment
 from dtlctl.errors import RecipeError
 from dtlctl.model.networks import Classifier, renew
 from dtlctl.strict import Algorithm
@@ -82,7 +83,7 @@ class _Trained(_Attacker):
     """Weight decay, of all weights."""
     layer_decay: float | None = Field(None, gt=0, lt=1)
     """Of `adamw`: the new head has `lr`, each stage before it this share of the next one's."""
-    augment: Literal["none", "crop", "crop-flip"] | None = None
+    augment: Augment | None = None
     """What is done to his images; default: what the dataset's table says."""
     head: Literal["drawn", "fitted"] = "drawn"
     """The new head begins as it is drawn, or (`fitted`) as a logistic regression on the features (arXiv:2202.10054)."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Split = Literal["train", "test"]
+Augment = Literal["none", "crop", "crop-flip", "resized-crop-flip"]
 Balance = Literal["classes", "keep"]
 """What a subset has of each class: the same number, as in the paper, or its share."""
 
@@ -93,7 +94,7 @@ class Dataset(Strict):
     """γ: the share of the train split that is used."""
     balance: Balance = "classes"
     """What a fraction below 1 has of each class: the same number, as in the paper, or (`keep`) its share."""
-    augment: Literal["none", "crop", "crop-flip", "resized-crop-flip"] = "crop-flip"
+    augment: Augment = "crop-flip"
     """Of training batches. `crop`: shifts by up to an eighth of the image, black moving in; `flip`: mirrors half.
     `resized-crop`: 8 to 100 % of the image at a ratio of 3/4 to 4/3, enlarged to the whole, as photographs are trained.
     """

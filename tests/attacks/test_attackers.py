@@ -34,7 +34,7 @@ ATTACKERS = (
     'piggyback.attackers=[{kind="full", lr=[0.01, 0.1], steps=4}, {kind="full", optimizer="adam", lr=[0.01], steps=4}, '
     '{kind="probe", C=[0.1, 1.0]}, {kind="last-block", lr=[0.05], steps=4}, {kind="renorm", lr=[0.05], steps=4}, '
     '{kind="renorm-probe", C=[1.0]}, {kind="norms", lr=[0.05], steps=4}, {kind="lora", lr=[0.05], rank=[1], steps=4}, '
-    '{kind="self-training", lr=[0.05], steps=4}, '
+    '{kind="self-training", augment="resized-crop-flip", lr=[0.05], steps=4}, '
     '{kind="compressed", bits=[4], prune=[], C=[1.0]}, {kind="knn", k=[1]}]'
 )
 

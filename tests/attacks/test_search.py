@@ -174,7 +174,6 @@ def test_without_optuna_a_search_is_refused_before_anything_trains(recipe_file: 
 
 def test_the_space_is_that_of_the_classes():
     assert searching.CHOICES == {"optimizer": ("sgd", "adam", "adamw"), "head": ("drawn", "fitted")}
-    assert searching.AUGMENTS == ("none", "crop", "crop-flip")
     assert LastBlock().table() == {"kind": "last-block"}
 
 
