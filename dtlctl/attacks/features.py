@@ -49,9 +49,11 @@ def distinct(found: dict[str, np.ndarray]) -> list[str]:
 
 
 def pooled(output: Tensor, backbone: nn.Module) -> Tensor:
-    """[B, C] of maps [B, C, H, W] (of a Swin transformer [B, H, W, C]) or of tokens [B, T, C]."""
+    """[B, C] of square maps [B, C, S, S] (of Swin transformers, and others, [B, S, S, C]) or of tokens [B, T, C]."""
     if output.ndim == 4:
-        return output.mean((1, 2) if isinstance(backbone, SwinTransformer) else (2, 3))
+        one, two, three = output.shape[1:]
+        last = isinstance(backbone, SwinTransformer) or getattr(backbone, "output_fmt", "") == "NHWC"
+        return output.mean((1, 2) if one == two and (two != three or last) else (2, 3))
     return output.mean(1) if output.ndim == 3 else output
 
 
