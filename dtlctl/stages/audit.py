@@ -21,6 +21,7 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.stages import readout, reference
 from dtlctl.storage.parts import Parts
 from dtlctl.training.engine import History
+from dtlctl.training.failures import check_finite
 
 LEAST = 20
 """Members, and non-members, that can be split three ways."""
@@ -144,9 +145,15 @@ class Head:
         return Attack(observe, membership.single)
 
     def _see(self, attack: Attack, views: list[Observation]) -> list[dict[str, np.ndarray]]:
-        """What the attack sees of every image of all processes' shares, in order: of members and of others."""
+        """What the attack sees of every image of all processes' shares, in order: of members and of others.
+
+        Raises DivergedError where that is not finite, as gradients can be though all answers are.
+        """
         gather, seen = self.experiment.engine.gather, [attack.observe(view, self.settings.adv_steps) for view in views]
-        return [{name: gather(values).cpu().double().numpy() for name, values in side.items()} for side in seen]
+        whole = [{name: gather(values).cpu().double() for name, values in side.items()} for side in seen]
+        for values in (values for side in whole for values in side.values()):
+            check_finite(values)
+        return [{name: values.numpy() for name, values in side.items()} for side in whole]
 
     def _judge(self, attack: Attack, name: str, seen: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         """Repeated trials: {name: numbers}; an attack that trains nothing has one for each thing it saw."""

@@ -5,7 +5,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from dtlctl.errors import DtlError
+from dtlctl.errors import DivergedError, DtlError, named
 from dtlctl.model.networks import precision
 from dtlctl.recipe.plan import Job, Stage
 from dtlctl.run.earlier import Earlier, relatives
@@ -51,6 +51,9 @@ def run(
                 name = "adopt" if job.weights else job.stage
                 # Imported when there is work to do: looking whether everything is up to date needs no training code.
                 getattr(import_module(f"dtlctl.stages.{name}"), name)(experiment, job)
+        except DivergedError:
+            with named(job.title):
+                raise
         except (RuntimeError, MemoryError) as error:
             from dtlctl.training.failures import is_shortage, shortage
 

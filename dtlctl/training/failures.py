@@ -36,11 +36,12 @@ def check_weights(model: nn.Module, step: int) -> None:
 
 
 def check_finite(values: Tensor) -> None:
-    """Raise DivergedError if what a published model makes of some of n images, [n, ...], is not finite."""
+    """Raise DivergedError if what a published model makes of some of n images, or a gradient, [n, ...], is not finite."""
     bad = int((~values.isfinite()).reshape(len(values), -1).any(1).sum())
     if bad:
         raise DivergedError(
-            f"the model's answers to {bad} of {len(values)} images are not finite; no attack can read them\n"
+            f"the model's answers to {bad} of {len(values)} images, or their gradients, are not finite; no attack can "
+            "read them\n"
             "make it again with a smaller lr, clip = 1.0, or another lambda"
         )
 

@@ -308,7 +308,7 @@ def test_an_error_says_which_setting_it_is_of(recipe_file: Path, call):
     assert code == 4 and 'error: data.source.path="./bare": data.source.path: ./bare holds no image' in said
     steps = "pretrain={lr=0.1, steps=200, schedule='constant'}"
     code, _, said = call("sweep", recipe_file, "--set", steps, "--over", "pretrain.lr=0.001,100", "--quiet")
-    assert code == 3 and said.startswith("error: pretrain.lr-100, pretrain: training diverged at step"), said
+    assert code == 3 and said.startswith("error: pretrain.lr-100, pretrain: pretrain: training diverged at step"), said
 
 
 def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):

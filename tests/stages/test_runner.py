@@ -247,7 +247,7 @@ def test_the_diagnosis_looks_at_the_end_of_unlearning():
 
 def test_divergence_publishes_nothing(recipe_file: Path):
     experiment = new_experiment(recipe_file, "pretrain.lr=100", "pretrain.steps=200", "pretrain.schedule=constant")
-    with pytest.raises(DivergedError, match=r"diverged at step \d+.*\n.*smaller lr"):
+    with pytest.raises(DivergedError, match=r"^pretrain: training diverged at step \d+.*\n.*smaller lr"):
         run(experiment, ("pretrain",))
     assert not list(experiment.folder.rglob("model.*"))
 

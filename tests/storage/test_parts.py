@@ -219,5 +219,22 @@ def test_a_model_that_answers_nan_is_not_audited(recipe_file: Path, monkeypatch:
         return model
 
     monkeypatch.setattr(Trainer, "load_model", broken)
-    with pytest.raises(DivergedError, match=r"answers to \d+ of \d+ images are not finite"):
+    with pytest.raises(DivergedError, match=r"^audit/pre: the model's answers to \d+ of \d+ images.* are not finite"):
+        run(experiment, ("audit",), only=("pre",))
+
+
+@pytest.mark.parametrize("attack", ["grad-w", "wb"])
+def test_a_model_of_finite_answers_and_endless_gradients_is_not_audited(attack: str, recipe_file: Path, monkeypatch):
+    """A head 1e30 as large answers with numbers below 1e32, and squares of its gradients are beyond float32."""
+    experiment = new_experiment(recipe_file, f'audit.attacks=["{attack}"]', "audit.images=40", "audit.wb_repeats=1")
+    run(experiment, ("pretrain",))
+    load_model = Trainer.load_model
+
+    def steep(self: Experiment, name: str, **options: Any) -> Any:
+        model = load_model(self, name, **options)
+        model.heads["source"].weight.data.mul_(1e30)
+        return model
+
+    monkeypatch.setattr(Trainer, "load_model", steep)
+    with pytest.raises(DivergedError, match=r"^audit/pre: .* to \d+ of 40 images, or their gradients, are not finite"):
         run(experiment, ("audit",), only=("pre",))
