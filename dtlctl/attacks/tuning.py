@@ -28,11 +28,11 @@ class Setting(NamedTuple):
     kind: str
     optimizer: str | None
     """None for those who only fit a classifier to features"""
-    rate: float
+    rate: int | float
     """learning rate; of a probe C, the inverse strength of its L2 term; of knn the number of neighbours"""
     stage: str | None = None
     """whose features a probe sees: a stage's name, or embedding; None for those who train through the network"""
-    amount: float | None = None
+    amount: int | float | None = None
     """of what is done to the model beforehand: stages drawn anew, rank, bits of a weight, share of them zeroed (< 1)"""
 
 

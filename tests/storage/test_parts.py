@@ -204,6 +204,15 @@ def test_a_sweep_trains_its_references_once(recipe_file: Path, monkeypatch: pyte
     assert trained == [0, 1]
 
 
+def test_a_trial_is_read_as_it_was_made(tmp_path: Path):
+    """Whole numbers too, or the last trainings that are named after them would be made again after every stop."""
+    made = Trial(Setting("compressed", None, 5, "embedding", 8), 0, [Evaluation(0, 50.0, 1.0)])
+    kept = [
+        Parts(tmp_path, "key").each("trial", Trial, [lambda: made], lambda: False)[0]().document() for _ in range(2)
+    ]
+    assert json.dumps(kept[1]) == json.dumps(kept[0]) == json.dumps(made.document())
+
+
 def test_a_model_that_answers_nan_is_not_audited(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
     """Weights may be finite, and their sums not; who published such a model before that was refused is told so."""
     experiment = new_experiment(recipe_file, 'audit.modes=["reprobe"]')
