@@ -74,7 +74,7 @@ class _Trained(_Attacker):
     lr: list[Rate] = Field([0.001, 0.01, 0.1, 1.0], min_length=1)
     """Learning rates to try."""
     steps: int = Field(150, ge=1, le=10_000_000)
-    """Longest training; the held-out images choose when to stop, at one of ten looks."""
+    """Longest training; the held-out images choose when to stop, at one of some ten looks."""
     batch_size: int = Field(64, ge=2, le=65_536)
     """Images a step; a smaller training part is one batch."""
     warmup: float = Field(0.1, ge=0, lt=1)
@@ -178,7 +178,7 @@ class SelfTraining(_Trained):
 
     kind: Literal["self-training"] = "self-training"
     threshold: float = Field(0.8, ge=0, lt=1)
-    """The probability from which on an answer counts as a label. A step has as many images without labels as with."""
+    """The probability from which on an answer counts as a label. A step has `batch_size` images without labels."""
 
 
 class Frozen(_Attacker):
@@ -205,7 +205,7 @@ class _Linear(Frozen):
     """L2-regularised logistic regression, at most 300 steps of L-BFGS."""
 
     tried: ClassVar[str] = "C"
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     C: list[Rate] = Field([0.01, 0.1, 1.0, 10.0], min_length=1)
     """Inverse strengths of the L2 term to try."""
 
@@ -256,7 +256,7 @@ class Knn(Frozen):
     """The nearest of his images, by the cosine of features; nothing is trained."""
 
     tried: ClassVar[str] = "k"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     kind: Literal["knn"] = "knn"
     k: list[Annotated[int, Field(ge=1, le=100_000)]] = Field([1, 5, 20], min_length=1)
     """Numbers of neighbours to try."""
