@@ -38,7 +38,7 @@ LABELS = {
     "TGT-2500": "never saw the source, 2,500 images", "pre": "pre-trained", "gc": "gradient collision",
     "rand": "random labels", "unif": "uniform answers", "neg": "negative CE", "null": "null-space",
     "null-3": "null-space, three passes", "rand-3": "random labels, three passes",
-    "photos": "5,000 target images",
+    "photos": "5,000 target images", "distilled-3": "distilled, three passes",
     "control": "no unlearning loss", "distilled": "new network, distilled", "fresh": "fresh stages alone",
     "distilled-t4": "new network, distilled at T = 4", "rand-t4": "random labels at T = 4",
     "null-t4": "null-space at T = 4", "null-fresh": "null-space, fresh stages",
@@ -179,7 +179,7 @@ class Data:
 def written(page: str, data: Data) -> str:
     """The page with what the data say between its markers."""
     names = {name: getattr(data, name) for name in dir(Data) if not name.startswith("_")}
-    names |= DATASETS | {"tenth": tenth, "str": str, "__builtins__": {}}
+    names |= DATASETS | {"tenth": tenth, "str": str, "label": label, "__builtins__": {}}
 
     def put(found: re.Match[str]) -> str:
         text = str(eval(found[1], names))  # of our own pages

@@ -91,7 +91,7 @@ class _Trained(_Attacker):
     @model_validator(mode="after")
     def _layered(self) -> "_Trained":
         if self.layer_decay is not None and self.optimizer != "adamw":
-            raise ValueError(f'layer_decay = {self.layer_decay:g} is for optimizer = "adamw"; give both or neither')
+            raise ValueError(f'layer_decay = {self.layer_decay:g} is for optimizer = "adamw"')
         return self
 
     def grid(self, stages: Sequence[str] = ()) -> list[Setting]:

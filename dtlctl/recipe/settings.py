@@ -71,7 +71,7 @@ class Adoptable(Training):
     @model_validator(mode="after")
     def _adoptable(self) -> Adoptable:
         if self.layer_decay is not None and self.optimizer != "adamw":
-            raise ValueError(f'layer_decay = {self.layer_decay:g} is for optimizer = "adamw"; give both or neither')
+            raise ValueError(f'layer_decay = {self.layer_decay:g} is for optimizer = "adamw"')
         if self.optimizer == "adamw" and self.lr > 0.01:
             raise ValueError(f"lr = {self.lr:g} is a step for SGD; adamw needs 0.01 or less, such as 0.001")
         if self.classes and not self.weights:

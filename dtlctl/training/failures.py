@@ -36,7 +36,7 @@ def check_weights(model: nn.Module, step: int) -> None:
 
 
 def check_finite(values: Tensor) -> None:
-    """Raise DivergedError where what a published model makes of some of n images, [n, ...], is not finite, or a gradient."""
+    """Raise DivergedError where a published model's answers to n images, [n, ...], or its gradients are not finite."""
     bad = int((~values.isfinite()).reshape(len(values), -1).any(1).sum())
     if bad:
         raise DivergedError(

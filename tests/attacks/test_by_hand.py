@@ -134,7 +134,8 @@ def test_the_rmia_ratio_by_hand():
     out = torch.tensor([0.4, 0.6], dtype=torch.float64).logit()[None]
     assert signals.rmia(answering(0.9), out)["rmia"].item() == pytest.approx(0.9 / 0.675)
     assert signals.rmia(answering(0.9), out, 1.0)["rmia"].item() == pytest.approx(1.8)
-    sure, none, unsure = signals.rmia(answering(0.9, 0, 0.1), torch.full((3, 2), -800.0), 1.0)["rmia"].tolist()
+    out = torch.full((3, 2), -800.0, dtype=torch.float64)
+    sure, none, unsure = signals.rmia(answering(0.9, 0, 0.1), out, 1.0)["rmia"].tolist()
     assert math.inf > sure > unsure > none == 0
 
 
