@@ -47,6 +47,6 @@ def test_a_name_that_no_result_has_is_refused():
     with pytest.raises(LookupError, match="no result"):
         build.written('The <!--=acc_t("both/rnd")--><!--/-->', data)
     with pytest.raises(ValueError, match="two results"):
-        build.written('The <!--=pl("source/null",own)--><!--/-->', data)
+        build.written('The <!--=pl("both/null-both",own)--><!--/-->', data)
     with pytest.raises(ValueError, match="no Markdown"):
         build.written('- <!--=acc_t("both/TL")--><!--/-->', data)
