@@ -38,7 +38,7 @@ LABELS = {
     "TGT-2500": "never saw the source, 2,500 images", "pre": "pre-trained", "gc": "gradient collision",
     "rand": "random labels", "unif": "uniform answers", "neg": "negative CE", "null": "null-space",
     "null-3": "null-space, three passes", "rand-3": "random labels, three passes",
-    "photos": "5,000 target images", "distilled-3": "distilled, three passes",
+    "photos": "5,000 target images",
     "control": "no unlearning loss", "distilled": "new network, distilled", "fresh": "fresh stages alone",
     "distilled-t4": "new network, distilled at T = 4", "rand-t4": "random labels at T = 4",
     "null-t4": "null-space at T = 4", "null-fresh": "null-space, fresh stages",

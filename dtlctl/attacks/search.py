@@ -19,6 +19,7 @@ WAVE = 4
 """So many are suggested before any of them is tried, on any number of cores: or the suggestions would depend on it."""
 WEIGHT_DECAYS = 1e-5, 1e-2
 CHOICES = {key: get_args(Full.model_fields[key].annotation) for key in ("optimizer", "head")}
+CHOICES["augment"] = get_args(Augment)
 
 Point = tuple[Attacker, Setting]
 """An attacker, and one setting that he tries."""
@@ -79,7 +80,7 @@ def suggested(trial: Any, attackers: Sequence[Attacker], stages: Sequence[str]) 
     if isinstance(attacker, Frozen):
         stage = one_of("stage", stages if attacker.stage == "any" else [EMBEDDING])
     else:
-        found |= {key: one_of(key, choices) for key, choices in {**CHOICES, "augment": get_args(Augment)}.items()}
+        found |= {key: one_of(key, choices) for key, choices in CHOICES.items()}
         found["steps"] = trial.suggest_int(f"{place}.steps", max(1, attacker.steps // 4), attacker.steps, log=True)
         found["weight_decay"] = _short(trial.suggest_float(f"{place}.weight_decay", *WEIGHT_DECAYS, log=True))
         optimizer = found["optimizer"]

@@ -102,7 +102,8 @@ def rmia(view: Observation, out: Tensor, a: float = OFFLINE) -> dict[str, Tensor
 
 def _ratio(own: Tensor, out: Tensor, a: float) -> Tensor:
     # At a = 1 the ratio of an image that all of them are sure not to be of its class would be 1 / 0.
-    return own.sigmoid() / (((1 + a) * out.sigmoid().mean(1) + 1 - a) / 2).clamp(min=1e-300)
+    p = ((1 + a) * out.sigmoid().mean(1) + 1 - a) / 2
+    return own.sigmoid() / p.clamp(min=torch.finfo(p.dtype).tiny)
 
 
 def offline_a(own: Tensor, out: Tensor, member: np.ndarray) -> float:

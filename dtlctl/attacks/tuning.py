@@ -28,7 +28,7 @@ class Setting(NamedTuple):
     kind: str
     optimizer: str | None
     """None for those who only fit a classifier to features"""
-    rate: int | float
+    rate: int | float  # as a file that is read again gives them: whole numbers stay whole
     """learning rate; of a probe C, the inverse strength of its L2 term; of knn the number of neighbours"""
     stage: str | None = None
     """whose features a probe sees: a stage's name, or embedding; None for those who train through the network"""

@@ -155,7 +155,7 @@ def perform(experiments: Sequence[Experiment], stages: Iterable[Stage], *, jobs:
                     ended = pool.submit(_wait, process, experiment.recipe.name, task.stage)
                     children[ended] = Child(process, experiment.folder, task.keys, gpu)
                 else:
-                    with named(f"{experiment.recipe.name}, {task.stage}"), experiment.results.opened():
+                    with named(experiment.recipe.name), experiment.results.opened():
                         runner.run(experiment, (task.stage,), only=task.models)
             elif children:
                 for ended in wait(children, return_when=FIRST_COMPLETED).done:
@@ -222,5 +222,5 @@ def _wait(process: subprocess.Popen[str], name: str, stage: Stage) -> None:
                 say(f"{name}: {line.rstrip()}")
     if code := process.wait():
         kinds: dict[int, type[DtlError]] = {2: RecipeError, 3: DivergedError, 4: DataError}
-        reason = error.strip().removeprefix("error: ") or f"ended with exit code {code}"
-        raise kinds.get(code, DtlError)(f"{name}, {stage}: {reason}")
+        reason = error.strip().removeprefix("error: ") or f"{stage} ended with exit code {code}"
+        raise kinds.get(code, DtlError)(f"{name}: {reason}")

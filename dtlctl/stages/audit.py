@@ -151,8 +151,9 @@ class Head:
         """
         gather, seen = self.experiment.engine.gather, [attack.observe(view, self.settings.adv_steps) for view in views]
         whole = [{name: gather(values).cpu().double() for name, values in side.items()} for side in seen]
-        for values in (values for side in whole for values in side.values()):
-            check_finite(values)
+        for side in whole:
+            for values in side.values():
+                check_finite(values)
         return [{name: values.numpy() for name, values in side.items()} for side in whole]
 
     def _judge(self, attack: Attack, name: str, seen: list[dict[str, np.ndarray]]) -> dict[str, Any]:

@@ -37,12 +37,12 @@ def crowded() -> str | None:
 
     Beside a busy core a step of two threads was seen to take up to a hundred times that of one: no time to plan by.
     """
-    threads, image, layer = torch.get_num_threads(), torch.rand(64, 16, 32, 32), nn.Conv2d(16, 32, 3)
-    if threads == 1 or devices.kind() != "cpu":
+    if (threads := torch.get_num_threads()) == 1 or devices.kind() != "cpu":
         return None
+    image, layer = torch.rand(64, 16, 32, 32), nn.Conv2d(16, 32, 3)
 
-    def convolutions(threads: int) -> float:
-        torch.set_num_threads(threads)
+    def convolutions(by: int) -> float:
+        torch.set_num_threads(by)
         layer(image).sum().backward()  # the first is not counted
         return seconds(lambda: [layer(image).sum().backward() for _ in range(5)])
 

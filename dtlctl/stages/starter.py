@@ -119,10 +119,10 @@ def write(
     return _render(told)
 
 
-def _say(told: dict[str, Any], seconds: np.ndarray, busy: str | None, quiet: bool) -> None:
+def _say(told: dict[str, Any], seconds: np.ndarray, note: str | None, quiet: bool) -> None:
     """What nobody should miss who writes the recipe into a file, unread; seconds: [2], of all of it."""
-    if busy:
-        say(f"init: {busy}; lengths in the recipe are by these times", quiet)
+    if note:
+        say(f"init: {note}; lengths in the recipe are by these times", quiet)
     steps, size, trained = told["steps"], told["model"]["image_size"], told["trained"]
     if len({Path(told[role]["table"]["path"]).resolve() for role in ("source", "target")}) == 1:
         say(f"init: data.target: {SAME}", quiet)

@@ -129,14 +129,15 @@ def answering(*confidences: float) -> Observation:
 def test_the_rmia_ratio_by_hand():
     """a = 0.3: own 0.9, out 0.5 gives 0.9 / (½ (1.3 · 0.5 + 0.7)) = 0.9 / 0.675. a = 1: 0.9 / 0.5.
 
-    Of e^-800 nothing is left in float64: above it the model's own is the higher, the surer it is, and never nan.
+    Of e^-800 nothing is left in any precision: above it the model's own is the higher, the surer it is, and never nan.
     """
     out = torch.tensor([0.4, 0.6], dtype=torch.float64).logit()[None]
     assert signals.rmia(answering(0.9), out)["rmia"].item() == pytest.approx(0.9 / 0.675)
     assert signals.rmia(answering(0.9), out, 1.0)["rmia"].item() == pytest.approx(1.8)
-    out = torch.full((3, 2), -800.0, dtype=torch.float64)
-    sure, none, unsure = signals.rmia(answering(0.9, 0, 0.1), out, 1.0)["rmia"].tolist()
-    assert math.inf > sure > unsure > none == 0
+    for kind in (torch.float64, torch.float32):
+        out = torch.full((3, 2), -800.0, dtype=kind)
+        sure, none, unsure = signals.rmia(answering(0.9, 0, 0.1), out, 1.0)["rmia"].tolist()
+        assert math.inf > sure > unsure > none == 0
 
 
 def test_the_scaled_answer_is_the_logit_of_the_probability_however_sure():

@@ -173,7 +173,9 @@ def test_without_optuna_a_search_is_refused_before_anything_trains(recipe_file: 
 
 
 def test_the_space_is_that_of_the_classes():
-    assert searching.CHOICES == {"optimizer": ("sgd", "adam", "adamw"), "head": ("drawn", "fitted")}
+    augments = ("none", "crop", "crop-flip", "resized-crop-flip")
+    head = ("drawn", "fitted")
+    assert {"optimizer": ("sgd", "adam", "adamw"), "head": head, "augment": augments} == searching.CHOICES
     assert LastBlock().table() == {"kind": "last-block"}
 
 

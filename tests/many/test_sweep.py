@@ -288,7 +288,7 @@ def test_every_process_of_a_sweep_has_a_gpu_of_its_own(recipe_file: Path, monkey
 def test_a_warning_of_a_quiet_run_is_no_error(capsys: pytest.CaptureFixture[str]):
     lines = "import sys; sys.stderr.write('dispose/gc: a warning\\nerror: r.toml: diverged\\ntry less\\n'); sys.exit(3)"
     process = subprocess.Popen([sys.executable, "-c", lines], stderr=subprocess.PIPE, text=True)
-    with pytest.raises(DivergedError, match=r"^r0, dispose: r\.toml: diverged\ntry less$"):
+    with pytest.raises(DivergedError, match=r"^r0: r\.toml: diverged\ntry less$"):
         sweep._wait(process, "r0", "dispose")
     assert capsys.readouterr().err == "r0: dispose/gc: a warning\n"
 
@@ -297,7 +297,7 @@ def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, call
     change = "pretrain={lr=100.0, steps=200, schedule='constant'}"
     code, _, said = call("sweep", recipe_file, "--over", "seed=0,1", "--set", change, "--jobs", "2", "--quiet")
     assert code == 3, said
-    assert re.search(r"error: seed-[01], pretrain: .*diverged at step", said)  # both do; the first ends it
+    assert re.search(r"error: seed-[01]: pretrain: .*diverged at step", said)  # both do; the first ends it
     assert len(said.strip().splitlines()) == 2
 
 
@@ -308,7 +308,7 @@ def test_an_error_says_which_setting_it_is_of(recipe_file: Path, call):
     assert code == 4 and 'error: data.source.path="./bare": data.source.path: ./bare holds no image' in said
     steps = "pretrain={lr=0.1, steps=200, schedule='constant'}"
     code, _, said = call("sweep", recipe_file, "--set", steps, "--over", "pretrain.lr=0.001,100", "--quiet")
-    assert code == 3 and said.startswith("error: pretrain.lr-100, pretrain: pretrain: training diverged at step"), said
+    assert code == 3 and said.startswith("error: pretrain.lr-100: pretrain: training diverged at step"), said
 
 
 def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch):
