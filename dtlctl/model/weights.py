@@ -103,7 +103,7 @@ def _fitted(
         if name in backbone and backbone[name].shape != own[name].shape
     ]
     if len(head) == 1 or (head and [*head[0].shape] != [len(head[1]), like.features]):
-        shapes["of another shape"].append(f"{names[0]}, {names[1]}")
+        shapes["of another shape"] += names
     if wrong := {kind: found for kind, found in shapes.items() if found}:
         said = "; ".join(f"{len(found)} {kind} ({_three(found)})" for kind, found in wrong.items())
         first = [*tensors["conv1.weight"].shape[2:]] if "conv1.weight" in tensors else []

@@ -125,7 +125,8 @@ def _strength(rows: Sequence[Row], name: str) -> Table:
         f"Strength against budget on {name}: accuracy in % on the images that choose, of the best of so many trials; "
         "of a search the first ones, of a grid the mean over all orders. It flatters: other images judge."
     )
-    return Table(note, ["Model", *map(str, budgets), "all", *["what the search chose"] * bool(winners)], lines)
+    more = ["what the search chose, to use without `search`"] * bool(winners)
+    return Table(note, ["Model", *map(str, budgets), "all", *more], lines)
 
 
 def cell(row: Row, name: str, dataset: str | None = None, *, form: str = ".1f") -> str:

@@ -223,6 +223,7 @@ def test_a_network_of_timm_is_told_by_its_folder_or_by_name(
     text, err = (tmp_path / "recipe.toml").read_text(), capsys.readouterr().err
     assert said in next(line for line in text.splitlines() if line.startswith("image_size"))
     assert ("the weights were trained at 96 pixels; image_size is 16 (--size 96)" in err) == ("at 96" in said)
+    assert ("mean and std are ImageNet's, a guess" in text) == ("mean" not in (config or {}))
     usual = {"mean": [*networks.MEAN], "std": [*networks.STD]}
     assert recipe.pretrain is not None and recipe.pretrain.weights == str(tmp_path / "net")
     assert (recipe.model.arch, recipe.model.image_size) == (f"timm:{name}", side)
