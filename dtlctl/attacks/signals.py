@@ -117,18 +117,16 @@ def offline_a(own: Tensor, out: Tensor, member: np.ndarray) -> float:
     return max(zip(grid, scores, strict=True), key=lambda pair: auc(pair[1][member], pair[1][~member]))[0]
 
 
-def lira(view: Observation, out: Tensor) -> dict[str, Tensor]:
+def lira(view: Observation, out: Tensor, variance: float | None = None) -> dict[str, Tensor]:
     """LiRA, offline (Carlini et al., arXiv:2112.03570): how far above the answers of strangers is the model's?
 
-    out: as for `rmia`. In deviations of the Gaussian of the image's own R answers; with few of them, of all images'
-    answers about their means. It ranks as the paper's 1 - Pr(Z > own) does, which would round to 1.
+    out: as for `rmia`. In deviations of the Gaussian of the image's own R answers, or with this variance of all images,
+    members or not. It ranks as the paper's 1 - Pr(Z > own) does, which would round to 1.
     """
     own = scaled(view.logits, view.labels)
     out = out.to(own.device)
-    variance = out.var(1, unbiased=False)
-    if out.shape[1] < FEW:
-        variance = torch.full_like(variance, float(variance.mean()))
-    return {"lira": (own - out.mean(1)) / variance.sqrt().clamp(min=1e-6)}
+    deviation = out.std(1, unbiased=False) if variance is None else out.new_tensor(variance).sqrt()
+    return {"lira": (own - out.mean(1)) / deviation.clamp(min=1e-6)}
 
 
 def blind(view: Observation, classes: int) -> dict[str, Tensor]:

@@ -135,7 +135,8 @@ class Head:
     def referenced(self, name: str) -> Attack:
         """RMIA or LiRA, with what the references said of each image, found by the image's split and row."""
         known = reference.answers(self.experiment, self.settings.references)
-        score = partial(signals.rmia, a=known.a) if name == "rmia" else signals.lira
+        scores = {"rmia": partial(signals.rmia, a=known.a), "lira": partial(signals.lira, variance=known.variance)}
+        score = scores[name]
 
         def observe(view: Observation, _: int) -> dict[str, Tensor]:
             assert isinstance(view.batches, Images)

@@ -29,6 +29,8 @@ class References(NamedTuple):
     """[images of the split, references / 2]; of the train split, nan outside of the source's subset."""
     a: float
     """RMIA's, tuned on the first reference in the target's place; the paper's constant where there are but two."""
+    variance: float | None
+    """LiRA's, where there are few: the mean over all images of the variance of what was said of each."""
 
 
 @lru_cache(maxsize=1)
@@ -48,7 +50,8 @@ def answers(experiment: Experiment, count: int) -> References:
         a = signals.offline_a(torch.from_numpy(said[0]), torch.from_numpy(out[:, 1:]), inside[0])
     train = np.full((len(experiment.data.images("source", "train").labels), count // 2), np.nan)
     train[rows] = out[: len(rows)]
-    return References({"train": train, "test": out[len(rows) :]}, a)
+    variance = float(out.var(1).mean()) if count // 2 < signals.FEW else None
+    return References({"train": train, "test": out[len(rows) :]}, a, variance)
 
 
 def missing(experiment: Experiment, count: int) -> int:

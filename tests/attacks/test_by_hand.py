@@ -146,15 +146,14 @@ def test_the_scaled_answer_is_the_logit_of_the_probability_however_sure():
     assert found.tolist() == pytest.approx([2 - math.log(2), 800])
 
 
-def test_lira_by_hand(monkeypatch: pytest.MonkeyPatch):
+def test_lira_by_hand():
     """Four references say 0, 2, 0, 2 of one image (mean 1, variance 1), and 1, 1, 5, 5 of the other (3, 4).
 
     The model says 4 of both: with a deviation of each image's own 3 and 0.5, with one for all 3 and 1 over √2.5.
     """
     view = answering(*torch.tensor([4.0, 4.0], dtype=torch.float64).sigmoid().tolist())
     out = torch.tensor([[0.0, 2, 0, 2], [1, 1, 5, 5]], dtype=torch.float64)
-    assert signals.lira(view, out)["lira"].tolist() == pytest.approx([3 / 2.5**0.5, 1 / 2.5**0.5])
-    monkeypatch.setattr(signals, "FEW", 4)
+    assert signals.lira(view, out, 2.5)["lira"].tolist() == pytest.approx([3 / 2.5**0.5, 1 / 2.5**0.5])
     assert signals.lira(view, out)["lira"].tolist() == pytest.approx([3, 0.5])
 
 

@@ -184,6 +184,27 @@ def test_rmia_finds_the_references_by_split_and_row(recipe_file: Path):
     assert float(first[1][5]) == pytest.approx(own / ((1.3 * out + 0.7) / 2), rel=1e-4)
 
 
+def test_lira_has_one_deviation_for_members_and_others_and_for_all_processes(recipe_file: Path, monkeypatch):
+    """Of two of 897 images the strangers say 0 and 6, of the rest 0 and 0: the mean variance is 2 * 3² / 897.
+
+    It is known to an attacker who does not know who is a member.
+    """
+    experiment = pretrained(recipe_file, EVERYTHING.replace("references=2", "references=4"))
+    (job,) = [job for job in experiment.jobs if job.title == "audit/pre"]
+    answers = [[0.0] * 897, [0.0] * 897, *[[6.0 if image in (2, 4) else 0.0 for image in range(897)]] * 2]
+    monkeypatch.setattr(reference, "_reference", lambda _, number, *rest: answers[number])
+    reference.answers.cache_clear()
+    head = auditing.Head(experiment, job, "source")
+    views, known = head.views(), reference.answers(experiment, 4)
+    reference.answers.cache_clear()
+    assert known.variance == pytest.approx(2 * 3**2 / 897)
+    score = head.referenced("lira").observe
+    for split, rows, view in zip(reference.SPLITS, head.groups[:2], views, strict=True):
+        own = auditing.signals.scaled(view.logits, view.labels).numpy()
+        expected = (own - known.out[split][rows].mean(1)) / (18 / 897) ** 0.5
+        assert score(view, 0)["lira"].tolist() == pytest.approx(expected.tolist())
+
+
 def test_answers_come_from_the_one_of_a_pair_that_never_saw_the_image(recipe_file: Path, monkeypatch):
     """Reference n says n of every image: of each pair the one counts whose half it is not in. a is the first one's."""
     experiment = pretrained(recipe_file, EVERYTHING.replace("references=2", "references=4"))
