@@ -4,6 +4,7 @@ Each kind is one class: its recipe fields, and `prepare`, which changes the mode
 one is a class here and its name in `Attacker`.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -129,6 +130,10 @@ class _Renormalised(_Attacker):
             raise RecipeError("piggyback.attackers: to renormalise needs a model with batch normalisation")
         for old, new in zip(model.backbone.modules(), fresh.backbone.modules(), strict=True):
             if isinstance(old, nn.Conv2d) and isinstance(new, nn.Conv2d):
+                # By a power of two first, which is exact: no square leaves the range of the type, however small it is.
+                power = math.frexp(float(old.weight.abs().max()))[1]
+                for parameter in old.parameters():
+                    parameter.mul_(2.0 ** -max(-126, min(126, power)))
                 scale = new.weight.norm() / old.weight.norm().clamp(min=1e-12)
                 for parameter in old.parameters():
                     parameter.mul_(scale)

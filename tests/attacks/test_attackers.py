@@ -135,6 +135,20 @@ def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():
         Renorm().prepare(plain, plain, [x])
 
 
+@pytest.mark.parametrize("factor", [2.0**-100, 2.0**70])
+def test_renorm_undoes_a_scale_of_any_size(factor: float):
+    """The square of 2^-100 is 0 in float32, that of 2^70 infinite. A power of two changes no digit: all stays equal."""
+    (old, new), x = pair(), torch.rand(40, 3, 16, 16)
+    scaled = copy.deepcopy(old)
+    for module in scaled.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data.mul_(factor)
+    for model in (old, scaled):
+        Renorm().prepare(model, new, [x])
+    found = scaled.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in old.state_dict().items())
+
+
 def test_features_that_are_not_finite_make_a_failed_trial_and_wrong_answers(recipe_file: Path):
     """scikit-learn refuses them. What the attacker cannot fit is a trial without a look; what judges him, a miss."""
     experiment = Experiment(load(recipe_file, ['piggyback.attackers=[{kind="probe"}]']), recipe_file.parent, quiet=True)
