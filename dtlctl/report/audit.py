@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from dtlctl.attacks.membership import RATES
 from dtlctl.report.figures import STYLE, Drawing
-from dtlctl.report.results import Row, recipe_of, results_of
+from dtlctl.report.results import Row, reading, recipe_of, results_of
 from dtlctl.report.tables import Table
 
 MODES = {
@@ -50,12 +50,13 @@ class Audit(NamedTuple):
 
 def read(runs: Sequence[Path]) -> list[Audit]:
     """The audits that belong to the runs' recipes, in their order. Raises CheckpointError for no run or no sidecar."""
-    found = [
-        Audit(run.name if len(runs) > 1 else "", job.model, sidecar["metrics"])
-        for run in runs
-        for job, _, sidecar in results_of(run, recipe_of(run))
-        if job.stage == "audit"
-    ]
+    found = []
+    for run in runs:
+        for job, path, sidecar in results_of(run, recipe_of(run)):
+            if job.stage == "audit":
+                with reading(path, "metrics of audit"):
+                    _check(sidecar["metrics"])
+                found.append(Audit(run.name if len(runs) > 1 else "", job.model, sidecar["metrics"]))
     order = [one.model for one in found]
     return sorted(found, key=lambda one: order.index(one.model))
 
@@ -131,6 +132,15 @@ def figures(audits: Sequence[Audit], colours: Mapping[str, str]) -> dict[str, Dr
     caption = "Who was a member: true over false positive rate, both logarithmic; dotted: chance."
     runs = list(dict.fromkeys(one.run for one in audits if one.run))
     return {"roc": (figure, f"{caption} Run: {', '.join(runs)}." if runs else caption)}
+
+
+def _check(metrics: Row) -> None:
+    """Raise whatever comes of it where numbers that are shown are missing or of another form."""
+    _readouts(metrics)
+    for numbers in [numbers for mode in MODES for numbers in _results(metrics, mode).values()]:
+        _shown(numbers)
+        roc = numbers.get("roc", {"fpr": [], "tpr": []})
+        [*zip(roc["fpr"], roc["tpr"], strict=True)]
 
 
 def _results(metrics: Row, mode: str) -> dict[str, Row]:

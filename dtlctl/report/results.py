@@ -57,7 +57,7 @@ def results_of(run: Path, recipe: Recipe) -> list[Result]:
         if (sidecar := checkpoint.read_sidecar(path)) is None:
             continue
         expected = {**job.described(recipe), "parent": {job.parent: weights.get(job.parent)} if job.parent else {}}
-        with _reading(path, f"data of {job.stage}"):
+        with reading(path, f"data of {job.stage}"):
             if expected.items() <= sidecar.items() and not _differs(sidecar, job, recipe):
                 weights.setdefault(job.model, sidecar.get("weights_sha256"))
                 found.append(Result(job, path, sidecar))
@@ -75,7 +75,7 @@ def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
     rows: dict[str, Row] = {model: {"model": model, "piggyback": {}} for model in [*recipe.references, *recipe.dispose]}
     for job, path, sidecar in results:
         row, metrics = rows[job.model], sidecar["metrics"]
-        with _reading(path, f"metrics of {job.stage}"):
+        with reading(path, f"metrics of {job.stage}"):
             if job.stage == "audit":
                 # Through a head that nothing has trained an attack sees noise: its 0.5 would read as forgetting.
                 if metrics["source_head"] == "trained" and "loss" in metrics:
@@ -102,8 +102,11 @@ def _attack(job: Job[Any], sidecar: Row) -> Row:
     """What one attack puts into its model's row: under the names of ATTACKS accuracies in %; the rest is about them."""
     metrics, images = sidecar["metrics"], sidecar["data"].get(job.dataset, {}).get("test_images")
     chosen, half = metrics.get("chosen") or (), job.settings.choose_on == "test"
-    given = [kind for kind, metric in ATTACKS.items() if metric in metrics or kind == "piggyback"]
+    given = [kind for kind, metric in ATTACKS.items() if metric in metrics or kind == "piggyback" or chosen]
     found: Row = {kind: float(metrics[ATTACKS[kind]]) for kind in given}
+    if not all(0 <= percent <= 100 for percent in found.values()):
+        raise ValueError("an accuracy is a share of images")
+    found["diverged"] = metrics.get("chosen") == []
     found["judged"] = {kind: images // 2 if half and kind != "piggyback" else images for kind in ATTACKS if images}
     found["repeats"] = [one["acc_pl"] for one in chosen if "acc_pl" in one]
     found["curves"] = [[look["step"], look["acc_pl"]] for look in sidecar["history"] if "acc_pl" in look]
@@ -141,7 +144,7 @@ def refuse_other_images(results: Iterable[Result], *, one_seed: bool) -> None:
     the data. one_seed: also the same subset, and the same test split where that is a share held out by the seed."""
     seen: dict[tuple[str, str], tuple[Any, Path]] = {}
     for job, path, sidecar in results:
-        with _reading(path, f"data of {job.stage}"):
+        with reading(path, f"data of {job.stage}"):
             parts = [(role, name, value) for role, own in sidecar["data"].items() for name, value in own.items()]
             drawn = {role for role, own in sidecar["datasets"].items() if not isinstance(own["table"]["test"], str)}
         for role, name, value in parts:
@@ -183,7 +186,7 @@ def renamed(results: Iterable[Result], recipe: Recipe) -> list[str]:
 
 
 @contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
+def reading(path: Path, what: str) -> Iterator[None]:
     """Whatever a sidecar of another form makes Python raise becomes a CheckpointError."""
     try:
         yield

@@ -120,7 +120,7 @@ def caveats(models: Models, tables: Sequence[Mapping[str, Row]], seeds: Sequence
     for model, rows in models.items() if {"scratch", "TL"} <= models.keys() else ():
         for seed, *three in zip(seeds, rows, models["scratch"], models["TL"], strict=True):
             found += [f"{model} on {text}" for text in _failures(seed, *three)]
-    found += _misled(models.get("TL", []))
+    found += [*_diverged(models), *_misled(models.get("TL", []))]
     lacking = []
     for model in dict.fromkeys(model for table in tables for model in table if model not in models):
         at = [str(seed) for seed, table in zip(seeds, tables, strict=True) if model not in table]
@@ -143,6 +143,17 @@ def _failures(seed: int, row: Row, scratch: Row, tl: Row) -> list[str]:
                 f"scratch ({least:.1f}), and a tuned attacker gets {tuned:.1f}."
             )
     return found
+
+
+def _diverged(models: Models) -> list[str]:
+    """Where nobody was chosen in a seed, for all diverged: weights that only make training fail look as if empty."""
+    attacked = [(model, row.get("diverged", {})) for model, rows in models.items() for row in rows]
+    found = dict.fromkeys((model, name) for model, sets in attacked for name, nobody in sets.items() if nobody)
+    return [
+        f"{model} on {name}: all tuned attackers diverged, and the one setting stands for them. Smaller learning rates "
+        "may get more."
+        for model, name in found
+    ]
 
 
 def _misled(rows: Sequence[Row]) -> list[str]:

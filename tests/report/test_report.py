@@ -661,6 +661,42 @@ def test_without_a_tuned_attacker_nothing_speaks_of_one(recipe_file: Path):
     assert drawn["tradeoff-again"][0].axes[0].get_xlabel() == "Acc_pl again of the one setting (%)"
 
 
+def test_a_model_on_which_all_tuned_attackers_diverged_is_named(recipe_file: Path):
+    """Else 5 % by the one setting, from scratch too, would read as what the best of many attackers gets."""
+    runs = [fake_run(recipe_file, f"diverged{seed}", seed, 70.0, *TUNED) for seed in (0, 1)]
+    for run in runs:
+        for model, accuracies in (("scratch", (5.0, 10.0)), ("TL", (60.0, 70.0)), ("gc", (5.0, 5.0))):
+            attack(run, model, *accuracies)
+    assert summary.summarise(runs)["caveats"] == []
+    put(runs[1] / "piggyback/gc/again.json", chosen=[])
+    (sentence,) = summary.summarise(runs)["caveats"]
+    assert sentence.startswith("gc on again: all tuned attackers diverged, and the one setting stands for them.")
+
+
+@pytest.mark.parametrize(
+    ("job", "change"),
+    [
+        ("piggyback", {"acc_pl_worst": None}), ("piggyback", {"acc_pl": 1e308}), ("piggyback", {"acc_pl": -1}),
+        ("audit", {"blind": None}), ("audit", {"loss": {"auc": 0.7, "balanced_accuracy_std": 0.1}}),
+        ("audit", {"roc": {"fpr": [0.1, 1.0], "tpr": [0.1]}}),
+    ],
+)  # fmt: skip
+def test_metrics_of_another_form_are_refused_by_the_files_name(recipe_file: Path, call, job: str, change: dict):
+    """None: it is not there. A ROC curve is put into an attack whose other numbers are all there."""
+    run = fake_run(recipe_file, "edited", 0, 70.0, *TUNED)
+    for model in ("scratch", "TL", "gc"):
+        attack(run, model, 20.0, 30.0)
+    path = run / {"piggyback": "piggyback/TL/again.json", "audit": "audit/TL.json"}[job]
+    if "roc" in change:
+        numbers = dict.fromkeys(("auc", "auc_low", "auc_high", "balanced_accuracy", "balanced_accuracy_std"), 0.5)
+        change = {"loss": {**numbers, "tpr_at_0.01": None, "tpr_at_0.001": None, **change}}
+    document = json.loads(path.read_text())
+    document["metrics"] = {k: v for k, v in {**document["metrics"], **change}.items() if v is not None}
+    path.write_text(json.dumps(document))
+    code, _, said = call("report", run)
+    assert code == 4 and said == f"error: {path}: not the metrics of {job}; delete it\n"
+
+
 @pytest.mark.parametrize(
     ("held_out", "choose_on", "told"),
     [((90.0, 86.0), "own", True), ((90.0, 69.0), "own", False), ((90.0, 86.0), "test", False)],
