@@ -109,6 +109,8 @@ def _fitted(
         first = [*tensors["conv1.weight"].shape[2:]] if "conv1.weight" in tensors else []
         stem = {7: "imagenet", 3: "small"}.get(first[0]) if first else None
         hint = f'; its first layer is that of stem = "{stem}"' if stem not in (None, network["stem"]) else ""
+        if any(name.startswith("backbone.") for name in tensors) and any(name.startswith("heads.") for name in tensors):
+            hint = "; it is of a run: give what dtlctl export makes of it"
         raise ValueError(f"tensors do not fit {network['arch']}: {said}{hint}")
     floats = {name for name in tensors if name in names or own[name].is_floating_point()}
     if other := [name for name in sorted(floats) if tensors[name].dtype not in FLOATS]:

@@ -188,10 +188,10 @@ def groups(experiment: Experiment, job: Job[Audit], role: Role = "source") -> tu
     places, others = membership.matched(labels, answers, np.random.default_rng(experiment.recipe.stream("audit")))
     members, others, pairs = member_rows[places], rows[others], len(places)
     if pairs < LEAST:
+        remedy = 'leave "target" out of audit.modes' if role == "target" else "audit.models = [] does without"
         raise DataError(
             f"{job.title}: {len(labels)} members and {len(answers)} non-members make {pairs} pairs of one class, too "
-            f"few; {LEAST} are needed: more {role} images, or a test split with the same classes; audit.models = [] "
-            "does without"
+            f"few; {LEAST} are needed: more {role} images, or a test split with the same classes; {remedy}"
         )
     head = round(HEAD_SHARE * pairs) if role == "source" and "reprobe" in job.settings.modes else 0
     attacked = slice(head, head + min(pairs - head, job.settings.images))

@@ -100,6 +100,10 @@ def test_files_without_a_head_or_counts_of_batches_are_whole(tmp_path: Path):
             lambda t: {**t, "stem.0.weight": t["stem.0.weight"].to(torch.float8_e4m3fn)},
             r"float8_e4m3fn \(stem.0.weight",
         ),
+        (
+            lambda t: {"backbone.stem.0.weight": t["stem.0.weight"], "heads.source.bias": t["fc.bias"]},
+            r"; it is of a run: give what dtlctl export makes of it$",
+        ),
         (lambda t: {"é\n": torch.zeros(1)}, r"missing \(.*, \.\.\.\); 1 unknown \(\\xe9\\n\)"),
     ],
 )

@@ -81,6 +81,10 @@ def test_too_few_images_are_counted(recipe_file: Path):
     message = "10 members and 797 non-members make 10 pairs of one class, too few; 20 are needed"
     with pytest.raises(DataError, match=message):
         run(experiment, ("audit",), only=("pre",))
+    experiment = new_experiment(recipe_file, "data.target.fraction=0.01")
+    (job,) = [job for job in experiment.jobs if job.title == "audit/TL"]
+    with pytest.raises(DataError, match=r'audit/TL: 10 members and .* more target images.*leave "target" out of audit'):
+        auditing.groups(experiment, job, "target")
 
 
 def test_members_and_others_have_the_same_classes(recipe_file: Path, monkeypatch):
