@@ -11,7 +11,7 @@ from dtlctl.objectives.unlearn import NullSpace
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Dispose, Piggyback
 from dtlctl.run.experiment import Experiment
-from dtlctl.stages.audit import groups
+from dtlctl.stages.audit import Role, groups
 from dtlctl.training.price import EXPECTED, images_for, resolution
 
 
@@ -46,10 +46,17 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
                     f"{experiment.source}: data.{job.dataset}.fraction: it leaves no images out, and self-training "
                     "learns from these; set it to 0.1, say, or leave the dataset out of the attacker's datasets"
                 )
-    for job in {job.roles: job for job in jobs if job.stage == "audit"}.values():
-        groups(experiment, job, "source")
-        if "target" in job.roles and "target" in job.settings.modes:
-            groups(experiment, job, "target")
+    audits = [job for job in jobs if job.stage == "audit"]
+    missing = any(not (experiment.folder / job.path).exists() for job in audits)
+    processes = int(os.environ.get("WORLD_SIZE", "1")) if missing else 1
+    for job in {job.roles: job for job in audits}.values():
+        asked: list[Role] = ["source", "target"] if {"target"} <= {*job.roles} & {*job.settings.modes} else ["source"]
+        for parts, _ in (groups(experiment, job, role) for role in asked):
+            if (least := min(len(part) for part in parts if len(part))) < processes:
+                raise RecipeError(
+                    f"{experiment.source}: {job.title}: {least} images cannot be shared by {processes} processes; "
+                    f"start {least} or fewer"
+                )
 
 
 def local_chunks(settings: Dispose, processes: int, title: str) -> int:

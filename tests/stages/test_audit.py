@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from dtlctl.attacks import membership
-from dtlctl.errors import DataError
+from dtlctl.errors import DataError, RecipeError
 from dtlctl.recipe.loading import load
 from dtlctl.report import audit, files, summary, tables
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import audit as auditing
-from dtlctl.stages import reference
+from dtlctl.stages import data_demands, reference
 from dtlctl.stages.runner import run
 
 EVERYTHING = (
@@ -85,6 +85,21 @@ def test_too_few_images_are_counted(recipe_file: Path):
     (job,) = [job for job in experiment.jobs if job.title == "audit/TL"]
     with pytest.raises(DataError, match=r'audit/TL: 10 members and .* more target images.*leave "target" out of audit'):
         auditing.groups(experiment, job, "target")
+
+
+def test_fewer_images_than_processes_are_refused_before_anything_trains(recipe_file: Path, monkeypatch):
+    """Of 20 pairs 4 are for the new head: a fifth process has none, and many networks refuse to see no image."""
+    few, modes = "data.source.fraction=0.02", 'audit.modes=["as-is", "reprobe"]'
+    for changes, count in (((few, modes), 5), ((few, modes), 4), ((few,), 5)):
+        experiment = new_experiment(recipe_file, *changes)
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        jobs = [job for job in experiment.jobs if job.stage == "audit"]
+        if count == 5 and modes in changes:
+            with pytest.raises(RecipeError, match=r"audit/.*: 4 images cannot be shared by 5 processes; start 4 or f"):
+                data_demands.check(experiment, jobs)
+        else:
+            data_demands.check(experiment, jobs)
+        monkeypatch.delenv("WORLD_SIZE")
 
 
 def test_members_and_others_have_the_same_classes(recipe_file: Path, monkeypatch):
