@@ -70,6 +70,7 @@ class _Trained(_Attacker):
     """What every attacker who trains by gradients can vary."""
 
     tried: ClassVar[str] = "lr"
+    revision: ClassVar[int] = 2
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """`sgd` has momentum 0.9."""
     lr: list[Rate] = Field([0.001, 0.01, 0.1, 1.0], min_length=1)
@@ -108,7 +109,7 @@ class Full(_Trained):
 class LastBlock(_Trained):
     """Some last stages of the backbone are drawn anew, then all weights are trained: deep features may be the trap."""
 
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     varied: ClassVar[tuple[str, ...]] = ("stages",)
     kind: Literal["last-block"] = "last-block"
     stages: list[Annotated[int, Field(ge=1)]] = Field([1, 2], min_length=1)

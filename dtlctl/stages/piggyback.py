@@ -237,7 +237,8 @@ def share_out(
 
     done: told after each of this process's tasks how many of all are finished by then, if others are as far.
     One thread a task: networks and batches this small leave a second thread idle. But threads share torch's random
-    numbers, so the trials of a network that draws some go one after the other, each from a seed of its own.
+    numbers, so the trials of a network that draws some go one after the other, each from the same seed: what an
+    attacker gets does not depend on who else is tried.
     """
     from threadpoolctl import threadpool_limits
 
@@ -247,7 +248,7 @@ def share_out(
 
     def work(number: int) -> Result:
         if drawing:
-            torch.manual_seed(repetition.experiment.recipe.stream(f"{repetition.tag}/{number}"))
+            torch.manual_seed(repetition.experiment.recipe.stream(f"{repetition.tag}/draws"))
         return tasks[number]()
 
     mine, found = range(engine.share.rank, len(tasks), engine.processes), dict[int, Result]()
