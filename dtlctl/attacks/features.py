@@ -78,13 +78,15 @@ def logistic(features: np.ndarray, labels: np.ndarray, C: float = 1.0, scaler: A
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     # For all threads at once, since `catch_warnings` would not be: one image a class is few, and known to be.
     warnings.filterwarnings("ignore", message="The number of unique classes", module="sklearn")
     warnings.filterwarnings("ignore", category=ConvergenceWarning)
     alone = len(np.unique(labels)) == 1  # then there is nothing to tell apart, which is refused
     model = DummyClassifier() if alone else LogisticRegression(C=C, max_iter=300)
-    return make_pipeline(scaler or StandardScaler(), model).fit(features, labels)
+    with threadpool_limits(1, "blas"):  # more threads and those of the loss wait for each other: 8 times as long
+        return make_pipeline(scaler or StandardScaler(), model).fit(features, labels)
 
 
 def nearest(features: np.ndarray, labels: np.ndarray, k: int) -> Pipeline:
