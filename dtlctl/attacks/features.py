@@ -78,15 +78,13 @@ def logistic(features: np.ndarray, labels: np.ndarray, C: float = 1.0, scaler: A
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
 
     # For all threads at once, since `catch_warnings` would not be: one image a class is few, and known to be.
     warnings.filterwarnings("ignore", message="The number of unique classes", module="sklearn")
     warnings.filterwarnings("ignore", category=ConvergenceWarning)
     alone = len(np.unique(labels)) == 1  # then there is nothing to tell apart, which is refused
     model = DummyClassifier() if alone else LogisticRegression(C=C, max_iter=300)
-    with threadpool_limits(1, "blas"):  # more threads and those of the loss wait for each other: 8 times as long
-        return make_pipeline(scaler or StandardScaler(), model).fit(features, labels)
+    return make_pipeline(scaler or StandardScaler(), model).fit(features, labels)
 
 
 def nearest(features: np.ndarray, labels: np.ndarray, k: int) -> Pipeline:
@@ -123,7 +121,10 @@ def refit(model: networks.Classifier, head: str, features: Tensor, labels: Tenso
     the attacker fits a new one on must not tell him who is a member, so these are images of his own, as many members as
     others, which are neither attacked nor judged: only a difference in the *features* is then measured.
     """
-    scaler, fitted = logistic(features.detach().cpu().double().numpy(), labels.cpu().numpy())
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):  # with more, they and the threads of scikit-learn's loss wait for each other
+        scaler, fitted = logistic(features.detach().cpu().double().numpy(), labels.cpu().numpy())
     found = getattr(fitted, "coef_", np.zeros((1, features.shape[1]))) / scaler.scale_
     offset = getattr(fitted, "intercept_", np.zeros(1)) - found @ scaler.mean_
     if len(fitted.classes_) == 2:  # one row, of the second class against the first

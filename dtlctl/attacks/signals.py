@@ -79,8 +79,6 @@ def modified_entropy(view: Observation) -> dict[str, Tensor]:
 
 OFFLINE = 0.3
 """The a of RMIA's paper: Pr(x) ≈ ½ ((1 + a) Pr_out(x) + 1 - a) stands in for models that have seen x."""
-FEW = 16
-"""Below so many models that never saw an image, LiRA takes one deviation for all images."""
 
 
 def scaled(logits: Tensor, labels: Tensor) -> Tensor:

@@ -140,7 +140,8 @@ def _check(metrics: Row) -> None:
     for numbers in [numbers for mode in MODES for numbers in _results(metrics, mode).values()]:
         _shown(numbers)
         roc = numbers.get("roc", {"fpr": [], "tpr": []})
-        [*zip(roc["fpr"], roc["tpr"], strict=True)]
+        if len(roc["fpr"]) != len(roc["tpr"]):
+            raise ValueError("a point of a curve has two rates")
 
 
 def _results(metrics: Row, mode: str) -> dict[str, Row]:

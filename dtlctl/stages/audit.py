@@ -135,8 +135,8 @@ class Head:
     def referenced(self, name: str) -> Attack:
         """RMIA or LiRA, with what the references said of each image, found by the image's split and row."""
         known = reference.answers(self.experiment, self.settings.references)
-        scores = {"rmia": partial(signals.rmia, a=known.a), "lira": partial(signals.lira, variance=known.variance)}
-        score = scores[name]
+        rmia, lira = partial(signals.rmia, a=known.a), partial(signals.lira, variance=known.variance)
+        score = rmia if name == "rmia" else lira
 
         def observe(view: Observation, _: int) -> dict[str, Tensor]:
             assert isinstance(view.batches, Images)

@@ -24,8 +24,7 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
             said.add(text)
     for job in jobs:
         if job.stage == "dispose":
-            # What is there need not be shared by the processes of this start.
-            processes = 1 if (experiment.folder / job.path).exists() else int(os.environ.get("WORLD_SIZE", "1"))
+            processes = _sharing(experiment, job)
             local_chunks(job.settings, processes, f"{experiment.source}: {job.title}")
             size = equal_parts(experiment, job, processes)["source"]
             classes = len(experiment.data.classes("target"))
@@ -47,16 +46,21 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
                     "learns from these; set it to 0.1, say, or leave the dataset out of the attacker's datasets"
                 )
     audits = [job for job in jobs if job.stage == "audit"]
-    missing = any(not (experiment.folder / job.path).exists() for job in audits)
-    processes = int(os.environ.get("WORLD_SIZE", "1")) if missing else 1
+    processes = max((_sharing(experiment, job) for job in audits), default=1)
+    roles: tuple[Role, ...] = ("source", "target")
     for job in {job.roles: job for job in audits}.values():
-        asked: list[Role] = ["source", "target"] if {"target"} <= {*job.roles} & {*job.settings.modes} else ["source"]
-        for parts, _ in (groups(experiment, job, role) for role in asked):
+        for role in (one for one in roles if one == "source" or one in {*job.roles} & {*job.settings.modes}):
+            parts, _ = groups(experiment, job, role)
             if (least := min(len(part) for part in parts if len(part))) < processes:
                 raise RecipeError(
                     f"{experiment.source}: {job.title}: {least} images cannot be shared by {processes} processes; "
                     f"start {least} or fewer"
                 )
+
+
+def _sharing(experiment: Experiment, job: Job[Any]) -> int:
+    """The processes of this start that share a job: one is enough for what is there already."""
+    return 1 if (experiment.folder / job.path).exists() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_chunks(settings: Dispose, processes: int, title: str) -> int:

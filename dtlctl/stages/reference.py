@@ -20,6 +20,8 @@ from dtlctl.run.experiment import Experiment
 from dtlctl.stages.readout import seen
 
 SPLITS: tuple[Split, Split] = ("train", "test")
+FEW = 16
+"""Below so many models that never saw an image, LiRA takes one deviation for all images."""
 
 
 class References(NamedTuple):
@@ -50,7 +52,7 @@ def answers(experiment: Experiment, count: int) -> References:
         a = signals.offline_a(torch.from_numpy(said[0]), torch.from_numpy(out[:, 1:]), inside[0])
     train = np.full((len(experiment.data.images("source", "train").labels), count // 2), np.nan)
     train[rows] = out[: len(rows)]
-    variance = float(out.var(1).mean()) if count // 2 < signals.FEW else None
+    variance = float(out.var(1).mean()) if count // 2 < FEW else None
     return References({"train": train, "test": out[len(rows) :]}, a, variance)
 
 

@@ -13,6 +13,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor, nn
 
 from dtlctl.attacks import adversarial, features, signals, tuning, whitebox
@@ -238,6 +239,24 @@ def test_a_head_is_fitted_where_classes_have_no_image(present, classes):
     assert torch.equal(p.argmax(1), labels)
     absent = [label for label in range(classes) if label not in present]
     assert not absent or 0 < p[:, absent].max() < 1e-5
+
+
+def test_a_head_is_fitted_by_one_blas_thread(monkeypatch: pytest.MonkeyPatch):
+    """Two, and those of scikit-learn's loss, wait for each other: an audit took half as long again."""
+
+    def threads() -> set[int]:
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    def watched(*arrays: np.ndarray):
+        found.append(threads())
+        return logistic(*arrays)
+
+    found: list[set[int]] = []
+    monkeypatch.setattr(features, "logistic", watched)
+    model = networks.build("resnet8", {"source": 2}, width=4, image_size=8)
+    with threadpool_limits(2, "blas"):
+        features.refit(model, "source", torch.eye(2, model.features), torch.arange(2), 2)
+        assert (found, threads()) == ([{1}], {2})
 
 
 def test_probes_call_classes_that_they_never_saw_wrong():
