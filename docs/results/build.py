@@ -1,6 +1,6 @@
 """Write what the stored results say into the pages: every table, and every number in a sentence.
 
-    python docs/results/build.py           # rewrites the pages and the figure
+    python docs/results/build.py           # rewrites the pages and the figures
     python docs/results/build.py --check   # exit code 1 where one is stale, or where no page uses a line of data
 
 A page holds `<!--=EXPRESSION-->TEXT<!--/-->`. EXPRESSION is Python, and has the public methods of `Data` and a few
@@ -59,7 +59,10 @@ POINTS = {
     "stages/null-3": ("null-space,\nthree passes", GREEN, (16.5, 4.6)),
     "stages/TGT": ("target alone, without transfer learning", GREY, (15.0, -13.0)),
 }
-"""In the figure: label, colour, and the place of the label."""
+"""In the first figure: label, colour, and the place of the label."""
+STRENGTHS = {"TL": GREY, "regrown": "#d55e00", "rand": BLUE, "null-3": GREEN, "TGT": "#cc79a7", "scratch": "#b8a500"}
+BUDGETS = (1, 5, 20, 46)
+"""In the second: models with their colours, and how many settings the attacker tried."""
 
 
 class Seeds(dict[int, float]):
@@ -194,16 +197,7 @@ def written(page: str, data: Data) -> str:
 
 def figure(data: Data) -> Any:
     """Target accuracy kept, over what the tuned attacker gets on the source's own classes."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.patches import FancyBboxPatch
-
-    drawn = Figure(figsize=(7.2, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
-    axes = drawn.add_subplot()
-    drawn.patch.set_alpha(0)
-    card = FancyBboxPatch((0.01, 0.01), 0.98, 0.98, "round,pad=0,rounding_size=0.02", fc="white", ec="none", zorder=-9)
-    card.set_transform(drawn.transFigure)
-    drawn.add_artist(card)
+    drawn, axes = on_a_card()
     axes.set(xlabel="what a tuned attacker gets of the source's own classes (%)", xlim=(5, 30))
     axes.set(ylabel="target accuracy against TL's (points)", ylim=(-18, 8))
     for who, (name, colour, place) in POINTS.items():
@@ -214,15 +208,57 @@ def figure(data: Data) -> Any:
     zero = data.pl("stages/scratch", DATASETS["own"]).mean
     axes.axvline(zero, color=GREY, linewidth=0.8, linestyle=":")
     axes.text(zero + 0.2, -6, "a new network", rotation=90, color=GREY, size=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2)
     return drawn
 
 
-def stamp(data: Data) -> str:
-    """Of the numbers in the figure. It stands in the file, whose other bytes are the version of matplotlib's."""
-    numbers = [[str(data.pl(who, DATASETS["own"])), str(data.kept(who)), str(POINTS[who])] for who in POINTS]
-    return hashlib.sha256(json.dumps([numbers, data.pl("stages/scratch", DATASETS["own"])]).encode()).hexdigest()[:16]
+def strength(data: Data) -> Any:
+    """What the attacker gets on the source's own classes, over the settings that he tried, of ten kinds."""
+    drawn, axes = on_a_card()
+    axes.set(xlabel="settings tried, of ten kinds", xscale="log", xlim=(0.9, 150))
+    axes.set(ylabel="best on images that choose (%)", ylim=(0, 30))
+    for model, colour in STRENGTHS.items():
+        found = budgets(data, model)
+        mean, half = ([getattr(one, name) for one in found] for name in ("mean", "half"))
+        axes.errorbar(BUDGETS, mean, yerr=half, fmt="o-", color=colour, capsize=2, elinewidth=0.6, markersize=4)
+        low = -0.5 if model in ("TGT", "regrown") else 0.5 if model == "scratch" else 0
+        axes.annotate(LABELS.get(model, model), (52, mean[-1] + low), color=colour, size=8, va="center")
+    axes.set_xticks(BUDGETS, map(str, BUDGETS), minor=False)
+    axes.minorticks_off()
+    return drawn
+
+
+def budgets(data: Data, model: str) -> list[Seeds]:
+    return [data.of(f"kinds/{model}", f"best_of_{tried}", dataset=DATASETS["own"]) for tried in BUDGETS]
+
+
+def on_a_card() -> tuple[Any, Any]:
+    """A figure on a white card, which is read on a dark page too, and its axes."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.patches import FancyBboxPatch
+
+    drawn = Figure(figsize=(7.2, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
+    axes = drawn.add_subplot()
+    drawn.patch.set_alpha(0)
+    card = FancyBboxPatch((0.01, 0.01), 0.98, 0.98, "round,pad=0,rounding_size=0.02", fc="white", ec="none", zorder=-9)
+    card.set_transform(drawn.transFigure)
+    drawn.add_artist(card)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    return drawn, axes
+
+
+FIGURES: dict[str, Callable[[Data], Any]] = {"disposal": figure, "strength": strength}
+
+
+def stamps(data: Data) -> dict[str, str]:
+    """Of the numbers in every figure. They stand in the files, whose other bytes are the version of matplotlib's."""
+    points = [[str(data.pl(who, DATASETS["own"])), str(data.kept(who)), str(POINTS[who])] for who in POINTS]
+    drawn: dict[str, Any] = {
+        "disposal": [points, data.pl("stages/scratch", DATASETS["own"])],
+        "strength": [[model, *map(str, budgets(data, model))] for model in STRENGTHS],
+    }
+    return {name: hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16] for name, shown in drawn.items()}
 
 
 def main(check: bool) -> list[str]:
@@ -235,14 +271,15 @@ def main(check: bool) -> list[str]:
             wrong.append(f"{path.relative_to(ROOT)} is stale: run docs/results/build.py")
             if not check:
                 path.write_text(new, "utf-8")
-    picture = FOLDER / "disposal.svg"
-    if not picture.exists() or stamp(data["disposal"]) not in picture.read_text("utf-8"):
-        wrong.append("docs/results/disposal.svg is stale: run docs/results/build.py")
-        if not check:
-            import matplotlib
+    for name, stamp in stamps(data["disposal"]).items():
+        picture = FOLDER / f"{name}.svg"
+        if not picture.exists() or stamp not in picture.read_text("utf-8"):
+            wrong.append(f"docs/results/{name}.svg is stale: run docs/results/build.py")
+            if not check:
+                import matplotlib
 
-            with matplotlib.rc_context({"svg.hashsalt": "disposal", "svg.fonttype": "none"}):
-                figure(data["disposal"]).savefig(picture, metadata={"Date": None, "Title": stamp(data["disposal"])})
+                with matplotlib.rc_context({"svg.hashsalt": "disposal", "svg.fonttype": "none"}):
+                    FIGURES[name](data["disposal"]).savefig(picture, metadata={"Date": None, "Title": stamp})
     unused = [f"{one.path.name}:{n + 1}" for one in data.values() for n in range(len(one.lines)) if n not in one.used]
     return wrong + [f"docs/results/data/{line} is used by no page" for line in unused]
 
