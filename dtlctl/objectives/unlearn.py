@@ -97,14 +97,14 @@ class NullSpace(OnePart):
 
     H is a stage's output on the source images of the global batch, flattened, Z their target logits (detached), both
     less their means. What Z explains of H linearly is Z M, with M = argmin |H - Z M|^2; the loss is
-    |H - Z M|^2 / |H|^2, averaged over the last `stages` stages. Scaling a stage does not change it.
+    |H - Z M|^2 / |H|^2, averaged over the stages. Scaling a stage does not change it.
 
     Raises RecipeError for a backbone with fewer stages, or a batch in which Z explains much by chance.
     """
 
     kind: Literal["null-space"] = "null-space"
-    stages: int = Field(2, ge=1)
-    """How many of the backbone's last stages are narrowed; a ResNet has 4, a CIFAR ResNet 3."""
+    stages: int | None = Field(None, ge=1)
+    """How many of the backbone's last stages are narrowed; default: all. A ResNet has 4, a CIFAR ResNet 3."""
     needs_maps: ClassVar[bool] = True
     trains_source_head: ClassVar[bool] = False
 
@@ -118,8 +118,8 @@ class NullSpace(OnePart):
         classes, images = seen.target.shape[1], len(seen.x) * step.processes
         if images < (least := self.least_images(classes)):
             raise RecipeError(f"null-space: batch_size is {images}; {classes} target classes need {least} or more")
-        if len(seen.maps) < self.stages:
-            raise RecipeError(f"null-space: stages = {self.stages}, but only {len(seen.maps)} of this model are known")
+        if len(seen.maps) < (count := self.stages or max(1, len(seen.maps))):
+            raise RecipeError(f"null-space: stages = {count}, but only {len(seen.maps)} of this model are known")
         answers = seen.target.detach()
         answers = answers - answers.mean(1, keepdim=True)  # softmax does not see the mean of the logits
         (total,) = step.all_reduce([answers.sum(0)])
@@ -127,7 +127,7 @@ class NullSpace(OnePart):
         (square,) = step.all_reduce([answers.T @ answers])
         # Once for all stages: on an accelerator the eigenvalues behind it are waited for.
         inverse = torch.linalg.pinv(devices.able(square), rtol=1e-5, hermitian=True).to(square.device)
-        parts = [_unexplained(map_.flatten(1), answers, inverse, step) for map_ in seen.maps[-self.stages :]]
+        parts = [_unexplained(map_.flatten(1), answers, inverse, step) for map_ in seen.maps[-count:]]
         return _mean([scalar for scalar, _ in parts]), _mean([value for _, value in parts])
 
 

@@ -49,7 +49,7 @@ def _lacking(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"dispose.{name}.unlearn.memory", f'"batched": {reason}; write "auto", "keep" or "recompute"'
         asked = {"fresh_stages": settings.fresh_stages}
         if isinstance(settings.unlearn, NullSpace):
-            asked["unlearn.stages"] = settings.unlearn.stages
+            asked["unlearn.stages"] = settings.unlearn.stages or 1
         for key, count in asked.items():
             if count and count > (known := len(networks.stages(backbone()))):
                 reason = f"{count}, but {arch} has {known} stages; write {known} or less"

@@ -26,6 +26,7 @@ from dtlctl.data.sources import Source
 from dtlctl.errors import CheckpointError, DataError, NoSplit, RecipeError, one_line
 from dtlctl.model import networks
 from dtlctl.model.weights import REGISTRY, Given, read, tensors_of
+from dtlctl.objectives.unlearn import NullSpace
 from dtlctl.recipe.loading import validated
 from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.plan import jobs
@@ -55,6 +56,9 @@ PRICE = 1.0
 """Points of Acc_t that the disposal may cost; [publish] allows besides what so many test images cannot tell from it."""
 LOOKED = 48
 """Images of a dataset that are opened for their size."""
+FIXED: dict[str, Any] = {"usual": ATTACK, "recommended": PASSES, "audited": audit.LEAST, "price": PRICE}
+FIXED |= {"toml": partial(json.dumps, ensure_ascii=False), "most_classes": BATCH // NullSpace.least_images(1)}
+"""What the template has whatever the data; with more target classes a batch is too small for `null-space`."""
 
 
 def write(
@@ -79,7 +83,7 @@ def write(
     crowded = costs.crowded()
     network, outputs, trained = adopted(weights, arch, side, *sizes, size is not None) if weights else ({}, 0, None)
     told: dict[str, Any] = {
-        "toml": partial(json.dumps, ensure_ascii=False),
+        **FIXED,
         "name": name or usual.rstrip(".") or "mine",
         "machine": f"{cores()} CPU cores, {devices.name(device) if gpu else 'no GPU'}",
         "gpu": gpu,
@@ -89,19 +93,13 @@ def write(
         "each": min(each, *own["counts"]),
         "few": round(min(1.0, each * len(own["counts"]) / sum(own["counts"])), 6),
         "limit": minutes,
-        "usual": ATTACK,
-        "recommended": PASSES,
-        "audited": audit.LEAST,
-        "price": PRICE,
         "told": (told_to := resolution(max(1, seen["target"]["tests"]), EXPECTED)),
         "most": float(max(2, math.ceil(PRICE + told_to))),
         "adopted": "finetune" if outputs == len(seen["target"]["counts"]) != len(own["counts"]) else "pretrain",
-        "weights": weights,
-        "asked": arch is not None,
-        "asked_size": size,
-        "trained": trained,
     }
-    for told["model"] in [network] if weights else _networks(side, arch, gpu, size is not None):
+    told |= {"weights": weights, "asked": arch is not None, "asked_size": size, "trained": trained}
+    fit = [network] if weights else _networks(side, arch, gpu, size is not None)
+    for told["model"], told["two"] in product(fit, (True, False)):  # a second variant only where all of it has room
         told |= _able(told["model"])
         told |= {"minutes": "?", "fraction": 1.0, "epochs": 1, "steps": 1, "passes": 1.0, "attack": ATTACK}
         spent = _seconds(_render(told), {role: found["counts"] for role, found in seen.items()})
@@ -111,7 +109,8 @@ def write(
         spent["rest"] += spent["piggyback"] * told["attack"] / ATTACK
         room = seconds - rest - attacks * told["attack"] / ATTACK
         told |= lengths(max(room, seconds / 4), sum(own["counts"]), epoch, step)
-        if told["fraction"] == 1 and told["attack"] == ATTACK and room >= seconds / 4:
+        whole = (told["fraction"], told["attack"]) == (1, ATTACK) and room >= seconds / 4
+        if whole and told["steps"] >= STEPS * told["two"]:
             break
     total = told["epochs"] * told["fraction"] * spent["pretrain"] + told["steps"] * spent["dispose"] + spent["rest"]
     told["minutes"] = words(total / 60, "min") + (f" ({note})" if (note := crowded or busy()) else "")
@@ -221,15 +220,15 @@ def _networks(side: int, arch: str | None, gpu: bool, fixed: bool) -> Iterator[d
 
 
 def _able(model: dict[str, Any]) -> dict[str, Any]:
-    """What a network cannot differentiate twice, and whether it has batch norms. RecipeError for one there is not."""
+    """What a network cannot differentiate twice, its stages, whether it has batch norms. RecipeError for none."""
     spec = [{"width": None, **model}[key] for key in ("arch", "stem", "width", "image_size")]
     try:
         networks.check(*spec)
     except ValueError as error:
         raise RecipeError(f"init: {error}") from None
-    layers = networks.outline(*spec).backbone.modules()
-    normed = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
-    return {"lacking": networks.no_second_derivative(*spec), "normed": normed}
+    backbone = networks.outline(*spec).backbone
+    normed = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in backbone.modules())
+    return {"lacking": networks.no_second_derivative(*spec), "stages": len(networks.stages(backbone)), "normed": normed}
 
 
 def adopted(

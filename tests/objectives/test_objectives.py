@@ -104,7 +104,8 @@ def test_null_space_by_hand():
     both = torch.stack([3 * A, 4 * B], 1)
     assert narrowed(both, stages=1)[1].item() == pytest.approx(16 / 25, abs=1e-9)
     assert narrowed(A[:, None] * 5, stages=1)[1].item() == pytest.approx(0, abs=1e-9)
-    assert narrowed(A[:, None], both)[1].item() == pytest.approx(8 / 25, abs=1e-9)  # the mean of two stages
+    assert narrowed(A[:, None], both)[1].item() == pytest.approx(8 / 25, abs=1e-9)  # the mean of all, here of two
+    assert narrowed(A[:, None], A[:, None], both)[1].item() == pytest.approx(16 / 75, abs=1e-9)
     assert narrowed(B[:, None], both, stages=1)[1].item() == pytest.approx(16 / 25, abs=1e-9)  # the last one
 
 
@@ -159,7 +160,7 @@ def test_null_space_says_what_it_lacks():
     with pytest.raises(RecipeError, match="batch_size is 8; 3 target classes need 9 or more"):
         narrowed(A[:, None], target=torch.rand(8, 3), stages=1)
     with pytest.raises(RecipeError, match="stages = 2, but only 1 of this model are known"):
-        narrowed(A[:, None])
+        narrowed(A[:, None], stages=2)
 
 
 @pytest.mark.parametrize("arch", ["resnet20", "resnet18", "vgg11", "vit_b_32"])

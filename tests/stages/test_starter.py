@@ -127,7 +127,11 @@ def test_lengths_follow_the_machine(clock, tmp_path: Path, capsys: pytest.Captur
     """
     images(tmp_path / "s", 2, 500, 1)
     images(tmp_path / "t", 2, 50, 1)
-    clock(0.003)  # 18 minutes are 360,000 images: (360,000 - 115,680 - 25,600) / 960 = 228 epochs
+    clock(0.001)  # 1,080,000 images, of which four models' attackers take 144,000: room for a second disposal
+    assert [*written(tmp_path).dispose] == ["gc", "null"]
+    clock(
+        0.003
+    )  # 18 minutes are 360,000 images, too few for four models: (360,000 - 115,680 - 25,600) / 960 = 228 epochs
     recipe = written(tmp_path)
     assert (recipe.model.arch, recipe.model.image_size, recipe.pretrain.epochs) == ("resnet20", 16, 40)
     assert (recipe.dispose["gc"].steps, recipe.data.source.fraction) == (400, 1)  # 25.6 passes: no fewer steps
@@ -233,20 +237,21 @@ def test_a_network_of_timm_is_told_by_its_folder_or_by_name(
 
 
 @pytest.mark.parametrize(
-    ("arch", "variant", "kinds"),
+    ("arch", "variants", "kinds"),
     [
-        ("mobilenet_v3_small", "rand", ["full", "norms", "renorm-probe", "probe"]),  # hard sigmoids
-        ("convnext_tiny", "gc", ["full", "probe"]),  # no batch norm
-        ("resnet32", "gc", ["full", "norms", "renorm-probe", "probe"]),
+        ("mobilenet_v3_small", ["rand"], ["full", "norms", "renorm-probe", "probe"]),  # hard sigmoids
+        ("convnext_tiny", ["gc", "null"], ["full", "probe"]),  # no batch norm
+        ("resnet32", ["gc", "null"], ["full", "norms", "renorm-probe", "probe"]),
     ],
 )
 def test_disposal_and_attackers_are_those_that_the_network_can(
-    clock, tmp_path: Path, arch: str, variant: str, kinds: list[str]
+    clock, tmp_path: Path, arch: str, variants: list[str], kinds: list[str]
 ):
     images(tmp_path / "s", 2, 4, 1, (32, 32))
     images(tmp_path / "t", 2, 4, 1, (32, 32))
     recipe = written(tmp_path, None, None, arch)
-    assert [*recipe.dispose] == [variant]
+    assert [*recipe.dispose] == variants
+    assert (recipe.piggyback.models, recipe.audit.models) == (["scratch", "TL", *variants], [])
     assert [one.kind for one in recipe.piggyback.attackers] == kinds
     network_demands.check(recipe, "mine.toml")
     with pytest.raises(RecipeError, match="no_such_network"):
