@@ -106,16 +106,21 @@ def _images_for_a_price(experiment: Experiment, job: Job[Dispose], allowed: floa
 
 
 def _images_to_hold_out(experiment: Experiment, job: Job[Piggyback]) -> None:
-    data, role, share = experiment.data, job.dataset, 0.5
-    if job.settings.choose_on == "test":
-        labels = data.images(role, "test").labels
-        where, remedy = "piggyback.choose_on", f'the test split of data.{role} is too small; write "own"'
-    else:
-        labels, share = data.images(role, "train").labels[data.index(role)], job.settings.held_out
-        fraction = experiment.recipe.data.of(role).fraction
-        where = f"data.{role}.fraction: {fraction:g}"
-        remedy = "make it larger" if fraction < 1 else "leave it out of the attackers' datasets"
-    try:
-        tuning.hold_out(labels, share, 0)
-    except DataError as error:
-        raise DataError(f"{experiment.source}: {where}: {error}; {remedy}") from None
+    data, role, fraction = experiment.data, job.dataset, experiment.recipe.data.of(job.dataset).fraction
+
+    def lacking(choose_on: str) -> str:
+        own = choose_on == "own"
+        labels = data.images(role, "train").labels[data.index(role)] if own else data.images(role, "test").labels
+        try:
+            tuning.hold_out(labels, job.settings.held_out if own else 0.5, 0)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    if reason := lacking(chosen := job.settings.choose_on):
+        where = f"data.{role}.fraction: {fraction:g}" if chosen == "own" else f"piggyback.choose_on: data.{role}.test"
+        other = "test" if chosen == "own" else "own"
+        remedies = ["make it larger"] * (chosen == "own" and fraction < 1)
+        remedies += [f'write piggyback.choose_on = "{other}"'] * (not lacking(other))
+        remedy = ", or ".join(remedies) or f"leave data.{role} out, or have no attackers"
+        raise DataError(f"{experiment.source}: {where}: {reason}; {remedy}")

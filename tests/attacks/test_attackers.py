@@ -642,7 +642,7 @@ def test_one_image_a_class_cannot_tune_and_that_is_told_before_anything_trains(r
     experiment = Experiment(
         load(recipe_file, [ATTACKERS, "data.piggyback.again.fraction=0.01"]), recipe_file.parent, quiet=True
     )
-    reason = r"data\.piggyback\.again\.fraction: 0\.01: images are held out: .*; make it larger"
+    reason = r'data\.piggyback\.again\.fraction: 0\.01: images are held out: .*; make it larger, or write piggyback\.choose_on = "test"'
     with pytest.raises(DataError, match=f"^RECIPE: {reason}$"):
         run(experiment, ("pretrain", "finetune", "piggyback"))
     assert not experiment.folder.exists()
@@ -659,10 +659,8 @@ def test_a_test_split_too_small_to_choose_by_is_told_before_anything_trains(reci
         return found if split == "train" else found._replace(labels=np.arange(10), rows=np.arange(10))
 
     monkeypatch.setattr(experiment.data, "images", one_of_each)
-    reason = (
-        r"piggyback\.choose_on: .* 2 or more of every class .*; the test split of data\.piggyback\.again is too small"
-    )
-    with pytest.raises(DataError, match=rf'^RECIPE: {reason}; write "own"$'):
+    reason = r"piggyback\.choose_on: data\.piggyback\.again\.test: .* 2 or more of every class .*; "
+    with pytest.raises(DataError, match=rf'^RECIPE: {reason}write piggyback\.choose_on = "own"$'):
         run(experiment, ("pretrain", "finetune", "piggyback"))
     assert not experiment.folder.exists()
 
