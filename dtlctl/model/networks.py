@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -210,8 +211,8 @@ def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None
             like = outline(arch, stem, width, image_size)
             found = like.embed(torch.zeros(1, 3, image_size, image_size, device=next(like.parameters()).device))
             patches: Any = getattr(like.backbone, "patch_embed", None)
-            sides = getattr(patches, "patch_size", None) or ()  # of what is no multiple timm cuts the rest off
-            if found.shape != (1, like.features) or any(image_size % side for side in sides):
+            sides = np.atleast_1d(getattr(patches, "patch_size", None) or 1)  # timm cuts off what is no multiple
+            if found.shape != (1, like.features) or (image_size % sides).any():
                 raise RuntimeError
         except (AssertionError, RuntimeError):
             raise ValueError(

@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from dtlctl.attacks import tuning
 from dtlctl.attacks.attackers import SelfTraining
 from dtlctl.errors import DataError, RecipeError
@@ -29,11 +31,14 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
             size = equal_parts(experiment, job, processes)["source"]
             classes = len(experiment.data.classes("target"))
             if isinstance(job.settings.unlearn, NullSpace) and size < (least := NullSpace.least_images(classes)):
-                # Of a source smaller than a batch there are fewer images a step.
-                key = f"dispose.{job.model}.batch_size" if size == job.settings.batch_size else "data.source.fraction"
+                key, remedy = f"dispose.{job.model}.batch_size", ""
+                if size < job.settings.batch_size:  # of a source smaller than a batch there are fewer images a step
+                    part = experiment.recipe.data.source.fraction < 1
+                    key = "data.source.fraction" if part else f"dispose.{job.model}.unlearn"
+                    remedy = "" if part else "; the source has no more: take another kind"
                 raise RecipeError(
                     f"{experiment.source}: {key}: {size} images a step are too few for null-space; "
-                    f"{classes} target classes need {least} or more"
+                    f"{classes} target classes need {least} or more{remedy}"
                 )
             if job.settings.price is not None:
                 _images_for_a_price(experiment, job, job.settings.price)
@@ -108,19 +113,21 @@ def _images_for_a_price(experiment: Experiment, job: Job[Dispose], allowed: floa
 def _images_to_hold_out(experiment: Experiment, job: Job[Piggyback]) -> None:
     data, role, fraction = experiment.data, job.dataset, experiment.recipe.data.of(job.dataset).fraction
 
-    def lacking(choose_on: str) -> str:
-        own = choose_on == "own"
-        labels = data.images(role, "train").labels[data.index(role)] if own else data.images(role, "test").labels
+    whole, test = (data.images(role, split).labels for split in ("train", "test"))
+    own = whole[data.index(role)]
+
+    def lacking(labels: np.ndarray) -> str:
         try:
-            tuning.hold_out(labels, job.settings.held_out if own else 0.5, 0)
+            tuning.hold_out(labels, 0.5, 0)
         except DataError as error:
             return str(error)
         return ""
 
-    if reason := lacking(chosen := job.settings.choose_on):
-        where = f"data.{role}.fraction: {fraction:g}" if chosen == "own" else f"piggyback.choose_on: data.{role}.test"
-        other = "test" if chosen == "own" else "own"
-        remedies = ["make it larger"] * (chosen == "own" and fraction < 1)
-        remedies += [f'write piggyback.choose_on = "{other}"'] * (not lacking(other))
+    by_own = job.settings.choose_on == "own"
+    chosen, others, other = (own, test, "test") if by_own else (test, own, "own")
+    if reason := lacking(chosen):
+        where = f"data.{role}.fraction: {fraction:g}" if by_own else f"piggyback.choose_on: data.{role}.test"
+        remedies = ["make it larger"] * (by_own and not lacking(whole))
+        remedies += [f'write piggyback.choose_on = "{other}"'] * (not lacking(others))
         remedy = ", or ".join(remedies) or f"leave data.{role} out, or have no attackers"
         raise DataError(f"{experiment.source}: {where}: {reason}; {remedy}")

@@ -57,8 +57,8 @@ PRICE = 1.0
 LOOKED = 48
 """Images of a dataset that are opened for their size."""
 FIXED: dict[str, Any] = {"usual": ATTACK, "recommended": PASSES, "audited": audit.LEAST, "price": PRICE}
-FIXED |= {"toml": partial(json.dumps, ensure_ascii=False), "most_classes": BATCH // NullSpace.least_images(1)}
-"""What the template has whatever the data; with more target classes a batch is too small for `null-space`."""
+FIXED |= {"toml": partial(json.dumps, ensure_ascii=False), "each_class": NullSpace.least_images(1)}
+"""What the template has whatever the data; `each_class`: images of a batch for a target class, for `null-space`."""
 
 
 def write(

@@ -642,10 +642,22 @@ def test_one_image_a_class_cannot_tune_and_that_is_told_before_anything_trains(r
     experiment = Experiment(
         load(recipe_file, [ATTACKERS, "data.piggyback.again.fraction=0.01"]), recipe_file.parent, quiet=True
     )
-    reason = r'data\.piggyback\.again\.fraction: 0\.01: images are held out: .*; make it larger, or write piggyback\.choose_on = "test"'
+    which = r"data\.piggyback\.again\.fraction: 0\.01: images are held out: .*"
+    reason = which + r'; make it larger, or write piggyback\.choose_on = "test"'
     with pytest.raises(DataError, match=f"^RECIPE: {reason}$"):
         run(experiment, ("pretrain", "finetune", "piggyback"))
     assert not experiment.folder.exists()
+
+
+def test_no_remedy_is_named_that_does_not_help(recipe_file: Path, monkeypatch):
+    """Both splits have one image a class: neither a larger fraction nor the test split helps."""
+    words = [ATTACKERS, "data.piggyback.again.fraction=0.5"]
+    experiment = Experiment(load(recipe_file, words), recipe_file.parent, quiet=True)
+    images = experiment.data.images
+    monkeypatch.setattr(experiment.data, "images", lambda *one: images(*one)._replace(labels=np.arange(1000)))
+    reason = r"data\.piggyback\.again\.fraction: 0\.5: .* are needed; leave data\.piggyback\.again out, or have"
+    with pytest.raises(DataError, match=f"^RECIPE: {reason} no attackers$"):
+        run(experiment, ("piggyback",))
 
 
 def test_a_test_split_too_small_to_choose_by_is_told_before_anything_trains(recipe_file: Path, monkeypatch):

@@ -100,3 +100,10 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"pip install 'dtlctl\[timm\]'"):
         networks.check("timm:resnet18", "imagenet", None, 32)
+
+
+def test_patches_of_one_size_both_ways_are_known(timm: Any):
+    """XCiT tells 16, where others tell (16, 16)."""
+    networks.check("timm:xcit_nano_12_p16_224", **{**SPEC, "image_size": 32})
+    with pytest.raises(ValueError, match="cannot take images of 40 pixels"):
+        networks.check("timm:xcit_nano_12_p16_224", **{**SPEC, "image_size": 40})

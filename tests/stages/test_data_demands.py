@@ -91,11 +91,15 @@ def test_a_batch_too_small_for_the_null_space_is_told_before_anything_trains(cal
     assert call("check", recipe_file, "--set", NULL % (30, 2))[0] == 0
 
 
-def test_a_source_too_small_for_the_null_space_is_told_too(call, recipe_file: Path, tmp_path: Path):
+def test_a_source_too_small_for_the_null_space_is_told_too(call, recipe_file: Path, tmp_path: Path, monkeypatch):
     """Two images of every digit are 20, fewer than a batch of 64: 20 are a step then."""
     reason = "data.source.fraction: 20 images a step are too few for null-space; 10 target classes need 30 or more"
     words = ("--quiet", "--set", NULL % (64, 2), "--set", "data.source.fraction=0.02")
     assert call("run", recipe_file, *words) == (2, "", f"error: {recipe_file}: {reason}\n")
+    reason = "dispose.null.unlearn: 20 images a step are too few for null-space; 10 target classes need 30 or more"
+    monkeypatch.setattr(data_demands, "equal_parts", lambda *_: {"source": 20})  # as of a source of 20 images
+    whole = (2, "", f"error: {recipe_file}: {reason}; the source has no more: take another kind\n")
+    assert call("run", recipe_file, *words[:3], "--set", "data.source.fraction=1.0") == whole
     assert not list((tmp_path / "runs").rglob("model.json"))
 
 

@@ -258,6 +258,17 @@ def test_disposal_and_attackers_are_those_that_the_network_can(
         written(tmp_path, None, None, "no_such_network")
 
 
+def test_null_space_is_a_second_disposal_where_a_batch_has_three_images_a_target_class(clock, tmp_path: Path):
+    """Of 8 source images a step has 8: enough for two target classes, too few for three."""
+    images(tmp_path / "s", 2, 4, 1)
+    for classes, variants in ((2, ["gc", "null"]), (3, ["gc", "rand"])):
+        shutil.rmtree(tmp_path / "t", ignore_errors=True)
+        images(tmp_path / "t", classes, 4, 1)
+        recipe = written(tmp_path)
+        assert [*recipe.dispose] == variants
+    assert recipe.dispose["gc"].price == recipe.dispose["rand"].price == 1
+
+
 def test_an_export_says_its_own_width_and_size(clock, tmp_path: Path):
     """The images have 20 pixels, and 64; the network was trained on 24, which is what it gets unless asked."""
     images(tmp_path / "s", 3, 4, 1)
