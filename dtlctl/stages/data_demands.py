@@ -29,17 +29,8 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
             processes = _sharing(experiment, job)
             local_chunks(job.settings, processes, f"{experiment.source}: {job.title}")
             size = equal_parts(experiment, job, processes)["source"]
-            classes = len(experiment.data.classes("target"))
-            if isinstance(job.settings.unlearn, NullSpace) and size < (least := NullSpace.least_images(classes)):
-                key, remedy = f"dispose.{job.model}.batch_size", ""
-                if size < job.settings.batch_size:  # of a source smaller than a batch there are fewer images a step
-                    part = experiment.recipe.data.source.fraction < 1
-                    key = "data.source.fraction" if part else f"dispose.{job.model}.unlearn"
-                    remedy = "" if part else "; the source has no more: take another kind"
-                raise RecipeError(
-                    f"{experiment.source}: {key}: {size} images a step are too few for null-space; "
-                    f"{classes} target classes need {least} or more{remedy}"
-                )
+            if isinstance(job.settings.unlearn, NullSpace):
+                _images_for_null_space(experiment, job, size)
             if job.settings.price is not None:
                 _images_for_a_price(experiment, job, job.settings.price)
         if job.stage == "piggyback" and job.settings.attackers:
@@ -110,9 +101,24 @@ def _images_for_a_price(experiment: Experiment, job: Job[Dispose], allowed: floa
         )
 
 
+def _images_for_null_space(experiment: Experiment, job: Job[Dispose], size: int) -> None:
+    """size: images a step; of a source smaller than a batch there are fewer."""
+    classes = len(experiment.data.classes("target"))
+    if size >= (least := NullSpace.least_images(classes)):
+        return
+    key, remedy = f"dispose.{job.model}.batch_size", ""
+    if size < job.settings.batch_size:
+        key = "data.source.fraction"
+        if experiment.recipe.data.source.fraction == 1:
+            key, remedy = f"dispose.{job.model}.unlearn", "; the source has no more: take another kind"
+    raise RecipeError(
+        f"{experiment.source}: {key}: {size} images a step are too few for null-space; "
+        f"{classes} target classes need {least} or more{remedy}"
+    )
+
+
 def _images_to_hold_out(experiment: Experiment, job: Job[Piggyback]) -> None:
     data, role, fraction = experiment.data, job.dataset, experiment.recipe.data.of(job.dataset).fraction
-
     whole, test = (data.images(role, split).labels for split in ("train", "test"))
     own = whole[data.index(role)]
 

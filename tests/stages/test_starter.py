@@ -129,9 +129,7 @@ def test_lengths_follow_the_machine(clock, tmp_path: Path, capsys: pytest.Captur
     images(tmp_path / "t", 2, 50, 1)
     clock(0.001)  # 1,080,000 images, of which four models' attackers take 144,000: room for a second disposal
     assert [*written(tmp_path).dispose] == ["gc", "null"]
-    clock(
-        0.003
-    )  # 18 minutes are 360,000 images, too few for four models: (360,000 - 115,680 - 25,600) / 960 = 228 epochs
+    clock(0.003)  # 18 minutes are 360,000 images: (360,000 - 115,680 - 25,600) / 960 = 228 epochs
     recipe = written(tmp_path)
     assert (recipe.model.arch, recipe.model.image_size, recipe.pretrain.epochs) == ("resnet20", 16, 40)
     assert (recipe.dispose["gc"].steps, recipe.data.source.fraction) == (400, 1)  # 25.6 passes: no fewer steps
