@@ -47,6 +47,7 @@ LABELS = {
     "rand-fresh": "random labels, fresh stages, both", "null-both": "null-space, fresh stages, both",
     "lr-0.01": "learning rate 0.01", "lr-0.1": "learning rate 0.1", "gc-src-kd": "distilled on source images",
     "gc-tgt-kd": "distilled on target images", "gc-tgt-ce": "target labels",
+    "gc-chunks": "gradient collision, two chunks", "gc-t1": "gradient collision, T = 1",
     "gc-3": "gradient collision, three passes", "gc-two": "gradient collision, two fresh stages",
     "gc-tl": "gradient collision, from TL", "sim": "simulated attacker", "regrown": "no unlearning loss, grown anew",
     "gc-tgt-a-gem": "A-GEM on target images",
