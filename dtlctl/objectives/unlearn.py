@@ -118,7 +118,8 @@ class NullSpace(OnePart):
         classes, images = seen.target.shape[1], len(seen.x) * step.processes
         if images < (least := self.least_images(classes)):
             raise RecipeError(f"null-space: batch_size is {images}; {classes} target classes need {least} or more")
-        if len(seen.maps) < (count := self.stages or max(1, len(seen.maps))):
+        count = self.stages or max(1, len(seen.maps))
+        if len(seen.maps) < count:
             raise RecipeError(f"null-space: stages = {count}, but only {len(seen.maps)} of this model are known")
         answers = seen.target.detach()
         answers = answers - answers.mean(1, keepdim=True)  # softmax does not see the mean of the logits

@@ -57,7 +57,7 @@ PRICE = 1.0
 LOOKED = 48
 """Images of a dataset that are opened for their size."""
 FIXED: dict[str, Any] = {"usual": ATTACK, "recommended": PASSES, "audited": audit.LEAST, "price": PRICE}
-FIXED |= {"toml": partial(json.dumps, ensure_ascii=False), "each_class": NullSpace.least_images(1)}
+FIXED |= {"toml": partial(json.dumps, ensure_ascii=False), "batch": BATCH, "each_class": NullSpace.least_images(1)}
 """What the template has whatever the data; `each_class`: images of a batch for a target class, for `null-space`."""
 
 
@@ -220,7 +220,7 @@ def _networks(side: int, arch: str | None, gpu: bool, fixed: bool) -> Iterator[d
 
 
 def _able(model: dict[str, Any]) -> dict[str, Any]:
-    """What a network cannot differentiate twice, its stages, whether it has batch norms. RecipeError for none."""
+    """What a network cannot differentiate twice, its stages, whether it has batch norms. RecipeError if unknown."""
     spec = [{"width": None, **model}[key] for key in ("arch", "stem", "width", "image_size")]
     try:
         networks.check(*spec)
