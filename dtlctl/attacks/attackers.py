@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
+from torch.nn.utils import prune as pruning
 from torch.optim.swa_utils import update_bn
 
 from dtlctl.attacks.features import EMBEDDING, logistic, nearest
@@ -26,7 +27,7 @@ from dtlctl.strict import Algorithm
 Weighted = nn.Linear | nn.Conv2d
 NORMS = nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm
 """Normalisations with weights of their own."""
-Images = Iterable[Tensor]
+ImageParts = Iterable[Tensor]
 Rate = Annotated[float, Field(gt=0, le=100)]
 
 
@@ -55,7 +56,7 @@ class _Attacker(Algorithm):
     datasets: list[str] | None = Field(None, min_length=1)
     """The piggyback datasets to attack; without it all."""
 
-    def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
+    def prepare(self, model: Classifier, fresh: Classifier, images: ImageParts, amount: float | None = None) -> None:
         """Change it in place. fresh: a new one of its kind; images: parts [n, 3, S, S]; amount: of `amounts()`."""
 
     def amounts(self) -> Sequence[float | None]:
@@ -115,13 +116,13 @@ class LastBlock(_Trained):
     stages: list[Annotated[int, Field(ge=1)]] = Field([1, 2], min_length=1)
     """How many of the last stages are drawn anew: numbers to try."""
 
-    def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
+    def prepare(self, model: Classifier, fresh: Classifier, images: ImageParts, amount: float | None = None) -> None:
         renew(model.backbone, fresh.backbone, int(amount or 0))
 
 
 class _Renormalised(_Attacker):
     @torch.no_grad()
-    def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
+    def prepare(self, model: Classifier, fresh: Classifier, images: ImageParts, amount: float | None = None) -> None:
         """Give every convolution the norm that a new one has, and batch normalisation the images' statistics.
 
         With batch normalisation behind it a rescaled convolution computes the same, and the effective learning rate,
@@ -155,7 +156,7 @@ class Norms(_Trained):
 
     kind: Literal["norms"] = "norms"
 
-    def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
+    def prepare(self, model: Classifier, fresh: Classifier, images: ImageParts, amount: float | None = None) -> None:
         model.backbone.requires_grad_(False)
         for norm in (m for m in model.backbone.modules() if isinstance(m, NORMS)):
             norm.requires_grad_(True)
@@ -169,7 +170,7 @@ class Lora(_Trained):
     rank: list[Annotated[int, Field(ge=1, le=4096)]] = Field([4], min_length=1)
     """Ranks to try."""
 
-    def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
+    def prepare(self, model: Classifier, fresh: Classifier, images: ImageParts, amount: float | None = None) -> None:
         model.backbone.requires_grad_(False)
         for layer, start in zip(weighted(model.backbone), weighted(fresh.backbone), strict=True):
             parametrize.register_parametrization(layer, "weight", LowRank(start.weight, int(amount or 1)))
@@ -242,16 +243,16 @@ class Compressed(_Linear):
     """Shares of each layer's weights to try without, the smallest."""
 
     @torch.no_grad()
-    def prepare(self, model: Classifier, fresh: Classifier, images: Images, amount: float | None = None) -> None:
+    def prepare(self, model: Classifier, fresh: Classifier, images: ImageParts, amount: float | None = None) -> None:
         """Round every convolution's and linear layer's weights to `amount` bits, or zero a share below 1 of them.
 
         Rounded: a whole number from -(2^(bits-1) - 1) to 2^(bits-1) - 1 times the output channel's own scale, its
         largest weight's. Zeroed: that share of each layer's weights, the smallest.
         """
-        amount = amount or 32
+        amount = amount or 32  # bits, which are all there are
         for layer in weighted(model.backbone):
             if amount < 1:
-                prune.remove(prune.l1_unstructured(layer, "weight", amount), "weight")
+                pruning.remove(pruning.l1_unstructured(layer, "weight", amount), "weight")
             else:
                 rows = layer.weight.flatten(1)
                 scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / (2 ** (int(amount) - 1) - 1)

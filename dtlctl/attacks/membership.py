@@ -27,7 +27,7 @@ class Guess(NamedTuple):
     judged: np.ndarray
 
 
-Attacker = Callable[[Known, dict[str, np.ndarray], int], Guess]
+Learner = Callable[[Known, dict[str, np.ndarray], int], Guess]
 """(known images, what he sees of the images to be judged, seed) -> scores; he learns from the known ones alone."""
 
 
@@ -53,7 +53,7 @@ def matched(members: np.ndarray, others: np.ndarray, rng: np.random.Generator) -
     return chosen[0], chosen[1]
 
 
-def trial(members: dict[str, np.ndarray], others: dict[str, np.ndarray], attacker: Attacker, repeats: int, seed: int):
+def trial(members: dict[str, np.ndarray], others: dict[str, np.ndarray], attacker: Learner, repeats: int, seed: int):
     """Repeat: split both groups at random, let the attacker learn from his part, judge him on the rest.
 
     members, others: what is seen of M and N images, [M, ...] and [N, ...] under the same names. In the document that

@@ -6,14 +6,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dtlctl.attacks import adversarial, signals, whitebox
-from dtlctl.attacks.membership import Attacker, single
+from dtlctl.attacks.membership import Learner, single
 from dtlctl.attacks.signals import Observation
 
 
 class Attack(NamedTuple):
     observe: Callable[[Observation, int], dict[str, Tensor]]
     """(view, steps of an iterated search) -> what is seen of the n images in view: tensors [n, ...] by name."""
-    attacker: Attacker
+    attacker: Learner
     """`single` reports each name as a result of its own; a learner takes all names together."""
     slow: bool = False
     """Repeated `wb_repeats` times, not `repeats`."""

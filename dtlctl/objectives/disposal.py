@@ -1,4 +1,4 @@
-"""Eq. 1 as one object: (1 − λ) · retain + λ · unlearn. Nothing else decides about λ."""
+"""Eq. 1 as one object: (1 − λ) · retain + λ · unlearn, by the `lam` that the caller sets before a step."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from dtlctl.objectives.unlearn import Unlearn
 class Disposal:
     """The loss of a disposal step, of this process's share of the global batch.
 
-    student, teacher: TL on its way to being disposed of, and TL, frozen, in eval mode. chunks: of this process.
-    batch_norm: "train", or "frozen" for the running statistics of the start. images: rows of the source dataset;
-    label_seed: of the labels that RAND draws for them. all_reduce sums tensors over `processes`. mode: how the chunks'
-    graphs are held, chosen at the first step where the recipe does not say.
+    student, teacher: the network that is trained, from TL's weights or new, and TL, frozen, in eval mode. chunks: of
+    this process. batch_norm: "train", or "frozen" for the running statistics of the start. images: rows of the source
+    dataset; label_seed: of the labels that RAND draws for them. all_reduce sums tensors over `processes`. mode: how the
+    chunks' graphs are held, chosen at the first step where the recipe does not say.
     """
 
     lam: float

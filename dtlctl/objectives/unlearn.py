@@ -64,9 +64,9 @@ class RandomLabels(OnePart):
     kind: Literal["random-labels"] = "random-labels"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
-        classes = step.chunks[0].source.shape[1]
-        labels = random_labels(step.images, classes, step.seed)
-        loss = _mean([F.cross_entropy(c.source, sent(labels[c.rows], c.y.device)) for c in step.chunks])
+        (seen,) = step.chunks
+        labels = random_labels(step.images, seen.source.shape[1], step.seed)
+        loss = F.cross_entropy(seen.source, sent(labels[seen.rows], seen.y.device))
         return loss, loss.detach()
 
 
@@ -77,7 +77,8 @@ class Uniform(OnePart):
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         # D_KL(U || P) = sum_y 1/K (log 1/K - log P(y)) = -log K - mean_y log P(y)
-        loss = _mean([-c.source.log_softmax(1).mean() - math.log(c.source.shape[1]) for c in step.chunks])
+        (seen,) = step.chunks
+        loss = -seen.source.log_softmax(1).mean() - math.log(seen.source.shape[1])
         return loss, loss.detach()
 
 
@@ -88,7 +89,8 @@ class NegativeCrossEntropy(OnePart):
     no_price: ClassVar[str] = "has no bound, so no price would hold; write lambda instead, 0.01 or less"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
-        loss = _mean([-F.cross_entropy(c.source, c.y) for c in step.chunks])
+        (seen,) = step.chunks
+        loss = -F.cross_entropy(seen.source, seen.y)
         return loss, loss.detach()
 
 
@@ -129,7 +131,8 @@ class NullSpace(OnePart):
         # Once for all stages: on an accelerator the eigenvalues behind it are waited for.
         inverse = torch.linalg.pinv(devices.able(square), rtol=1e-5, hermitian=True).to(square.device)
         parts = [_unexplained(map_.flatten(1), answers, inverse, step) for map_ in seen.maps[-count:]]
-        return _mean([scalar for scalar, _ in parts]), _mean([value for _, value in parts])
+        scalars, values = zip(*parts, strict=True)
+        return torch.stack(scalars).mean(), torch.stack(values).mean()
 
 
 def _unexplained(rows: Tensor, by: Tensor, inverse: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -217,10 +220,6 @@ class Nothing(OnePart):
 def random_labels(images: int, classes: int, seed: int) -> Tensor:
     """The labels of D-tilde in Eq. 11: int64 [images], the same for the whole disposal."""
     return torch.randint(classes, (images,), generator=torch.Generator().manual_seed(seed))
-
-
-def _mean(losses: list[Tensor]) -> Tensor:
-    return torch.stack(losses).mean()
 
 
 Unlearn = Annotated[

@@ -90,7 +90,7 @@ def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
                     row["passes"] = trained / sidecar["data"]["source"]["images"]
                 if answers := metrics.get("correct", {}).get("acc_t"):
                     row["answers"] = unpacked(answers, sidecar["data"]["target"]["test_images"])
-    return {model: row for model, row in rows.items() if row["piggyback"] or len(row) > 2}
+    return {model: row for model, row in rows.items() if row["piggyback"] or row.keys() > {"model", "piggyback"}}
 
 
 def unpacked(answers: str, images: int) -> np.ndarray:

@@ -29,10 +29,10 @@ MISLED = 10.0
 def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     """The document `table.json` of one run, or of several that differ in nothing but seed and name.
 
-    {"recipe", "seeds", "rows": [{"model", "acc_s", "acc_t", "piggyback": {name: %}, "audit_auc", ...}], ...}: in %,
-    means over seeds; with several seeds each number x has x_ci, the half width of its 95 % t interval. What was not
-    measured is left out. vs_TL and vs_TGT are rows of differences, taken seed by seed. older names results in the
-    folders that are not of this recipe's present models. audits_sha256 stands for all that audit.md shows.
+    {"recipe", "seeds", "rows": [{"model", "acc_s", "acc_t", "piggyback": {name: %}, "audit_auc", ...}], ...}:
+    accuracies in %, means over seeds; with several seeds each number x has x_ci, the half width of its 95 % t interval.
+    What was not measured is left out. vs_TL and vs_TGT are rows of differences, taken seed by seed. older names results
+    in the folders that are not of this recipe's present models. audits_sha256 stands for all that audit.md shows.
     Raises CheckpointError for what is no run or no sidecar, RecipeError for recipes that differ in more.
     """
     recipes = [recipe_of(run) for run in runs]

@@ -1,15 +1,17 @@
 """The tables of a report as data, and as Markdown that also reads well as plain text."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 from dtlctl.report.results import ATTACKS, BUDGETS, Row
 from dtlctl.report.templates import span
 
-Columns = dict[str, tuple[str, ...]]
-"""By heading, where in a row a number is."""
+Columns = dict[str, Callable[[Row], str]]
+"""By heading, what shows a row's cell."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,12 @@ def of_report(document: dict[str, Any]) -> list[Table]:
 
 def accuracies(rows: Sequence[Row], kinds: Sequence[str] = ("piggyback",)) -> tuple[list[str], list[list[str]]]:
     """Columns, and a line for every row: the model, its accuracies under these kinds of ATTACKS, the loss's AUC."""
-    columns: Columns = {"Acc_s": ("acc_s",), "Acc_t": ("acc_t",)}
-    for kind in kinds:
-        columns |= {f"PL {name}{' tuned' * (kind == 'piggyback_worst')}": (kind, name) for name in piggyback_sets(rows)}
-    lines = [[row["model"], *(cell(row, *at) for at in columns.values())] for row in rows]
+    columns: Columns = {"Acc_s": partial(cell, name="acc_s"), "Acc_t": partial(cell, name="acc_t")}
+    for kind, name in product(kinds, piggyback_sets(rows)):
+        columns[f"PL {name}{' tuned' * (kind == 'piggyback_worst')}"] = partial(cell, name=kind, dataset=name)
     if any("audit_auc" in row for row in rows):
-        columns["MIA AUC"] = ("audit_auc",)
-        lines = [[*line, cell(row, "audit_auc", form=".3f")] for line, row in zip(lines, rows, strict=True)]
-    return ["Model", *columns], lines
+        columns["MIA AUC"] = partial(cell, name="audit_auc", form=".3f")
+    return ["Model", *columns], _lines(columns, rows)
 
 
 def accuracies_note(seeds: Sequence[int]) -> str:
@@ -81,14 +81,22 @@ def _differences(document: dict[str, Any], sets: list[str]) -> Table:
     rows = [row for row in document["rows"] if row["model"] not in ("scratch", "pre", "TGT")]
     tl = next(row for row in rows if row["model"] == "TL")
     tuned = [name for name in sets if name in tl.get("piggyback_worst", {})]
-    columns: Columns = {f"Acc_t vs {other}": (f"vs_{other}", "acc_t") for other in ("TGT", "TL") if f"vs_{other}" in tl}
-    columns |= {f"PL {name} vs TL": ("vs_TL", "piggyback", name) for name in sets}
-    columns |= {f"tuned {name} vs TL": ("vs_TL", "piggyback_worst", name) for name in tuned}
-    lines = [[row["model"], *(cell(row[of], *at, form="+.1f") for of, *at in columns.values())] for row in rows]
+    others = [other for other in ("TGT", "TL") if f"vs_{other}" in tl]
+    columns: Columns = {f"Acc_t vs {other}": partial(_against, other=other, name="acc_t") for other in others}
+    columns |= {f"PL {name} vs TL": partial(_against, name="piggyback", dataset=name) for name in sets}
+    columns |= {f"tuned {name} vs TL": partial(_against, name="piggyback_worst", dataset=name) for name in tuned}
     note = "Differences in points (higher Acc_t is better, lower PL is better)."
     if len(document["seeds"]) > 1:
         note += " Taken seed by seed: ± is of the difference."
-    return Table(note, ["Model", *columns], lines, "Against TGT and TL")
+    return Table(note, ["Model", *columns], _lines(columns, rows), "Against TGT and TL")
+
+
+def _lines(columns: Columns, rows: Sequence[Row]) -> list[list[str]]:
+    return [[row["model"], *(show(row) for show in columns.values())] for row in rows]
+
+
+def _against(row: Row, name: str, dataset: str | None = None, other: str = "TL") -> str:
+    return cell(row[f"vs_{other}"], name, dataset, form="+.1f")
 
 
 def _tuned(document: dict[str, Any]) -> Table:

@@ -158,10 +158,10 @@ class Trainer:
             return {name: metrics[name] for name in measures}
 
         file = self.results.scratch(job) / "state.safetensors"
-        memory = StateFile(file, self.results.key(job), self.recipe.checkpoint_minutes)
+        resume = StateFile(file, self.results.key(job), self.recipe.checkpoint_minutes)
         with self.processes.progress(job.title, steps) as bar:
             history = self.processes.engine.train(
-                model, objective, job.settings, steps, batches.batch_size, bar, evaluate, also=also, memory=memory,
+                model, objective, job.settings, steps, batches.batch_size, bar, evaluate, also=also, resume=resume,
                 state=state, done=lambda: done() if patience is None else state.step - state.best_step() >= patience,
             )  # fmt: skip
         if patience or state.step < steps or not metrics:  # other weights; or a signal came after the last row

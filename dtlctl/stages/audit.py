@@ -36,7 +36,7 @@ BLIND_LIMIT = 0.65
 Role = Literal["source", "target"]
 
 
-class Images:
+class Reread:
     """Images and labels of some rows, batch by batch, as often as they are asked for: none of them is kept."""
 
     def __init__(self, experiment: Experiment, role: Role, split: Split, rows: np.ndarray):
@@ -98,7 +98,7 @@ class Head:
     def views(self) -> list[Observation]:
         """Of members and of others."""
         seen, sides = self.model.through(self.role), zip(reference.SPLITS, self.groups[:2], strict=True)
-        return [Observation(seen, Images(self.experiment, self.role, *side)) for side in sides]
+        return [Observation(seen, Reread(self.experiment, self.role, *side)) for side in sides]
 
     def described(self) -> dict[str, Any]:
         """Who is attacked, and how well the groups are told apart without the model: DataError where too well."""
@@ -139,7 +139,7 @@ class Head:
         score = rmia if name == "rmia" else lira
 
         def observe(view: Observation, _: int) -> dict[str, Tensor]:
-            assert isinstance(view.batches, Images)
+            assert isinstance(view.batches, Reread)
             out = torch.from_numpy(known.out[view.batches.split][view.batches.rows])
             return score(view, self.experiment.engine.share.of(out))
 

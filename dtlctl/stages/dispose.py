@@ -1,4 +1,7 @@
-"""theta_dtl = TRAIN(theta_tl, (1 - lambda) L_retain + lambda L_unlearn): dispose of the source (Eq. 1)."""
+"""theta_dtl = TRAIN(theta, (1 - lambda) L_retain + lambda L_unlearn): dispose of the source (Eq. 1).
+
+theta is a new network by default, theta_tl in the paper; TL answers for what is retained.
+"""
 
 import math
 from contextlib import suppress
@@ -204,9 +207,10 @@ class Checks:
         if not self.allowed:
             return metrics
         cost = self._price(self.disposal.student, slice(None))
-        kept = "within" if cost.high <= self.allowed else "above" if cost.low > self.allowed else "not told from"
+        kept, more = "within" if cost.high <= self.allowed else "above", ""
+        if cost.low <= self.allowed < cost.high:
+            kept, more = "not told from", f" (about {images_for(self.allowed, cost.disagreement):,} would tell)"
         where = "target images held back" + ", TL on the test images" * self.apart
-        more = f" (about {images_for(self.allowed, cost.disagreement):,} would tell)" if kept[0] == "n" else ""
         self.experiment.processes.say(
             f"{self.job.title}: costs {cost.points:.1f} points [{cost.low:.1f}, {cost.high:.1f}] on {cost.images:,} "
             f"{where}, {kept} the {self.allowed:g} allowed{more}"

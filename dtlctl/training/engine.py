@@ -96,14 +96,14 @@ class Engine(Collectives):
         evaluate: Measure,
         reports: int = 8,
         also: Collection[int] = (),
-        memory: StateFile | None = None,
+        resume: StateFile | None = None,
         state: State | None = None,
         done: Callable[[], bool] = lambda: False,
     ) -> History:
         """Minimise `objective` over `steps` steps as `plan` says.
 
         At each of `reports` even intervals, after each number of steps in `also` and at the end, the means of what the
-        objective reported since the row before, and what `evaluate` returns, go into the history. With a `memory`,
+        objective reported since the row before, and what `evaluate` returns, go into the history. With a `resume`,
         training goes on from the state that is kept there, and saves its own when it is due and when a signal stops it.
         It ends where `done`; with the weights of the row that is best by HELD_OUT, where rows have that.
         Raises Stopped, and DivergedError for a gradient that is not finite, at once or at the next report, or weights.
@@ -113,21 +113,21 @@ class Engine(Collectives):
         state, every = state or State(), max(1, steps // reports)
         if self.share.rank:  # random numbers of its own, or all processes would drop the same units
             torch.manual_seed(torch.initial_seed() + self.share.rank)
-        saved = memory.restore(self, state, model, optimizer, schedule) if memory else None
+        saved = resume.restore(self, state, model, optimizer, schedule) if resume else None
         progress.goes_on(state.step, saved)
         begun, due = time.perf_counter() - state.seconds, {*range(every, steps, every), *also, steps}
 
         def save() -> None:
-            if memory:
+            if resume:
                 state.seconds = time.perf_counter() - begun
                 check_reports(state, state.step)
-                memory.save(self, state, model, optimizer)
+                resume.save(self, state, model, optimizer)
 
         with stop.deferred(), _precision(model), self._tracked(progress.title):
             try:
                 self._report(state, due, model, evaluate, progress)  # where a signal cut it short
                 while state.step < steps and not done():
-                    self._heed(memory, save)
+                    self._heed(resume, save)
                     self._step(state, objective, model, optimizer, plan.clip)
                     schedule.step()
                     self._report(state, due, model, evaluate, progress)
@@ -137,8 +137,8 @@ class Engine(Collectives):
                 save()
                 raise
             except DivergedError:
-                if memory and self.is_main:
-                    memory.forget()
+                if resume and self.is_main:
+                    resume.forget()
                 raise
         if state.best:
             model.load_state_dict(state.best)
@@ -201,9 +201,9 @@ class Engine(Collectives):
             while self.accelerator.trackers:
                 self.accelerator.trackers.pop().finish()
 
-    def _heed(self, memory: StateFile | None, save: Callable[[], None]) -> None:
+    def _heed(self, resume: StateFile | None, save: Callable[[], None]) -> None:
         """Save when it is time, stop when a signal asks for it: all processes at the same step."""
-        code = self.agree(max(stop.pending(), memory is not None and self.is_main and memory.due()))
+        code = self.agree(max(stop.pending(), resume is not None and self.is_main and resume.due()))
         if code > 1:
             raise Stopped(code)
         if code:

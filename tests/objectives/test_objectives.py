@@ -53,9 +53,9 @@ def test_random_labels_loss_by_hand():
     """-log P of the labels drawn for rows 6 and 1, and 6 and 40, whatever the true labels are."""
     labels = random_labels(50, 3, seed=7).tolist()
     cost = [log(8), log(8 / 2), log(8 / 5)]
-    chunks = [view(source=[STEEP] * 2, y=[0, 1], rows=rows) for rows in ([6, 1], [6, 40])]
+    seen = view(source=[STEEP] * 4, y=[0, 1, 0, 1], rows=[6, 1, 6, 40])
     expected = (2 * cost[labels[6]] + cost[labels[1]] + cost[labels[40]]) / 4
-    assert unlearned(RandomLabels(), *chunks) == pytest.approx(expected)
+    assert unlearned(RandomLabels(), seen) == pytest.approx(expected)
     one_by_one = [unlearned(RandomLabels(), view(source=[STEEP], rows=[row])) for row in range(50)]
     assert one_by_one == pytest.approx([cost[label] for label in labels])
 
@@ -78,14 +78,14 @@ def test_uniform_by_hand(logits, loss):
     assert unlearned(Uniform(), view(source=[logits])) == pytest.approx(loss, abs=1e-15)
 
 
-def test_uniform_is_the_mean_over_chunks():
-    assert unlearned(Uniform(), view(source=[LEAN]), view(source=[EVEN])) == pytest.approx(log(4 / 3) / 4)
+def test_uniform_is_the_mean_over_images():
+    assert unlearned(Uniform(), view(source=[LEAN, EVEN])) == pytest.approx(log(4 / 3) / 4)
 
 
 def test_negative_cross_entropy_by_hand():
-    """log P of the true labels: 3/4 and 1/2 in one chunk, 1/4 and 1/2 in the other."""
-    chunks = view(source=[LEAN, EVEN], y=[1, 0]), view(source=[LEAN, EVEN], y=[0, 1])
-    assert unlearned(NegativeCrossEntropy(), *chunks) == pytest.approx(log(3 / 64) / 4)
+    """log P of the true labels: 3/4, 1/2, 1/4 and 1/2."""
+    seen = view(source=[LEAN, EVEN, LEAN, EVEN], y=[1, 0, 0, 1])
+    assert unlearned(NegativeCrossEntropy(), seen) == pytest.approx(log(3 / 64) / 4)
 
 
 # Eight images whose target logits are (a, -a), and patterns of mean 0 that a does not explain, nor each other.

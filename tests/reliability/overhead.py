@@ -53,7 +53,7 @@ def main() -> None:
     def run(memory: StateFile | None) -> float:
         plan = Training(steps=options.saves, batch_size=8)
         progress = Progress("overhead", options.saves, enabled=False)
-        return engine.train(model, objective, plan, options.saves, 8, progress, lambda _: {}, memory=memory).seconds
+        return engine.train(model, objective, plan, options.saves, 8, progress, lambda _: {}, resume=memory).seconds
 
     run(None)
     without, saving = run(None), run(Timed(folder / "state.safetensors", "key", minutes=0))

@@ -81,7 +81,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, listening, 
         plan = Training(steps=10, batch_size=8, schedule=schedule)
         memory = StateFile(tmp_path / "state.safetensors", "key")
         bar = Progress("work", 10)
-        history = engine.train(model, objective, plan, 10, 8, bar, lambda _: {}, reports=3, also=(5,), memory=memory)
+        history = engine.train(model, objective, plan, 10, 8, bar, lambda _: {}, reports=3, also=(5,), resume=memory)
         memory.forget()
         return model.state_dict(), history.rows
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 from dtlctl.attacks import membership
+from dtlctl.attacks.registry import ATTACKS, REFERENCED
 from dtlctl.errors import DataError, RecipeError
 from dtlctl.recipe.loading import load
+from dtlctl.recipe.settings import AttackName
 from dtlctl.report import audit, files, summary, tables
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import audit as auditing
@@ -39,6 +42,10 @@ def pretrained(recipe_file: Path, *overrides: str) -> Experiment:
 
 def metrics(experiment: Experiment, model: str) -> dict:
     return json.loads((experiment.folder / "audit" / f"{model}.json").read_text())["metrics"]
+
+
+def test_a_recipe_may_name_just_the_attacks_that_there_are():
+    assert {*get_args(AttackName)} == {*ATTACKS, *REFERENCED}
 
 
 def test_every_attack_in_both_modes(recipe_file: Path, tmp_path: Path):

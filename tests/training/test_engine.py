@@ -97,7 +97,7 @@ def test_a_training_goes_on_with_the_state_of_its_optimizer(name: str, tmp_path:
             return loss, {"loss": loss.detach()}
 
         bar = Progress("", 6, enabled=False)
-        Engine().train(model, objective, plan, 6, 2, bar, lambda _: {}, memory=StateFile(file, "key", 0))
+        Engine().train(model, objective, plan, 6, 2, bar, lambda _: {}, resume=StateFile(file, "key", 0))
         return model.weight.detach()
 
     whole = trained(tmp_path / "a.safetensors")
@@ -178,7 +178,7 @@ def stopped(file: Path, fails: int | None = None) -> tuple[Tensor, History]:
 
     history = Engine().train(
         model, objective, plan, 8, 2, Progress("", 8, enabled=False), lambda step: {"held_out": float(worth[step])},
-        memory=StateFile(file, "key", 0), state=state, done=lambda: state.step - state.best_step() >= 2,
+        resume=StateFile(file, "key", 0), state=state, done=lambda: state.step - state.best_step() >= 2,
     )  # fmt: skip
     return model.weight.detach(), history
 
