@@ -28,6 +28,8 @@ _PRINTED = {
     "greek": (GREEK, _UPRIGHT_AND_SLANTED + _STIX),
 }
 NAMES = (*_PRINTED, "digits")
+WANTED = {"augment": "crop"}
+"""Keys of a recipe's table of any of them: letters and digits must not be mirrored."""
 
 _CANVAS = 64  # glyphs are drawn at this size, then reduced: smooth edges at any image size
 

@@ -176,6 +176,13 @@ def kind_of(path: str) -> Literal["builtin", "local", "hub"]:
     return "local" if path.startswith((".", "/", "~")) or os.path.exists(path) else "hub"
 
 
+def dataset_at(path: str) -> Dataset:
+    """The dataset at a path, as a recipe has it, with what a builtin one wants. ValueError where it can be none."""
+    if (kind := kind_of(path)) == "local" and not path.startswith((".", "/", "~")):
+        path = f"./{path}"
+    return Dataset.model_validate({"path": path, **(builtin.WANTED if kind == "builtin" else {})})
+
+
 def builtin_name(dataset: Dataset) -> str:
     """NAME of "builtin:NAME"."""
     return dataset.path.removeprefix(_BUILTIN)

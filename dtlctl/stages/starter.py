@@ -20,7 +20,7 @@ from dtlctl.console import devices
 from dtlctl.console.machine import busy, cores
 from dtlctl.console.progress import say
 from dtlctl.data import cache, files, subset
-from dtlctl.data.dataset import Dataset, Rows, Split, kind_of
+from dtlctl.data.dataset import Dataset, Rows, Split, dataset_at
 from dtlctl.data.overlap import SAME
 from dtlctl.data.sources import Source
 from dtlctl.errors import CheckpointError, DataError, NoSplit, RecipeError, one_line
@@ -151,8 +151,7 @@ def look(path: str, role: str) -> dict[str, Any]:
     shorter sides; `table`: keys that say where it is.
     """
     try:
-        plain = kind_of(path) == "local" and not path.startswith((".", "/", "~"))
-        dataset = Dataset(path=f"./{path}" if plain else path)
+        dataset = dataset_at(path)
     except ValueError:
         raise DataError(f"data.{role}.path: {path} is no folder, no file, no hub id and nothing builtin") from None
     with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +174,7 @@ def look(path: str, role: str) -> dict[str, Any]:
         "sizes": list(dict.fromkeys(f"{width}x{height}" for width, height in (sizes[0], sizes[-1]))),
         "modes": sorted({mode for _, mode in pictures}),
         "notes": [one_line(note.text) for rows in found.values() for note in rows.notes],
-        "table": dataset.model_dump(include={"path", "train", "test"}, exclude_defaults=True),
+        "table": dataset.model_dump(include={"path", "train", "test", "augment"}, exclude_defaults=True),
     }
 
 

@@ -20,6 +20,7 @@ from dtlctl.errors import CheckpointError, DataError, RecipeError
 from dtlctl.model import networks
 from dtlctl.recipe import network_demands
 from dtlctl.recipe.loading import load
+from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.schema import Recipe
 from dtlctl.report import figures
 from dtlctl.stages import costs, starter
@@ -290,6 +291,15 @@ def test_an_attackers_images_are_a_dataset_of_their_own(clock, tmp_path: Path):
     assert set(recipe.data.piggyback) == {"source", "attacker"}
     with pytest.raises(RecipeError, match="name: a name is 1 to 64"):
         written(tmp_path, None, None, None, None, "a/b")
+
+
+def test_digits_are_not_mirrored(clock, tmp_path: Path):
+    """Of somebody's folder it is not known whether its images may be: that is left to him, in a comment."""
+    text = starter.write("builtin:digits", str(images(tmp_path / "t", 2, 4, 1)), "builtin:digits", *[None] * 4)
+    data = tomllib.loads(text)["data"]
+    tables = data["source"], data["target"], data["piggyback"]["attacker"]
+    assert [table["augment"] for table in tables] == ["crop", "crop-flip", "crop"]
+    assert text.count("where a mirrored image is something else") == 1
 
 
 def test_a_file_name_cannot_write_into_the_recipe(clock, tmp_path: Path):
