@@ -52,6 +52,15 @@ class RecipeError(DtlError):
     exit_code = 2
 
 
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Within, a ValueError is a mistake of the recipe or the call."""
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(f"{what}: {one_line(error)}") from None
+
+
 class DivergedError(DtlError):
     """Training met a loss, gradient or weight that is not finite; nothing was published."""
 

@@ -189,8 +189,8 @@ def _assemble(arch: str, heads: dict[str, int], stem: str, width: int | None, im
     return Classifier(backbone, features, heads, readout)
 
 
-def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None:
-    """Raise ValueError, with the nearest valid name, unless `build` can make this model."""
+def check(arch: str, stem: str, width: int | None, image_size: int | None = 32) -> None:
+    """Raise ValueError, with the nearest valid name, unless `build` can make this model; for some size, if None."""
     if arch.startswith(TIMM):
         _check_timm(arch)
     elif arch not in _KNOWN and arch not in (names := architectures()):
@@ -202,11 +202,11 @@ def check(arch: str, stem: str, width: int | None, image_size: int = 32) -> None
         raise ValueError(f"width belongs to the CIFAR ResNets (resnet8, resnet20, ...), not to {arch}")
     if stem == "small" and not arch.startswith(("resnet", "resnext", "wide_resnet")):
         raise ValueError(f'stem = "small" is for ResNets; {arch} needs stem = "imagenet"')
-    if arch.startswith("vit_") and image_size % (patch := int(arch.rpartition("_")[2])):
+    if image_size and arch.startswith("vit_") and image_size % (patch := int(arch.rpartition("_")[2])):
         raise ValueError(f"image_size = {image_size} is not a multiple of {arch}'s patches of {patch} pixels")
     if stem == "imagenet" and arch in DEPTHS:
         raise ValueError(f'{arch} is a CIFAR ResNet and has only stem = "small"')
-    if not arch.startswith(_ANY_SIZE):
+    if image_size and not arch.startswith(_ANY_SIZE):
         try:
             like = outline(arch, stem, width, image_size)
             found = like.embed(torch.zeros(1, 3, image_size, image_size, device=next(like.parameters()).device))

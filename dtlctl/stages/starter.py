@@ -23,7 +23,7 @@ from dtlctl.data import cache, files, subset
 from dtlctl.data.dataset import Dataset, Rows, Split, dataset_at
 from dtlctl.data.overlap import SAME
 from dtlctl.data.sources import Source
-from dtlctl.errors import CheckpointError, DataError, NoSplit, RecipeError, one_line
+from dtlctl.errors import CheckpointError, DataError, NoSplit, one_line, refused
 from dtlctl.model import networks
 from dtlctl.model.weights import REGISTRY, Given, read, tensors_of
 from dtlctl.objectives.unlearn import NullSpace
@@ -70,6 +70,9 @@ def write(
     arch: the network, as in a recipe; None for one that fits this machine, or for that of the weights. minutes: what
     the run may take here; where that starves the disposal, it is said.
     """
+    if arch:  # what no data can make right is told before they are read
+        with refused("init"):
+            networks.check(arch, "small" if arch in networks.DEPTHS else "imagenet", None, size)
     seconds = 60 * PLANNED * minutes
     paths = {"source": source, "target": target, "piggyback.attacker": attacker}
     seen = {role: look(path, role) for role, path in paths.items() if path is not None}
@@ -221,10 +224,8 @@ def _networks(side: int, arch: str | None, gpu: bool, fixed: bool) -> Iterator[d
 def _able(model: dict[str, Any]) -> dict[str, Any]:
     """What a network cannot differentiate twice, its stages, whether it has batch norms. RecipeError if unknown."""
     spec = [{"width": None, **model}[key] for key in ("arch", "stem", "width", "image_size")]
-    try:
+    with refused("init"):
         networks.check(*spec)
-    except ValueError as error:
-        raise RecipeError(f"init: {error}") from None
     backbone = networks.outline(*spec).backbone
     normed = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in backbone.modules())
     return {"lacking": networks.no_second_derivative(*spec), "stages": len(networks.stages(backbone)), "normed": normed}
@@ -278,10 +279,8 @@ def _render(told: dict[str, Any]) -> str:
     """The template with comments at one column. Raises RecipeError where it is no valid recipe."""
     text = rendered("starter.toml.j2", told)
     aligned = re.sub(r"^((?!path)[^#\n]+)  # ", lambda found: f"{found[1]:<39} # ", text, flags=re.MULTILINE)
-    try:
+    with refused("init: a name or path cannot be written as TOML"):  # bytes that are no text, or a control character
         validated(tomllib.loads(aligned.encode().decode()), "init")
-    except ValueError as error:  # bytes that are no text, or a control character
-        raise RecipeError(f"init: a name or path cannot be written as TOML: {one_line(error)}") from None
     return aligned + "\n"
 
 

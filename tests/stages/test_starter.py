@@ -253,8 +253,20 @@ def test_disposal_and_attackers_are_those_that_the_network_can(
     assert (recipe.piggyback.models, recipe.audit.models) == (["scratch", "TL", *variants], [])
     assert [one.kind for one in recipe.piggyback.attackers] == kinds
     network_demands.check(recipe, "mine.toml")
-    with pytest.raises(RecipeError, match="no_such_network"):
-        written(tmp_path, None, None, "no_such_network")
+
+
+@pytest.mark.parametrize("weights", [None, "net.safetensors"])
+@pytest.mark.parametrize(
+    ("arch", "size", "said"), [("resnet81", None, "did you mean 'resnet8'"), ("vit_b_16", 40, "not a multiple")]
+)
+def test_a_network_that_cannot_be_is_refused_before_data_are_read(
+    weights: str | None, arch: str, size: int | None, said: str, tmp_path: Path
+):
+    """There are none here."""
+    with pytest.raises(RecipeError, match=f"init: .*{said}"):
+        written(tmp_path, None, weights, arch, size)
+    with pytest.raises(DataError, match="does not exist"):
+        written(tmp_path, None, weights, "vit_b_16", None)
 
 
 def test_null_space_is_a_second_disposal_where_a_batch_has_three_images_a_target_class(clock, tmp_path: Path):
