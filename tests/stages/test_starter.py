@@ -130,6 +130,8 @@ def test_lengths_follow_the_machine(clock, tmp_path: Path, capsys: pytest.Captur
     images(tmp_path / "t", 2, 50, 1)
     clock(0.001)  # 1,080,000 images, of which four models' attackers take 144,000: room for a second disposal
     assert [*written(tmp_path).dispose] == ["gc", "null"]
+    why = "a second variant beside it, by another loss, does not fit into 30 minutes"
+    assert why not in (tmp_path / "recipe.toml").read_text()
     clock(0.003)  # 18 minutes are 360,000 images: (360,000 - 115,680 - 25,600) / 960 = 228 epochs
     recipe = written(tmp_path)
     assert (recipe.model.arch, recipe.model.image_size, recipe.pretrain.epochs) == ("resnet20", 16, 40)
@@ -137,6 +139,7 @@ def test_lengths_follow_the_machine(clock, tmp_path: Path, capsys: pytest.Captur
     assert recipe.data.piggyback["source"].fraction == 0.04  # a twentieth, at most 20 of each class
     assert [one.steps for one in recipe.piggyback.attackers[:2]] == [150, 150]
     text = (tmp_path / "recipe.toml").read_text()
+    assert why in text and [*recipe.dispose] == ["gc"]
     assert "takes 9.0 to 18 min" in text  # (141,280 + 40 * 960) images at 0.003 and 0.006 s: 8.98 and 17.97
     clock(0.02)  # 54,000 images: a third are 25 steps of attackers; with 30 they see 21,600; so the smaller network
     recipe = written(tmp_path)  # 24,720 are left; half of them are 193 steps, 12,352; (24,720 - 12,352) / 960 = 12.9
@@ -250,6 +253,9 @@ def test_disposal_and_attackers_are_those_that_the_network_can(
     images(tmp_path / "t", 2, 4, 1, (32, 32))
     recipe = written(tmp_path, None, None, arch)
     assert [*recipe.dispose] == variants
+    text = (tmp_path / "recipe.toml").read_text()
+    assert ("cannot differentiate hardsigmoid twice" in text) == (variants == ["rand"])
+    assert "does not fit into" not in text
     assert (recipe.piggyback.models, recipe.audit.models) == (["scratch", "TL", *variants], [])
     assert [one.kind for one in recipe.piggyback.attackers] == kinds
     network_demands.check(recipe, "mine.toml")
