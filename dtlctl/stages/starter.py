@@ -144,7 +144,8 @@ def lengths(room: float, images: int, epoch: float, step: float) -> dict[str, fl
     steps = max(1, int(passes * fraction * images / BATCH), min(STEPS, int(room / 2 / step)))
     left = (room - steps * step) / (fraction * epoch) if epoch else 0.0
     epochs = int(min(MOST, max(EPOCHS * LEAST, left)))
-    return {"fraction": fraction, "epochs": epochs, "steps": steps, "passes": steps * BATCH / (fraction * images)}
+    used = fraction * images  # where they are fewer than a batch, a step has them all
+    return {"fraction": fraction, "epochs": epochs, "steps": steps, "passes": steps * min(BATCH, used) / used}
 
 
 def look(path: str, role: str) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def look(path: str, role: str) -> dict[str, Any]:
         found: dict[Split, Rows] = {}
         for split in ("train", "test"):
             dataset, found[split] = _opened(dataset, split, role, Path(folder))
-        if not isinstance(dataset.test, str):
+        if dataset.test != "test":  # then images of the train split, or what is said of it, are others
             found["train"] = Source(dataset, role).rows("train", SIDES[0], Path(folder))
         train, test = found["train"], found["test"]
         cache.check_classes(train, "train", f"data.{role}.path: {path}")
@@ -246,7 +247,7 @@ def adopted(
     archs = [told] if told else [*(f"resnet{depth}" for depth in (18, 34, 50, 101, 152, 10)), *networks.DEPTHS]
     stems = [said["stem"]] if "stem" in said else ["imagenet", "small"]
     trained, built = ([said[key]] if key in said else [] for key in ("image_size", "side"))
-    sides = dict.fromkeys([*trained * (not fixed), side, *trained, *built, 224])
+    sides = [side] if fixed else dict.fromkeys([*trained, side, *built, 224])
     failures: list[Exception] = []
     for stem, name, size in product(stems, archs, sides):
         keys = {"arch": name, "stem": stem, "image_size": size, **own}

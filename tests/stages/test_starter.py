@@ -80,6 +80,7 @@ def test_what_init_prints_is_checked_and_run_as_it_is(call, clock, tmp_path: Pat
     assert out.startswith("#:schema ./dtlctl.schema.json\n")
     assert "36 training images of 3 classes, 12 of each; 21 test images; 20x28 pixels, L" in out
     assert "notes.txt" in out
+    assert "not used, as neither split" not in out  # both are, under the names that they have
     # The lengths alone are cut: this is about what goes with what, not about learning.
     quick = re.sub(r"\b(epochs|steps) = \d+", r"\1 = 4", out)
     quick = quick.replace('"resnet20"', '"resnet8"\nwidth = 4').replace("channels_last = true", "")
@@ -172,6 +173,10 @@ def test_the_disposal_comes_before_more_pre_training(room: float, fraction: floa
     assert found["passes"] == steps * 64 / (fraction * 64_000)
 
 
+def test_fewer_images_than_a_batch_are_a_pass_each_step():
+    assert starter.lengths(1e6, 40, 1.0, 1.0)["passes"] == 400
+
+
 @pytest.mark.parametrize(
     ("size", "asked", "found"),
     [((20, 28), None, 16), ((300, 200), None, 64), ((50, 40), None, 32), ((9, 9), None, 16), ((9, 9), 24, 24)],
@@ -181,6 +186,13 @@ def test_images_are_not_blown_up(clock, tmp_path: Path, size: tuple[int, int], a
     images(tmp_path / "s", 2, 4, 1, size)
     images(tmp_path / "t", 2, 4, 1, (8, 8))
     assert written(tmp_path, None, None, None, asked).model.image_size == found
+
+
+def test_the_larger_images_of_both_datasets_decide(clock, tmp_path: Path):
+    images(tmp_path / "s", 2, 4, 1, (20, 28))
+    images(tmp_path / "t", 2, 4, 1, (70, 33))
+    assert written(tmp_path).model.image_size == 32
+    assert "the larger of source and target have 33, by the median" in (tmp_path / "recipe.toml").read_text()
 
 
 def test_a_gpu_gets_a_larger_network_and_the_stem_for_its_images():
@@ -298,6 +310,33 @@ def test_an_export_says_its_own_width_and_size(clock, tmp_path: Path):
     assert {**recipe.model.model_dump(), **spec} == recipe.model.model_dump()
     assert recipe.finetune.weights
     assert written(tmp_path, None, str(tmp_path / "net.safetensors"), None, 32).model.image_size == 32
+
+
+def test_a_size_that_is_asked_for_is_never_another(clock, tmp_path: Path):
+    """A transformer of 64 pixels has weights for each of its patches: they fit no other size."""
+    timm = pytest.importorskip("timm", reason="the extra timm is not installed")
+    images(tmp_path / "s", 3, 4, 1)
+    images(tmp_path / "t", 2, 4, 1)
+    (net := tmp_path / "net").mkdir()
+    network = timm.create_model(name := "vit_tiny_patch16_224", num_classes=3, img_size=64)
+    save_file(network.state_dict(), net / "model.safetensors")
+    config = {"architecture": name, "pretrained_cfg": {"input_size": [3, 64, 64]}}
+    (net / "config.json").write_text(json.dumps(config))
+    assert written(tmp_path, None, str(net), None, 64).model.image_size == 64
+    with pytest.raises(CheckpointError, match="do not fit"):
+        written(tmp_path, None, str(net), None, 32)
+
+
+def test_a_network_that_is_narrow_is_taken_as_it_is(clock, tmp_path: Path):
+    """Of 8 channels, for which no recipe may ask for `channels_last`."""
+    images(tmp_path / "s", 3, 4, 1)
+    images(tmp_path / "t", 2, 4, 1)
+    spec: dict[str, Any] = {"arch": "resnet8", "stem": "small", "width": 8, "image_size": 16}
+    header = {"dtlctl": json.dumps({**spec, "classes": ["class0", "class1"]})}
+    state = networks.build(heads={"target": 2}, **spec).plain_state("target")
+    save_file(state, tmp_path / "net.safetensors", header)
+    model = written(tmp_path, None, str(tmp_path / "net.safetensors")).model
+    assert (model.width, model.channels_last) == (8, False)
 
 
 def test_an_attackers_images_are_a_dataset_of_their_own(clock, tmp_path: Path):
