@@ -168,7 +168,7 @@ def export(
 
     one_process("export: start it as one process, without a launcher")
     experiment = _experiment(recipe, overrides, out, quiet)
-    place, hub, limits = to, to.startswith("hf:"), experiment.recipe.publish
+    place, hub, limits, chosen = to, to.startswith("hf:"), experiment.recipe.publish, model
     if not hub:
         exports.refuse(experiment, Path(to))
     if not hub and to.endswith(exports.SUFFIX):
@@ -188,6 +188,8 @@ def export(
             say(f"{model} was never attacked: nothing is known of what it gives away", quiet)
     if model == "TL":
         say("TL has not been disposed of: it holds all that it learned from the source", quiet)
+    elif not chosen:
+        say(f"export: {model}, which the verdict recommends", quiet)
     print(json.dumps({"model": model, "to": place}, ensure_ascii=False) if as_json else place)
 
 

@@ -93,6 +93,11 @@ def _fitted(
     if wrapper and all(name.startswith(wrapper) for name in tensors):  # module. of DDP, _orig_mod. of torch.compile
         tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
         notes.append(f"the names of its tensors begin with {wrapper}, which is taken off")
+    heads = sorted(name for name in tensors if name.startswith("heads."))
+    of_a_run = any(name.startswith("backbone.") for name in tensors)
+    if of_a_run and len(heads) == 2:  # one head's bias and weight
+        renamed = dict(zip(heads, reversed(names), strict=True))
+        tensors = {renamed.get(name, name.removeprefix("backbone.")): tensor for name, tensor in tensors.items()}
     backbone = {name: tensor for name, tensor in tensors.items() if name not in names}
     head = [tensors[name] for name in names if name in tensors]
     shapes = {"missing": [name for name in own if name not in backbone and not name.endswith(COUNT)]}
@@ -109,8 +114,8 @@ def _fitted(
         first = [*tensors["conv1.weight"].shape[2:]] if "conv1.weight" in tensors else []
         stem = {7: "imagenet", 3: "small"}.get(first[0]) if first else None
         hint = f'; its first layer is that of stem = "{stem}"' if stem not in (None, network["stem"]) else ""
-        if any(name.startswith("backbone.") for name in tensors) and any(name.startswith("heads.") for name in tensors):
-            hint = "; it is of a run: give what dtlctl export makes of it"
+        if of_a_run and len(heads) > 2:
+            hint = "; it is of a run, and has two heads: give what dtlctl export makes of it, or pre, which has one"
         raise ValueError(f"tensors do not fit {network['arch']}: {said}{hint}")
     floats = {name for name in tensors if name in names or own[name].is_floating_point()}
     if other := [name for name in sorted(floats) if tensors[name].dtype not in FLOATS]:

@@ -51,8 +51,8 @@ class Adoptable(Training):
     """Training of a model from labels, or instead of it a network that exists."""
 
     weights: str | None = None
-    """A network that exists, adopted and never trained: a `.safetensors` file with torchvision's names of tensors, an
-    exported folder, or `torchvision:NAME`. Its keys of training are then for others (`rmia`, `TGT`)."""
+    """A network that exists, adopted and never trained: a `.safetensors` file with torchvision's names of tensors, a
+    run's `pre`, an exported folder, or `torchvision:NAME`. Its keys of training are then for others (`rmia`, `TGT`)."""
     classes: list[str] | None = Field(None, min_length=1)
     """Of `weights`: the names of its head's outputs, in order. Without: those that the file names, or the data's."""
 

@@ -74,13 +74,13 @@ def demand(document: dict[str, Any], model: str | None, limits: Publish | None, 
     if short := [text for state, text in held(document["evidence"], model, limits) if state != "met"]:
         end = "low" if model == "TGT" else "high"  # of the interval: TGT meets what it is not shown to be beyond
         enough = document["evidence"].get(model, {}).get("price", {}).get(end) or 0
-        about_price = sum(text.startswith("price") for text in short)
-        looser = [f"publish.price={math.ceil(enough)}"] * (about_price > 0)
-        looser += ["a larger publish.recovered"] * (about_price < len(short))
+        looser = [f"publish.price={math.ceil(enough)}"] * any(text.startswith("price") for text in short)
+        looser += ["a larger publish.recovered"] * any(text.startswith("from") for text in short)
+        other = f"another limit ({' and '.join(looser)}, by --set) or " * bool(looser)
         raise EvidenceError(
             f"{where}: [publish] is not met by {model}: {' '.join(short)}\n"
-            f"more test images narrow an interval; without training there is another limit "
-            f"({' and '.join(looser)}, by --set) or none (their lines deleted), which the card tells"
+            f"more test images narrow an interval; without training there is {other}none "
+            "(their lines deleted), which the card tells"
         )
 
 
@@ -162,7 +162,10 @@ def held(found: dict[str, Evidence], model: str, limits: Publish) -> list[tuple[
         one = own["attacks"].get(name, {})
         state, why = _state(one.get("recovered"), limits.recovered, one.get("images"))
         states.append((state, f"from {model} on {name}, at most {limits.recovered:.0%}: {shared(one)}: {why}."))
-    return states if leaks else [*states, ("not resolved", "no attack shows anything to recover: not resolved.")]
+    if not leaks:
+        why = f"no attack gets more from TL than from scratch, so none tells of {model}: not resolved."
+        states.append(("not resolved", why))
+    return states
 
 
 def _state(figure: Figure | None, limit: float, images: int | None) -> tuple[str, str]:

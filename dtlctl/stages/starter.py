@@ -132,8 +132,8 @@ def _say(told: dict[str, Any], seconds: np.ndarray, note: str | None, quiet: boo
         say(f"init: the weights were trained at {trained} pixels; image_size is {size} (--size {trained})", quiet)
     if steps < STEPS:
         short = f"{steps:,} steps of disposal fit; with fewer than {STEPS} a new network may not get as far as TL"
-        time = words((seconds / 60).tolist(), "min")
-        say(f"init: {time} here; {short}: more --minutes, or a smaller --size or --arch", quiet)
+        time, smaller = words((seconds / 60).tolist(), "min"), " or --arch" * (not told["weights"])
+        say(f"init: {time} here; {short}: more --minutes, or a smaller --size{smaller}", quiet)
 
 
 def lengths(room: float, images: int, epoch: float, step: float) -> dict[str, float]:

@@ -87,6 +87,23 @@ def test_files_without_a_head_or_counts_of_batches_are_whole(tmp_path: Path):
     assert given.head is None and torch.equal(model.backbone.stem[0].weight, tensors["stem.0.weight"])
 
 
+def of_a_run(tensors: dict[str, Tensor], *heads: str) -> dict[str, Tensor]:
+    """Under the names that a run gives them."""
+    own = {f"backbone.{name}": tensor for name, tensor in without(tensors, "fc.weight", "fc.bias").items()}
+    return own | {
+        f"heads.{head}.{kind}": tensors[f"fc.{kind}"].clone() for head in heads for kind in ("weight", "bias")
+    }
+
+
+def test_a_run_s_model_with_one_head_is_taken_as_it_is(tmp_path: Path):
+    tensors = saved(tmp_path / "a.safetensors")
+    save_file(of_a_run(tensors, "source"), tmp_path / "pre.safetensors")
+    plain, given = (weights.read(str(tmp_path / f"{name}.safetensors"), TINY) for name in ("a", "pre"))
+    assert plain.head and given.head and given.backbone.keys() == plain.backbone.keys()
+    assert all(torch.equal(given.backbone[name], tensor) for name, tensor in plain.backbone.items())
+    assert all(map(torch.equal, given.head, plain.head))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -101,8 +118,8 @@ def test_files_without_a_head_or_counts_of_batches_are_whole(tmp_path: Path):
             r"float8_e4m3fn \(stem.0.weight",
         ),
         (
-            lambda t: {"backbone.stem.0.weight": t["stem.0.weight"], "heads.source.bias": t["fc.bias"]},
-            r"; it is of a run: give what dtlctl export makes of it$",
+            lambda t: of_a_run(t, "source", "target"),
+            r"; it is of a run, and has two heads: give what dtlctl export makes of it, or pre, which has one$",
         ),
         (lambda t: {"é\n": torch.zeros(1)}, r"missing \(.*, \.\.\.\); 1 unknown \(\\xe9\\n\)"),
     ],
