@@ -95,7 +95,10 @@ def _pools(process: int) -> tuple[ThreadPoolExecutor, ProcessPoolExecutor]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     # Twice as many read as decode: each waits until what it has read is decoded.
-    return ThreadPoolExecutor(2 * workers, "read"), ProcessPoolExecutor(workers, context, _begin)
+    readers, decoders = ThreadPoolExecutor(2 * workers, "read"), ProcessPoolExecutor(workers, context, _begin)
+    # Python before 3.11.5 would wait at exit, without end, for a process that was killed to read what it was to decode.
+    decoders._call_queue.cancel_join_thread()  # type: ignore[attr-defined]
+    return readers, decoders
 
 
 def _begin() -> None:

@@ -192,31 +192,30 @@ def test_an_image_that_was_changed_since_is_no_part_of_a_batch(tmp_path):
         images.pixels[np.array([0])]
 
 
-def test_a_process_that_was_killed_is_told(tmp_path):
-    images = both(photos(tmp_path / "d"))[1]
-    images.pixels[np.array([1])]
-    for process in images.pixels._decoders._processes.values():
-        os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="a process that decodes images was killed; is the memory full"):
-        images.pixels[np.arange(46)]
-    stream._pools.cache_clear()
-
-
 PROGRAM = """
-import sys, time
+import os, signal, sys, time
 import numpy as np
 from dtlctl.data import cache, dataset, sources
 data = dataset.Dataset(path=sys.argv[1], decode="stream")
 images = cache.load(sources.Source(data), "train", 8)
 images.pixels[np.arange(46)]
-print(*[process.pid for process in images.pixels._decoders._processes.values()], flush=True)
-time.sleep(100)
+others = [process.pid for process in images.pixels._decoders._processes.values()]
 """
+
+
+def test_a_process_that_was_killed_is_told_and_its_owner_ends(tmp_path):
+    photos(tmp_path / "d")
+    code = PROGRAM + "for other in others: os.kill(other, signal.SIGKILL)\nimages.pixels[np.arange(46)]"
+    command = [sys.executable, "-c", code, tmp_path / "d"]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=100)
+    assert ended.returncode == 1
+    assert "a process that decodes images was killed; is the memory full" in ended.stderr
 
 
 def test_processes_end_with_their_owner_however_that_ends(tmp_path):
     photos(tmp_path / "d")
-    with subprocess.Popen([sys.executable, "-c", PROGRAM, tmp_path / "d"], stdout=subprocess.PIPE, text=True) as owner:
+    code = PROGRAM + "print(*others, flush=True); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "d"], stdout=subprocess.PIPE, text=True) as owner:
         others = [int(word) for word in owner.stdout.readline().split()]
         assert others and all(map(pid_exists, others))
         os.kill(others[0], signal.SIGINT)  # as a terminal sends it to all
