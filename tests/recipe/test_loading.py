@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -366,4 +367,5 @@ def test_a_key_of_thousands_of_parts_is_one_line(recipe_file: Path):
     recipe_file.write_text(".".join(["a"] * 5000) + " = 1\n" + recipe_file.read_text())
     with pytest.raises(RecipeError) as caught:
         load(recipe_file)
-    assert str(caught.value) == f"{recipe_file}: a key is nested too deeply"
+    # Python 3.13 gets past the depth, to the name.
+    assert re.fullmatch(r".*/tiny\.toml: a( key is nested too deeply|: unknown table .*)", str(caught.value))
