@@ -152,12 +152,12 @@ class Data:
         """What he gets less than from TL of the same study."""
         return self.pl(who.partition("/")[0] + "/TL", dataset, attacker) - self.pl(who, dataset, attacker)
 
-    def share(self, who: str, dataset: str) -> str:
-        """Of what TL gives a tuned attacker beyond a new network, in %, with its interval."""
+    def share(self, who: str, dataset: str, zero: str = "scratch") -> str:
+        """Of what TL gives a tuned attacker beyond a new network, or another `zero`, in %, with its interval."""
         from dtlctl.report.intervals import Number, share
 
         study = who.partition("/")[0]
-        three = (self.pl(one, dataset) for one in (who, f"{study}/scratch", f"{study}/TL"))
+        three = (self.pl(one, dataset) for one in (who, f"{study}/{zero}", f"{study}/TL"))
         found = share(*(Number([one[seed] for seed in sorted(one)]) for one in three))
         return "{value:.0f} [{low:.0f}, {high:.0f}]".format(**{key: 100 * value for key, value in found.items()})
 
