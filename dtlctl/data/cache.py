@@ -189,8 +189,7 @@ def _decode(
                     progress(min(number * size, len(rows)), len(rows))
         if failed:  # all of them at once, so that nobody has to begin again for each
             others = [str(error).partition(": the image ")[0] for error in failed[1:]]
-            more = f"{len(others)} more: {some(others, 20)}; " if others else ""
-            raise DataError(f"{failed[0]}\n{more}remove or replace {'them' if others else 'it'}")
+            raise DataError(f"{failed[0]}" + (f"\n{len(others)} more: {some(others, 20)}" if others else ""))
 
     entry.write(decoded(entry.missing(wanted), entry.rule))
     if entry.rule is None:

@@ -79,7 +79,7 @@ def decode(
         assert isinstance(picture, bytes)
         raise DataError(f"{place}: the image cannot be decoded: {files.reason(picture)}") from error
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise DataError(f"{place}: the image cannot be decoded: {error}") from error
+        raise DataError(f"{place}: the image cannot be decoded: {error}; replace it, or remove it") from error
     return np.asarray(fitted).transpose(2, 0, 1), depth, frames
 
 

@@ -124,6 +124,7 @@ def test_a_broken_image_is_named_and_leaves_nothing_half_made(tmp_path, cache_fo
     with pytest.raises(DataError, match=r"/d/train/b/1.png: the image cannot be decoded: ") as error:
         cache.load(Source(dataset), "train", 4)
     assert "\n" not in str(error.value) and "BytesIO" not in str(error.value)
+    assert ("replace it, or remove it" in str(error.value)) == (broken is None)
     assert [path.suffix for path in cache_folder.iterdir()] == [""]
     assert cache.cached(Source(dataset), "train", 4) is None
 

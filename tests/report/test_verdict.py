@@ -243,6 +243,14 @@ def test_references_are_held_to_the_limits_too():
     demand(table, None, Publish(), "r")
 
 
+def test_no_larger_share_is_advised_where_none_was_measured():
+    """TL gives no more than scratch: nothing can be said of what is recovered, whatever the limit."""
+    table = document(models(TL=(60.0, 10.0)))
+    with pytest.raises(EvidenceError, match="no attack gets more from TL than from scratch") as told:
+        demand(table, "TL", Publish(recovered=0.5), "r")
+    assert "publish.recovered" not in str(told.value) and "lines deleted" in str(told.value)
+
+
 def test_run_and_export_hold_the_limits(recipe_file: Path, call):
     """Everything is done and written, then the exit code is 5; without limits it is 0. A dozen steps show nothing.
 
