@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dtlctl.bench import meter
 from dtlctl.console import devices
 from dtlctl.data.tensors import Batch
-from dtlctl.errors import RecipeError
+from dtlctl.errors import refused
 from dtlctl.model import networks
 from dtlctl.objectives import batched, collision
 from dtlctl.objectives.step import together
@@ -81,7 +81,7 @@ def run(setup: meter.Setup, chunks: str, ways: str | None) -> dict[str, Any]:
     Peak memory is what a step adds, in bytes; None where the system does not tell. The error is |g - r| / |r|, to the
     gradient r in float64, beside the cosine of the two.
     """
-    try:
+    with refused("bench"):
         if not all(c.strip().isdecimal() for c in chunks.split(",")):
             raise ValueError(f"--chunks {chunks}: write numbers with commas, as in 2,4,8")
         counts = [int(c) for c in chunks.split(",")]
@@ -96,8 +96,6 @@ def run(setup: meter.Setup, chunks: str, ways: str | None) -> dict[str, Any]:
         bench = Bench(setup, device)
         if lacking := networks.no_second_derivative(setup.arch, setup.stem, None, setup.image_size):
             raise ValueError(f"torch cannot differentiate {lacking} twice, which {setup.arch} has; see --train")
-    except ValueError as error:
-        raise RecipeError(f"bench: {error}") from None
     cannot = {("gc-pairwise", c) for c in counts if c > PAIRWISE_MOST}
     cannot |= set() if batched.batchable(bench.model) else {("gc-batched", c) for c in counts}
     cells = [("ce", 1), *((way, c) for c in counts for way in chosen if (way, c) not in cannot)]
