@@ -16,7 +16,7 @@ LEAST_LAST = 0.01
 """Share of the weights that a last stage has at least: a smaller end of the network belongs to the block before it."""
 
 
-class Stage(NamedTuple):
+class NetworkStage(NamedTuple):
     """A part of a backbone, in forward order after the stem."""
 
     name: str
@@ -28,7 +28,7 @@ class Stage(NamedTuple):
     """Of the backbone's weights, in [0, 1]."""
 
 
-def stages(backbone: nn.Module) -> list[Stage]:
+def stages(backbone: nn.Module) -> list[NetworkStage]:
     """The stages of a torchvision or timm classifier's or CIFAR ResNet's backbone, first stage first; empty for others.
 
     A stage is a block with a weight matrix or convolution, with the normalisations behind it. The first such block is
@@ -38,16 +38,18 @@ def stages(backbone: nn.Module) -> list[Stage]:
     if isinstance(backbone, CifarResNet):
         n = len(backbone.stages) // 3
         thirds = [list(backbone.stages[start : start + n]) for start in (0, n, 2 * n)]
-        return [Stage(f"stage{k}", third, third[-1], _weights(third) / total) for k, third in enumerate(thirds, 1)]
-    found: list[Stage] = []
+        return [
+            NetworkStage(f"stage{k}", third, third[-1], _weights(third) / total) for k, third in enumerate(thirds, 1)
+        ]
+    found: list[NetworkStage] = []
     known = not {path for path, _ in backbone.named_modules()}.isdisjoint(_LANDMARKS)
     for path, block in _blocks(backbone) if known else ():
         share = _weights([block]) / total
         if any(p.dim() > 1 for p in block.parameters()):
-            found.append(Stage(path, [block], block, share))
+            found.append(NetworkStage(path, [block], block, share))
         elif share and found:
             pooled = path.startswith(("classifier", "head"))
-            found[-1] = _joined(found[-1], Stage(path, [block], found[-1].output if pooled else block, share))
+            found[-1] = _joined(found[-1], NetworkStage(path, [block], found[-1].output if pooled else block, share))
     while len(found) > 2 and found[-1].share < LEAST_LAST:
         last = found.pop()
         found[-1] = _joined(found[-1], last._replace(output=found[-1].output))
@@ -88,8 +90,8 @@ def _weights(modules: list[nn.Module]) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def _joined(first: Stage, second: Stage) -> Stage:
-    return Stage(first.name, first.modules + second.modules, second.output, first.share + second.share)
+def _joined(first: NetworkStage, second: NetworkStage) -> NetworkStage:
+    return NetworkStage(first.name, first.modules + second.modules, second.output, first.share + second.share)
 
 
 def renew(backbone: nn.Module, fresh: nn.Module, last: int) -> None:
