@@ -132,6 +132,9 @@ class Dispose(Training):
     """Where it starts: from a new network (`fresh`), or from `TL`, which is the default beside `fresh_stages`."""
     fresh_stages: int = Field(0, ge=0)
     """So many of the last stages of `TL`, and both heads, start anew."""
+    draw: int = Field(0, ge=0, le=1000)
+    """Another number draws the new network and its batches anew. With few target images draws differ by points: one
+    that missed its price may be drawn again."""
     batch_norm: Literal["train", "frozen"] = "train"
     """Batch normalisation takes a batch's statistics, or (`frozen`) the running ones of the start."""
 

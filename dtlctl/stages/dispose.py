@@ -46,14 +46,15 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
     how = {"global_batch_norm": settings.unlearn.chunks == 1}
     teacher = experiment.trainer.load_model("TL", **how).eval().requires_grad_(False)
     student = _student(experiment, settings, teacher.outputs, how)
-    images, label_seed = experiment.data.images("source", "train").labels, experiment.recipe.stream("dispose/labels")
+    tag = _tag(settings)
+    images, label_seed = experiment.data.images("source", "train").labels, experiment.recipe.stream(f"{tag}/labels")
     disposal = Disposal(
         settings.lam or 0.0, settings.unlearn, settings.retain, student, teacher, chunks=chunks,
         batch_norm=settings.batch_norm, images=len(images), label_seed=label_seed, processes=engine.processes,
         all_reduce=engine.all_reduce,
     )  # fmt: skip
     sizes = data_demands.equal_parts(experiment, job, engine.processes)
-    batches = {role: experiment.trainer.batches(role, size, f"dispose/{role}") for role, size in sizes.items()}
+    batches = {role: experiment.trainer.batches(role, size, f"{tag}/{role}") for role, size in sizes.items()}
     source, target = batches["source"], batches.get("target")
     repair_from, state = round(settings.total_steps(source.images) * (1 - settings.repair)), State()
     checks = Checks(experiment, job, disposal, source, target, state)
@@ -92,11 +93,16 @@ def _say_what_there_is_to_keep(experiment: Experiment) -> None:
             )
 
 
+def _tag(settings: Dispose) -> str:
+    """Of the streams of randomness of a disposal."""
+    return f"dispose/{settings.draw}" if settings.draw else "dispose"
+
+
 def _student(experiment: Experiment, settings: Dispose, heads: dict[str, int], how: dict[str, bool]) -> Classifier:
     """TL, TL with its last stages and heads drawn anew, or a new network."""
     if not settings.new_heads:
         return experiment.trainer.load_model("TL", **how)
-    fresh = experiment.trainer.new_model(heads, "dispose/init", **how)
+    fresh = experiment.trainer.new_model(heads, f"{_tag(settings)}/init", **how)
     if settings.init == "fresh":
         return fresh
     student = experiment.trainer.load_model("TL", **how)
@@ -210,6 +216,9 @@ class Checks:
         kept, more = "within" if cost.high <= self.allowed else "above", ""
         if cost.low <= self.allowed < cost.high:
             kept, more = "not told from", f" (about {images_for(self.allowed, cost.disagreement):,} would tell)"
+        elif kept == "above":
+            again = f"dispose.{self.job.model}.draw = {self.job.settings.draw + 1}"
+            more = f"; more epochs may cost less, and so may another draw ({again})"
         where = "target images held back" + ", TL on the test images" * self.apart
         self.experiment.processes.say(
             f"{self.job.title}: costs {cost.points:.1f} points [{cost.low:.1f}, {cost.high:.1f}] on {cost.images:,} "

@@ -20,7 +20,7 @@ from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import dispose
 from dtlctl.stages.runner import run
-from dtlctl.training.price import price, price_apart
+from dtlctl.training.price import Price, price, price_apart
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,30 @@ def test_a_price_is_measured_on_target_images_that_nothing_trains_on(recipe_file
         assert row["ratio"] == balance.ratio(rows[:number], row["step"] / 24, row["price"], wanted, whole)
     assert len({row["ratio"] for row in rows}) > 1 and len({row["lambda"] for row in rows}) > 20
     assert all(balance.LEAST <= row["lambda"] <= balance.MOST for row in rows)
+
+
+def test_another_draw_is_another_network_on_other_batches_from_the_same_tl(recipe_file: Path, monkeypatch):
+    """From TL it is the batches alone. A price that is shown to be above the allowed one is told what may help."""
+    monkeypatch.setattr(dispose, "price", lambda *_: Price(5.0, 3.0, 7.0, 100, 0.1))
+    names = {
+        "first": "steps=1", "again": "steps=1, draw=0", "other": "steps=1, draw=1", "from-tl": "steps=1, init='TL'",
+        "other-from-tl": "steps=1, init='TL', draw=7",
+    }  # fmt: skip
+    tables = ", ".join(f"{name}={{price=2.0, {keys}}}" for name, keys in names.items())
+    one = Experiment(load(recipe_file, [f"dispose={{{tables}}}"]), recipe_file.parent / "draws")
+    said: list[str] = []
+    monkeypatch.setattr(one.processes, "say", said.append)
+    run(one, STAGES)
+    first, again, other, *from_tl = (
+        torch.cat([p.flatten() for p in one.trainer.load_model(name).parameters()]).detach() for name in names
+    )
+    assert first.equal(again) and (first - other).norm() > 0.5 * first.norm()  # two networks, not one after two steps
+    assert 0 < (from_tl[0] - from_tl[1]).norm() < 0.1 * first.norm()
+    assert len({sidecar(one, f"dispose/{name}")["parent"]["TL"] for name in names}) == 1
+    advice = [
+        found[1] for text in said if (found := re.search(r"above the 2 allowed; .* another draw \((.*)\)$", text))
+    ]
+    assert advice == [f"dispose.{name}.draw = {n}" for name, n in zip(names, (1, 1, 2, 1, 8), strict=True)]
 
 
 def test_on_its_way_the_price_is_that_of_the_mean_of_the_last_weights(recipe_file: Path, monkeypatch):
