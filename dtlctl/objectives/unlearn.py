@@ -168,11 +168,14 @@ class SimulatedAttacker(OnePart):
     """Learning rates of the attacker: one is drawn for each batch."""
     trains_source_head: ClassVar[bool] = False
 
+    def least_images(self, processes: int) -> int:
+        """Images that a batch needs: two in each part on each process."""
+        return 2 * (self.steps + 1) * processes
+
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         (seen,), student = step.chunks, step.student
         assert student is not None
-        if len(seen.x) < 2 * (self.steps + 1):
-            least = 2 * (self.steps + 1) * step.processes
+        if len(seen.x) * step.processes < (least := self.least_images(step.processes)):
             raise RecipeError(f"simulated-attacker: steps = {self.steps} needs a batch_size of {least} or more")
         # Drawn by the batch: the same on all processes, and again where a run goes on.
         (total,) = step.all_reduce([sent(seen.rows.sum(), seen.y.device) if step.processes > 1 else seen.rows.sum()])

@@ -9,7 +9,7 @@ import numpy as np
 from dtlctl.attacks import tuning
 from dtlctl.attacks.attackers import SelfTraining
 from dtlctl.errors import DataError, RecipeError
-from dtlctl.objectives.unlearn import NullSpace
+from dtlctl.objectives.unlearn import NullSpace, SimulatedAttacker
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Dispose, Piggyback
 from dtlctl.run.experiment import Experiment
@@ -29,8 +29,7 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
             processes = _sharing(experiment, job)
             local_chunks(job.settings, processes, f"{experiment.source}: {job.title}")
             size = equal_parts(experiment, job, processes)["source"]
-            if isinstance(job.settings.unlearn, NullSpace):
-                _images_for_null_space(experiment, job, size)
+            _images_for_a_loss(experiment, job, size, processes)
             if job.settings.price is not None:
                 _images_for_a_price(experiment, job, job.settings.price)
         if job.stage == "piggyback" and job.settings.attackers:
@@ -101,19 +100,27 @@ def _images_for_a_price(experiment: Experiment, job: Job[Dispose], allowed: floa
         )
 
 
-def _images_for_null_space(experiment: Experiment, job: Job[Dispose], size: int) -> None:
+def _images_for_a_loss(experiment: Experiment, job: Job[Dispose], size: int, processes: int) -> None:
     """size: images a step; of a source smaller than a batch there are fewer."""
-    classes = len(experiment.data.classes("target"))
-    if size >= (least := NullSpace.least_images(classes)):
+    unlearn = job.settings.unlearn
+    if isinstance(unlearn, NullSpace):
+        classes = len(experiment.data.classes("target"))
+        least, what, other = unlearn.least_images(classes), f"{classes} target classes need", ""
+    elif isinstance(unlearn, SimulatedAttacker):
+        least, what = unlearn.least_images(processes), f"steps = {unlearn.steps} needs"
+        other = ", or take fewer steps"
+    else:
+        return
+    if size >= least:
         return
     key, remedy = f"dispose.{job.model}.batch_size", ""
     if size < job.settings.batch_size:
         key = "data.source.fraction"
         if experiment.recipe.data.source.fraction == 1:
-            key, remedy = f"dispose.{job.model}.unlearn", "; the source has no more: take another kind"
+            key, remedy = f"dispose.{job.model}.unlearn", f"; the source has no more: take another kind{other}"
     raise RecipeError(
-        f"{experiment.source}: {key}: {size} images a step are too few for null-space; "
-        f"{classes} target classes need {least} or more{remedy}"
+        f"{experiment.source}: {key}: {size} images a step are too few for {unlearn.kind}; "
+        f"{what} {least} or more{remedy}"
     )
 
 

@@ -103,6 +103,29 @@ def test_a_source_too_small_for_the_null_space_is_told_too(call, recipe_file: Pa
     assert not list((tmp_path / "runs").rglob("model.json"))
 
 
+ATTACKER = "dispose.sim={steps=2, batch_size=%d, lambda=0.1, unlearn={kind='simulated-attacker', steps=4}}"
+
+
+def test_a_batch_too_small_for_a_simulated_attacker_is_told_before_anything_trains(
+    call, recipe_file: Path, tmp_path: Path, monkeypatch
+):
+    """Four steps and what judges them are five parts of two images: ten, on two processes twenty."""
+    reason = "images a step are too few for simulated-attacker; steps = 4 needs"
+    small = (2, "", f"error: {recipe_file}: dispose.sim.batch_size: 8 {reason} 10 or more\n")
+    assert call("run", recipe_file, "--quiet", "--set", ATTACKER % 8) == small
+    decode(recipe_file)
+    assert call("check", recipe_file, "--set", ATTACKER % 8) == small
+    assert call("check", recipe_file, "--set", ATTACKER % 10)[0] == 0
+    monkeypatch.setattr(data_demands, "equal_parts", lambda *_: {"source": 8})  # as of a source of 8 images
+    few = f"error: {recipe_file}: data.source.fraction: 8 {reason} 10 or more\n"
+    assert call("run", recipe_file, "--quiet", "--set", ATTACKER % 64) == (2, "", few)
+    monkeypatch.setattr(data_demands, "_sharing", lambda *_: 2)
+    two = f"error: {recipe_file}: dispose.sim.batch_size: 18 {reason} 20 or more\n"
+    monkeypatch.setattr(data_demands, "equal_parts", lambda *_: {"source": 18})
+    assert call("run", recipe_file, "--quiet", "--set", ATTACKER % 18) == (2, "", two)
+    assert not list((tmp_path / "runs").rglob("model.json"))
+
+
 def test_images_that_make_no_equal_chunks_are_told_before_anything_trains(call, recipe_file: Path, tmp_path: Path):
     """Eight chunks of two need 16 images; one of every digit is ten."""
     decode(recipe_file)
