@@ -24,7 +24,7 @@ from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Dispose
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import data_demands
-from dtlctl.training.price import Price, images_for, price, price_apart
+from dtlctl.training.price import Price, images_to_tell, price, price_apart
 from dtlctl.training.resume import State
 
 PROBED = 8
@@ -215,7 +215,8 @@ class Checks:
         cost = self._price(self.disposal.student, slice(None))
         kept, more = "within" if cost.high <= self.allowed else "above", ""
         if cost.low <= self.allowed < cost.high:
-            kept, more = "not told from", f" (about {images_for(self.allowed, cost.disagreement):,} would tell)"
+            enough = images_to_tell(cost, self.allowed)
+            kept, more = "not told from", f" (about {enough:,} would tell)" if enough else ""
         elif kept == "above":
             again = f"dispose.{self.job.model}.draw = {self.job.settings.draw + 1}"
             more = f"; more epochs may cost less, and so may another draw ({again})"

@@ -74,3 +74,10 @@ def resolution(images: int, disagreement: float) -> float:
 def images_for(points: float, disagreement: float) -> int:
     """The fewest images whose `resolution` is so many points or better."""
     return math.ceil(disagreement * (100 * Z / points) ** 2)
+
+
+def images_to_tell(cost: Price, allowed: float) -> int | None:
+    """About how many images of this kind would tell such a price from an allowed one, of which it is not told; more
+    than these. None where both are the same."""
+    apart = abs(allowed - cost.points)
+    return max(cost.images + 1, math.ceil(cost.images * (cost.half_width / apart) ** 2)) if apart else None

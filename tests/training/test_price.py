@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dtlctl.training.price import Price, images_for, mean_price, price, price_apart, resolution
+from dtlctl.training.price import Price, images_for, images_to_tell, mean_price, price, price_apart, resolution
 
 
 def answers(lost: int, gained: int, both: int, neither: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -77,3 +77,22 @@ def test_how_many_images_resolve_a_price():
     for points in (0.5, 1.3, 8.8):
         enough = images_for(points, 0.2)
         assert resolution(enough, 0.2) <= points < resolution(enough - 1, 0.2)
+
+
+@pytest.mark.parametrize(("counts", "allowed", "enough"), [
+    # 100 images, 4 +- 8.981 points: 3 points away is told by 100 (8.981 / 3)^2 = 896.2; 0.5 points by 32,261.
+    ((12, 8, 60, 20), 1.0, 897), ((12, 8, 60, 20), 3.5, 32_261),
+    # Nothing changed on one image: 0 +- 92.394 points, from the width of two more; from 1 by 92.394^2 = 8,536.6.
+    ((0, 0, 1, 0), 1.0, 8_537), ((12, 8, 60, 20), 4.0, None)])  # fmt: skip
+def test_how_many_images_would_tell_a_price_from_the_allowed_one(
+    counts: tuple[int, int, int, int], allowed: float, enough: int | None
+):
+    assert images_to_tell(price(*answers(*counts)), allowed) == enough
+
+
+def test_what_has_not_told_is_not_enough():
+    """0.9 points of 2,000 images, 1 % of which changed: 0.44 would resolve 1, but not tell it from 0.9."""
+    found = price(*answers(19, 1, 1500, 480))
+    assert found.low <= 1.0 < found.high and images_for(1.0, found.disagreement) < 2000
+    enough = images_to_tell(found, 1.0)
+    assert enough is not None and enough > 20_000
