@@ -77,7 +77,7 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
         say(  # however quiet: nothing may have been disposed of
             f"{job.title}: gradient collision lowered the source loss, from {before:.2f} in TL to {after:.2f}: "
             "gradients are small in the source minimum too, and the network slides back into it; "
-            "try a larger lambda or lr"
+            f"try a larger {'price' if settings.price else 'lambda'} or lr"
         )
     experiment.results.publish(job, metrics, history, student)
 
