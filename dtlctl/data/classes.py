@@ -59,6 +59,11 @@ def show(name: str) -> str:
     return repr(name) if name.isascii() else f"{name!r} ({ascii(name)[1:-1]})"
 
 
+def quoted(names: Sequence[str], most: int) -> str:
+    """Names in quotes, as they are written; of many, the first."""
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
 def some(names: Sequence[str], most: int = 6) -> str:
     """Class names in quotes; of many, the first."""
     return ", ".join(map(show, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

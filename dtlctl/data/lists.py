@@ -5,10 +5,12 @@ import io
 import json
 import os
 import posixpath
+import unicodedata
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dtlctl.data.classes import quoted
 from dtlctl.data.dataset import Asked, unlabelled
 from dtlctl.errors import DataError
 
@@ -47,6 +49,7 @@ def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) ->
         raise DataError(f"{name}: has no rows")
     image, label = (_column(asked, name, key, columns) for key in ("image", "label"))
     files, found = set(files), {}
+    missing: list[str] = []
     kinds_of: dict[str, type] = {}
     for row in rows:
         written, value = str(row.get(image) or ""), row.get(label)
@@ -54,7 +57,8 @@ def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) ->
         starts = (posixpath.dirname(place.list), place.folder)
         file = next((p for s in starts if (p := posixpath.normpath(posixpath.join(s, inside))) in files), None)
         if file is None:
-            raise DataError(f"{name}: {written!r} is no file in {path}")
+            missing.append(written)
+            continue
         if file in found:
             raise DataError(f"{name}: {written!r} is named twice")
         if None in row:
@@ -64,7 +68,22 @@ def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) ->
         if kinds_of.setdefault(str(value), type(value)) is not type(value):
             raise DataError(f"{name}: the label {value} is there as a number and as text; write it in one way")
         found[file] = None if unlabelled(value) else str(value)
+    _refuse_missing(name, missing, files, path)
     return found
+
+
+def _refuse_missing(name: str, missing: list[str], files: Collection[str], path: str) -> None:
+    """All of them at once, so that nobody has to begin again for each; and why a file that is there is none."""
+    if not missing:
+        return
+    text = f"{name}: {missing[0]!r} is no file in {path}; add it, or remove its row"
+    text += f"; {len(missing) - 1:,} more: {quoted(missing[1:], 20)}" if missing[1:] else ""
+    there = {posixpath.basename(file) for file in files}
+    composed = {unicodedata.normalize("NFC", file) for file in there}
+    wanted = {posixpath.basename(file) for file in missing} - there
+    if any(unicodedata.normalize("NFC", file) in composed for file in wanted):
+        text += "; names there look the same but are spelt with other code points: write the list by them"
+    raise DataError(text)
 
 
 def _column(asked: Asked, name: str, key: str, known: Iterable[Any]) -> str:

@@ -252,6 +252,27 @@ def test_a_wrong_list_is_named(tmp_path, text, says):
     assert says in refused(folder(tmp_path / "d", "0.png", "1.png", **{"train.csv": text}))
 
 
+def test_all_missing_files_of_a_list_are_named_at_once(tmp_path):
+    """Who has to mend a list should not have to begin again for each."""
+    text = "file_name,label\n0.png,a\nK\u00e4fer.png,a\nno.png,b\n".encode()
+    said = refused(folder(tmp_path / "d", "0.png", **{"train.csv": text}))
+    assert said.startswith(
+        f"{tmp_path}/d/train.csv: 'K\u00e4fer.png' is no file in {tmp_path}/d; add it, or remove its row"
+    )
+    assert said.endswith("; 1 more: 'no.png'")
+    many = "".join(f"{number}.png,a\n" for number in range(30)).encode()
+    said = refused(folder(tmp_path / "many", "0.png", **{"train.csv": b"file_name,label\n" + many}))
+    assert "'1.png' is no file in " in said and said.endswith("; 28 more: " + said.partition(" more: ")[2])
+    assert said.endswith("'21.png' and 8 more")
+
+
+def test_a_listed_file_that_is_there_in_another_unicode_form_is_no_riddle(tmp_path):
+    """A Mac's archive has the umlaut as two code points, where a table has one: both print the same."""
+    text = "file_name,label\nimg/K\u00e4fer.png,a\n".encode()
+    said = refused(folder(tmp_path / "d", "img/Ka\u0308fer.png", **{"train.csv": text}))
+    assert said.endswith("; names there look the same but are spelt with other code points: write the list by them")
+
+
 def test_a_list_with_the_line_ends_of_old_macs_is_read(tmp_path):
     text = b"file_name,label\r0.png,a\r1.png,b\r"
     assert seen(load(folder(tmp_path / "d", "0.png", "1.png", **{"train.csv": text}))) == [(0, "a"), (1, "b")]

@@ -136,7 +136,10 @@ def test_all_broken_images_are_named_at_once(tmp_path):
         (tmp_path / f"d/train/{name}.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"a/0.png: the image cannot be decoded: .*\n2 more: .*b/0.png', .*b/1.png'$"):
         cache.load(Source(dataset), "train", 4)
-    (tmp_path / "d/train/b/1.png").unlink()
+    (tmp_path / "d/train/b/1.png").rename(tmp_path / "d/train/b/K\u00e4fer.png")
+    with pytest.raises(DataError, match=r"\n2 more: .*b/0.png', .*b/K\u00e4fer.png'$"):  # no code points: no class name
+        cache.load(Source(dataset), "train", 4)
+    (tmp_path / "d/train/b/K\u00e4fer.png").unlink()
     with pytest.raises(DataError, match=r"a/0.png: the image cannot be decoded: .*\n1 more: .*b/0.png'$"):
         cache.load(Source(dataset), "train", 4)
 
