@@ -71,8 +71,8 @@ def across(data: Mapping[str, tuple[Images, Images]]) -> dict[str, list[Note]]:
     for role, full in scales.items():
         others = [other for other, scale in scales.items() if max(scale, 255) != full]
         if full > 255 and others:
-            text = f"images are read by 0-{full}, as their values suggest, data.{others[0]} by 0-{scales[others[0]]}"
-            text += "; if both were made alike, convert them to 8 bits"
+            text = f"images of more than 8 bits are read by 0-{full}, as their values suggest"
+            text += f", data.{others[0]} by 0-{scales[others[0]]}; if both were made alike, convert them to 8 bits"
             found[role].append(Note("other-scale", len(others), text))
     return found
 

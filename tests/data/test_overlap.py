@@ -87,6 +87,9 @@ def test_roles_on_different_guessed_scales_are_told():
         return [(role, note.kind) for role, notes in overlap.across(data).items() for note in notes]
 
     assert scales(source=4095, target=None) == [("source", "other-scale")]
+    source = images(b"1", fingerprint="s")._replace(rule=Rule(65535)), images(b"2")
+    (note,) = overlap.across({"source": source, "target": (images(b"3", fingerprint="t"), images(b"4"))})["source"]
+    assert note.text.startswith("images of more than 8 bits are read by 0-65535,")  # its others are read by 0-255
     assert scales(source=65535, target=65535) == scales(source=1, target=None) == []
 
 
