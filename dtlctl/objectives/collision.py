@@ -53,7 +53,9 @@ def collide(
     L_gc = (|G|^2 - sum_m |g_m|^2) / (c (c-1)); its gradient is sum_m H_m (G - g_m) / C(c,2).
     Cost, in forward passes of the whole batch: 9 (a step of cross-entropy costs 3); with `recompute` 12. Memory: the
     graphs and gradients of this process's chunks; with `recompute` of one chunk, and three times the parameters.
-    Raises ValueError for fewer than two chunks: nothing collides; and for parameters that have no second derivative.
+    Raises ValueError for fewer than two chunks: nothing collides; for sharded parameters; and for attention,
+    torch.compile and SyncBatchNorm as `_ONCE` says. Of other steps that torch cannot differentiate twice, such as
+    hardsigmoid, `backward` raises torch's own RuntimeError.
     """
     pairs = pairs_of(len(chunks) * processes)
     refuse_sharded(parameters)
