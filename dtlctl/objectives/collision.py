@@ -9,7 +9,7 @@ Notation: g_m is the gradient of chunk m's mean loss, H_m its Hessian, G the sum
 *global* batch, C(c,2) = c(c-1)/2 the number of unordered pairs. `batched.py` computes the same faster for some nets.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +30,8 @@ class Collision(NamedTuple):
 
 def collide(
     loss: Callable[[Any], Tensor],
-    parameters: Sequence[Tensor],
-    chunks: Sequence[Any],
+    parameters: Iterable[Tensor],
+    chunks: Iterable[Any],
     *,
     self_pairs: bool = False,
     recompute: bool = False,
@@ -53,12 +53,15 @@ def collide(
     L_gc = (|G|^2 - sum_m |g_m|^2) / (c (c-1)); its gradient is sum_m H_m (G - g_m) / C(c,2).
     Cost, in forward passes of the whole batch: 9 (a step of cross-entropy costs 3); with `recompute` 12. Memory: the
     graphs and gradients of this process's chunks; with `recompute` of one chunk, and three times the parameters.
-    Raises ValueError for fewer than two chunks: nothing collides; for sharded parameters; and for attention,
-    torch.compile and SyncBatchNorm as `_ONCE` says. Of other steps that torch cannot differentiate twice, such as
+    Raises ValueError for fewer than two chunks: nothing collides; for no parameters, or sharded ones; and for
+    attention, torch.compile and SyncBatchNorm as `_ONCE` says. Of other steps that torch cannot differentiate twice, such as
     hardsigmoid, `backward` raises torch's own RuntimeError.
     """
+    parameters, chunks = list(parameters), list(chunks)
     pairs = pairs_of(len(chunks) * processes)
     refuse_sharded(parameters)
+    if not parameters:
+        raise ValueError("collide: there are no parameters to differentiate")
     squares = parameters[0].new_zeros(())
     if not recompute:
         grads = [gradient(loss(chunk), parameters) for chunk in chunks]

@@ -194,6 +194,18 @@ def test_fewer_than_two_chunks_are_refused(chunks):
         collide([theta.sum()] * chunks, [theta])
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_parameters_and_chunks_may_come_one_by_one(recompute):
+    """As `net.parameters()` does, and a reader of data: what is read twice is kept. None at all are refused."""
+    net, (x, y) = nn.Linear(2, 2).double(), torch.eye(2, dtype=torch.float64)
+    found = collision.collide(lambda one: net(one).square().sum(), net.parameters(), iter([x, y]), recompute=recompute)
+    value, gradient = pairwise([net(one).square().sum() for one in (x, y)], [*net.parameters()])
+    found.surrogate.backward()
+    assert_equal([found.value, *(p.grad for p in net.parameters())], [value, *gradient])
+    with pytest.raises(ValueError, match=r"^collide: there are no parameters to differentiate$"):
+        collision.collide(lambda one: net(one).sum(), iter([]), [x, y], recompute=recompute)
+
+
 @pytest.mark.parametrize("self_pairs", [False, True])
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 def test_the_same_for_any_number_of_processes(processes, self_pairs):
