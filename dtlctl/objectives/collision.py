@@ -54,8 +54,8 @@ def collide(
     Cost, in forward passes of the whole batch: 9 (a step of cross-entropy costs 3); with `recompute` 12. Memory: the
     graphs and gradients of this process's chunks; with `recompute` of one chunk, and three times the parameters.
     Raises ValueError for fewer than two chunks: nothing collides; for no parameters, or sharded ones; and for
-    attention, torch.compile and SyncBatchNorm as `_ONCE` says. Of other steps that torch cannot differentiate twice, such as
-    hardsigmoid, `backward` raises torch's own RuntimeError.
+    attention, torch.compile and SyncBatchNorm as `_ONCE` says. Of other steps that torch cannot differentiate twice,
+    such as hardsigmoid, `backward` raises torch's own RuntimeError.
     """
     parameters, chunks = list(parameters), list(chunks)
     pairs = pairs_of(len(chunks) * processes)

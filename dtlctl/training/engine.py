@@ -133,6 +133,7 @@ class Engine(Collectives):
                     self._report(state, due, model, evaluate, progress)
                     progress.advance(1, images=batch_size)
                 check_weights(model, state.step)
+                self._heed(resume, save, True)
             except Stopped:
                 save()
                 raise
@@ -201,9 +202,9 @@ class Engine(Collectives):
             while self.accelerator.trackers:
                 self.accelerator.trackers.pop().finish()
 
-    def _heed(self, resume: StateFile | None, save: Callable[[], None]) -> None:
+    def _heed(self, resume: StateFile | None, save: Callable[[], None], ends: bool = False) -> None:
         """Save when it is time, stop when a signal asks for it: all processes at the same step."""
-        code = self.agree(max(stop.pending(), resume is not None and self.is_main and resume.due()))
+        code = self.agree(max(stop.pending(), resume is not None and self.is_main and resume.due(ends)))
         if code > 1:
             raise Stopped(code)
         if code:

@@ -6,6 +6,7 @@ step i are functions of the seed and i: the step is the sampler's position too.
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ HELD_OUT = "held_out"
 """Of a row: the accuracy in % on images held out, where it decides when a training stops."""
 KEPT = ("step", "lr", "rows", "seconds")
 """Fields of State that are in the JSON part as they are."""
+
+AT_END = 30.0
+"""Seconds since the last save after which a training that ends is saved once more."""
 
 
 @dataclass
@@ -81,8 +85,9 @@ class StateFile:
         self.path, self.key, self.minutes = path, key, minutes
         self._saved = time.monotonic()
 
-    def due(self) -> bool:
-        return time.monotonic() - self._saved >= 60 * self.minutes
+    def due(self, ends: bool = False) -> bool:
+        """Whether it is time to save. ends: before what a stage still measures once its training has ended."""
+        return time.monotonic() - self._saved >= min(60 * self.minutes, AT_END if ends else math.inf)
 
     def save(self, group: Collectives, state: State, model: nn.Module, optimizer: Optimizer) -> None:
         """By all processes, written by the main one. Raises CheckpointError; the earlier state is intact."""

@@ -18,6 +18,7 @@ from dtlctl.console import stop
 from dtlctl.errors import RecipeError, Stopped
 from dtlctl.objectives import balance
 from dtlctl.recipe.loading import load
+from dtlctl.recipe.settings import Dispose
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import dispose
 from dtlctl.stages.runner import run
@@ -279,13 +280,14 @@ def test_a_tl_from_outside_is_measured_on_images_that_it_cannot_have_learned(rec
     (Price(0.0, -92.4, 92.4, 1, 0.0), "not told from the 2 allowed (about 2,135 would tell)"),
     (Price(2.0, 1.5, 2.5, 2000, 0.01), "not told from the 2 allowed"),
     (Price(1.0, 0.5, 1.5, 2000, 0.01), "within the 2 allowed"),
-    (Price(3.0, 2.5, 3.5, 2000, 0.01), "above the 2 allowed")])  # fmt: skip
+    (Price(3.0, 2.5, 3.5, 2000, 0.01), "above the 2 allowed; more epochs may cost less, and so may another draw "
+     "(dispose.gc.draw = 1)")])  # fmt: skip
 def test_whether_a_price_is_kept_is_said(cost: Price, end: str):
     """One image tells 2 points from 0 +- 92.4 where there are 46.2^2 of it: 2,134.4. No number tells 2 from 2."""
     said = list[str]()
     checks = SimpleNamespace(
         allowed=2.0, apart=False, probe_of_tl=9.0, disposal=SimpleNamespace(student=None), _probe=lambda student: 5.0,
-        _price=lambda student, few: cost, lam=lambda: 0.1, job=SimpleNamespace(title="dispose/gc"),
+        _price=lambda student, few: cost, lam=lambda: 0.1, job=SimpleNamespace(title="dispose/gc", model="gc", settings=Dispose()),
         experiment=SimpleNamespace(processes=SimpleNamespace(say=said.append)),
     )  # fmt: skip
     metrics = dispose.Checks.found(checks)  # type: ignore[arg-type]

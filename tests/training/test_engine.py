@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from accelerate.tracking import GeneralTracker
 from torch import Tensor, nn
 
+from dtlctl.console import stop
 from dtlctl.console.progress import Progress
 from dtlctl.data.tensors import Batch, Share
-from dtlctl.errors import DivergedError
+from dtlctl.errors import DivergedError, Stopped
 from dtlctl.model import networks
 from dtlctl.recipe.settings import Pretrain, Training
+from dtlctl.training import resume
 from dtlctl.training.engine import Engine, History
 from dtlctl.training.resume import State, StateFile
 
@@ -105,6 +108,36 @@ def test_a_training_goes_on_with_the_state_of_its_optimizer(name: str, tmp_path:
         trained(tmp_path / "b.safetensors", fails=True)
     assert (tmp_path / "b.safetensors").exists()
     assert torch.equal(trained(tmp_path / "b.safetensors"), whole)
+
+
+def test_a_training_that_has_ended_is_kept_for_what_is_still_measured(tmp_path: Path, monkeypatch):
+    """A signal in its last row's measuring stops it with all steps saved; so does a stage that goes on for long."""
+    steps: list[int] = []
+
+    def train(file: Path, signum: int = 0) -> Path:
+        def evaluate(step: int) -> dict[str, float]:
+            if step == 3:
+                monkeypatch.setattr(stop, "pending", lambda: signum)
+            return {}
+
+        def objective(step: int):
+            steps.append(step)
+            return model.weight.sum(), {"loss": torch.ones(())}
+
+        model, bar = nn.Linear(1, 1), Progress("", 3, enabled=False)
+        Engine().train(model, objective, Pretrain(steps=3), 3, 2, bar, evaluate, resume=StateFile(file, "key"))
+        return file
+
+    with pytest.raises(Stopped):
+        train(tmp_path / "signal", signal.SIGTERM)
+    monkeypatch.setattr(stop, "pending", lambda: 0)
+    assert not train(tmp_path / "short").exists()  # done again sooner than said
+    monkeypatch.setattr(resume, "AT_END", 0)
+    train(tmp_path / "long")
+    assert steps == 3 * [0, 1, 2]
+    for name in ("signal", "long"):
+        train(tmp_path / name)
+    assert steps == 3 * [0, 1, 2]
 
 
 class Heard(GeneralTracker):
