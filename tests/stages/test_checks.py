@@ -287,7 +287,8 @@ def test_whether_a_price_is_kept_is_said(cost: Price, end: str):
     said = list[str]()
     checks = SimpleNamespace(
         allowed=2.0, apart=False, probe_of_tl=9.0, disposal=SimpleNamespace(student=None), _probe=lambda student: 5.0,
-        _price=lambda student, few: cost, lam=lambda: 0.1, job=SimpleNamespace(title="dispose/gc", model="gc", settings=Dispose()),
+        _price=lambda student, few: cost, lam=lambda: 0.1,
+        job=SimpleNamespace(title="dispose/gc", model="gc", settings=Dispose()),
         experiment=SimpleNamespace(processes=SimpleNamespace(say=said.append)),
     )  # fmt: skip
     metrics = dispose.Checks.found(checks)  # type: ignore[arg-type]
