@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 START = 1.0
 """The first ratio: both terms weigh the same."""
 CHECKS, APART = 40, 10
-"""How often a run looks at its price and gradients, and how many steps lie between at least: a look costs a few."""
+"""How often a run looks at its price and gradients, and how many steps lie between at least: a look costs a few.
+It looks at each report of the history too."""
 LATE, ON_ALL = 0.8, 0.7
 """Shares of the steps after which the price should be the allowed one, and is measured on all images."""
 AVERAGED = 0.05
