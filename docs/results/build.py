@@ -38,6 +38,7 @@ LABELS = {
     "TGT-2500": "never saw the source, 2,500 images", "pre": "pre-trained", "gc": "gradient collision",
     "rand": "random labels", "unif": "uniform answers", "neg": "negative CE", "null": "null-space",
     "null-3": "null-space, three passes", "rand-3": "random labels, three passes",
+    "null-new": "null-space in a new network, three passes",
     "photos": "5,000 target images",
     "control": "no unlearning loss", "distilled": "new network, distilled", "fresh": "fresh stages alone",
     "distilled-t4": "new network, distilled at T = 4", "rand-t4": "random labels at T = 4",
@@ -153,11 +154,15 @@ class Data:
         return self.pl(who.partition("/")[0] + "/TL", dataset, attacker) - self.pl(who, dataset, attacker)
 
     def share(self, who: str, dataset: str, zero: str = "scratch") -> str:
-        """Of what TL gives a tuned attacker beyond a new network, or another `zero`, in %, with its interval."""
+        """In %, with its interval, of what TL gives a tuned attacker beyond a new network.
+
+        Or beyond another `zero`: a model of the same study, or WHO.
+        """
         from dtlctl.report.intervals import Number, share
 
         study = who.partition("/")[0]
-        three = (self.pl(one, dataset) for one in (who, f"{study}/{zero}", f"{study}/TL"))
+        zero = zero if "/" in zero else f"{study}/{zero}"
+        three = (self.pl(one, dataset) for one in (who, zero, f"{study}/TL"))
         found = share(*(Number([one[seed] for seed in sorted(one)]) for one in three))
         return "{value:.0f} [{low:.0f}, {high:.0f}]".format(**{key: 100 * value for key, value in found.items()})
 

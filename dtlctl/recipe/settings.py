@@ -125,8 +125,8 @@ class Dispose(Training):
     repair: float = Field(0.0, ge=0, lt=1)
     """The last share of the steps trains on the retaining loss alone."""
     settle: int | None = Field(None, ge=2, le=40)
-    """End early: where at so many checks in a row neither price nor probe moved by more than a point (some 40 a run, and
-    its eight reports). With a price to find λ for, after 70 % of the steps. The probe looks at test images of the
+    """End early: where at so many checks in a row neither price nor probe moved by more than a point (some 40 a run,
+    and its eight reports). With a price to find λ for, after 70 % of the steps. The probe looks at test images of the
     source, and without a `price` the price so far at those of the target: report that the run saw them."""
     init: Literal["TL", "fresh"] = "fresh"
     """Where it starts: from a new network (`fresh`), or from `TL`, which is the default beside `fresh_stages`."""
