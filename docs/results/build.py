@@ -37,9 +37,8 @@ LABELS = {
     "scratch": "new network", "TGT": "target alone", "TGT-500": "never saw the source, 500 images",
     "TGT-2500": "never saw the source, 2,500 images", "pre": "pre-trained", "gc": "gradient collision",
     "rand": "random labels", "unif": "uniform answers", "neg": "negative CE", "null": "null-space",
-    "null-3": "null-space, three passes", "rand-3": "random labels, three passes",
-    "null-new": "null-space in a new network, three passes",
-    "photos": "5,000 target images",
+    "null-3": "null-space, three passes",
+    "null-new": "null-space, new network, three passes",
     "control": "no unlearning loss", "distilled": "new network, distilled", "fresh": "fresh stages alone",
     "distilled-t4": "new network, distilled at T = 4", "rand-t4": "random labels at T = 4",
     "null-t4": "null-space at T = 4", "null-fresh": "null-space, fresh stages",
@@ -58,7 +57,8 @@ GREY, BLUE, GREEN = "#555b63", "#0072b2", "#00805a"
 POINTS = {
     "stages/TL": ("TL, published as it is", GREY, (24.0, 3.4)),
     "stages/rand": ("random labels,\nfresh stages", BLUE, (23.0, -6.0)),
-    "stages/null-3": ("null-space,\nthree passes", GREEN, (16.5, 4.6)),
+    "stages/null-3": ("null-space,\nfresh stages", GREEN, (16.5, 4.6)),
+    "anew/null-new": ("null-space,\nnew network", GREEN, (12.0, 4.6)),
     "stages/TGT": ("target alone, without transfer learning", GREY, (15.0, -13.0)),
 }
 """In the first figure: label, colour, and the place of the label."""
