@@ -23,7 +23,7 @@ from PIL import Image
 
 from dtlctl.console.machine import cores
 from dtlctl.data import entry as entries
-from dtlctl.data.classes import quoted, show
+from dtlctl.data.classes import show, some
 from dtlctl.data.dataset import Rows, Split
 from dtlctl.data.entry import Entry, Images, Wanted
 from dtlctl.data.pixels import Depth, Rule, decide, decode, hashed
@@ -189,7 +189,7 @@ def _decode(
                     progress(min(number * size, len(rows)), len(rows))
         if failed:  # all of them at once, so that nobody has to begin again for each
             others = [str(error).partition(": the image ")[0] for error in failed[1:]]
-            raise DataError(f"{failed[0]}" + (f"\n{len(others)} more: {quoted(others, 20)}" if others else ""))
+            raise DataError(f"{failed[0]}" + (f"\n{len(others)} more: {some(others, 20, repr)}" if others else ""))
 
     entry.write(decoded(entry.missing(wanted), entry.rule))
     if entry.rule is None:

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,14 +59,9 @@ def show(name: str) -> str:
     return repr(name) if name.isascii() else f"{name!r} ({ascii(name)[1:-1]})"
 
 
-def quoted(names: Sequence[str], most: int) -> str:
-    """Names in quotes, as they are written; of many, the first."""
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
-def some(names: Sequence[str], most: int = 6) -> str:
-    """Class names in quotes; of many, the first."""
-    return ", ".join(map(show, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+def some(names: Sequence[str], most: int = 6, quoted: Callable[[str], str] = show) -> str:
+    """Names in quotes, of classes with their code points; of many, the first."""
+    return ", ".join(map(quoted, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _skeleton(name: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtlctl.data.classes import quoted
+from dtlctl.data.classes import some
 from dtlctl.data.dataset import Asked, unlabelled
 from dtlctl.errors import DataError
 
@@ -77,7 +77,7 @@ def _refuse_missing(name: str, missing: list[str], files: Collection[str], path:
     if not missing:
         return
     text = f"{name}: {missing[0]!r} is no file in {path}; add it, or remove its row"
-    text += f"; {len(missing) - 1:,} more: {quoted(missing[1:], 20)}" if missing[1:] else ""
+    text += f"; {len(missing) - 1:,} more: {some(missing[1:], 20, repr)}" if missing[1:] else ""
     there = {posixpath.basename(file) for file in files}
     composed = {unicodedata.normalize("NFC", file) for file in there}
     wanted = {posixpath.basename(file) for file in missing} - there
