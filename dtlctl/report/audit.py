@@ -97,7 +97,7 @@ def conclusion(audits: Sequence[Audit]) -> str:
     """One sentence: how well the strongest attack on each model tells the source's training images from others."""
     found: dict[str, list[Row]] = {}
     for one in audits:
-        modes = [mode for mode in MODES if mode != "as-is" or one.metrics["source_head"] == "trained"]
+        modes = ["as-is", "reprobe"] if one.metrics["source_head"] == "trained" else ["reprobe"]
         attacks = [attack for mode in modes for attack in _results(one.metrics, mode).values()]
         found.setdefault(one.model, []).extend(attack for attack in attacks if "auc_low" in attack)
     best = [(model, max(attacks, key=lambda attack: attack["auc"])) for model, attacks in found.items() if attacks]

@@ -9,7 +9,7 @@ from typing import Any
 from dtlctl.errors import CheckpointError, RecipeError, suggest
 from dtlctl.model.networks import DEPTHS, TIMM, precision, timm_options
 from dtlctl.recipe.settings import Publish
-from dtlctl.report import tables, templates, verdict
+from dtlctl.report import audit, tables, templates, verdict
 from dtlctl.report.results import recipe_of, results_of
 from dtlctl.report.summary import summarise
 from dtlctl.run import export
@@ -37,7 +37,10 @@ def evidence(experiment: Experiment) -> dict[str, Any]:
 
 
 def known(experiment: Experiment, model: str | None, document: dict[str, Any] | None = None) -> str:
-    """The model that is meant: without a name the one that the verdict recommends. Raises RecipeError for any other."""
+    """The model that is meant: without a name the one that the verdict recommends.
+
+    Raises RecipeError for any other, and CheckpointError for one that is not up to date.
+    """
     names = [job.model for job in experiment.jobs if job.stage in ("finetune", "dispose")]
     model = model or (document["verdict"]["recommended"] if document else None)
     if model is None:
@@ -46,6 +49,7 @@ def known(experiment: Experiment, model: str | None, document: dict[str, Any] | 
     if model not in names:
         valid = suggest(model, names)
         raise RecipeError(f"--model {model}: {experiment.source} has no such model with a target head{valid}")
+    experiment.results.require(model)
     return model
 
 
@@ -75,7 +79,9 @@ def verify(path: Path, experiment: Experiment | None = None) -> dict[str, Any]:
         said, measured = card.to_dict()["dtlctl"], float(card.eval_results[0].metric_value)
         config = json.loads((path / CONFIG).read_bytes())
         told = [(CARD, WEIGHTS, said["weights"]), (CARD, CONFIG, said["config"])]
-        told += [(CONFIG, name, config[key]) for name, key in SAID.items() if key in config]
+        told += [(CONFIG, WEIGHTS, config[SAID[WEIGHTS]])]
+        if (path / ONNX).exists() or SAID[ONNX] in config:
+            told += [(CONFIG, ONNX, config.get(SAID[ONNX], "no such file"))]
         hashes = {name: _hash((path / name).read_bytes()) for _, name, _ in told}
     except Exception as error:  # a stranger's YAML and JSON may end in any
         raise CheckpointError(f"{path}: not a folder that dtlctl exported ({' '.join(str(error).split())})") from None
@@ -125,7 +131,7 @@ def _card(experiment: Experiment, model: str, document: Any, config: dict[str, A
         config=config,
         sentences=[*_sentences(document, model, recipe.publish or Publish()), *_moved(experiment)],
         table=tables.render([_table(evidence, model)]).strip(),
-        audit=next((row.get("audit_auc") for row in document["rows"] if row["model"] == model), None),
+        audited=audit.conclusion([one for one in audit.read([experiment.folder]) if one.model == model]),
         attackers=templates.said("who", document["recipe"]["piggyback"]) if own["attacks"] else "",
         code=_code(config),
         lineage=_lineage(experiment, model, hashes),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from dtlctl.report.results import Row
@@ -42,7 +43,7 @@ ALONG = {
 Drawing = tuple[Figure, str]
 """A figure and its caption."""
 Curves = dict[str, list[list[float]]]
-"""Points [x, y] by model, or [x, y, half width of y, half width of x]."""
+"""Points [x, y] by model, or [x, y, low and high end of x, and of y]."""
 
 
 def of_table(table: dict[str, Any]) -> dict[str, Drawing]:
@@ -56,8 +57,8 @@ def of_table(table: dict[str, Any]) -> dict[str, Drawing]:
         for model, own in [(m, o) for m, o in table["evidence"].items() if "acc_t" in o and name in o["attacks"]]:
             both = own["attacks"][name]["accuracy"], own["accuracy"]
             known = all(one["low"] is not None for one in both)
-            halves = [(one["high"] - one["low"]) / 2 for one in reversed(both)] if known else []
-            points[model] = [[*(one["value"] for one in both), *halves]]
+            ends = [one[end] for one in both for end in ("low", "high")] if known else []
+            points[model] = [[*(one["value"] for one in both), *ends]]
             who = "the strongest attacker" if own["attacks"][name]["tuned"] else who
         if len(points) > 1:
             caption = f"What the owner keeps over what {who} gets, as in Fig. 6 of the paper"
@@ -86,10 +87,7 @@ def of_curves(name: str, kind: str, curves: Curves, stars: dict[str, list[float]
 
 
 def save(figures: dict[str, Drawing], folder: Path) -> list[dict[str, str]]:
-    """Write NAME.png and NAME.svg of every figure, and leave none of an earlier report; returns what a page shows."""
-    for path in [path for name in NAMES for form in ("svg", "png") for path in folder.glob(f"{name}.{form}")]:
-        if path.stem not in figures:
-            path.unlink()
+    """Write NAME.png and NAME.svg of every figure; returns what a page shows."""
     drawn = []
     for name, (figure, caption) in figures.items():
         with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
@@ -142,14 +140,15 @@ def _lines(
     curves: Curves, colours: dict[str, str], x: str, y: str, title: str, *,
     stars: dict[str, list[float]] | None = None, log: bool = False,
 ) -> Figure:  # fmt: skip
-    """A line, or a dot, for every model, with error bars if its points have half widths; a star is a single point."""
+    """A line, or a dot, for every model, with error bars if its points have intervals; a star is a single point."""
     figure = Figure(figsize=(4.6, 3.2))
     axes = figure.subplots()
     look: dict[str, Any] = {"fmt": "o-", "markersize": 4, "linewidth": 1.2, "elinewidth": 0.7, "capsize": 2}
     for model, points in curves.items():
         if points:
-            places: dict[str, Any] = dict(zip(("x", "y", "yerr", "xerr"), zip(*points, strict=True), strict=False))
-            axes.errorbar(**places, color=colours[model], label=model, **look)
+            line = np.array(points).T
+            errors = np.abs(line[2:].reshape(2, -1, len(points)) - line[:2, None]) if len(line) > 2 else (None, None)
+            axes.errorbar(*line[:2], *reversed(errors), color=colours[model], label=model, **look)
     for model, point in (stars or {}).items():
         axes.plot(*point, "*", color=colours[model], label=model, markersize=10)
     measured = sorted({point[0] for points in curves.values() for point in points})

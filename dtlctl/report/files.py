@@ -43,6 +43,11 @@ def publish(
     page = {"verdict": [], "evidence": {}, "audited": "", "audits": [], **page}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "table.json").exists():  # elsewhere, a file of such a name is somebody's own
+            drawings_there = [f"{name}.{form}" for name in figures.NAMES for form in ("svg", "png")]
+            for name in ("table.json", "audit.md", "verdict.json", *drawings_there):
+                for path in folder.glob(name):
+                    path.unlink()
         drawn = figures.save(drawings, folder)
         texts = {
             "report.html": templates.render("page.html.j2", **page, command=command, figures=drawn),
@@ -54,8 +59,6 @@ def publish(
         for name, text in texts.items():
             if text:
                 checkpoint.write(folder / name, text.encode())
-            else:
-                (folder / name).unlink(missing_ok=True)  # of an earlier report
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
 

@@ -113,7 +113,7 @@ def draw(document: dict[str, Any]) -> dict[str, Drawing]:
                 single = [m for m in ("TGT", "TL", *found[0]["table"]["recipe"]["dispose"]) if m not in on_curves]
                 stars = {m: place for m in single if (place := _place(rows[0].get(m, {}), name, kind))}
                 drawn[f"curve-{name}"] = figures.of_curves(name, kind, curves, stars)
-        elif len(keys) == 1 and all(isinstance(point["values"][keys[0]], int | float) for point in found):
+        elif len(keys) == 1 and all(type(point["values"][keys[0]]) in (int, float) for point in found):
             if keys[0].startswith("data.piggyback.") and names_in(keys[0])[2] != name:
                 continue
             at = [(point["values"][keys[0]], row) for point, row in zip(found, rows, strict=True)]

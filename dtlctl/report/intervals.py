@@ -84,6 +84,8 @@ def share(own: Number, scratch: Number, tl: Number) -> Figure | None:
     whole = above(tl, scratch).figure()
     if whole["low"] is None or whole["low"] <= 0:
         return None
+    if own is tl:  # it errs as it does itself
+        return {"value": 1.0, "low": 1.0, "high": 1.0}
     gain = tl.value - scratch.value
     ratio, halves = (own.value - scratch.value) / gain, []
     if own.images and scratch.images and tl.images:

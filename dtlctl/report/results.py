@@ -107,7 +107,9 @@ def _attack(job: Job[Any], sidecar: Row) -> Row:
     if not all(0 <= percent <= 100 for percent in found.values()):
         raise ValueError("an accuracy is a share of images")
     found["diverged"] = metrics.get("chosen") == []
-    found["judged"] = {kind: images // 2 if half and kind != "piggyback" else images for kind in ATTACKS if images}
+    # With nobody chosen, the one setting stands for the tuned ones.
+    judges = metrics.get("judges", images // 2 if images and half else images) if chosen else images
+    found["judged"] = {kind: images if kind == "piggyback" else judges for kind in ATTACKS}
     found["repeats"] = [one["acc_pl"] for one in chosen if "acc_pl" in one]
     found["curves"] = [[look["step"], look["acc_pl"]] for look in sidecar["history"] if "acc_pl" in look]
     if chosen:

@@ -64,10 +64,9 @@ def _rows(by_seed: Models) -> list[Row]:
     for model, own in by_seed.items():
         row = _average(model, numbers[model])
         for kind, together in OVER_SEEDS.items():
-            if kind in own[0]:
-                sets = [name for name in own[0][kind] if name in row["piggyback"]]
-                found = {name: [one[kind][name] for one in own if name in one.get(kind, {})] for name in sets}
-                row[kind] = {name: together(of) for name, of in found.items()}
+            found = {name: [one[kind][name] for one in own if name in one.get(kind, {})] for name in row["piggyback"]}
+            if any(found.values()):
+                row[kind] = {name: together(of) for name, of in found.items() if of}
         for other in [name for name in ("TGT", "TL") if name in by_seed]:
             row[f"vs_{other}"] = _average(model, _less(numbers[model], numbers[other]))
         rows.append(row)
@@ -121,10 +120,14 @@ def caveats(models: Models, tables: Sequence[Mapping[str, Row]], seeds: Sequence
         for seed, *three in zip(seeds, rows, models["scratch"], models["TL"], strict=True):
             found += [f"{model} on {text}" for text in _failures(seed, *three)]
     found += [*_diverged(models), *_misled(models.get("TL", []))]
+    there = {model: [model in table for table in tables] for model in dict.fromkeys(chain(*tables))}
+    for model, rows in models.items():
+        names = dict.fromkeys(chain(*(row["piggyback"] for row in rows)))
+        there |= {f"{model} on {name}": [name in row["piggyback"] for row in rows] for name in names}
     lacking = []
-    for model in dict.fromkeys(model for table in tables for model in table if model not in models):
-        at = [str(seed) for seed, table in zip(seeds, tables, strict=True) if model not in table]
-        lacking.append(f"{model} (seed{'s' * (len(at) > 1)} {', '.join(at)})")
+    for what, by_seed in there.items():
+        if at := [str(seed) for seed, known in zip(seeds, by_seed, strict=True) if not known]:
+            lacking.append(f"{what} (seed{'s' * (len(at) > 1)} {', '.join(at)})")
     return [*found, f"Left out, because a seed lacks it: {', '.join(lacking)}."] if lacking else found
 
 

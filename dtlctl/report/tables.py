@@ -150,8 +150,9 @@ def cell(row: Row, name: str, dataset: str | None = None, *, form: str = ".1f") 
 def _grid(table: Table) -> str:
     if not table.columns:
         return ""
-    first, *others = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
+    columns, *lines = [[cell.replace("|", "\\|") for cell in line] for line in (table.columns, *table.rows)]
+    first, *others = [max(map(len, cells)) for cells in zip(columns, *lines, strict=True)]
     rule = [f":{'-' * (first + 1)}", *(f"{'-' * (width + 1)}:" for width in others)]
-    lines = [[cell.ljust(first), *map(str.rjust, cells, others)] for cell, *cells in (table.columns, *table.rows)]
-    head, *rows = [f"| {' | '.join(line)} |" for line in lines]
+    aligned = [[cell.ljust(first), *map(str.rjust, cells, others)] for cell, *cells in (columns, *lines)]
+    head, *rows = [f"| {' | '.join(line)} |" for line in aligned]
     return "\n".join([head, f"|{'|'.join(rule)}|", *rows])

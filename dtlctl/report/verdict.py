@@ -118,7 +118,7 @@ def _against(found: dict[str, Evidence], model: str, limits: Publish) -> list[st
     why += [] if leaks else ["no attack shows anything to dispose of"]
     for name in leaks:
         if name not in own["attacks"]:
-            why.append(f"never attacked on {name}")
+            why.append(f"not attacked on {name}")
         elif (high := own["attacks"][name]["above"]["TL"]["high"]) is None or high >= 0:
             why.append(f"attackers of {name} are not shown to get less than from TL")
         elif limits.recovered is not None and own["attacks"][name]["recovered"]["value"] > limits.recovered:
@@ -194,7 +194,8 @@ def _caveats(document: dict[str, Any]) -> list[str]:
     saw = [model for model, one in found.items() if model not in NEVER_SAW_THE_SOURCE and "acc_t" in one]
     lacks = {model: [name for name in names if name not in found[model]["attacks"]] for model in saw}
     if never := [f"{model} on {', '.join(some)}" for model, some in lacks.items() if some]:
-        caveats.append(f"Never attacked, so nothing is known of what they give away: {'; '.join(never)}.")
+        attacked = "Never attacked" if len(document["seeds"]) == 1 else "Not attacked with every seed"
+        caveats.append(f"{attacked}, so nothing is known of what they give away: {'; '.join(never)}.")
     if older := ", ".join(document["older"]):
         caveats.append(
             f"Left out, as older than the recipe or the model that it is about: {older}. dtlctl run RECIPE renews it."

@@ -82,6 +82,7 @@ def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: fl
         "acc_pl_worst": mean(final.acc_pl or 0.0 for final in chosen) if chosen else single,
         "acc_pl_median": median([accuracy for row in accuracies for accuracy in row] or [single]),
         "acc_pl_max": mean(max([single, *row]) for row in accuracies) if accuracies else single,
+        "judges": len(repetition.judges),
         "chosen": [final.document(final=True) for final in chosen],
         "attackers": [final.document(final=True) for again in finals for final in again],
         "trials": [trial.document() for trial in trials],

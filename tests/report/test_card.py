@@ -123,6 +123,9 @@ def test_without_a_name_it_is_what_the_verdict_recommends(experiment: Experiment
     shutil.rmtree(experiment.folder / "piggyback/scratch")
     code, _, err = call("export", experiment.source, "--to", "release")
     assert code == 2 and "--model" in err and "TGT, TL, gc, rand" in err and err.count("\n") == 1
+    shutil.rmtree(experiment.folder / "dispose/rand")  # the evidence lacks it, and no limit is missed
+    code, _, err = call("export", experiment.source, "--model", "rand", "--to", "release", "--set", "publish.price=2")
+    assert code == 4 and "rand has not been made yet; run: dtlctl dispose" in err
     document = {"verdict": {"recommended": "TL", "sentences": []}}
     assert card.known(experiment, None, document) == "TL"
 
@@ -150,6 +153,22 @@ def test_verify_finds_what_was_changed(
     file.write_bytes(file.read_bytes().replace(old, new, 1))
     with pytest.raises(CheckpointError, match=words):
         card.verify(tmp_path / "release", experiment)
+
+
+def test_verify_refuses_a_network_that_the_card_does_not_know(experiment: Experiment, tmp_path: Path):
+    export.publish(card.folder(experiment, "TL", summarise([experiment.folder])), tmp_path / "release")
+    (tmp_path / "release/model.onnx").write_bytes(b"another")
+    with pytest.raises(CheckpointError, match=r"model\.onnx: not the file of this card"):
+        card.verify(tmp_path / "release")
+
+
+def test_a_card_has_the_audit_also_where_it_is_of_a_head_fitted_anew(experiment: Experiment):
+    path = experiment.folder / "audit/gc.json"
+    sidecar = json.loads(path.read_text())
+    sidecar["metrics"] |= {"source_head": "never trained", "reprobe": {"loss": sidecar["metrics"]["loss"]}}
+    path.write_text(json.dumps(sidecar))
+    text = card.folder(experiment, "gc", summarise([experiment.folder]))["README.md"].decode()
+    assert "strongest membership attack has an AUC of" in text and "no audit of this model" not in text
 
 
 def test_verify_without_a_folder_is_told(call):

@@ -167,7 +167,7 @@ def test_a_sweep_says_on_which_images_the_tuned_attackers_chose(tmp_path: Path):
 
 def test_files_of_an_earlier_report_are_not_left_beside_a_sweep(tmp_path: Path):
     """Neither the audits of a sweep over seeds nor figures of other keys; what no report draws is not ours."""
-    for name in ("audit.md", "roc.svg", "roc.png", "curve-letters.svg", "sweep-greek.png", "mine.png"):
+    for name in ("table.json", "audit.md", "roc.svg", "roc.png", "curve-letters.svg", "sweep-greek.png", "mine.png"):
         (tmp_path / name).write_text("earlier")
     found = [point({"a": a}, 0.1, {"acc_t": 1.0, "piggyback": {"letters": float(a)}}) for a in (1, 2)]
     grids.write({"points": found, "over": {"a": ["1", "2"]}}, tmp_path, "dtlctl sweep", "name", [])

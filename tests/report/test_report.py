@@ -115,7 +115,7 @@ def test_every_cell_is_what_its_sidecar_says(recipe_file: Path):
     """One seed, another number in every sidecar; differences, and the share of the stronger attacker on gc, by hand:
 
     (54.7 - 9.1) / (74.1 - 9.1); of 1,000 images Wilson's half widths are 3.08, 1.79 and 2.72, and so that of the share
-    sqrt(3.08² + (0.298 · 1.79)² + (0.702 · 2.72)²) / 65 = 5.6 %; of TL's sqrt(2 · 2.72²) / 65 = 5.9 %.
+    sqrt(3.08² + (0.298 · 1.79)² + (0.702 · 2.72)²) / 65 = 5.6 %. TL's own share is 1, whatever its attacker gets.
 
     The page has the same cells as the Markdown.
     """
@@ -153,7 +153,7 @@ def test_every_cell_is_what_its_sidecar_says(recipe_file: Path):
             ["scratch", "2.4", "9.1", "10.0", "–", "–"],
             ["TGT", "–", "–", "–", "–", "–"],
             ["pre", "–", "–", "–", "–", "–"],
-            ["TL", "71.9", "74.1", "75.0", "100% [94%, 106%]", "–"],
+            ["TL", "71.9", "74.1", "75.0", "100% [100%, 100%]", "–"],
             ["gc", "54.7", "41.6", "61.2", "70% [65%, 76%]", "–"],
             ["rand", "–", "–", "–", "–", "–"],
         ],
@@ -173,6 +173,9 @@ def test_a_table_is_shown_as_text_whatever_is_in_it():
     """Nothing in a cell, a sentence or a name becomes markup of the page."""
     evil = "<i>&|x"
     found = tables.Table(evil, [evil, "n"], [[evil, "1"]], evil)
+    assert tables.render([found]).splitlines()[2:] == [
+        "| <i>&\\|x | n |", "|:--------|--:|", "| <i>&\\|x | 1 |"
+    ]  # fmt: skip
     number = {"value": 1.0, "low": None, "high": None}
     attack = {"accuracy": number, "recovered": number}
     model = {"acc_t": 1.0, "accuracy": number, "price": number, "attacks": {evil: attack}}
@@ -304,6 +307,14 @@ def test_a_model_that_one_run_lacks_is_named(recipe_file: Path):
     assert summary.summarise(runs[:1])["caveats"] == []
 
 
+def test_an_attack_that_one_seed_lacks_is_left_out_and_not_called_never_made(recipe_file: Path):
+    runs = [fake_run(recipe_file, name, seed, 70.0) for seed, name in enumerate("ab")]
+    (runs[1] / "piggyback/gc/again.json").unlink()
+    table = summary.summarise(runs)
+    assert table["caveats"] == ["Left out, because a seed lacks it: gc on again (seed 1)."]
+    assert "Never attacked" not in " ".join(table["verdict"]["sentences"])
+
+
 def test_a_seed_counts_once(recipe_file: Path, call):
     """The run itself again, or a run of another name with its seed: its interval of ± 0.0 would be no interval."""
     runs = [fake_run(recipe_file, name, seed, 70.0) for name, seed in (("a", 0), ("b", 1), ("again", 0))]
@@ -382,6 +393,8 @@ def test_an_audit_is_folded_away_under_one_sentence_with_its_interval():
     said = audit.conclusion([audit.Audit("", "TL", strong), audit.Audit("", "gc", weak)])
     assert "0.700 [0.500, 0.750] on TL" in said and "0.550 [0.500, 0.750] on gc" in said
     assert audit.conclusion([]) == ""
+    target = {**AUDIT, "target": {"loss": {**row, "auc": 0.9}}}
+    assert audit.conclusion([audit.Audit("", "TL", target)]) == ""  # it is not about the source's images
 
 
 SEEDS = ([40.0, 30.0, 35.0], [10.0, 10.0, 10.0], [70.0, 80.0, 90.0])
@@ -561,9 +574,12 @@ def test_the_page_renders_light_and_dark_and_fits_a_telephone(recipe_file: Path)
 
 
 def test_files_are_written(recipe_file: Path, call):
+    """What else lies in a folder that held no report stays, whatever it is called."""
     folder = fake_run(recipe_file, "one", 0, 70.0)
+    (own := recipe_file.parent / "out" / "curve-mine.png").parent.mkdir()
+    own.write_text("mine")
     code, out, err = call("report", folder, "--to", "out", "--json")
-    assert code == 0, err
+    assert code == 0 and own.read_text() == "mine", err
     assert json.loads(out) == json.loads((recipe_file.parent / "out" / "table.json").read_text())
     assert (recipe_file.parent / "out" / "piggyback.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (recipe_file.parent / "out" / "piggyback.svg").read_text()
@@ -640,12 +656,12 @@ def test_a_figure_says_who_chose_and_whose_its_numbers_are(recipe_file: Path, ch
 
 
 def test_the_trade_off_has_the_intervals_of_its_images(recipe_file: Path):
-    """TL keeps 70, in 60 to 80, and 50 of 1,000 images of attack: Wilson's 3.09 to either side; gc's Acc_t has none."""
+    """TL keeps 78, in 60 to 80, and 50 of 1,000 images of attack: Wilson's 3.09 to either side; gc's Acc_t has none."""
     run = fake_run(recipe_file, "bars", 0, 70.0, *TUNED)
     for model in ("scratch", "TL", "gc"):
         attack(run, model, 40.0, 50.0)
     table = summary.summarise([run])
-    table["evidence"]["TL"]["accuracy"] = {"value": 70.0, "low": 60.0, "high": 80.0}
+    table["evidence"]["TL"]["accuracy"] = {"value": 78.0, "low": 60.0, "high": 80.0}
     tl, gc = figures.of_table(table)["tradeoff-again"][0].axes[0].containers
     assert (tl.get_label(), tl.has_xerr, tl.has_yerr, gc.has_xerr) == ("TL", True, True, False)
     across, up = (line.get_segments()[0] for line in tl.lines[2])
@@ -668,9 +684,10 @@ def test_a_model_on_which_all_tuned_attackers_diverged_is_named(recipe_file: Pat
         for model, accuracies in (("scratch", (5.0, 10.0)), ("TL", (60.0, 70.0)), ("gc", (5.0, 5.0))):
             attack(run, model, *accuracies)
     assert summary.summarise(runs)["caveats"] == []
-    put(runs[1] / "piggyback/gc/again.json", chosen=[])
+    put(runs[0] / "piggyback/gc/again.json", chosen=[])
     (sentence,) = summary.summarise(runs)["caveats"]
     assert sentence.startswith("gc on again: all tuned attackers diverged, and the one setting stands for them.")
+    assert rows(summary.summarise(runs))["gc"]["tuned_by"] == {"again": ["full"]}  # in the other seed
 
 
 @pytest.mark.parametrize(
@@ -734,6 +751,16 @@ def test_the_table_says_which_images_chose(recipe_file: Path):
         shown = templates.said("who", table["recipe"]["piggyback"])
         assert ("the test split picks nothing" in shown) is (choose_on == "own")
         assert ("the other half judges it" in shown) is (choose_on == "test")
+
+
+@pytest.mark.parametrize(("chosen", "judges"), [([{"kind": "full", "val": 1.0}], 417), ([], 1000)])
+def test_the_interval_of_a_tuned_attacker_is_that_of_the_images_that_judge_him(recipe_file: Path, chosen, judges):
+    """Half of the smallest class of each chooses: the rest is not half. Where nobody was chosen, all images judge."""
+    run = fake_run(recipe_file, "judges", 0, 70.0, *TUNED, 'piggyback.choose_on="test"')
+    for model in ("scratch", "TL", "gc"):
+        attack(run, model, 20.0, 30.0)
+        put(run / f"piggyback/{model}/again.json", judges=417, chosen=chosen)
+    assert summary.summarise([run])["evidence"]["TL"]["attacks"]["again"]["images"] == judges
 
 
 def test_strength_against_budget_by_hand(recipe_file: Path):

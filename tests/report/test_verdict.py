@@ -186,7 +186,7 @@ def test_weak_missing_and_old_evidence_is_named():
     found = judged(models(tuned=False, rand=(69.5, None)), older=("piggyback/rand/letters",))
     said = " ".join(found.caveats)
     assert "none tuned: letters" in said and "rand on letters" in said and "piggyback/rand/letters" in said
-    assert found.models["rand"]["reasons"] == ["never attacked on letters"]
+    assert found.models["rand"]["reasons"] == ["not attacked on letters"]
     assert "none tuned" not in " ".join(judged(models()).caveats)
     for steps, told in ((30, True), (150, False)):
         recipe = {"piggyback": {"steps": 150, "attackers": [{"kind": "probe"}, {"kind": "full", "steps": steps}]}}
