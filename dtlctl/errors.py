@@ -30,6 +30,21 @@ def one_line(text: object, longest: int = 300) -> str:
     return line if len(line) <= longest else line[:longest] + "..."
 
 
+def counted(count: int, what: str) -> str:
+    """As in `1 image` and `2,000 images`."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def first_of(mistakes: Iterable[tuple[str, str]]) -> str:
+    """(place, reason) of the first mistake, and in a second line some of the others, each place once."""
+    reasons: dict[str, str] = {}
+    for place, reason in mistakes:
+        reasons.setdefault(place, reason)
+    first, *others = [f"{place}{': ' * bool(place)}{one_line(reason, 500)}" for place, reason in reasons.items()]
+    also = [one_line(text, 150) for text in others[:6]] + ["..."] * (len(others) > 6)
+    return first + f"\nalso wrong: {'; '.join(also)}" * bool(also)
+
+
 class DtlError(Exception):
     """The root; `exit_code` is what the shell sees."""
 

@@ -115,7 +115,10 @@ def check(
         metavar="ROLE", help="List the test images of source, target, ... instead.")] = None,
     quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Validate the recipe and show its plan: stages, steps, data, what is cached. Nothing is trained or fetched."""
+    """Validate the recipe and show its plan: stages, steps, data, what is cached.
+
+    Nothing is trained, nor fetched without --decode or --tested.
+    """
     from dtlctl.recipe.loading import load
     from dtlctl.stages import preview
 
@@ -132,9 +135,11 @@ def check(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs that differ in the seed only.")],
     to: Annotated[Path | None, typer.Option("--to", help="Folder for the report; default: RUN/report.")] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Tables and plots from the sidecars of one run, or means and intervals over several seeds."""
+    say("report: reading the sidecars, and drawing", quiet)
     from dtlctl.report import files, summary, tables
     from dtlctl.storage import checkpoint
 
@@ -168,6 +173,7 @@ def export(
 
     one_process("export: start it as one process, without a launcher")
     experiment = _experiment(recipe, overrides, out, quiet)
+    say(f"export: reading what {experiment.folder} has as evidence, and packing the model", quiet)
     place, hub, limits, chosen = to, to.startswith("hf:"), experiment.recipe.publish, model
     if not hub:
         exports.refuse(experiment, Path(to))
@@ -197,18 +203,19 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What dtlctl export wrote.")],
     recipe: Annotated[Path | None, typer.Argument(
         metavar="RECIPE", help="On its test split Acc_t is measured again.")] = None,
-    overrides: Overrides = None, as_json: Json = False,
+    overrides: Overrides = None, quiet: Quiet = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Compare an exported folder with its card: the hashes of its files and, with a recipe, Acc_t."""
     from dtlctl.many.sweep import one_process
     from dtlctl.report import card
 
     one_process("verify: start it as one process, without a launcher")
-    found = card.verify(folder, _experiment(recipe, overrides, RUNS, quiet=True) if recipe else None)
+    say(f"verify: reading {folder}" + ", and measuring Acc_t" * bool(recipe), quiet)
+    found = card.verify(folder, _experiment(recipe, overrides, RUNS, quiet) if recipe else None)
     shown = {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in found.items()}
     print(json.dumps(found) if as_json else "\n".join(f"{name} {value}" for name, value in shown.items()))
     measured = ", and Acc_t is what was measured here" if recipe else ""
-    say(f"{folder}: weights and config are those of the card's header{measured}; its text is not checked", quiet=False)
+    say(f"{folder}: weights and config are those of the card's header{measured}; its text is not checked", quiet)
 
 
 def sweep(

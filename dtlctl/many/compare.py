@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from dtlctl.console.progress import say
-from dtlctl.errors import DivergedError, RecipeError, named
+from dtlctl.errors import DivergedError, RecipeError, counted, named
 from dtlctl.many.sweep import folder_name, one_process, perform
 from dtlctl.recipe.loading import load, validated
 from dtlctl.recipe.plan import Stage
@@ -95,8 +95,8 @@ def _comparable(experiment: Experiment, settings: Compare) -> tuple[list[str], i
         raise RecipeError(f"{where} leaves no target images to validate λ on; lower it")
     if (finest := resolution(images, share)) > tolerance:
         raise RecipeError(
-            f"{experiment.source}: compare.tolerance = {tolerance:g}: {images:,} held-back target images resolve no "
-            f"less than {finest:.1f} points, where TL and a variant disagree on {share:.0%} of them; "
+            f"{experiment.source}: compare.tolerance = {tolerance:g}: on {counted(images, 'target image')} held "
+            f"back a price is resolved to {finest:.1f} points, where TL and a variant disagree on {share:.0%} of them; "
             f"{images_for(tolerance, share):,} images would do\n"
             f"lower data.target.fraction, set compare.tolerance = {math.ceil(10 * finest) / 10} or more, or a smaller "
             "compare.disagreement if compare.json has measured one"
@@ -209,9 +209,9 @@ def _needed(document: dict[str, Any]) -> tables.Table:
     seeds = ", over seeds the mean of their half widths" if len(document["seeds"]) > 1 else ""
     note = (
         f"Who needed which λ to be {settings['target_drop']:g} points of Acc_t below TL, give or take "
-        f"{settings['tolerance']:g}, on {document['images']:,} target images held back for validation. ±: half width "
-        f"of the 95 % interval that these images give the difference of these models{seeds}; not resolved: wider than "
-        "what may be given or taken."
+        f"{settings['tolerance']:g}, on {counted(document['images'], 'target image')} held back for validation. "
+        f"±: half width of the 95 % interval that these images give the difference of these models{seeds}; not "
+        "resolved: wider than what may be given or taken."
     )
     return tables.Table(note, ["Variant", "λ", "points below TL", "reached", "values tried"], lines, "Which λ")
 

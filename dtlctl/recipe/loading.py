@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dtlctl.errors import RecipeError, one_line, suggest
+from dtlctl.errors import RecipeError, first_of, one_line, suggest
 from dtlctl.recipe.overrides import apply, parsed, tomllib
 from dtlctl.recipe.schema import Recipe, fields, within
 
@@ -76,17 +76,13 @@ def _resolve_like(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(raw: dict[str, Any], error: ValidationError) -> str:
-    """One line for the first mistake, unknown keys and tables before others, and one that names where the rest is."""
+    """One line for the first mistake, unknown keys and tables before others, and one for the rest."""
     errors = [e for e in error.errors(include_url=False) if not _inherited(raw, e["loc"])]
     unknown = {e["loc"][:-1] for e in errors if e["type"] == "extra_forbidden"}
     # What is missing where a key is unknown has most likely only another name there.
     errors = [e for e in errors if e["type"] != "missing" or e["loc"][:-1] not in unknown]
     errors.sort(key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
-    places = [_place(raw, e) for e in errors]
-    message = (places[0] and f"{places[0]}: ") + one_line(_reason(errors[0]), 500)
-    if others := [place for place in dict.fromkeys(places) if place != places[0]]:
-        message += f"\nalso wrong: {', '.join([*others[:6], *['...'] * (len(others) > 6)])}"
-    return message
+    return first_of((_place(raw, e), _reason(e)) for e in errors)
 
 
 def _reason(error: Any) -> str:

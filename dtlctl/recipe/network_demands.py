@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dtlctl.attacks.attackers import NORMS
-from dtlctl.errors import RecipeError, named
+from dtlctl.errors import RecipeError, first_of, named
 from dtlctl.model import networks, weights
 from dtlctl.objectives.batched import batchable
 from dtlctl.objectives.unlearn import GradientCollision, NullSpace
@@ -20,8 +20,7 @@ def check(recipe: Recipe, source: str) -> None:
     And CheckpointError for weights from outside that are not there or not the network's; none are fetched.
     """
     if found := [*_lacking(recipe)]:
-        others = ", ".join(place for place, _ in found[1:])
-        raise RecipeError(f"{source}: {found[0][0]}: {found[0][1]}" + (f"\nalso wrong: {others}" if others else ""))
+        raise RecipeError(f"{source}: {first_of(found)}")
     stages = {"pretrain": recipe.pretrain, "finetune": recipe.finetune, "target-only": recipe.target_only}
     for place, settings in {**stages, **{f"reference.{name}": one for name, one in recipe.reference.items()}}.items():
         if settings and settings.weights:

@@ -36,7 +36,7 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     Raises CheckpointError for what is no run or no sidecar, RecipeError for recipes that differ in more.
     """
     recipes = [recipe_of(run) for run in runs]
-    plain = [{**r.resolved(), "seed": 0, "name": "", "checkpoint_minutes": 0} for r in recipes]
+    plain = [{**r.resolved(), "seed": 0, "name": "", "checkpoint_minutes": 0, "track": None} for r in recipes]
     for run, other in zip(runs, plain, strict=True):
         if other != plain[0]:
             raise RecipeError(f"{run}: its recipe differs from {runs[0]} in more than the seed; report them separately")
@@ -46,16 +46,19 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     refuse_other_images(chain(*found), one_seed=False)
     seeds, tables = [recipe.seed for recipe in recipes], [*map(rows_of, found, recipes)]
     by_seed = {model: [table[model] for table in tables] for model in tables[0] if all(model in t for t in tables)}
+    first, shared = recipes[0], list[str]()
+    if len(seeds) > 1 and (first.finetune.weights or first.pretrain.weights or first.pretrain.seed is not None):
+        shared.append(f"All seeds share one {'TL' if first.finetune.weights else 'pre'}: no interval tells of another.")
     document = {
-        "recipe": recipes[0].resolved(),
+        "recipe": first.resolved(),
         "seeds": seeds,
         "rows": _rows(by_seed),
-        "evidence": evidence(by_seed, recipes[0].reference),
+        "evidence": evidence(by_seed, first.reference),
         "older": list(dict.fromkeys(chain(*map(results.left_behind, runs, recipes, found)))),
-        "caveats": [*caveats(by_seed, tables, seeds), *dict.fromkeys(chain(*map(renamed, found, recipes)))],
+        "caveats": [*shared, *caveats(by_seed, tables, seeds), *dict.fromkeys(chain(*map(renamed, found, recipes)))],
         "audits_sha256": checkpoint.key({"audits": audit.read(runs)}),
     }
-    return document | {"verdict": asdict(verdict(document, recipes[0].publish))}
+    return document | {"verdict": asdict(verdict(document, first.publish))}
 
 
 def _rows(by_seed: Models) -> list[Row]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jinja2
 
+from dtlctl.errors import counted
 from dtlctl.report.intervals import Figure
 
 
@@ -44,4 +45,4 @@ ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
 )
 """What a `.html` template shows is text and never markup, but for the figures; elsewhere nothing is escaped."""
-ENVIRONMENT.globals |= {one.__name__: one for one in (points, shared, span, interval, said)}
+ENVIRONMENT.globals |= {one.__name__: one for one in (points, shared, span, interval, said, counted)}

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dtlctl.errors import EvidenceError
+from dtlctl.errors import EvidenceError, counted
 from dtlctl.recipe.settings import PASSES, Publish
 from dtlctl.report.evidence import Evidence
 from dtlctl.report.intervals import Figure
@@ -174,7 +174,9 @@ def _state(figure: Figure | None, limit: float, images: int | None) -> tuple[str
         return "not resolved", "not resolved"
     if figure["high"] <= limit:
         return "met", "met"
-    return ("missed", "missed") if figure["low"] > limit else ("not resolved", f"not resolved by {images:,} images")
+    if figure["low"] > limit:
+        return "missed", "missed"
+    return "not resolved", f"not resolved on {counted(images, 'image')}" if images else "not resolved"
 
 
 def _caveats(document: dict[str, Any]) -> list[str]:
@@ -188,7 +190,8 @@ def _caveats(document: dict[str, Any]) -> list[str]:
         caveats.append(f"{weakly} Stronger attackers may get more.")
     table = document.get("recipe", {}).get("piggyback", {})
     steps = [one["steps"] for one in (table, *table.get("attackers", ())) if one.get("steps")]
-    if steps and min(steps) < ENOUGH:
+    curves = [curve for row in document.get("rows", ()) for curve in row.get("curves", {}).values() if curve]
+    if (steps := [*steps, *(curve[-1][0] for curve in curves)]) and min(steps) < ENOUGH:
         caveats.append(f"Attackers had as few as {min(steps)} steps: with more they may get more.")
     names = dict.fromkeys(name for name, _ in attacks)
     saw = [model for model, one in found.items() if model not in NEVER_SAW_THE_SOURCE and "acc_t" in one]

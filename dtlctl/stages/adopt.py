@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dtlctl.data.dataset import Note
-from dtlctl.errors import CheckpointError
+from dtlctl.errors import CheckpointError, counted
 from dtlctl.model import weights
 from dtlctl.model.networks import Classifier
 from dtlctl.recipe.plan import Job
@@ -77,4 +77,4 @@ def _head(experiment: Experiment, job: Job[Any], model: Classifier, given: weigh
             other = f"; {error}"
     experiment.processes.say(f"{job.title}: fitting a {head} head on the frozen features")
     count = readout.fit_head(experiment, model, head, [("train", experiment.data.index(head))])
-    return f"no head for the {head} in it{other}: {FITTED} of {count:,} images"
+    return f"no head for the {head} in it{other}: {FITTED} of {counted(count, 'image')}"

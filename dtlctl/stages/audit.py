@@ -14,7 +14,7 @@ from dtlctl.attacks.registry import ATTACKS, Attack
 from dtlctl.attacks.signals import Observation
 from dtlctl.data import overlap
 from dtlctl.data.dataset import Split
-from dtlctl.errors import DataError
+from dtlctl.errors import DataError, counted
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Audit
 from dtlctl.run.experiment import Experiment
@@ -190,8 +190,9 @@ def groups(experiment: Experiment, job: Job[Audit], role: Role = "source") -> tu
     if pairs < LEAST:
         remedy = 'leave "target" out of audit.modes' if role == "target" else "audit.models = [] does without"
         raise DataError(
-            f"{job.title}: {len(labels)} members and {len(answers)} non-members make {pairs} pairs of one class, too "
-            f"few; {LEAST} are needed: more {role} images, or a test split with the same classes; {remedy}"
+            f"{job.title}: {counted(len(labels), 'member')} and {counted(len(answers), 'non-member')} make "
+            f"{counted(pairs, 'pair')} of one class, too few; {LEAST} are needed: more {role} images, or a test split "
+            f"with the same classes; {remedy}"
         )
     head = round(HEAD_SHARE * pairs) if role == "source" and "reprobe" in job.settings.modes else 0
     attacked = slice(head, head + min(pairs - head, job.settings.images))

@@ -8,7 +8,7 @@ import numpy as np
 
 from dtlctl.attacks import tuning
 from dtlctl.attacks.attackers import SelfTraining
-from dtlctl.errors import DataError, RecipeError
+from dtlctl.errors import DataError, RecipeError, counted
 from dtlctl.objectives.unlearn import NullSpace, SimulatedAttacker
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Dispose, Piggyback
@@ -48,7 +48,7 @@ def check(experiment: Experiment, jobs: Iterable[Job[Any]]) -> None:
             parts, _ = groups(experiment, job, role)
             if (least := min(len(part) for part in parts if len(part))) < processes:
                 raise RecipeError(
-                    f"{experiment.source}: {job.title}: {least} images cannot be shared by {processes} processes; "
+                    f"{experiment.source}: {job.title}: {processes} processes cannot share {counted(least, 'image')}; "
                     f"start {least} or fewer"
                 )
 
@@ -78,9 +78,11 @@ def equal_parts(experiment: Experiment, job: Job[Dispose], processes: int) -> di
     for role, size in sizes.items():
         if size < 2 * parts:
             key = f"data.{role}.fraction" if images[role] < whole else f"dispose.{job.model}.batch_size"
-            reason = f"{min(whole, images[role])} images of data.{role} a step make no {parts} equal parts of 2 or more"
-            remedy = f"for as many {kind}; make {key} larger, or take fewer {kind}"
-            raise RecipeError(f"{experiment.source}: dispose.{job.model}: {reason}, {remedy}")
+            seen = counted(min(whole, images[role]), "image")
+            raise RecipeError(
+                f"{experiment.source}: dispose.{job.model}: a step has {seen} of data.{role}: no {parts} equal parts "
+                f"of 2 or more, for as many {kind}; make {key} larger, or take fewer {kind}"
+            )
     return sizes
 
 
@@ -88,15 +90,19 @@ def _images_for_a_price(experiment: Experiment, job: Job[Dispose], allowed: floa
     """Raise RecipeError without images; say where they are so few that the price on them is known but roughly."""
     count = len(experiment.data.held_back("target"))
     if not count:
+        fraction = experiment.recipe.data.target.fraction
+        # Of a class of two images half is left out, of a class of one nothing.
+        largest = int(np.bincount(experiment.data.images("target", "train").labels).max())
+        lower = f"set it to {0.8 if fraction == 1 and largest > 2 else 0.5}, say, or " * (largest > 1)
         raise RecipeError(
             f"{experiment.source}: dispose.{job.model}.price: measured on target images that nothing trains on, and "
-            "data.target.fraction leaves none out; set it to 0.8, say, or give lambda instead"
+            f"data.target.fraction = {fraction:g} leaves none out; {lower}give lambda instead"
         )
     if (half := resolution(count, EXPECTED)) > allowed:
         experiment.processes.say(
-            f"{job.title}: {count:,} target images are held back to measure the price, which they tell to about "
-            f"± {half:.1f} points, where {allowed:g} is allowed: to be safe lambda is kept lower, even "
-            f"near 0 ({images_for(allowed, EXPECTED):,} such images would be enough; else allow more, or give lambda)"
+            f"{job.title}: the price is measured on {counted(count, 'target image')} held back, to about ± {half:.1f} "
+            f"points, where {allowed:g} is allowed: to be safe lambda is kept lower, even near 0 "
+            f"({images_for(allowed, EXPECTED):,} such images would be enough; else allow more, or give lambda)"
         )
 
 
@@ -119,7 +125,7 @@ def _images_for_a_loss(experiment: Experiment, job: Job[Dispose], size: int, pro
         if experiment.recipe.data.source.fraction == 1:
             key, remedy = f"dispose.{job.model}.unlearn", f"; the source has no more: take another kind{other}"
     raise RecipeError(
-        f"{experiment.source}: {key}: {size} images a step are too few for {unlearn.kind}; "
+        f"{experiment.source}: {key}: too few for {unlearn.kind} with {counted(size, 'image')} a step; "
         f"{what} {least} or more{remedy}"
     )
 

@@ -16,7 +16,7 @@ from dtlctl.attacks import features
 from dtlctl.console.progress import say
 from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batches
-from dtlctl.errors import CheckpointError, RecipeError
+from dtlctl.errors import CheckpointError, RecipeError, counted
 from dtlctl.model.networks import Classifier, renew
 from dtlctl.objectives import balance
 from dtlctl.objectives.disposal import Disposal
@@ -220,10 +220,10 @@ class Checks:
         elif kept == "above":
             again = f"dispose.{self.job.model}.draw = {self.job.settings.draw + 1}"
             more = f"; more epochs may cost less, and so may another draw ({again})"
-        where = "target images held back" + ", TL on the test images" * self.apart
+        where = f"{counted(cost.images, 'target image')} held back" + ", TL on the test images" * self.apart
         self.experiment.processes.say(
-            f"{self.job.title}: costs {cost.points:.1f} points [{cost.low:.1f}, {cost.high:.1f}] on {cost.images:,} "
-            f"{where}, {kept} the {self.allowed:g} allowed{more}"
+            f"{self.job.title}: costs {cost.points:.1f} points [{cost.low:.1f}, {cost.high:.1f}] on {where}, {kept} "
+            f"the {self.allowed:g} allowed{more}"
         )
         metrics["price"] = cost.points
         metrics |= {f"price_{name}": value for name, value in asdict(cost).items() if name != "points"}

@@ -11,7 +11,7 @@ import numpy as np
 from dtlctl.console.machine import busy
 from dtlctl.data import overlap, subset
 from dtlctl.data.entry import Images
-from dtlctl.errors import CheckpointError
+from dtlctl.errors import CheckpointError, counted
 from dtlctl.model import networks
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.schema import Recipe
@@ -74,7 +74,7 @@ def rendered(name: str, told: dict[str, Any]) -> str:
     """A template of this folder, filled in."""
     here = jinja2.FileSystemLoader(Path(__file__).parent)
     read = jinja2.Environment(loader=here, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return read.get_template(name).render(told)
+    return read.get_template(name).render(told, counted=counted)
 
 
 def words(pair: Sequence[float], unit: str) -> str:

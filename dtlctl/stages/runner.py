@@ -5,7 +5,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from dtlctl.errors import DivergedError, DtlError, named
+from dtlctl.errors import DivergedError, DtlError, counted
 from dtlctl.model.networks import precision
 from dtlctl.recipe.plan import Job, Stage
 from dtlctl.run.earlier import Earlier, relatives
@@ -45,15 +45,14 @@ def run(
         if lost := checkpoint.lost(experiment.results.path(job)):
             experiment.processes.say(f"{job.title}: {lost} is missing; the model is made again")
         if experiment.results.scratch(job).exists() and (parts := experiment.results.parts(job).count()):
-            experiment.processes.say(f"{job.title}: goes on with {parts} finished part{'s' * (parts > 1)}")
+            experiment.processes.say(f"{job.title}: goes on with {counted(parts, 'finished part')}")
         try:
             with precision(experiment.recipe.precision):
                 name = "adopt" if job.weights else job.stage
                 # Imported when there is work to do: looking whether everything is up to date needs no training code.
                 getattr(import_module(f"dtlctl.stages.{name}"), name)(experiment, job)
-        except DivergedError:
-            with named(job.title):
-                raise
+        except DivergedError as error:
+            raise DivergedError(f"{job.title}: {error}\n{_remedy(experiment, job)}") from None
         except (RuntimeError, MemoryError) as error:
             from dtlctl.training.failures import is_shortage, shortage
 
@@ -67,6 +66,15 @@ def run(
         place = f"; {number} of {len(chosen)}" * (len(chosen) > 1)
         experiment.processes.say(f"{job.title}: {told} ({sidecar.get('wall_seconds', 0):.0f} s{place})")
     return done
+
+
+def _remedy(experiment: Experiment, job: Job[Any]) -> str:
+    from dtlctl.training.failures import remedy
+
+    if job.stage != "audit":
+        return f"nothing was published; try {remedy(job.settings)}"
+    again = f"make {job.model} again with {remedy(experiment.results.maker(job.model).settings)}"
+    return again + "; if it was relearning, set a smaller audit.relearn_lr" * bool(job.settings.relearn_steps)
 
 
 def _taken_over(experiment: Experiment, job: Job[Any], earlier: Callable[[], Earlier]) -> bool:

@@ -23,7 +23,7 @@ from dtlctl.data import cache, files, subset
 from dtlctl.data.dataset import Dataset, Rows, Split, dataset_at
 from dtlctl.data.overlap import SAME
 from dtlctl.data.sources import Source
-from dtlctl.errors import CheckpointError, DataError, NoSplit, one_line, refused
+from dtlctl.errors import CheckpointError, DataError, NoSplit, counted, one_line, refused
 from dtlctl.model import networks
 from dtlctl.model.weights import REGISTRY, Given, read, tensors_of
 from dtlctl.objectives.unlearn import NullSpace
@@ -52,11 +52,13 @@ BATCH = 64
 ATTACK, WEAKEST = 150, 30
 """Steps that an attacker gets; fewer, but not fewer than so many, where all of them would take a third of the time."""
 SIDES = (16, 24, 32, 48, 64, 96, 128, 160, 224)
+KEPT, FEWEST = 0.8, 8
+"""The share of the target that is trained on, and images of it that make the four chunks of the recommended loss."""
 PRICE = 1.0
 """Points of Acc_t that the disposal may cost; [publish] allows besides what so many test images cannot tell from it."""
 LOOKED = 48
 """Images of a dataset that are opened for their size."""
-FIXED: dict[str, Any] = {"usual": ATTACK, "recommended": PASSES, "audited": audit.LEAST, "price": PRICE}
+FIXED: dict[str, Any] = {"kept": KEPT, "usual": ATTACK, "recommended": PASSES, "audited": audit.LEAST, "price": PRICE}
 FIXED |= {"toml": partial(json.dumps, ensure_ascii=False), "batch": BATCH, "each_class": NullSpace.least_images(1)}
 """What the template has whatever the data; `each_class`: images of a batch for a target class, for `null-space`."""
 
@@ -77,6 +79,12 @@ def write(
     paths = {"source": source, "target": target, "piggyback.attacker": attacker}
     seen = {role: look(path, role) for role, path in paths.items() if path is not None}
     own, device = seen["source"], torch.device(devices.kind())
+    counts = seen["target"]["counts"]
+    if not FEWEST <= sum(subset.sizes(counts, KEPT, "keep")) < sum(counts):
+        raise DataError(
+            f"data.target.path: {target}: {counted(sum(counts), 'training image')} of {len(counts)} classes are too "
+            f"few: a step of the disposal takes {FEWEST} or more, and others are held back to measure the price"
+        )
     gpu = device.type != "cpu"
     folders = "-".join(Path(path).name.removeprefix("builtin:") for path in (source, target))
     usual = re.sub(r"[^\w.-]+", "-", folders, flags=re.ASCII).strip("-._")[:64]
@@ -279,7 +287,7 @@ def _outputs(weights: str, given: Given, source: int, target: int) -> int:
 def _render(told: dict[str, Any]) -> str:
     """The template with comments at one column. Raises RecipeError where it is no valid recipe."""
     text = rendered("starter.toml.j2", told)
-    aligned = re.sub(r"^((?!path)[^#\n]+)  # ", lambda found: f"{found[1]:<39} # ", text, flags=re.MULTILINE)
+    aligned = re.sub(r"^((?!path|weights)[^#\n]+)  # ", lambda found: f"{found[1]:<39} # ", text, flags=re.MULTILINE)
     with refused("init: a name or path cannot be written as TOML"):  # bytes that are no text, or a control character
         validated(tomllib.loads(aligned.encode().decode()), "init")
     return aligned + "\n"

@@ -31,7 +31,7 @@ from dtlctl.model.networks import Precision
 from dtlctl.recipe.settings import Training
 from dtlctl.training import surroundings
 from dtlctl.training.collectives import TIMEOUT, Collectives
-from dtlctl.training.failures import REMEDY, check_reports, check_weights
+from dtlctl.training.failures import check_reports, check_weights
 from dtlctl.training.resume import HELD_OUT, State, StateFile
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -226,7 +226,7 @@ class Engine(Collectives):
         answers = self.gather(torch.cat(own)).cpu().numpy()
         if bad := int((answers < 0).sum()):  # though all weights may be finite
             what = f"the {head} head's answers to {bad} of {len(answers)} images are not finite"
-            raise DivergedError(f"training diverged: {what}\n{REMEDY}")
+            raise DivergedError(f"training diverged: {what}")
         return answers == 1
 
 

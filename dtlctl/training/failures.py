@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from dtlctl.recipe.plan import Job
     from dtlctl.training.resume import State
 
-REMEDY = "nothing was published; try a smaller lr, clip = 1.0, or another lambda"
+
+def remedy(settings: Any) -> str:
+    """What may keep the network that a table trains or adopts from diverging, by the table's keys."""
+    if getattr(settings, "weights", None):
+        return "other weights"
+    ways = ["a smaller lr", *["clip = 1.0"] * (settings.clip is None or settings.clip > 1)]
+    ways += [f"another {key}" for key, name in (("price", "price"), ("lambda", "lam")) if getattr(settings, name, None)]
+    return " or ".join(filter(None, [", ".join(ways[:-1]), ways[-1]]))
 
 
 def check_reports(state: State, step: int) -> None:
@@ -23,16 +30,14 @@ def check_reports(state: State, step: int) -> None:
         return
     last = ", ".join(f"{k} {v:.4g}" for k, v in state.rows[-1].items()) if state.rows else "none yet"
     norm = float(state.sums["gradient_norm"])
-    raise DivergedError(
-        f"training diverged at step {step}: the gradient norm is {norm}; last finite report: {last}\n{REMEDY}"
-    )
+    raise DivergedError(f"training diverged at step {step}: the gradient norm is {norm}; last finite report: {last}")
 
 
 def check_weights(model: nn.Module, step: int) -> None:
     """Raise DivergedError if the last step, of that number, left a weight or a buffer that is not finite."""
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
-            raise DivergedError(f"training diverged at step {step}, the last: {name} is not finite\n{REMEDY}")
+            raise DivergedError(f"training diverged at step {step}, the last: {name} is not finite")
 
 
 def check_finite(values: Tensor) -> None:
@@ -41,8 +46,7 @@ def check_finite(values: Tensor) -> None:
     if bad:
         raise DivergedError(
             f"the model's answers to {bad} of {len(values)} images, or their gradients, are not finite; no attack can "
-            "read them\n"
-            "make it again with a smaller lr, clip = 1.0, or another lambda"
+            "read them"
         )
 
 

@@ -536,6 +536,7 @@ def test_fresh_images_choose_where_the_recipe_says_test(recipe_file: Path, monke
     assert split == "test" and list(repetition.train) == list(range(30))
     assert sorted([*held, *repetition.judges]) == list(range(len(labels)))
     assert set(np.bincount(labels[held])) == {min(np.bincount(labels)) // 2}
+    assert len(repetition.judges) > len(labels) // 2  # as the sidecar says
     (x, y), (tests, answers) = ((read["embedding"].astype(float), y) for read, y in repetition.seen(probe).values())
     fitted = logistic(x, y, 100.0)
     trial = repetition.attempt(probe, probe.grid()[0])

@@ -286,11 +286,11 @@ def test_a_tolerance_that_the_images_cannot_resolve_is_refused_with_how_many_wou
     """
     hundred = ("data.target.fraction=0.9",)
     for changes, words in (
-        ((*hundred, "compare.tolerance=0.5"), ("compare.tolerance = 0.5: 100 held-back", "8.8 points", "30,732 images",
-                                               "compare.tolerance = 8.8 or more")),
-        ((*hundred, "compare.tolerance=8.7"), ("100 held-back", "8.8 points", "102 images")),
+        ((*hundred, "compare.tolerance=0.5"), ("compare.tolerance = 0.5: on 100 target images", "8.8 points",
+                                               "30,732 images", "compare.tolerance = 8.8 or more")),
+        ((*hundred, "compare.tolerance=8.7"), ("on 100 target images", "8.8 points", "102 images")),
         ((*hundred, "compare.disagreement=0.05"), ("tolerance = 1.5", "4.4 points", "on 5% of them", "854 images")),
-        ((), ("compare.tolerance = 1.5: 980 held-back", "2.8 points", "3,415 images")),
+        ((), ("compare.tolerance = 1.5: on 980 target images", "2.8 points", "3,415 images")),
     ):  # fmt: skip
         code, shown, said = call("compare", recipe_file, *(word for text in changes for word in ("--set", text)))
         assert (code, shown, len(said.strip().splitlines())) == (2, "", 2)

@@ -218,7 +218,7 @@ def test_every_mistake_names_file_key_and_reason(recipe_file: Path, change: str)
 
 
 def test_several_mistakes_are_all_named(recipe_file: Path):
-    with pytest.raises(RecipeError, match=r"seed: .*\nalso wrong: finetune\.lr"):
+    with pytest.raises(RecipeError, match=r"seed: .*\nalso wrong: finetune\.lr: .* greater than 0"):
         load(recipe_file, ["seed=-1", "finetune.lr=0"])
 
 
@@ -230,10 +230,11 @@ def test_an_unknown_table_is_told_before_what_it_leaves_missing(recipe_file: Pat
         load(recipe_file)
     assert str(caught.value) == (
         f"{recipe_file}: data.sorce: unknown table; did you mean 'source'? (valid: piggyback, source, target)\n"
-        "also wrong: dispose.gc.lr, dispose.rand.lr"
+        "also wrong: dispose.gc.lr: Input should be greater than 0 (it is 0); "
+        "dispose.rand.lr: Input should be greater than 0 (it is 0)"
     )
     recipe_file.write_text(text.replace('like = "source"', 'like = "sorce"'))
-    with pytest.raises(RecipeError, match=r"data\.sorce: .*\nalso wrong: data\.piggyback\.again\.like, dispose"):
+    with pytest.raises(RecipeError, match=r"data\.sorce: .*\nalso wrong: data\.piggyback\.again\.like: .*; dispose"):
         load(recipe_file)
 
 

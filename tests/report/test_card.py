@@ -121,7 +121,7 @@ def test_limits_that_were_changed_for_the_export_are_told(experiment: Experiment
 def test_without_a_name_it_is_what_the_verdict_recommends(experiment: Experiment, call):
     """Where nothing is known of scratch there is no verdict, and a name is asked for."""
     shutil.rmtree(experiment.folder / "piggyback/scratch")
-    code, _, err = call("export", experiment.source, "--to", "release")
+    code, _, err = call("export", experiment.source, "--to", "release", "-q")
     assert code == 2 and "--model" in err and "TGT, TL, gc, rand" in err and err.count("\n") == 1
     shutil.rmtree(experiment.folder / "dispose/rand")  # the evidence lacks it, and no limit is missed
     code, _, err = call("export", experiment.source, "--model", "rand", "--to", "release", "--set", "publish.price=2")
@@ -172,7 +172,7 @@ def test_a_card_has_the_audit_also_where_it_is_of_a_head_fitted_anew(experiment:
 
 
 def test_verify_without_a_folder_is_told(call):
-    code, _, err = call("verify", "nowhere")
+    code, _, err = call("verify", "nowhere", "-q")
     assert code == 4 and "not a folder that dtlctl exported" in err and err.count("\n") == 1
 
 

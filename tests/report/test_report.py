@@ -179,7 +179,7 @@ def test_a_table_is_shown_as_text_whatever_is_in_it():
     number = {"value": 1.0, "low": None, "high": None}
     attack = {"accuracy": number, "recovered": number}
     model = {"acc_t": 1.0, "accuracy": number, "price": number, "attacks": {evil: attack}}
-    disposal = {"init": "TL", "lambda": 0.1, "price": None, "unlearn": {"kind": evil}}
+    disposal = {"init": "TL", "lambda": 0.1, "price": None, "unlearn": {"kind": evil}, "fresh_stages": 1}
     page = {"title": evil, "subtitle": evil, "attackers": [evil], "verdict": [evil, evil], "chosen": None}
     page |= {"evidence": {evil: model}, "dispose": {evil: disposal}, "reasons": {evil: [evil]}, "audited": evil}
     page |= {"command": evil, "caveats": [evil], "figures": [], "tables": [found], "audits": [found]}
@@ -203,7 +203,9 @@ def test_a_dataset_that_is_named_as_an_interval_keeps_its_number(recipe_file: Pa
 def test_seeds_that_share_one_pretraining_are_reported(recipe_file: Path):
     """With pretrain.seed, pre has that seed in every run, and what comes from it still belongs to the run."""
     runs = [fake_run(recipe_file, f"r{seed}", seed, 70.0, "pretrain.seed=0") for seed in (0, 1)]
-    assert {"pre", "TL", "gc"} <= rows(summary.summarise(runs)).keys()
+    table = summary.summarise(runs)
+    assert {"pre", "TL", "gc"} <= rows(table).keys()
+    assert table["caveats"] == ["All seeds share one pre: no interval tells of another."]
 
 
 def test_one_run_has_no_intervals_and_differences_are_in_points(recipe_file: Path):
@@ -283,7 +285,7 @@ def test_runs_that_saw_other_images_are_not_averaged(recipe_file: Path, call, sp
             path = run / f"piggyback/{model}/again.json"
             identity = {"train": "same", "test": "same", "index": run.name, split: images}
             path.write_text(json.dumps({**json.loads(path.read_text()), "data": {"piggyback.again": identity}}))
-    code, out, said = call("report", *runs, "--to", recipe_file.parent / "to")
+    code, out, said = call("report", "-q", *runs, "--to", recipe_file.parent / "to")
     assert (code, out, said.count("\n")) == (4, "", 1)
     first, second = (run / "piggyback/TL/again.json" for run in runs)
     assert said.startswith(f"error: {second}: made from other images of data.piggyback.again than {first}; do the")
@@ -319,7 +321,7 @@ def test_a_seed_counts_once(recipe_file: Path, call):
     """The run itself again, or a run of another name with its seed: its interval of ± 0.0 would be no interval."""
     runs = [fake_run(recipe_file, name, seed, 70.0) for name, seed in (("a", 0), ("b", 1), ("again", 0))]
     for given in ([runs[0], runs[0]], runs):
-        code, out, said = call("report", *given, "--to", recipe_file.parent / "to")
+        code, out, said = call("report", "-q", *given, "--to", recipe_file.parent / "to")
         assert (code, out) == (2, "")
         assert said.startswith(f"error: report: {runs[0]} is not the only run of seed 0;") and said.count("\n") == 1
     assert not (recipe_file.parent / "to").exists()
@@ -710,7 +712,7 @@ def test_metrics_of_another_form_are_refused_by_the_files_name(recipe_file: Path
     document = json.loads(path.read_text())
     document["metrics"] = {k: v for k, v in {**document["metrics"], **change}.items() if v is not None}
     path.write_text(json.dumps(document))
-    code, _, said = call("report", run)
+    code, _, said = call("report", run, "-q")
     assert code == 4 and said == f"error: {path}: not the metrics of {job}; delete it\n"
 
 

@@ -193,6 +193,10 @@ def test_weak_missing_and_old_evidence_is_named():
         assert (
             "as few as 30 steps" in " ".join(verdict({**document(models()), "recipe": recipe}, None).caveats)
         ) is told
+    recipe = {"piggyback": {"steps": None, "epochs": 1, "attackers": []}}  # as long as the history says
+    rows = [{"curves": {"letters": [[2, 10.0], [4, 12.0]]}}]
+    found = verdict({**document(models()), "recipe": recipe, "rows": rows}, None)
+    assert "as few as 4 steps" in " ".join(found.caveats)
 
 
 def test_the_strongest_attacker_counts_but_not_the_one_whom_nobody_can_choose():

@@ -102,7 +102,7 @@ def test_fewer_images_than_processes_are_refused_before_anything_trains(recipe_f
         monkeypatch.setenv("WORLD_SIZE", str(count))
         jobs = [job for job in experiment.jobs if job.stage == "audit"]
         if count == 5 and modes in changes:
-            with pytest.raises(RecipeError, match=r"audit/.*: 4 images cannot be shared by 5 processes; start 4 or f"):
+            with pytest.raises(RecipeError, match=r"audit/.*: 5 processes cannot share 4 images; start 4 or f"):
                 data_demands.check(experiment, jobs)
         else:
             data_demands.check(experiment, jobs)

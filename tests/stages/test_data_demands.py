@@ -31,7 +31,7 @@ def test_more_stages_than_the_network_has_end_every_command_before_data_is_read(
     """A CIFAR ResNet has three; the dataset that is not there would end a command with 4."""
     changes = ("dispose.rand.fresh_stages=40", NULL % (64, 9), "data.source.path=./nowhere")
     expected = f"error: {recipe_file}: dispose.rand.fresh_stages: 40, but resnet8 has 3 stages; write 3 or less\n"
-    expected += "also wrong: dispose.null.unlearn.stages\n"
+    expected += "also wrong: dispose.null.unlearn.stages: 9, but resnet8 has 3 stages; write 3 or less\n"
     for command in ("check", "pretrain", "run", "compare", "sweep"):
         words = [*(word for change in changes for word in ("--set", change)), *("--over", "seed=0,1")]
         found = call(command, recipe_file, *words[: None if command == "sweep" else -2])
@@ -74,12 +74,13 @@ def test_a_network_whose_stages_are_not_known_is_refused_by_name(recipe_file: Pa
     reason = "dispose.null.unlearn.stages: the stages of resnet8 are not known; choose another network or variant"
     with pytest.raises(RecipeError) as caught:
         network_demands.check(recipe, "FILE")
-    assert str(caught.value) == f"FILE: {reason}\nalso wrong: piggyback.attackers.0"
+    other = 'kind "last-block" needs 2 known stages, which resnet8 does not have; leave it out'
+    assert str(caught.value) == f"FILE: {reason}\nalso wrong: piggyback.attackers.0: {other}"
 
 
 def test_a_batch_too_small_for_the_null_space_is_told_before_anything_trains(call, recipe_file: Path, tmp_path: Path):
     """Ten digits need 30 images a step."""
-    reason = "dispose.null.batch_size: 29 images a step are too few for null-space; 10 target classes need 30 or more"
+    reason = "dispose.null.batch_size: too few for null-space with 29 images a step; 10 target classes need 30 or more"
     expected = (2, "", f"error: {recipe_file}: {reason}\n")
     of_point = (2, "", f"error: seed=0: {recipe_file}: {reason}\n")
     small = ("--quiet", "--set", NULL % (29, 2), "--set", "compare.tolerance=9")
@@ -93,10 +94,10 @@ def test_a_batch_too_small_for_the_null_space_is_told_before_anything_trains(cal
 
 def test_a_source_too_small_for_the_null_space_is_told_too(call, recipe_file: Path, tmp_path: Path, monkeypatch):
     """Two images of every digit are 20, fewer than a batch of 64: 20 are a step then."""
-    reason = "data.source.fraction: 20 images a step are too few for null-space; 10 target classes need 30 or more"
+    reason = "data.source.fraction: too few for null-space with 20 images a step; 10 target classes need 30 or more"
     words = ("--quiet", "--set", NULL % (64, 2), "--set", "data.source.fraction=0.02")
     assert call("run", recipe_file, *words) == (2, "", f"error: {recipe_file}: {reason}\n")
-    reason = "dispose.null.unlearn: 20 images a step are too few for null-space; 10 target classes need 30 or more"
+    reason = "dispose.null.unlearn: too few for null-space with 20 images a step; 10 target classes need 30 or more"
     monkeypatch.setattr(data_demands, "equal_parts", lambda *_: {"source": 20})  # as of a source of 20 images
     whole = (2, "", f"error: {recipe_file}: {reason}; the source has no more: take another kind\n")
     assert call("run", recipe_file, *words[:3], "--set", "data.source.fraction=1.0") == whole
@@ -110,17 +111,18 @@ def test_a_batch_too_small_for_a_simulated_attacker_is_told_before_anything_trai
     call, recipe_file: Path, tmp_path: Path, monkeypatch
 ):
     """Four steps and what judges them are five parts of two images: ten, on two processes twenty."""
-    reason = "images a step are too few for simulated-attacker; steps = 4 needs"
-    small = (2, "", f"error: {recipe_file}: dispose.sim.batch_size: 8 {reason} 10 or more\n")
+    reason = "images a step; steps = 4 needs"
+    few = "too few for simulated-attacker with"
+    small = (2, "", f"error: {recipe_file}: dispose.sim.batch_size: {few} 8 {reason} 10 or more\n")
     assert call("run", recipe_file, "--quiet", "--set", ATTACKER % 8) == small
     decode(recipe_file)
     assert call("check", recipe_file, "--set", ATTACKER % 8) == small
     assert call("check", recipe_file, "--set", ATTACKER % 10)[0] == 0
     monkeypatch.setattr(data_demands, "equal_parts", lambda *_: {"source": 8})  # as of a source of 8 images
-    few = f"error: {recipe_file}: data.source.fraction: 8 {reason} 10 or more\n"
-    assert call("run", recipe_file, "--quiet", "--set", ATTACKER % 64) == (2, "", few)
+    source = f"error: {recipe_file}: data.source.fraction: {few} 8 {reason} 10 or more\n"
+    assert call("run", recipe_file, "--quiet", "--set", ATTACKER % 64) == (2, "", source)
     monkeypatch.setattr(data_demands, "_sharing", lambda *_: 2)
-    two = f"error: {recipe_file}: dispose.sim.batch_size: 18 {reason} 20 or more\n"
+    two = f"error: {recipe_file}: dispose.sim.batch_size: {few} 18 {reason} 20 or more\n"
     monkeypatch.setattr(data_demands, "equal_parts", lambda *_: {"source": 18})
     assert call("run", recipe_file, "--quiet", "--set", ATTACKER % 18) == (2, "", two)
     assert not list((tmp_path / "runs").rglob("model.json"))
@@ -131,7 +133,7 @@ def test_images_that_make_no_equal_chunks_are_told_before_anything_trains(call, 
     decode(recipe_file)
     changes = ["data.target.fraction=0.005", "dispose.gc.retain={kind='target-ce'}", "dispose.gc.batch_size=16"]
     words = [word for change in (*changes, "dispose.gc.unlearn.chunks=8") for word in ("--set", change)]
-    reason = "dispose.gc: 10 images of data.target a step make no 8 equal parts of 2 or more, for as many chunks"
+    reason = "dispose.gc: a step has 10 images of data.target: no 8 equal parts of 2 or more, for as many chunks"
     remedy = "make data.target.fraction larger, or take fewer chunks"
     expected = (2, "", f"error: {recipe_file}: {reason}; {remedy}\n")
     assert call("check", recipe_file, *words) == expected
@@ -148,7 +150,7 @@ def test_shares_of_processes_are_told_too_unless_the_result_is_there(opened, mon
     (job,) = [job for job in experiment.jobs if job.path == "dispose/one/model.json"]
     experiment.data.index("target"), experiment.data.index("source")
     monkeypatch.setenv("WORLD_SIZE", "20")
-    with pytest.raises(RecipeError, match=r"20 images of data.target a step make no 20 .* take fewer processes"):
+    with pytest.raises(RecipeError, match=r"a step has 20 images of data.target: no 20 .* take fewer processes"):
         data_demands.check(experiment, [job])
     (experiment.folder / job.path).parent.mkdir(parents=True)
     (experiment.folder / job.path).touch()

@@ -20,10 +20,12 @@ from dtlctl.objectives.disposal import Disposal
 from dtlctl.objectives.retain import Distill
 from dtlctl.objectives.unlearn import GradientCollision
 from dtlctl.recipe.loading import load
+from dtlctl.recipe.settings import Dispose, Pretrain
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import dispose as stage
 from dtlctl.stages.runner import run
 from dtlctl.storage import checkpoint
+from dtlctl.training.failures import remedy
 
 
 def new_experiment(recipe_file: Path, *overrides: str) -> Experiment:
@@ -254,6 +256,16 @@ def test_divergence_publishes_nothing(recipe_file: Path):
     with pytest.raises(DivergedError, match=r"^pretrain: training diverged at step \d+.*\n.*smaller lr"):
         run(experiment, ("pretrain",))
     assert not list(experiment.folder.rglob("model.*"))
+
+
+def test_a_remedy_of_divergence_names_keys_that_the_table_has():
+    """A price finds lambda; a table of pre-training has neither, and one that clips at 1 cannot clip at 1 instead."""
+    given = Dispose.model_validate({"lambda": 0.1, "clip": 0.5})
+    assert remedy(given) == "a smaller lr or another lambda"
+    assert remedy(Dispose()) == "a smaller lr, clip = 1.0 or another price"
+    assert remedy(Dispose.model_validate({"unlearn": {"kind": "none"}})) == "a smaller lr or clip = 1.0"
+    assert remedy(Pretrain(epochs=1)) == "a smaller lr or clip = 1.0"
+    assert remedy(Pretrain(weights="x")) == "other weights"
 
 
 def test_a_damaged_checkpoint_is_refused_with_both_hashes(recipe_file: Path):

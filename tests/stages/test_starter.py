@@ -99,7 +99,7 @@ def test_what_init_prints_is_checked_and_run_as_it_is(call, clock, tmp_path: Pat
 
 def test_an_attacker_with_few_images_chooses_on_test_images_where_there_are_ten_of_every_class(clock, tmp_path: Path):
     images(tmp_path / "s", 2, 12, 10)
-    images(tmp_path / "t", 2, 4, 1)
+    images(tmp_path / "t", 2, 6, 1)
     assert written(tmp_path).piggyback.choose_on == "test"
     next((tmp_path / "s/test/class1").iterdir()).unlink()
     assert written(tmp_path).piggyback.choose_on == "own"
@@ -108,7 +108,7 @@ def test_an_attacker_with_few_images_chooses_on_test_images_where_there_are_ten_
 @pytest.mark.parametrize(("arch", "stem"), [("resnet18", "imagenet"), ("resnet34", "small"), ("resnet20", "small")])
 def test_weights_say_which_network_they_are_of(clock, tmp_path: Path, arch: str, stem: str):
     images(tmp_path / "s", 2, 4, 1)
-    images(tmp_path / "t", 2, 4, 1)
+    images(tmp_path / "t", 2, 6, 1)
     file = tmp_path / "pre.safetensors"
     with pytest.raises(CheckpointError, match="does not exist"):
         written(tmp_path, None, str(file))
@@ -184,13 +184,13 @@ def test_fewer_images_than_a_batch_are_a_pass_each_step():
 def test_images_are_not_blown_up(clock, tmp_path: Path, size: tuple[int, int], asked: int | None, found: int):
     """The largest usual size that the median image has; 64 pixels at most where there is no GPU."""
     images(tmp_path / "s", 2, 4, 1, size)
-    images(tmp_path / "t", 2, 4, 1, (8, 8))
+    images(tmp_path / "t", 2, 6, 1, (8, 8))
     assert written(tmp_path, None, None, None, asked).model.image_size == found
 
 
 def test_the_larger_images_of_both_datasets_decide(clock, tmp_path: Path):
     images(tmp_path / "s", 2, 4, 1, (20, 28))
-    images(tmp_path / "t", 2, 4, 1, (70, 33))
+    images(tmp_path / "t", 2, 6, 1, (70, 33))
     assert written(tmp_path).model.image_size == 32
     assert "the larger of source and target have 33, by the median" in (tmp_path / "recipe.toml").read_text()
 
@@ -227,7 +227,7 @@ def test_a_network_of_timm_is_told_by_its_folder_or_by_name(
     """
     timm = pytest.importorskip("timm", reason="the extra timm is not installed")
     images(tmp_path / "s", 3, 4, 1)
-    images(tmp_path / "t", 2, 4, 1)
+    images(tmp_path / "t", 2, 6, 1)
     options = {"img_size": 64} if name.startswith("vit") else {}
     (tmp_path / "net").mkdir()
     save_file(timm.create_model(name, num_classes=3, **options).state_dict(), tmp_path / "net/model.safetensors")
@@ -262,7 +262,7 @@ def test_disposal_and_attackers_are_those_that_the_network_can(
     clock, tmp_path: Path, arch: str, variants: list[str], kinds: list[str]
 ):
     images(tmp_path / "s", 2, 4, 1, (32, 32))
-    images(tmp_path / "t", 2, 4, 1, (32, 32))
+    images(tmp_path / "t", 2, 6, 1, (32, 32))
     recipe = written(tmp_path, None, None, arch)
     assert [*recipe.dispose] == variants
     text = (tmp_path / "recipe.toml").read_text()
@@ -292,7 +292,7 @@ def test_null_space_is_a_second_disposal_where_a_batch_has_three_images_a_target
     images(tmp_path / "s", 2, 4, 1)
     for classes, variants in ((2, ["gc", "null"]), (3, ["gc", "rand"])):
         shutil.rmtree(tmp_path / "t", ignore_errors=True)
-        images(tmp_path / "t", classes, 4, 1)
+        images(tmp_path / "t", classes, 6, 1)
         recipe = written(tmp_path)
         assert [*recipe.dispose] == variants
     assert recipe.dispose["gc"].price == recipe.dispose["rand"].price == 1
@@ -301,7 +301,7 @@ def test_null_space_is_a_second_disposal_where_a_batch_has_three_images_a_target
 def test_an_export_says_its_own_width_and_size(clock, tmp_path: Path):
     """The images have 20 pixels, and 64; the network was trained on 24, which is what it gets unless asked."""
     images(tmp_path / "s", 3, 4, 1)
-    images(tmp_path / "t", 2, 4, 1, (64, 64))
+    images(tmp_path / "t", 2, 6, 1, (64, 64))
     spec: dict[str, Any] = {"arch": "resnet8", "stem": "small", "width": 24, "image_size": 24, "mean": [0.4, 0.5, 0.6]}
     model = networks.build(heads={"target": 2}, **spec)
     header = {"dtlctl": json.dumps({**spec, "std": [1.0, 1.0, 1.0], "classes": ["class0", "class1"]})}
@@ -316,7 +316,7 @@ def test_a_size_that_is_asked_for_is_never_another(clock, tmp_path: Path):
     """A transformer of 64 pixels has weights for each of its patches: they fit no other size."""
     timm = pytest.importorskip("timm", reason="the extra timm is not installed")
     images(tmp_path / "s", 3, 4, 1)
-    images(tmp_path / "t", 2, 4, 1)
+    images(tmp_path / "t", 2, 6, 1)
     (net := tmp_path / "net").mkdir()
     network = timm.create_model(name := "vit_tiny_patch16_224", num_classes=3, img_size=64)
     save_file(network.state_dict(), net / "model.safetensors")
@@ -330,7 +330,7 @@ def test_a_size_that_is_asked_for_is_never_another(clock, tmp_path: Path):
 def test_a_network_that_is_narrow_is_taken_as_it_is(clock, tmp_path: Path):
     """Of 8 channels, for which no recipe may ask for `channels_last`."""
     images(tmp_path / "s", 3, 4, 1)
-    images(tmp_path / "t", 2, 4, 1)
+    images(tmp_path / "t", 2, 6, 1)
     spec: dict[str, Any] = {"arch": "resnet8", "stem": "small", "width": 8, "image_size": 16}
     header = {"dtlctl": json.dumps({**spec, "classes": ["class0", "class1"]})}
     state = networks.build(heads={"target": 2}, **spec).plain_state("target")
@@ -341,7 +341,7 @@ def test_a_network_that_is_narrow_is_taken_as_it_is(clock, tmp_path: Path):
 
 def test_an_attackers_images_are_a_dataset_of_their_own(clock, tmp_path: Path):
     images(tmp_path / "s", 2, 4, 1)
-    images(tmp_path / "t", 2, 4, 1)
+    images(tmp_path / "t", 2, 6, 1)
     recipe = written(tmp_path, str(images(tmp_path / "his", 2, 4, 1)), None, None, None, "other")
     assert recipe.name == "other"
     assert recipe.data.piggyback["attacker"].path == str(tmp_path / "his")
@@ -352,7 +352,7 @@ def test_an_attackers_images_are_a_dataset_of_their_own(clock, tmp_path: Path):
 
 def test_digits_are_not_mirrored(clock, tmp_path: Path):
     """Of somebody's folder it is not known whether its images may be: that is left to him, in a comment."""
-    text = starter.write("builtin:digits", str(images(tmp_path / "t", 2, 4, 1)), "builtin:digits", *[None] * 4)
+    text = starter.write("builtin:digits", str(images(tmp_path / "t", 2, 6, 1)), "builtin:digits", *[None] * 4)
     data = tomllib.loads(text)["data"]
     tables = data["source"], data["target"], data["piggyback"]["attacker"]
     assert [table["augment"] for table in tables] == ["crop", "crop-flip", "crop"]
@@ -363,7 +363,7 @@ def test_a_file_name_cannot_write_into_the_recipe(clock, tmp_path: Path):
     """What the data room says quotes file names, and it stands in comments."""
     images(tmp_path / "s", 2, 4, 1)
     (tmp_path / "s/train/class0/x\nseed = 7\n#.txt").write_text("x")
-    images(tmp_path / "t", 2, 4, 1)
+    images(tmp_path / "t", 2, 6, 1)
     assert written(tmp_path).seed == 0
     assert "seed = 7" in (tmp_path / "recipe.toml").read_text()
     for name in ('a "b" # c', "\N{GRINNING FACE} 'q'  # x"):
@@ -382,7 +382,7 @@ def test_what_is_no_dataset_is_told_as_a_run_would(clock, tmp_path: Path):
     (tmp_path / "t").mkdir()
     with pytest.raises(DataError, match=r"data\.target\.path: .* holds no image and no table"):
         written(tmp_path)
-    images(tmp_path / "t", 2, 4, 1)
+    images(tmp_path / "t", 2, 6, 1)
     (tmp_path / "t/train/class1/0.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"data\.target\.path: .*class1/0\.png: it is no image"):
         written(tmp_path)
@@ -394,7 +394,7 @@ def test_what_is_no_dataset_is_told_as_a_run_would(clock, tmp_path: Path):
 
 
 def test_a_target_that_is_the_source_is_told(clock, tmp_path: Path, capsys):
-    images(tmp_path / "s", 2, 4, 1)
+    images(tmp_path / "s", 2, 6, 1)
     (tmp_path / "t").symlink_to(tmp_path / "s")
     written(tmp_path, None, None, None, None, None, 30, False)
     assert "init: data.target: its training images are those of data.source" in capsys.readouterr().err
@@ -426,6 +426,31 @@ def test_weights_are_adopted_where_their_head_fits(clock, tmp_path: Path, classe
     given = {"pretrain": recipe.pretrain and recipe.pretrain.weights, "finetune": recipe.finetune.weights}
     assert {name for name, weights in given.items() if weights} == {table}
     assert recipe.model.arch == "resnet18"
+
+
+def test_only_images_that_the_weights_may_have_learned_are_told_of(clock, tmp_path: Path):
+    """All three datasets have a test split held out; weights of the source have seen no image of the others."""
+    for name, classes in (("s", 2), ("t", 3), ("a", 2)):
+        images(tmp_path / "pool", classes, 10, 1)
+        (tmp_path / "pool/train").rename(tmp_path / name)
+        shutil.rmtree(tmp_path / "pool")
+    for classes, told in ((2, {"source"}), (3, {"source", "target"})):
+        save_file(torchvision.models.resnet18(num_classes=classes).state_dict(), tmp_path / "net.safetensors")
+        written(tmp_path, str(tmp_path / "a"), str(tmp_path / "net.safetensors"))
+        tables = (tmp_path / "recipe.toml").read_text().split("\n[data.")[1:]
+        assert {one.partition("]")[0] for one in tables if "the weights have not seen" in one} == told
+
+
+@pytest.mark.parametrize(("classes", "each", "told"), [(2, 5, "2 classes"), (9, 2, "9 classes"), (9, 3, "")])
+def test_a_target_that_no_disposal_could_use_is_refused(clock, tmp_path: Path, classes: int, each: int, told: str):
+    """0.8 of 2 classes of 4 are 6 images, and a step has 8 or more; of 2 of a class both; of 9 classes of 3 are 18."""
+    images(tmp_path / "s", 2, 6, 1)
+    images(tmp_path / "t", classes, each - (classes == 2), 1)
+    if not told:
+        assert written(tmp_path).data.target.fraction == 0.8
+        return
+    with pytest.raises(DataError, match=f"training images of {told} are too few: a step .* takes 8 or more"):
+        written(tmp_path)
 
 
 def test_the_limit_of_a_price_is_one_that_the_test_images_can_tell(clock, tmp_path: Path):
