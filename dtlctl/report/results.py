@@ -64,12 +64,6 @@ def results_of(run: Path, recipe: Recipe) -> list[Result]:
     return found
 
 
-def left_behind(run: Path, recipe: Recipe, found: Iterable[Result]) -> list[str]:
-    """The results of the recipe that are in a run's folder and that `results_of` leaves out."""
-    known = {one.path for one in found}
-    return [job.title for job in jobs(recipe) if run / job.path not in known and (run / job.path).exists()]
-
-
 def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
     """The numbers of a run's results by model, the references first. Raises CheckpointError where one lacks them."""
     rows: dict[str, Row] = {model: {"model": model, "piggyback": {}} for model in [*recipe.references, *recipe.dispose]}

@@ -8,7 +8,8 @@ from statistics import fmean, mean
 from typing import Any
 
 from dtlctl.errors import RecipeError
-from dtlctl.report import audit, results
+from dtlctl.recipe.plan import jobs
+from dtlctl.report import audit
 from dtlctl.report.evidence import Models, evidence
 from dtlctl.report.intervals import half_width
 from dtlctl.report.results import ATTACKS, Row, recipe_of, refuse_other_images, renamed, results_of, rows_of
@@ -46,7 +47,9 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     refuse_other_images(chain(*found), one_seed=False)
     seeds, tables = [recipe.seed for recipe in recipes], [*map(rows_of, found, recipes)]
     by_seed = {model: [table[model] for table in tables] for model in tables[0] if all(model in t for t in tables)}
-    first, shared = recipes[0], list[str]()
+    first, shared, known = recipes[0], list[str](), {one.path for one in chain(*found)}
+    there = [(job.title, run / job.path) for run, recipe in zip(runs, recipes, strict=True) for job in jobs(recipe)]
+    older = dict.fromkeys(title for title, path in there if path not in known and path.exists())
     if len(seeds) > 1 and (first.finetune.weights or first.pretrain.weights or first.pretrain.seed is not None):
         shared.append(f"All seeds share one {'TL' if first.finetune.weights else 'pre'}: no interval tells of another.")
     document = {
@@ -54,7 +57,7 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
         "seeds": seeds,
         "rows": _rows(by_seed),
         "evidence": evidence(by_seed, first.reference),
-        "older": list(dict.fromkeys(chain(*map(results.left_behind, runs, recipes, found)))),
+        "older": [*older],
         "caveats": [*shared, *caveats(by_seed, tables, seeds), *dict.fromkeys(chain(*map(renamed, found, recipes)))],
         "audits_sha256": checkpoint.key({"audits": audit.read(runs)}),
     }
@@ -65,13 +68,16 @@ def _rows(by_seed: Models) -> list[Row]:
     """A row a model, over its seeds."""
     numbers, rows = {model: _numbers(own) for model, own in by_seed.items()}, []
     for model, own in by_seed.items():
-        row = _average(model, numbers[model])
+        one = numbers[model]
+        row = _average(model, one)
         for kind, together in OVER_SEEDS.items():
             found = {name: [one[kind][name] for one in own if name in one.get(kind, {})] for name in row["piggyback"]}
             if any(found.values()):
                 row[kind] = {name: together(of) for name, of in found.items() if of}
         for other in [name for name in ("TGT", "TL") if name in by_seed]:
-            row[f"vs_{other}"] = _average(model, _less(numbers[model], numbers[other]))
+            both = [(at, numbers[other][at]) for at in one if at in numbers[other] and at[0] in ("acc_t", *ATTACKS)]
+            seed_by_seed = {at: [a - b for a, b in zip(one[at], two, strict=True)] for at, two in both}
+            row[f"vs_{other}"] = _average(model, seed_by_seed)
         rows.append(row)
     return rows
 
@@ -82,12 +88,6 @@ def _numbers(seeds: Sequence[Row]) -> Numbers:
         plain = {(name,): value for name, value in row.items() if isinstance(value, float)}
         found.append(plain | {(kind, name): value for kind in ATTACKS for name, value in row.get(kind, {}).items()})
     return {at: [one[at] for one in found] for at in found[0] if all(at in one for one in found)}
-
-
-def _less(model: Numbers, other: Numbers) -> Numbers:
-    """Differences, seed by seed, of the accuracies that both models have."""
-    both = [at for at in model if at in other and at[0] in ("acc_t", *ATTACKS)]
-    return {at: [one - two for one, two in zip(model[at], other[at], strict=True)] for at in both}
 
 
 def _average(model: str, numbers: Numbers) -> Row:

@@ -52,7 +52,14 @@ def run(
                 # Imported when there is work to do: looking whether everything is up to date needs no training code.
                 getattr(import_module(f"dtlctl.stages.{name}"), name)(experiment, job)
         except DivergedError as error:
-            raise DivergedError(f"{job.title}: {error}\n{_remedy(experiment, job)}") from None
+            from dtlctl.training.failures import remedy
+
+            # Of an audit the model is at fault, or its own training: relearning.
+            audit = job.stage == "audit"
+            what = f"make {job.model} again with" if audit else "nothing was published; try"
+            way = remedy(experiment.results.maker(job.model).settings if audit else job.settings)
+            way += "; for relearning a smaller audit.relearn_lr" * (audit and job.settings.relearn_steps > 0)
+            raise DivergedError(f"{job.title}: {error}\n{what} {way}") from None
         except (RuntimeError, MemoryError) as error:
             from dtlctl.training.failures import is_shortage, shortage
 
@@ -66,15 +73,6 @@ def run(
         place = f"; {number} of {len(chosen)}" * (len(chosen) > 1)
         experiment.processes.say(f"{job.title}: {told} ({sidecar.get('wall_seconds', 0):.0f} s{place})")
     return done
-
-
-def _remedy(experiment: Experiment, job: Job[Any]) -> str:
-    from dtlctl.training.failures import remedy
-
-    if job.stage != "audit":
-        return f"nothing was published; try {remedy(job.settings)}"
-    again = f"make {job.model} again with {remedy(experiment.results.maker(job.model).settings)}"
-    return again + "; if it was relearning, set a smaller audit.relearn_lr" * bool(job.settings.relearn_steps)
 
 
 def _taken_over(experiment: Experiment, job: Job[Any], earlier: Callable[[], Earlier]) -> bool:

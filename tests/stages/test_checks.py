@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from dtlctl.attacks import features
 from dtlctl.console import stop
-from dtlctl.errors import RecipeError, Stopped
+from dtlctl.errors import RecipeError, Stopped, counted
 from dtlctl.objectives import balance
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.settings import Dispose
@@ -293,5 +293,6 @@ def test_whether_a_price_is_kept_is_said(cost: Price, end: str):
     )  # fmt: skip
     metrics = dispose.Checks.found(checks)  # type: ignore[arg-type]
     assert metrics["price"] == cost.points and metrics["lambda"] == 0.1
-    told = f"{cost.points:.1f} points [{cost.low:.1f}, {cost.high:.1f}] on {cost.images:,} target images held back"
+    held = f"{counted(cost.images, 'target image')} held back"
+    told = f"{cost.points:.1f} points [{cost.low:.1f}, {cost.high:.1f}] on {held}"
     assert said == [f"dispose/gc: costs {told}, {end}"]
