@@ -90,13 +90,10 @@ def _images_for_a_price(experiment: Experiment, job: Job[Dispose], allowed: floa
     """Raise RecipeError without images; say where they are so few that the price on them is known but roughly."""
     count = len(experiment.data.held_back("target"))
     if not count:
-        fraction = experiment.recipe.data.target.fraction
-        # Of a class of two images half is left out, of a class of one nothing.
-        largest = int(np.bincount(experiment.data.images("target", "train").labels).max())
-        lower = f"set it to {0.8 if fraction == 1 and largest > 2 else 0.5}, say, or " * (largest > 1)
         raise RecipeError(
             f"{experiment.source}: dispose.{job.model}.price: measured on target images that nothing trains on, and "
-            f"data.target.fraction = {fraction:g} leaves none out; {lower}give lambda instead"
+            "data.target.fraction leaves none out; set it to 0.8, or 0.5 where no class has more than two images, or "
+            "give lambda instead"
         )
     if (half := resolution(count, EXPECTED)) > allowed:
         experiment.processes.say(

@@ -88,19 +88,19 @@ def _describe(experiment: Experiment, role: str) -> dict[str, Any]:
     dataset, source = experiment.recipe.data.of(role), experiment.data.source(role)
     notes = [overlap.SAME] if role == "target" and source.identity == experiment.data.source("source").identity else []
     notes += ["revision not pinned"] if source.kind == "hub" and dataset.revision is None else []
-    counted: dict[str, Any] = dict.fromkeys(("images", "test_images", "classes"))
+    known: dict[str, Any] = dict.fromkeys(("images", "test_images", "classes"))
     train, test = found = [experiment.data.cached(role, split) or source.listed(split) for split in SPLITS]
     if train:
         counts = np.bincount(train.labels[train.labels >= 0], minlength=len(train.classes)).tolist()
-        counted["images"] = sum(subset.sizes(counts, dataset.fraction, dataset.balance))
-        counted["classes"] = len(train.classes)
+        known["images"] = sum(subset.sizes(counts, dataset.fraction, dataset.balance))
+        known["classes"] = len(train.classes)
         if limited := subset.imbalance(counts, train.classes, dataset.fraction, dataset.balance):
             notes.append(limited.text)
     if test:
-        counted["test_images"] = int((test.labels >= 0).sum())
+        known["test_images"] = int((test.labels >= 0).sum())
     notes += [note.text for one in found if one for note in one.notes]
     decoded = all(isinstance(one, Images) for one in found)
-    return {"role": role, "path": dataset.path, "decoded": decoded, "notes": notes, **counted}
+    return {"role": role, "path": dataset.path, "decoded": decoded, "notes": notes, **known}
 
 
 def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: costs.Clock) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -78,8 +78,8 @@ def write(
     seconds = 60 * PLANNED * minutes
     paths = {"source": source, "target": target, "piggyback.attacker": attacker}
     seen = {role: look(path, role) for role, path in paths.items() if path is not None}
-    own, device = seen["source"], torch.device(devices.kind())
-    counts = seen["target"]["counts"]
+    own, theirs, device = seen["source"], seen["target"], torch.device(devices.kind())
+    counts = theirs["counts"]
     if not FEWEST <= sum(subset.sizes(counts, KEPT, "keep")) < sum(counts):
         raise DataError(
             f"data.target.path: {target}: {counted(sum(counts), 'training image')} of {len(counts)} classes are too "
@@ -89,26 +89,20 @@ def write(
     folders = "-".join(Path(path).name.removeprefix("builtin:") for path in (source, target))
     usual = re.sub(r"[^\w.-]+", "-", folders, flags=re.ASCII).strip("-._")[:64]
     each = max(4, min(20, min(own["counts"]) // 20))
-    side = _side(max(own["side"], seen["target"]["side"]), size, gpu)
-    sizes = len(own["counts"]), len(seen["target"]["counts"])
+    side, names = _side(max(own["side"], theirs["side"]), size, gpu), (own["classes"], theirs["classes"])
     crowded = costs.crowded()
-    network, outputs, trained = adopted(weights, arch, side, *sizes, size is not None) if weights else ({}, 0, None)
+    network, stage, trained = adopted(weights, arch, side, *names, size is not None) if weights else ({}, "", None)
     told: dict[str, Any] = {
         **FIXED,
         "name": name or usual.rstrip(".") or "mine",
         "machine": f"{cores()} CPU cores, {devices.name(device) if gpu else 'no GPU'}",
-        "gpu": gpu,
-        "source": own,
-        "target": seen["target"],
-        "attacker": seen.get("piggyback.attacker"),
         "each": min(each, *own["counts"]),
         "few": round(min(1.0, each * len(own["counts"]) / sum(own["counts"])), 6),
-        "limit": minutes,
-        "told": (told_to := resolution(max(1, seen["target"]["tests"]), EXPECTED)),
+        "told": (told_to := resolution(max(1, theirs["tests"]), EXPECTED)),
         "most": float(max(2, math.ceil(PRICE + told_to))),
-        "adopted": "finetune" if outputs == len(seen["target"]["counts"]) != len(own["counts"]) else "pretrain",
     }
-    told |= {"weights": weights, "asked": arch is not None, "asked_size": size, "trained": trained}
+    told |= {"source": own, "target": theirs, "attacker": seen.get("piggyback.attacker"), "limit": minutes, "gpu": gpu}
+    told |= {"weights": weights, "adopted": stage, "trained": trained, "asked": arch is not None, "asked_size": size}
     fit = [network] if weights else _networks(side, arch, gpu, size is not None)
     for told["model"], told["two"] in product(fit, (True, False)):  # a second variant only where all of it has room
         told |= _able(told["model"])
@@ -179,6 +173,7 @@ def look(path: str, role: str) -> dict[str, Any]:
         pictures = [_picture(train, int(row), role) for row in chosen]
     sides, sizes = sorted(min(size) for size, _ in pictures), sorted({size for size, _ in pictures}, key=np.prod)
     return {
+        "classes": train.classes,
         "counts": np.bincount(train.labels[train.labels >= 0], minlength=len(train.classes)).tolist(),
         "side": sides[len(sides) // 2],
         "tests": len(tested := test.labels[test.labels >= 0]),
@@ -224,10 +219,8 @@ def _networks(side: int, arch: str | None, gpu: bool, fixed: bool) -> Iterator[d
         small = found in networks.DEPTHS or (found.startswith("resnet") and side <= 64)
         yield {"arch": found, "stem": "small" if small else "imagenet", "image_size": side}
         return
-    yield {"arch": "resnet20", "stem": "small", "image_size": side}
-    yield {"arch": "resnet8", "stem": "small", "image_size": side}
-    if not fixed and side > 32:
-        yield {"arch": "resnet8", "stem": "small", "image_size": 32}
+    for name, pixels in [("resnet20", side), ("resnet8", side), *[("resnet8", 32)] * (side > 32 and not fixed)]:
+        yield {"arch": name, "stem": "small", "image_size": pixels}
 
 
 def _able(model: dict[str, Any]) -> dict[str, Any]:
@@ -241,9 +234,9 @@ def _able(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def adopted(
-    weights: str, arch: str | None, side: int, source: int, target: int, fixed: bool
-) -> tuple[dict[str, Any], int, int | None]:
-    """Keys of [model] for the network that weights are of, their head's outputs, and the image size they were made for.
+    weights: str, arch: str | None, side: int, source: Sequence[str], target: Sequence[str], fixed: bool
+) -> tuple[dict[str, Any], str, int | None]:
+    """Keys of [model] for the network that weights are of, the stage they replace, and the image size they are for.
 
     By `arch`, or what the file or the config.json of its folder says, or else of any ResNet that they fit.
     side: of the images, where nothing says what the network was trained on, or it is fixed: asked for. source, target:
@@ -266,22 +259,23 @@ def adopted(
         except (CheckpointError, ValueError, TypeError) as error:  # a header may hold anything
             failures.append(error)
         else:
-            return keys, _outputs(weights, given, source, target), next(iter([*trained, *built]), None)
+            return keys, _replaced(weights, given, source, target), next(iter([*trained, *built]), None)
     fitted = [error for error in failures if isinstance(error, CheckpointError)] or failures
     hint = "\nwhere it is no ResNet, name it: --arch mobilenet_v3_small, --arch timm:NAME"
     more = hint * (not told and "do not fit" in str(fitted[0]))
     raise CheckpointError(f"{weights}: {str(fitted[0]).removeprefix(f'{weights}: ')}{more}")
 
 
-def _outputs(weights: str, given: Given, source: int, target: int) -> int:
-    """The outputs of the weights' head, 0 without one. CheckpointError for one of neither dataset that has no names."""
-    outputs = len(given.head[1]) if given.head else 0
-    if given.classes is None and outputs not in (0, source, target):
+def _replaced(weights: str, given: Given, source: Sequence[str], target: Sequence[str]) -> str:
+    """The stage that the weights replace, by the size of their head or its names. CheckpointError for another."""
+    outputs, names = len(given.head[1]) if given.head else 0, {*(given.classes or ())}
+    if not names and outputs not in (0, len(source), len(target)):
         raise CheckpointError(
-            f"{weights}: its head has {outputs} outputs without names; the source has {source} classes, the target "
-            f"{target}: name them in a config.json beside it (label_names), or take the head out"
+            f"{weights}: its head has {outputs} outputs without names; the source has {len(source)} classes, the "
+            f"target {len(target)}: name them in a config.json beside it (label_names), or take the head out"
         )
-    return outputs
+    told = outputs != len(source) or names == {*target} != {*source}
+    return "finetune" if outputs == len(target) and told else "pretrain"
 
 
 def _render(told: dict[str, Any]) -> str:

@@ -428,6 +428,23 @@ def test_weights_are_adopted_where_their_head_fits(clock, tmp_path: Path, classe
     assert recipe.model.arch == "resnet18"
 
 
+@pytest.mark.parametrize(("names", "table"), [(("a", "b"), "pretrain"), (("b", "c"), "finetune"), ((), "pretrain")])
+def test_where_both_heads_would_have_the_size_the_names_decide(clock, tmp_path: Path, names, table: str):
+    for folder, classes in (("s", "ab"), ("t", "bc")):
+        images(tmp_path / folder, 2, 6, 1)
+        for split in ("train", "test"):
+            for number, name in enumerate(classes):
+                (tmp_path / folder / split / f"class{number}").rename(tmp_path / folder / split / name)
+    spec: dict[str, Any] = {"arch": "resnet8", "stem": "small", "width": 8, "image_size": 16}
+    header = {"dtlctl": json.dumps({**spec, "classes": names})}
+    state = networks.build(heads={"target": 2}, **spec).plain_state("target")
+    save_file(state, tmp_path / "net.safetensors", header)
+    recipe = written(tmp_path, None, str(tmp_path / "net.safetensors"))
+    assert (recipe.finetune.weights or "", recipe.pretrain.weights or "")[table == "pretrain"].endswith(
+        "net.safetensors"
+    )
+
+
 def test_only_images_that_the_weights_may_have_learned_are_told_of(clock, tmp_path: Path):
     """All three datasets have a test split held out; weights of the source have seen no image of the others."""
     for name, classes in (("s", 2), ("t", 3), ("a", 2)):
