@@ -59,7 +59,7 @@ def test_answers_that_are_not_finite_are_no_accuracy():
     good = Batch(torch.eye(3), y, torch.arange(3))
     assert Engine().correct(Answers(), "source", [good]).tolist() == [True, True, False]
     bad = Batch(torch.tensor([[0.0, torch.nan], [0.0, torch.inf], [1.0, 0.0]]), y, torch.arange(3))
-    with pytest.raises(DivergedError, match=r"the source head's answers to 2 of 6 images are not finite\n.*smaller lr"):
+    with pytest.raises(DivergedError, match=r"the source head's answers to 2 of 6 images are not finite"):
         Engine().correct(Answers(), "source", [good, bad])
 
 
