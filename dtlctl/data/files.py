@@ -99,7 +99,9 @@ def opened(asked: Asked, tree: Tree, split: Split) -> Rows:
     start, depth = (f"{here.folder}/", 1) if here.folder else ("", 0)
     images, guessed, unread = _sort(tree, start)
     labels: list[str | None] = [file.split("/", depth + 1)[depth] for file in images]
-    if here.list and (len({*labels}) < 2 or any(file.count("/") == depth for file in images)):
+    # Where lists at the top are the splits, class folders beside them hold the images of all.
+    beside = not here.folder and "" not in splits
+    if here.list and (beside or len({*labels}) < 2 or any(file.count("/") == depth for file in images)):
         known, named = _named(asked, tree, splits, here)
         unread = [file for file in (*unread, *images) if file not in known]
         images, labels, guessed, folders = list(named), list(named.values()), [], list[str]()
@@ -122,7 +124,7 @@ def opened(asked: Asked, tree: Tree, split: Split) -> Rows:
         return os.path.join(dataset.path, images[row])
 
     tops = {file.partition("/")[0] for file in tree.files if _suffix(file) in suffixes()}
-    beside = [top for top in sorted(tops) if here.folder and not here.list and top in tree.files]
+    loose = [top for top in sorted(tops) if here.folder and not here.list and top in tree.files]
     # Beside lists, a folder is where their images are.
     holding = {top for top in tops if not here.list or top.casefold() in sum(USUAL.values(), ())}
     return Rows(
@@ -131,7 +133,7 @@ def opened(asked: Asked, tree: Tree, split: Split) -> Rows:
         lambda rows: [read_file(tree.root / images[row], path(row)) for row in rows],
         path,
         tuple(Note(kind, len(what), f"{place}: {text}") for kind, what, text in said if what),
-        (*(name for name, one in splits.items() if one.list or name in holding), *beside),
+        (*(name for name, one in splits.items() if one.list or name in holding), *loose),
     )
 
 

@@ -233,6 +233,15 @@ def test_two_lists_share_a_folder_of_images(tmp_path):
     assert train.notes == () and [*notes(test)] == ["empty-classes"]
 
 
+def test_lists_divide_the_images_of_class_folders(tmp_path):
+    """The folders agree with the labels, but not with the splits."""
+    lists = {"train.csv": b"file_name,label\na/0.png,a\nb/1.png,b\n", "test.csv": b"file_name,label\na/2.png,a\n"}
+    dataset = folder(tmp_path / "d", "a/0.png", "b/1.png", "a/2.png", "b/3.png", **lists)
+    train, test = load(dataset), load(dataset, "test")
+    assert seen(train) == [(0, "a"), (1, "b")] and seen(test) == [(2, "a")]
+    assert notes(train)["unread"][1].endswith(": not read: 1 .png (b/3.png)")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
