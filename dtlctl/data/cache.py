@@ -29,7 +29,7 @@ from dtlctl.data.entry import Entry, Images, Wanted
 from dtlctl.data.pixels import Depth, Rule, decide, decode, hashed
 from dtlctl.data.sources import Source
 from dtlctl.data.stream import Streamed
-from dtlctl.errors import DataError
+from dtlctl.errors import DataError, one_line
 from dtlctl.storage.checkpoint import sync, write
 
 # Changing how images are chosen, decoded, resized or stored must change this number: it is part of the key.
@@ -126,7 +126,7 @@ def _place(source: Source, split: Split, image_size: int, streamed: bool) -> Pat
     key = {
         "format": _FORMAT,
         "source": source.identity,
-        "split": getattr(dataset, split) if isinstance(dataset.test, str) else [split, dataset.test, source.seed],
+        "split": [split, dataset.test, None if isinstance(dataset.test, str) else source.seed],
         "image_size": image_size,
         **({"decode": "stream"} if streamed else {}),
     }
@@ -183,7 +183,7 @@ def _decode(
                 depths.update(found)
                 failed += [error for place, error in broken.items() if needed[place]]
                 if unneeded := [error for place, error in broken.items() if not needed[place]]:
-                    write(entry.place / entries.SAID, str(unneeded[0]).encode())
+                    write(entry.place / entries.SAID, one_line(unneeded[0]).encode())
                 yield part
                 if progress:
                     progress(min(number * size, len(rows)), len(rows))

@@ -14,7 +14,7 @@ from PIL import Image
 from dtlctl.data.classes import numbered, some
 from dtlctl.data.dataset import USUAL, Asked, Dataset, Note, Rows, Split
 from dtlctl.data.lists import LISTS, Place, read_list
-from dtlctl.errors import DataError, NoSplit
+from dtlctl.errors import DataError, NoSplit, one_line
 
 _SYSTEM = {".ds_store", "thumbs.db", "desktop.ini"}  # an operating system's own, never a user's
 _HINTS = dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"), _UNPACK := "unpack it")
@@ -262,7 +262,7 @@ def kinds(files: Sequence[str], most: int = 5) -> str:
     for file in files:
         groups.setdefault("hidden" if _hidden(file) else _suffix(file) or "without suffix", []).append(file)
     some = sorted(groups.items(), key=lambda kind: -len(kind[1]))
-    said = [f"{len(f)} {k} ({f[0]}{'; ' + _HINTS[k] if k in _HINTS else ''})" for k, f in some[:most]]
+    said = [one_line(f"{len(f)} {k} ({f[0]}{'; ' + _HINTS[k] if k in _HINTS else ''})") for k, f in some[:most]]
     more = [f"{len(some) - most} other kinds"] if len(some) > most else []
     return (": " if said else "") + ", ".join(said + more)
 

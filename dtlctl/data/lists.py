@@ -35,7 +35,7 @@ def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) ->
     try:
         text = (root / place.list).read_bytes().decode("utf-8-sig")
         if place.list.lower().endswith(".jsonl"):
-            rows = [dict(json.loads(line)) for line in text.splitlines() if line.strip()]
+            rows = [dict(json.loads(line)) for line in text.split("\n") if line.strip()]
             columns = [*rows[0]] if rows else []
         else:
             delimiter = max(",;\t", key=text.partition("\n")[0].count)
@@ -65,9 +65,9 @@ def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) ->
             raise DataError(f"{name}: the row of {written!r} has more fields than the header")
         if isinstance(value, bool | float | list | dict):
             raise DataError(f"{name}: {written!r} has the label {value!r}, which is neither text nor an integer")
-        if kinds_of.setdefault(str(value), type(value)) is not type(value):
-            raise DataError(f"{name}: the label {value} is there as a number and as text; write it in one way")
         found[file] = None if unlabelled(value) else str(value)
+        if found[file] and kinds_of.setdefault(str(value), type(value)) is not type(value):
+            raise DataError(f"{name}: the label {value} is there as a number and as text; write it in one way")
     _refuse_missing(name, missing, files, path)
     return found
 

@@ -23,7 +23,10 @@ def _opened(file: str) -> tuple[Any, Callable[[str], Any]]:
     if file.lower().endswith(".parquet"):
         found = parquet.ParquetFile(file)
         return found.schema_arrow, lambda column: found.read(columns=[column])
-    table = pyarrow.ipc.open_stream(pyarrow.memory_map(file)).read_all()
+    try:
+        table = pyarrow.ipc.open_stream(pyarrow.memory_map(file)).read_all()
+    except (OSError, pyarrow.ArrowInvalid):  # arrow has a format for files too
+        table = pyarrow.ipc.open_file(pyarrow.memory_map(file)).read_all()
     return table.schema, lambda column: table.select([column])
 
 

@@ -26,8 +26,8 @@ Samples = dict[str, dict[str, Member]]
 def from_folder(asked: Asked, tree: Tree) -> Callable[[Split], Rows] | None:
     """Opens splits; None of a folder with images beside the shards, or whose first tar is something else.
 
-    A shard belongs to the split that its path names first, as words: `train-000.tar`, `a/val/0.tar`. All raise
-    DataError.
+    A shard belongs to the split that its path names first, as words in any case: `train-000.tar`, `a/Val/0.tar`. All
+    raise DataError.
     """
     shards = [file for file in tree.files if file.lower().endswith(".tar")]
     first = next((file for file in shards if tarfile.is_tarfile(tree.root / file)), None)
@@ -37,7 +37,7 @@ def from_folder(asked: Asked, tree: Tree) -> Callable[[Split], Rows] | None:
     if not any(_images(asked, one) and {asked.dataset.label or "cls", "json"} & {*one} for one in samples.values()):
         return None
     names = {asked.dataset.train, str(asked.dataset.test), *sum(USUAL.values(), ())}
-    named = re.compile(rf"(?<![^\W_])({'|'.join(map(re.escape, names))})(?![^\W_])")
+    named = re.compile(rf"(?<![^\W_])({'|'.join(map(re.escape, names))})(?![^\W_])", re.IGNORECASE)
     splits: dict[str, list[str]] = {}
     for file in shards:
         found = named.search(file)

@@ -92,7 +92,7 @@ def test_the_key_tells_columns_and_splits_apart(tmp_path):
     dataset = image_folder(tmp_path / "d")
     cache.load(Source(dataset), "train", 4)
     assert cache.cached(Source(dataset.model_copy(update={"fraction": 0.5, "augment": "none"})), "train", 4) is not None
-    for change in ({"label": "label"}, {"image": "image"}, {"train": "test"}):
+    for change in ({"label": "label"}, {"image": "image"}, {"train": "test"}, {"test": "val"}):
         assert cache.cached(Source(dataset.model_copy(update=change)), "train", 4) is None
 
 

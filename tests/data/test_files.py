@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -85,6 +86,16 @@ def test_what_is_not_read_is_counted_by_kind(tmp_path):
     assert "1 .txt (train/dog/notes.txt)" in text and "1 without suffix (train/dog/README)" in text
     assert "1 .zip (train/dog/old.zip; unpack it)" in text and "Thumbs" not in text
     assert load(dataset, "test").notes == ()
+
+
+def test_notes_on_files_whose_names_are_no_text_can_be_written(tmp_path):
+    r"""A Latin-1 name and one with a line end: all of a note is UTF-8, in a line. Python has the byte E9 as U+DCE9."""
+    odd = {"train/cat/caf\udce9.t\udce9": b"x", "train/dog/a\nb.txt": b"x", "train/dog/\udce9.png": b"broken"}
+    dataset = folder(tmp_path / "d", *BASE, "train/dog/2.png", **odd)
+    images = cache.load(Source(dataset), "train", 4, wanted=lambda labels, _: np.array([0, 1]))
+    assert sorted(notes(images)) == ["broken", "unread"] and len(images.rows) == 3
+    for _, text in notes(images).values():
+        assert text.encode() and len(text.splitlines()) == 1
 
 
 def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
@@ -428,11 +439,22 @@ def test_numbers_that_are_written_otherwise_are_classes_that_look_alike(tmp_path
     assert number == 3 and "'01', '1', '1.0'" in text
 
 
+def test_a_text_none_and_no_label_stand_in_one_list(tmp_path):
+    """And text of JSON may hold U+2028, which Python takes for the end of a line."""
+    labels = ["None", None, "a\u2028b"]
+    lines = [json.dumps({"file_name": f"{n}.png", "label": label}, ensure_ascii=False) for n, label in enumerate(labels)]
+    content = "\r\n".join(lines).encode()
+    images = load(folder(tmp_path / "d", "0.png", "1.png", "2.png", **{"train.jsonl": content}))
+    assert seen(images) == [(0, "None"), (2, "a\u2028b")] and images.dropped == 1
+
+
 def test_splits_that_the_recipe_does_not_use_are_named(tmp_path):
     """Folders and a list; a folder of images that lists name is none, and neither is one without images."""
     dataset = folder(tmp_path / "d", *BASE, "train2/cat/7.png", "val/cat/8.png", **{"docs/x.txt": b"x"})
     number, text = notes(load(dataset))["unused"]
     assert number == 2 and text.endswith(": not used, as neither split of the recipe: 'train2', 'val'")
+    _, text = notes(load(dataset.model_copy(update={"test": "val"})))["unused"]  # not as it was said for the other test
+    assert text.endswith(": 'test', 'train2'")
     _, text = notes(load(folder(tmp_path / "f", *BASE, "x.png", **{"notes.txt": b"x"})))["unused"]
     assert text.endswith(": 'x.png'")
     lists = {f"{name}.csv": b"file_name,label\nimg/0.png,a\nimg/1.png,b\n" for name in ("train", "old")}

@@ -49,6 +49,16 @@ def parquet(folder: Path, train, test, names=("train.parquet", "test.parquet"), 
     return Dataset(path=str(folder), **recipe)
 
 
+def test_both_formats_of_arrow_are_read(tmp_path):
+    """That of streams, as `datasets` writes it, and that of files."""
+    rows = table([0, 1]).data.table
+    for name, written in (("train", pyarrow.ipc.new_file), ("test", pyarrow.ipc.new_stream)):
+        with written(str(tmp_path / f"{name}.arrow"), rows.schema) as file:
+            file.write_table(rows)
+    dataset = Dataset(path=str(tmp_path))
+    assert [levels(load(dataset, split)) for split in ("train", "test")] == [[0, 1], [0, 1]]
+
+
 def load(dataset, split="train"):
     return cache.load(Source(dataset, "source"), split, 4)
 

@@ -105,6 +105,16 @@ def test_labels_are_numbers_or_names_from_where_the_recipe_says(tmp_path, kind, 
     assert images.classes == (("2", "10") if labels[0] == "10" else tuple(sorted({*classes})))
 
 
+def test_shards_that_name_their_splits_in_capitals_are_no_single_split(tmp_path):
+    shard(tmp_path / "d/Train-0.tar", samples(["a", "b", "a", "b"]))
+    shard(tmp_path / "d/Test-0.tar", samples(["a", "b"], start=4))
+    said = refused(Dataset(path=str(tmp_path / "d")))
+    assert said.endswith('has no split \'train\' (splits: Test, Train); write train = "Train" in [data.source]')
+    assert "splits: Test, Train" in refused(Dataset(path=str(tmp_path / "d"), test=0.5))
+    dataset = Dataset(path=str(tmp_path / "d"), train="Train", test="Test")
+    assert [len(load(dataset, split).labels) for split in ("train", "test")] == [4, 2]
+
+
 def test_members_belong_together_by_name_wherever_they_stand(tmp_path):
     """All labels come after all images, as a sorted list by kind has them; the recipe says which image is meant."""
     pictures = {f"{n}.{kind}": picture(n + (kind != "jpg")) for n in range(4) for kind in ("jpg", "mask.png")}
