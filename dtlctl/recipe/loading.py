@@ -77,7 +77,8 @@ def _resolve_like(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _explain(raw: dict[str, Any], error: ValidationError) -> str:
     """One line for the first mistake, unknown keys and tables before others, and one for the rest."""
-    errors = [e for e in error.errors(include_url=False) if not _inherited(raw, e["loc"])]
+    errors = error.errors(include_url=False)
+    errors = [e for e in errors if not _inherited(raw, e["loc"], [other["loc"] for other in errors])]
     unknown = {e["loc"][:-1] for e in errors if e["type"] == "extra_forbidden"}
     # What is missing where a key is unknown has most likely only another name there.
     errors = [e for e in errors if e["type"] != "missing" or e["loc"][:-1] not in unknown]
@@ -110,12 +111,14 @@ def _reason(error: Any) -> str:
     return reason
 
 
-def _inherited(raw: dict[str, Any], loc: tuple[int | str, ...]) -> bool:
+def _inherited(raw: dict[str, Any], loc: tuple[int | str, ...], others: list[tuple[int | str, ...]]) -> bool:
     """Whether a mistake in a table with `like` is one of the table that it copies, where it is told."""
-    if loc[:2] != ("data", "piggyback") or len(loc) < 4 or loc[3] == "[key]":
+    if loc[:2] != ("data", "piggyback") or len(loc) < 3 or "[key]" in loc:
         return False
     table = raw["data"]["piggyback"][loc[2]]
-    return table.get("like") in ("source", "target") and loc[3] not in table
+    if not isinstance(table, dict) or table.get("like") not in ("source", "target"):
+        return False
+    return loc[3] not in table if len(loc) > 3 else ("data", table["like"]) in others
 
 
 def _place(raw: Any, error: Any) -> str:

@@ -43,7 +43,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     if value.strip().startswith(("{", "[", '"', "'")):
         words = re.sub(r"""\"[^"]*"|'[^']*'|[^][{}=,"']+(?!\s*=)(?=[],}])""", _quoted, value)
     else:
-        words = json.dumps(value, ensure_ascii=False)
+        words = json.dumps(value.strip(), ensure_ascii=False)
     for candidate in (value, words):
         try:
             return tomllib.loads(f"{key.strip()} = {candidate}")

@@ -1,8 +1,9 @@
 """What a recipe asks for, in order, and what each result depends on. Pure data: nothing here trains or loads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar, get_args
 
+from dtlctl.attacks.attackers import SelfTraining
 from dtlctl.attacks.registry import ATTACKS, REFERENCED
 from dtlctl.recipe.schema import Recipe
 from dtlctl.strict import Strict
@@ -51,6 +52,8 @@ class Job(Generic[Settings]):
                 attacker.pop(name, None)
         if "cka" in settings:  # the others that it is compared with made this one
             settings["compared"] = (recipe.target_only or recipe.finetune).model_dump(mode="json")
+        if settings.get("references") and (recipe.pretrain.weights or recipe.finetune.weights):
+            settings["referenced"] = references(recipe).described(recipe)  # no parent tells of it
         own_seed = settings.pop("seed", None)
         return {
             "settings": settings,
@@ -88,6 +91,14 @@ class Job(Generic[Settings]):
         return {role: settings.equal_parts(images[role], processes) for role in roles}
 
     @property
+    def looks_beyond(self) -> bool:
+        """Whether images of the target, or of the attacker's dataset, count that the recipe's fraction leaves out."""
+        settings: Any = self.settings
+        if self.stage == "dispose":
+            return settings.price is not None
+        return self.stage == "piggyback" and any(isinstance(one, SelfTraining) for one in settings.attackers)
+
+    @property
     def weights(self) -> str | None:
         """Where the model comes from, if it is not trained but adopted."""
         return getattr(self.settings, "weights", None)
@@ -107,8 +118,14 @@ class Job(Generic[Settings]):
 
 
 def pretraining(recipe: Recipe) -> Job[Any]:
-    """How the source is learned, by `pre` or by the references of rmia."""
+    """How the source is learned."""
     return Job("pretrain", "pre", "pretrain/model.json", recipe.pretrain, ("source",), None)
+
+
+def references(recipe: Recipe) -> Job[Any]:
+    """How the references of rmia and lira learn it: as `pre` does, or would if it were not from outside."""
+    trained = recipe.pretrain.model_copy(update={"weights": None, "classes": None})
+    return replace(pretraining(recipe), settings=trained)
 
 
 def jobs(recipe: Recipe) -> list[Job[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import types
 import zlib
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -25,7 +25,18 @@ def _plain_name(name: str) -> str:
     return name
 
 
+def _apart(tables: dict[str, Any]) -> dict[str, Any]:
+    known: dict[str, str] = {}
+    for name in tables:
+        if (other := known.setdefault(name.lower(), name)) != name:
+            raise ValueError(f"{other!r} and {name!r} are one folder where case does not count; rename one of the two")
+    return tables
+
+
 Name = Annotated[str, AfterValidator(_plain_name)]
+Table = TypeVar("Table")
+Named = Annotated[dict[Name, Table], AfterValidator(_apart)]
+"""Tables under names that are the user's."""
 
 # The names that models have in tables and on the command line before any variant.
 REFERENCES = ("scratch", "TGT", "pre", "TL")
@@ -70,7 +81,7 @@ class Data(Strict):
     """The private data, D_s: what the network may not keep."""
     target: Dataset
     """The task to publish, D_t."""
-    piggyback: dict[Name, Dataset] = Field({})
+    piggyback: Named[Dataset] = Field({})
     """What an attacker has, D_p: any number of datasets, their names are yours."""
 
     @property
@@ -104,9 +115,9 @@ class Recipe(Strict):
     """Training of `TL`."""
     target_only: Finetune | None = Field(None, alias="target-only")
     """Training of `TGT`: the keys of `finetune`, none inherited from it; without the table, as `finetune`."""
-    reference: dict[Name, Reference] = Field({})
+    reference: Named[Reference] = Field({})
     """Any other networks, to stand beside; their names are yours."""
-    dispose: dict[Name, Dispose] = Field({})
+    dispose: Named[Dispose] = Field({})
     """One table a variant; its name is yours."""
     piggyback: Piggyback = Piggyback(epochs=50)
     """The attacker's training."""

@@ -50,7 +50,7 @@ class Training(Algorithm):
 class Adoptable(Training):
     """Training of a model from labels, or instead of it a network that exists."""
 
-    weights: str | None = None
+    weights: str | None = Field(None, min_length=1)
     """A network that exists, adopted and never trained: a `.safetensors` file with torchvision's names of tensors, a
     run's `pre`, an exported folder, or `torchvision:NAME`. Its keys of training are then for others (`rmia`, `TGT`)."""
     classes: list[str] | None = Field(None, min_length=1)
@@ -96,7 +96,7 @@ class Finetune(Adoptable):
 class Reference(Algorithm):
     """Another network, attacked like the rest: what an attacker has anyway, for instance."""
 
-    weights: str
+    weights: str = Field(min_length=1)
     """A `.safetensors` file, an exported folder or `torchvision:NAME`, of the recipe's architecture."""
 
 

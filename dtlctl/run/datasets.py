@@ -47,14 +47,18 @@ class Datasets:
             rows = self.source(role).rows("test", self.recipe.model.image_size, Path(folder))
             return [rows.place(int(row)) for row in np.flatnonzero(rows.labels >= 0)]
 
-    def identity(self, role: str) -> dict[str, Any]:
-        """What the role's data is, by content; of images that were never decoded, by what is known of them."""
+    def identity(self, role: str, *, beyond: bool = False) -> dict[str, Any]:
+        """What the role's data is, by content; of images that were never decoded, by what is known of them.
+
+        beyond: those of the train split outside of the subset count too, and are decoded.
+        """
         train, test = self.images(role, "train"), self.images(role, "test")
         some = len(train.rows) < len(train.labels)
         return {
             "train": train.listed if some else train.fingerprint,
             "test": test.fingerprint,
             **({"drawn": train.fingerprint} if some else {}),
+            **({"whole": self.whole(role).fingerprint} if some and beyond else {}),
             "index": subset.digest(self.index(role)),
             "images": len(self.index(role)),
             "test_images": len(test.labels),

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from dtlctl.data.dataset import Dataset, Note
 from dtlctl.data.entry import Images
 from dtlctl.errors import CheckpointError
 from dtlctl.model import networks, weights
-from dtlctl.recipe.plan import Job, pretraining
+from dtlctl.recipe.plan import Job, references
 from dtlctl.recipe.schema import Recipe
 from dtlctl.run.datasets import Datasets
 from dtlctl.run.processes import Processes
@@ -98,9 +98,8 @@ class Results:
 
     def reference_answers(self) -> Parts:
         """What reference models said of the source's images, kept for the audits of all models."""
-        pretrain = self.recipe.pretrain.model_copy(update={"weights": None, "classes": None})
-        trained = replace(pretraining(self.recipe), settings=pretrain)
-        key = {"pre": self.key(trained), "seed": self.recipe.seed, "form": "scaled answers, of all images"}
+        pre, form = self.key(references(self.recipe)), "scaled answers, of all images"
+        key = {"pre": pre, "seed": self.recipe.seed, "form": form}
         return Parts(self.folder / REFERENCES, checkpoint.key(key))
 
     def require(self, model: str) -> dict[str, Any]:
@@ -149,8 +148,13 @@ class Results:
             engine.agree(0, patient=True)  # nobody is still at work on it
             engine.by_main(write)
 
+    def looked_at(self, job: Job[Any]) -> dict[str, Any]:
+        """What the images of a job are, by role."""
+        beyond = job.roles[-1] if job.looks_beyond else None
+        return {role: self.data.identity(role, beyond=role == beyond) for role in job.roles}
+
     def _inputs(self, job: Job[Any]) -> dict[str, Any]:
-        identities = {role: self.data.identity(role) for role in job.roles}
+        identities = self.looked_at(job)
         return {
             **job.described(self.recipe),
             **({"weights": weights.identity(job.weights, self.recipe.model.arch)} if job.weights else {}),

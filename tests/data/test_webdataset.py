@@ -109,7 +109,7 @@ def test_shards_that_name_their_splits_in_capitals_are_no_single_split(tmp_path)
     shard(tmp_path / "d/Train-0.tar", samples(["a", "b", "a", "b"]))
     shard(tmp_path / "d/Test-0.tar", samples(["a", "b"], start=4))
     said = refused(Dataset(path=str(tmp_path / "d")))
-    assert said.endswith('has no split \'train\' (splits: Test, Train); write train = "Train" in [data.source]')
+    assert said.endswith("has no split 'train' (splits: Test, Train); write train = \"Train\" in [data.source]")
     assert "splits: Test, Train" in refused(Dataset(path=str(tmp_path / "d"), test=0.5))
     dataset = Dataset(path=str(tmp_path / "d"), train="Train", test="Test")
     assert [len(load(dataset, split).labels) for split in ("train", "test")] == [4, 2]

@@ -60,6 +60,10 @@ def test_an_override_of_the_kind_or_the_length_replaces_what_it_contradicts(reci
     assert (recipe.pretrain.epochs, recipe.pretrain.steps) == (3, None)
 
 
+def test_blanks_around_a_value_are_not_part_of_it(recipe_file: Path):
+    assert load(recipe_file, ["data.source.path = /no/photos 1 "]).data.source.path == "/no/photos 1"
+
+
 def test_a_word_may_have_any_letter(recipe_file: Path):
     assert load(recipe_file, ["data.source.path=./\N{GRINNING FACE}"]).data.source.path == "./\N{GRINNING FACE}"
 
@@ -203,6 +207,10 @@ MISTAKES = {
     "dispose={gc={odds=2, lambda=0.3}}": "dispose.gc: odds and lambda say the same; give one of them",
     "dispose.gc.odds=1e9": "dispose.gc.odds: 1e+09 times the odds of lambda = 0.1 comes to lambda = 1; give lambda",
     "dispose.gc.odds=1e-324": "above 0",
+    "dispose.GC={steps=5}": "dispose: 'gc' and 'GC' are one folder where case does not count; rename one of the two",
+    "data.piggyback.Again={like='source'}": "data.piggyback: 'again' and 'Again' are one folder where case does not",
+    "reference.x={weights=''}": "reference.x.weights: String should have at least 1 character (it is '')",
+    "pretrain.weights=": "pretrain.weights: String should have at least 1 character (it is '')",
     "audit.references=3": "audit: references = 3 is odd; they are trained in pairs",
 }
 
@@ -244,6 +252,9 @@ def test_a_mistake_is_not_told_again_where_it_is_copied(recipe_file: Path):
         load(recipe_file)
     assert str(caught.value).startswith(f"{recipe_file}: data.source.pth: unknown key; did you mean 'path'?")
     assert "\n" not in str(caught.value)
+    recipe_file.write_text(recipe_file.read_text().replace('pth = "builtin:digits"', 'path = "photos"', 1))
+    with pytest.raises(RecipeError, match=r"data\.source: path 'photos' is no existing file or folder.*\)$"):
+        load(recipe_file)
 
 
 @pytest.mark.parametrize(

@@ -76,3 +76,17 @@ def test_keys_of_training_that_are_left_out_change_no_result(recipe_file: Path):
     assert not pre.described(recipe)["settings"].keys() & new
     pre, recipe = job(recipe_file, "pretrain", "pretrain.patience=3")
     assert pre.described(recipe)["settings"].keys() & new == {"patience", "held_out"}
+
+
+def test_references_beside_a_model_from_outside_are_in_the_key(recipe_file: Path):
+    """No parent tells of their training, where `pre` or TL is adopted; a `pre` that is trained here does."""
+    rmia = ("audit.references=2", 'audit.attacks=["rmia"]')
+
+    def described(*overrides: str) -> Any:
+        one, recipe = job(recipe_file, "audit/TL", *rmia, *overrides)
+        return one.described(recipe)
+
+    for adopted in ("pretrain.weights=a", "finetune.weights=a"):
+        assert described(adopted) != described(adopted, "pretrain.lr=0.2") != described(adopted, "pretrain.seed=1")
+        assert "referenced" not in described(adopted, "audit.references=0", "audit.attacks=[loss]")["settings"]
+    assert described() == described("pretrain.lr=0.2") and "referenced" not in described()["settings"]

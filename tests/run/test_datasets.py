@@ -40,6 +40,24 @@ def test_a_large_split_is_decoded_as_far_as_it_is_drawn(
     assert Experiment(first.recipe, tmp_path, quiet=True).data.identity("target") == one
 
 
+def test_held_back_images_are_in_the_key_of_what_looks_at_them(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """A price is measured on target images that were not drawn, self-training learns from the attacker's."""
+    monkeypatch.setattr(entry, "WHOLE", 0)
+    monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "cache"))
+    trained = '{kind="self-training", lr=[0.1], steps=2}'
+    changes = ["dispose.gc.price=2", "dispose.gc.repair=0", f"piggyback.attackers=[{trained}]"]
+    experiment = Experiment(load(recipe_file, changes), tmp_path, quiet=True)
+    found = {job.title: experiment.results.looked_at(job) for job in experiment.jobs}
+    whole = {title: [role for role, one in data.items() if "whole" in one] for title, data in found.items()}
+    assert {title: roles for title, roles in whole.items() if roles} == {
+        "dispose/gc": ["target"],
+        **{f"piggyback/{model}/again": ["piggyback.again"] for model in ("scratch", "TL", "gc")},
+    }
+    assert found["dispose/gc"]["target"]["whole"] == experiment.data.whole("target").fingerprint
+
+
 STREAMED = [f"data.{role}.decode=stream" for role in ("source", "target", "piggyback.again")]
 
 
