@@ -30,8 +30,13 @@ def from_folder(asked: Asked, tree: Tree) -> Callable[[Split], Rows] | None:
     raise DataError.
     """
     shards = [file for file in tree.files if file.lower().endswith(".tar")]
-    first = next((file for file in shards if tarfile.is_tarfile(tree.root / file)), None)
-    if first is None or any(posixpath.splitext(file)[1].lower() in suffixes() for file in tree.files):
+    if not shards or any(posixpath.splitext(file)[1].lower() in suffixes() for file in tree.files):
+        return None
+    try:
+        first = next((file for file in shards if tarfile.is_tarfile(tree.root / file)), None)
+    except OSError as error:
+        raise DataError(f"data.{asked.role}.path: {error.filename}: {error.strerror}") from error
+    if first is None:
         return None
     samples = _samples(tree.root / first)
     if not any(_images(asked, one) and {asked.dataset.label or "cls", "json"} & {*one} for one in samples.values()):

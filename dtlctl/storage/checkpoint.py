@@ -5,6 +5,7 @@ Both are written in full beside their places, as `.NAME.next`, and then renamed,
 the weights and the key of everything they were made from.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -212,5 +213,8 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some shared file systems sync no folders
+            raise
     finally:
         os.close(handle)

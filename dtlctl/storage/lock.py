@@ -29,8 +29,9 @@ def held(folder: Path) -> Iterator[str | None]:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}; choose another place with --out") from None
     try:
         left = _owner(handle)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(me).encode(), 0)
+        with suppress(OSError):  # a full disk is told by whoever has a result to write
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(me).encode(), 0)
         yield left and f"{path}: {left} ended without letting go of the folder; taken over"
     finally:
         path.unlink(missing_ok=True)  # while it is still ours

@@ -160,6 +160,21 @@ def test_a_shard_that_cannot_be_read_is_named(tmp_path, damage, reason):
     assert f"{other}: the shard cannot be read" in text and reason in text
 
 
+def test_a_tar_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """But not beside images, where it is none of the dataset's."""
+    file, said = shard(tmp_path / "d/train.tar", samples(["a", "b"])), "Permission denied"
+
+    def forbidden(path):
+        raise PermissionError(13, said, str(path))
+
+    monkeypatch.setattr(tarfile, "is_tarfile", forbidden)
+    assert refused(Dataset(path=str(tmp_path / "d"))) == f"data.source.path: {file}: {said}"
+    for name in "ab":
+        (tmp_path / "d/train" / name).mkdir(parents=True)
+        (tmp_path / "d/train" / name / "0.png").write_bytes(picture(0))
+    assert load(Dataset(path=str(tmp_path / "d"))).classes == ("a", "b")
+
+
 @pytest.mark.parametrize(
     ("members", "recipe", "message"),
     [

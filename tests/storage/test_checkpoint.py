@@ -1,15 +1,18 @@
-"""What a checkpoint is after a publication that was cut short."""
+"""What a checkpoint is after a publication that was cut short, and what file systems cannot do."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from itertools import count
 from pathlib import Path
 
 import pytest
 
+from dtlctl.errors import CheckpointError
 from dtlctl.model import networks
-from dtlctl.storage import checkpoint
+from dtlctl.storage import checkpoint, lock
 
 
 @pytest.mark.parametrize(("stop", "found"), [(1, "old"), (2, "old"), (3, "new"), (4, "new")])
@@ -33,3 +36,28 @@ def test_a_crash_before_any_rename_leaves_a_whole_checkpoint(tmp_path: Path, mon
     assert document is not None and document["key"] == found
     checkpoint.load_weights(tmp_path, document, old)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_a_folder_that_cannot_be_synced_is_written_into(tmp_path: Path, monkeypatch):
+    """Linux says EINVAL where a file system has no fsync for folders, as VirtualBox's shared ones."""
+    fsync = os.fsync
+
+    def files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    checkpoint.write(tmp_path / "a", b"x")
+    assert (tmp_path / "a").read_bytes() == b"x"
+
+
+def test_a_full_disk_does_not_keep_a_folder_from_its_owner(tmp_path: Path, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with lock.held(tmp_path):
+        with pytest.raises(CheckpointError, match="in use by another process"), lock.held(tmp_path):
+            pass
+    assert list(tmp_path.iterdir()) == []
