@@ -197,7 +197,9 @@ def _decode(
         if wide:
             left = np.flatnonzero(entry.arrays["state"] == 0)
             entry.write(decoded(np.setdiff1d(left, [*depths]), None))
-        rule, notes = decide(depths, entry.labels, entry.classes, entry.name, train(wide) if train else None)
+        rule, notes = entries.read_rule(entry.place)  # of a process that has decoded some of them meanwhile
+        if rule is None:
+            rule, notes = decide(depths, entry.labels, entry.classes, entry.name, train(wide) if train else None)
         if wide:
             write(entry.place / entries.RULE, json.dumps({"rule": rule, "notes": notes}, indent=1).encode())
             entry.write(decoded(np.array(sorted(depths)), rule))

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +136,7 @@ class Entry(NamedTuple):
 
     def full(self) -> int | None:
         """By what images of more than 8 bits are divided, as far as is known by now."""
-        rule = _read_rule(self.place)[0]
+        rule = read_rule(self.place)[0]
         return rule and rule.full
 
     def write(self, parts: Iterable[Part]) -> None:
@@ -187,12 +186,13 @@ def create(source: Rows, work: Path, image_size: int, name: str, streamed: bool)
 
 def read(place: Path, image_size: int, streamed: bool) -> Entry | None:
     """A sound entry, or None. Content is not verified: only a crash of the machine could have changed it."""
-    load: dict[str, Callable[[Path], Any]] = {"pixels": Kept}
-    mapped = partial(np.load, mmap_mode="r")
+    files = {name: place / f"{name}.npy" for name in _layout(0, image_size, streamed)}
     try:
         meta = json.loads((place / "meta.json").read_bytes())
-        arrays = {name: load.get(name, mapped)(place / f"{name}.npy") for name in _layout(0, image_size, streamed)}
-        labels, (rule, said) = np.load(place / "labels.npy"), _read_rule(place)
+        arrays = {
+            name: Kept(path) if name == "pixels" else np.load(path, mmap_mode="r") for name, path in files.items()
+        }
+        labels, (rule, said) = np.load(place / "labels.npy"), read_rule(place)
         classes, notes = tuple(meta["classes"]), [Note(*note) for note in meta["notes"]] + said
         entry = Entry(place, labels, classes, meta["dropped"], meta["name"], notes, rule, image_size, arrays)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
@@ -201,7 +201,8 @@ def read(place: Path, image_size: int, streamed: bool) -> Entry | None:
     return entry if found == _layout(len(labels), image_size, streamed) and labels.dtype == np.int64 else None
 
 
-def _read_rule(place: Path) -> tuple[Rule | None, list[Note]]:
+def read_rule(place: Path) -> tuple[Rule | None, list[Note]]:
+    """The rule for images of more than 8 bits, once there is one, and what is said of it."""
     with suppress(FileNotFoundError):
         document = json.loads((place / RULE).read_bytes())
         return Rule(*document["rule"]), [Note(*note) for note in document["notes"]]

@@ -72,7 +72,7 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
 
 
-WHOLE = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"II*": "TIFF", b"RIFF": "WebP"}
+_STARTS = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"II*": "TIFF", b"RIFF": "WebP"}
 """How files of these formats begin."""
 
 
@@ -82,7 +82,7 @@ def reason(blob: bytes) -> str:
         return "it is empty"
     if blob[4:8] == b"ftyp":
         return "it is HEIF or AVIF; pip install pillow-heif, or -U pillow for AVIF"
-    if name := next((name for start, name in WHOLE.items() if blob.startswith(start)), None):
+    if name := next((name for start, name in _STARTS.items() if blob.startswith(start)), None):
         return f"it is a {name} that is cut short or broken"
     return f"it is no image of a known format (it begins with {blob[:12]!r})"
 

@@ -72,19 +72,13 @@ class Datasets:
         Raises DataError where most of a test split is in its train split.
         """
         splits = {role: (self.images(role, "train"), self.images(role, "test")) for role in roles}
-        elsewhere = overlap.across(splits)
-        return {
-            role: [
-                *train.notes, *test.notes, *self._imbalance(role, train), *overlap.within(role, train, test),
-                *elsewhere[role],
-            ]
-            for role, (train, test) in splits.items()
-        }  # fmt: skip
-
-    def _imbalance(self, role: str, train: Images) -> list[Note]:
-        table, counts = self.recipe.data.of(role), np.bincount(train.labels, minlength=len(train.classes)).tolist()
-        found = subset.imbalance(counts, train.classes, table.fraction, table.balance)
-        return [found] if found else []
+        found, elsewhere = dict[str, list[Note]](), overlap.across(splits)
+        for role, (train, test) in splits.items():
+            table, counts = self.recipe.data.of(role), np.bincount(train.labels, minlength=len(train.classes)).tolist()
+            left = subset.imbalance(counts, train.classes, table.fraction, table.balance)
+            own = [*train.notes, *test.notes, *filter(None, [left])]
+            found[role] = own + overlap.within(role, train, test) + elsewhere[role]
+        return found
 
     def cached(self, role: str, split: Split, whole: bool = False) -> Images | None:
         """As `images`, where nothing has to be decoded for it; else None."""

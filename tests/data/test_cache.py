@@ -9,6 +9,7 @@ from PIL import Image
 
 from dtlctl.data import cache, entry
 from dtlctl.data.dataset import Dataset
+from dtlctl.data.pixels import HASH
 from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
 from tests.reliability.fork import together
@@ -244,6 +245,21 @@ def test_rows_that_are_others_by_now_are_not_mixed_with_those_of_before(large, t
     cache.load(Source(grey(tmp_path / "d", *map(np.uint8, (1, 2, 3, 4)))), "train", 4, wanted=some(0))
     with pytest.raises(DataError, match="not what it was when it was first read; remove "):
         cache.load(Source(grey(tmp_path / "e", *map(np.uint8, (1, 2, 3, 4, 5, 6)))), "train", 4)
+
+
+def test_a_scale_that_another_process_has_decided_meanwhile_holds(tmp_path, monkeypatch):
+    """It has seen all images, of which it decoded one before it was killed: what is left would suggest 12 bits."""
+    dataset, missing = grey(tmp_path / "d", np.uint16(4000), np.uint16(60000)), entry.Entry.missing
+
+    def overtaken(mine, wanted):
+        monkeypatch.setattr(entry.Entry, "missing", missing)
+        cache.load(Source(dataset), "train", 4)
+        mine.write([(np.array([0]), np.zeros((1, 3, 4, 4), np.uint8), np.zeros(1, HASH), np.zeros(1, np.uint8))])
+        return missing(mine, wanted)
+
+    monkeypatch.setattr(entry.Entry, "missing", overtaken)
+    images = cache.load(Source(dataset), "train", 4)
+    assert images.rule.full == 65535 and images.pixels[:][:, 0, 0, 0].tolist() == [16, 233]
 
 
 def test_the_winner_of_a_race_is_used(tmp_path, cache_folder, monkeypatch):
