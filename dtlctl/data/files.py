@@ -50,7 +50,7 @@ class Tree:
         except OSError as error:
             raise DataError(f"data.{role}.path: {error.filename}: {error.strerror}") from error
         self.files = [name for name, _, _ in self.stats]
-        self.lists = [name for name in self.files if name.lower().endswith(LISTS) and not _hidden(name)]
+        self.lists = [name for name in self.files if name.lower().endswith(LISTS) and not hidden(name)]
 
 
 @cache
@@ -139,7 +139,7 @@ def opened(asked: Asked, tree: Tree, split: Split) -> Rows:
 
 def _splits(dataset: Dataset, tree: Tree) -> dict[str, Place]:
     """By name. A folder in which nothing is named as a split usually is, is one split: ""."""
-    folders = [folder for folder in tree.folders if "/" not in folder and not _hidden(folder)]
+    folders = [folder for folder in tree.folders if "/" not in folder and not hidden(folder)]
     lists: dict[str, list[str]] = {}
     for file in tree.lists:
         lists.setdefault(posixpath.dirname(file), []).append(file)
@@ -184,7 +184,7 @@ def _check_layout(asked: Asked, split: Split, tree: Tree, splits: dict[str, Plac
     packed = [file for file in tree.files if file.startswith(f"{name}.") and _HINTS.get(_suffix(file)) == _UNPACK]
     if packed:
         raise DataError(f"{role}.{split}: {os.path.join(path, packed[0])} is an archive; unpack it")
-    inner = [folder for folder in tree.folders if folder.count("/") == 1 and not _hidden(folder)]
+    inner = [folder for folder in tree.folders if folder.count("/") == 1 and not hidden(folder)]
     if inner and all(folder.split("/")[1] in _usual(asked.dataset) for folder in inner):
         raise DataError(
             f"{role}.path: {path} holds CLASS/SPLIT/image, as in {inner[0]}; move the splits to the top: "
@@ -228,7 +228,7 @@ def _sort(tree: Tree, start: str) -> tuple[list[str], list[str], list[str]]:
     for file in tree.files:
         if file.startswith(start):
             named = _suffix(file) in known
-            if _hidden(file) or not (named or _opens(tree.root / file)):
+            if hidden(file) or not (named or _opens(tree.root / file)):
                 unread.append(file)
                 continue
             images.append(file)
@@ -260,7 +260,7 @@ def kinds(files: Sequence[str], most: int = 5) -> str:
     """ ": 12 .heic (a/1.heic; pip install pillow-heif), 3 .txt (a/x.txt)" for a message; of no files, nothing."""
     groups: dict[str, list[str]] = {}
     for file in files:
-        groups.setdefault("hidden" if _hidden(file) else _suffix(file) or "without suffix", []).append(file)
+        groups.setdefault("hidden" if hidden(file) else _suffix(file) or "without suffix", []).append(file)
     some = sorted(groups.items(), key=lambda kind: -len(kind[1]))
     said = [one_line(f"{len(f)} {k} ({f[0]}{'; ' + _HINTS[k] if k in _HINTS else ''})") for k, f in some[:most]]
     more = [f"{len(some) - most} other kinds"] if len(some) > most else []
@@ -271,5 +271,6 @@ def _suffix(file: str) -> str:
     return posixpath.splitext(file)[1].lower()
 
 
-def _hidden(file: str) -> bool:
+def hidden(file: str) -> bool:
+    """Whether a file, or a folder that it is in, is no user's: macOS writes ._NAME beside what it copies."""
     return file.startswith(".") or "/." in file

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dtlctl.data.classes import numbered, some
 from dtlctl.data.dataset import USUAL, Asked, Note, Rows, Split, unlabelled
-from dtlctl.data.files import Tree, kinds, suffixes
+from dtlctl.data.files import Tree, hidden, kinds, suffixes
 from dtlctl.errors import DataError, one_line
 
 Member = tuple[str, int, int]
@@ -29,7 +29,7 @@ def from_folder(asked: Asked, tree: Tree) -> Callable[[Split], Rows] | None:
     A shard belongs to the split that its path names first, as words in any case: `train-000.tar`, `a/Val/0.tar`. All
     raise DataError.
     """
-    shards = [file for file in tree.files if file.lower().endswith(".tar")]
+    shards = [file for file in tree.files if file.lower().endswith(".tar") and not hidden(file)]
     if not shards or any(posixpath.splitext(file)[1].lower() in suffixes() for file in tree.files):
         return None
     try:
@@ -72,7 +72,7 @@ def _opened(asked: Asked, tree: Tree, split: Split, splits: dict[str, list[str]]
         raise DataError(f"data.{asked.role}.label: {asked.where(split)}: no image has a {wanted}; name the label's")
     numbers = all(label is None or re.fullmatch(r"0|[1-9]\d*", label) for label in labels)
     values = [None if label is None else int(label) if numbers else label for label in labels]
-    unread = [file for file in tree.files if not file.lower().endswith(".tar")]
+    unread = [file for file in tree.files if hidden(file) or not file.lower().endswith(".tar")]
     said = (
         ("no-image", bare, f"{len(bare)} samples have no image: {some(bare)}"),
         ("unread", unread, f"not read beside the shards{kinds(unread)}"),

@@ -91,12 +91,12 @@ class Job(Generic[Settings]):
         return {role: settings.equal_parts(images[role], processes) for role in roles}
 
     @property
-    def looks_beyond(self) -> bool:
-        """Whether images of the target, or of the attacker's dataset, count that the recipe's fraction leaves out."""
+    def beyond(self) -> str | None:
+        """The dataset of which images count that its fraction leaves out: a price and self-training look at them."""
         settings: Any = self.settings
-        if self.stage == "dispose":
-            return settings.price is not None
-        return self.stage == "piggyback" and any(isinstance(one, SelfTraining) for one in settings.attackers)
+        priced = self.stage == "dispose" and settings.price is not None
+        asking = self.stage == "piggyback" and any(isinstance(one, SelfTraining) for one in settings.attackers)
+        return self.roles[-1] if priced or asking else None
 
     @property
     def weights(self) -> str | None:

@@ -148,13 +148,8 @@ class Results:
             engine.agree(0, patient=True)  # nobody is still at work on it
             engine.by_main(write)
 
-    def looked_at(self, job: Job[Any]) -> dict[str, Any]:
-        """What the images of a job are, by role."""
-        beyond = job.roles[-1] if job.looks_beyond else None
-        return {role: self.data.identity(role, beyond=role == beyond) for role in job.roles}
-
     def _inputs(self, job: Job[Any]) -> dict[str, Any]:
-        identities = self.looked_at(job)
+        identities = {role: self.data.identity(role, beyond=role == job.beyond) for role in job.roles}
         return {
             **job.described(self.recipe),
             **({"weights": weights.identity(job.weights, self.recipe.model.arch)} if job.weights else {}),

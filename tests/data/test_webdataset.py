@@ -130,14 +130,16 @@ def test_what_has_no_label_or_no_image_is_said_and_counted(tmp_path):
     unlabelled |= {"some/11.png": picture(11), "some/11.cls": "-2\n"}
     shard(tmp_path / "d/train.tar", {**samples(["a", "b"]), **lone, **unlabelled})
     (tmp_path / "d/notes.txt").write_text("x")
+    (tmp_path / "d/._train.tar").write_bytes(b"what macOS knows of the other")
     shard(tmp_path / "d/extra.tar", samples(["a"]))
     images = load(Dataset(path=str(tmp_path / "d")))
     said = {note.kind: (note.number, note.text) for note in images.notes}
     assert named(images) == ["a", "b"] and images.dropped == 3
     assert {kind: number for kind, (number, _) in said.items()} == {
-        **{"no-image": 3, "unread": 1, "unlabelled": 3, "unused": 1}
+        **{"no-image": 3, "unread": 2, "unlabelled": 3, "unused": 1}
     }
-    assert "'._001.png', 'README'" in said["no-image"][1] and "notes.txt" in said["unread"][1]
+    assert "'._001.png', 'README'" in said["no-image"][1]
+    assert said["unread"][1].endswith("beside the shards: 1 hidden (._train.tar), 1 .txt (notes.txt)")
     assert "extra.tar" in said["unused"][1]
     assert "has no split 'test'" in refused(Dataset(path=str(tmp_path / "d")), "test")
 

@@ -49,13 +49,12 @@ def test_held_back_images_are_in_the_key_of_what_looks_at_them(
     trained = '{kind="self-training", lr=[0.1], steps=2}'
     changes = ["dispose.gc.price=2", "dispose.gc.repair=0", f"piggyback.attackers=[{trained}]"]
     experiment = Experiment(load(recipe_file, changes), tmp_path, quiet=True)
-    found = {job.title: experiment.results.looked_at(job) for job in experiment.jobs}
-    whole = {title: [role for role, one in data.items() if "whole" in one] for title, data in found.items()}
-    assert {title: roles for title, roles in whole.items() if roles} == {
-        "dispose/gc": ["target"],
-        **{f"piggyback/{model}/again": ["piggyback.again"] for model in ("scratch", "TL", "gc")},
+    assert {job.title: job.beyond for job in experiment.jobs if job.beyond} == {
+        "dispose/gc": "target",
+        **{f"piggyback/{model}/again": "piggyback.again" for model in ("scratch", "TL", "gc")},
     }
-    assert found["dispose/gc"]["target"]["whole"] == experiment.data.whole("target").fingerprint
+    whole, data = experiment.data.whole("target").fingerprint, experiment.data
+    assert data.identity("target", beyond=True) == {**data.identity("target"), "whole": whole}
 
 
 STREAMED = [f"data.{role}.decode=stream" for role in ("source", "target", "piggyback.again")]
