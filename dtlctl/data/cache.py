@@ -242,7 +242,7 @@ def check_classes(source: Rows, split: Split, place: str) -> None:
         raise DataError(f"{place}: only one class, {show(classes[0])}, and two are the least")
     if split == "train" and len(missing):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DataError(f"{place}: class {classes[missing[0]]!r}{more} has no image")
+        raise DataError(f"{place}: class {classes[missing[0]]!r}{more} has no image; add some, or take the name away")
 
 
 def _parallel(task: Callable[[np.ndarray], Decoded], chunks: Iterable[np.ndarray]) -> Generator[Decoded, None, None]:

@@ -76,7 +76,7 @@ def adopt(found: Path, goal: Path, model: str) -> None:
     left where they are. Raises CheckpointError where nothing can be written.
     """
     document = {**(read_sidecar(found) or {}), "model": model}
-    if found.name != "model.json":
+    if "weights_sha256" not in document:
         publish_json(goal, document)
         return
     weights, next_weights = found.with_name("model.safetensors"), goal.with_name(".model.safetensors.next")
@@ -98,7 +98,10 @@ def adopt(found: Path, goal: Path, model: str) -> None:
 def lost(sidecar: Path) -> Path | None:
     """The weights of a model's sidecar, where they are missing."""
     weights = sidecar.with_name("model.safetensors")
-    return weights if sidecar.name == "model.json" and sidecar.exists() and not weights.exists() else None
+    if sidecar.name != "model.json" or weights.exists():
+        return None
+    # An attack's sidecar is called so too, where the dataset or the variant is.
+    return weights if "weights_sha256" in (read_sidecar(sidecar) or {}) else None
 
 
 def settle(folder: Path) -> None:

@@ -124,7 +124,7 @@ def test_missing_classes_and_labels_are_counted(tmp_path):
 
 def test_a_class_that_lost_all_its_labels_is_named(tmp_path):
     dataset = parquet(tmp_path / "d", ([0, 0, 1, -1], ["a", "b", "c"]), ([0, 1], ["a", "b", "c"]))
-    assert refused(dataset, "train").endswith("split 'train': class 'c' has no image")
+    assert refused(dataset, "train").endswith("split 'train': class 'c' has no image; add some, or take the name away")
 
 
 def test_an_empty_text_is_no_class(tmp_path):

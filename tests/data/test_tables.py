@@ -224,7 +224,8 @@ def test_what_stands_for_no_label_in_text_and_numbers(tmp_path, kind, values):
 def test_a_class_without_a_training_image(tmp_path):
     kind = ClassLabel(names=["cat", "dog", "emu", "fox"])
     dataset = parquet(tmp_path / "d", table([0, 2, 0], kind), table([0], kind))
-    assert message(dataset) == f"{dataset.path}, split 'train': class 'dog' and 1 more has no image"
+    said = f"{dataset.path}, split 'train': class 'dog' and 1 more has no image; add some, or take the name away"
+    assert message(dataset) == said
     assert message(dataset, "test") == message(dataset)
     dataset = parquet(tmp_path / "one", table([7, 7, -1], Value("int8")), table([7], Value("int8")), label="label")
     assert message(dataset).endswith("split 'train': only one class, '7', and two are the least")

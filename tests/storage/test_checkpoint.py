@@ -61,3 +61,16 @@ def test_a_full_disk_does_not_keep_a_folder_from_its_owner(tmp_path: Path, monke
     with lock.held(tmp_path), refused, lock.held(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_attack_on_what_is_called_model_is_no_model(tmp_path: Path):
+    """A dataset or a variant of that name: the sidecar has no weights that could be lost, or that a copy needs."""
+    found, goal = tmp_path / "one/model.json", tmp_path / "two/model.json"
+    checkpoint.publish_json(found, {"format": 1, "key": "k", "model": "TL"})
+    assert checkpoint.lost(found) is None
+    checkpoint.adopt(found, goal, "gc")
+    document = checkpoint.read_sidecar(goal)
+    assert document is not None and (document["key"], document["model"]) == ("k", "gc")
+    checkpoint.publish(tmp_path, networks.build("resnet8", {"source": 2}, width=4), {"format": 1})
+    (tmp_path / "model.safetensors").unlink()
+    assert checkpoint.lost(tmp_path / "model.json") == tmp_path / "model.safetensors"
