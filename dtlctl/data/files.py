@@ -48,7 +48,8 @@ class Tree:
             if failed:
                 raise failed[0]
         except OSError as error:
-            raise DataError(f"data.{role}.path: {error.filename}: {error.strerror}") from error
+            said = "links to nothing; remove it" if os.path.islink(error.filename) else error.strerror
+            raise DataError(f"data.{role}.path: {error.filename}: {said}") from error
         self.files = [name for name, _, _ in self.stats]
         self.lists = [name for name in self.files if name.lower().endswith(LISTS) and not hidden(name)]
 
@@ -123,8 +124,8 @@ def opened(asked: Asked, tree: Tree, split: Split) -> Rows:
     def path(row: int) -> str:
         return os.path.join(dataset.path, images[row])
 
-    tops = {file.partition("/")[0] for file in tree.files if _suffix(file) in suffixes()}
-    loose = [top for top in sorted(tops) if here.folder and not here.list and top in tree.files]
+    tops = {file.partition("/")[0]: "/" in file for file in tree.files if _suffix(file) in suffixes()}
+    loose = [top for top, inside in tops.items() if here.folder and not here.list and not inside]
     # Beside lists, a folder is where their images are.
     holding = {top for top in tops if not here.list or top.casefold() in sum(USUAL.values(), ())}
     return Rows(
