@@ -32,10 +32,11 @@ def align(own: Rows, train: tuple[str, ...], place: str, train_name: str) -> Row
         raise DataError(f"{place}: the name of class {wrong[0]!a} is not UTF-8; rename it")
     number = {name: index for index, name in enumerate(train)}
     if strange := [name for name in own.classes if name not in number]:
-        raise DataError(
-            f"{place}: class {some(strange)} is none of the {len(train)} classes of split {train_name!r}"
-            + (_alike_hint(strange[0], train) or nearest(strange[0], train) or f" ({some(train)})")
-        )
+        hint = nearest(strange[0], train) or f" ({some(train)})"
+        if twins := [name for name in train if _skeleton(name) == _skeleton(strange[0])]:
+            hint = f"; it looks like {show(twins[0])} but is spelt otherwise: rename one of the two"
+        known = f"none of the {len(train)} classes of split {train_name!r}"
+        raise DataError(f"{place}: class {some(strange)} is {known}{hint}")
     new = [number[name] for name in own.classes]
     if new != sorted(new):
         ours, theirs = some(own.classes), some([name for name in train if name in own.classes])
@@ -76,8 +77,3 @@ def _alike(names: Sequence[str]) -> list[str]:
     for name in names:
         groups[_skeleton(name)].append(name)
     return [name for group in groups.values() if len(group) > 1 for name in group]
-
-
-def _alike_hint(name: str, known: Sequence[str]) -> str:
-    twin = next((other for other in known if _skeleton(other) == _skeleton(name)), None)
-    return "" if twin is None else f"; it looks like {show(twin)} but is spelt otherwise: rename one of the two"

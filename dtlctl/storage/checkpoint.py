@@ -100,8 +100,9 @@ def lost(sidecar: Path) -> Path | None:
     weights = sidecar.with_name("model.safetensors")
     if sidecar.name != "model.json" or weights.exists():
         return None
-    # An attack's sidecar is called so too, where the dataset or the variant is.
-    return weights if "weights_sha256" in (read_sidecar(sidecar) or {}) else None
+    with suppress(CheckpointError):  # an attack's sidecar is called so too, where the dataset or the variant is
+        return weights if "weights_sha256" in (read_sidecar(sidecar) or {}) else None
+    return weights
 
 
 def settle(folder: Path) -> None:
