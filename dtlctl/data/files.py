@@ -48,8 +48,8 @@ class Tree:
             if failed:
                 raise failed[0]
         except OSError as error:
-            said = "links to nothing; remove it" if os.path.islink(error.filename) else error.strerror
-            raise DataError(f"data.{role}.path: {error.filename}: {said}") from error
+            why = "links to nothing; remove it" if os.path.islink(error.filename) else error.strerror
+            raise DataError(f"data.{role}.path: {error.filename}: {why}") from error
         self.files = [name for name, _, _ in self.stats]
         self.lists = [name for name in self.files if name.lower().endswith(LISTS) and not hidden(name)]
 

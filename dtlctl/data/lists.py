@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtlctl.data.classes import some
+from dtlctl.data.classes import show, some
 from dtlctl.data.dataset import Asked, unlabelled
 from dtlctl.errors import DataError
 
@@ -78,11 +78,19 @@ def _refuse_missing(name: str, missing: list[str], files: Collection[str], path:
         return
     text = f"{name}: {missing[0]!r} is no file in {path}; add it, or remove its row"
     text += f"; {len(missing) - 1:,} more: {some(missing[1:], 20, repr)}" if missing[1:] else ""
-    there = {posixpath.basename(file) for file in files}
-    composed = {unicodedata.normalize("NFC", file) for file in there}
-    wanted = {posixpath.basename(file) for file in missing} - there
-    if any(unicodedata.normalize("NFC", file) in composed for file in wanted):
-        text += "; names there look the same but are spelt with other code points: write the list by them"
+    base = posixpath.basename
+    for near, remedy in (
+        (base, "write its folder too"),
+        (
+            lambda file: unicodedata.normalize("NFC", base(file)).casefold(),
+            "write it with its code points and capitals",
+        ),
+        (lambda file: posixpath.splitext(base(file))[0], "write its suffix too"),
+    ):
+        there = {near(file): file for file in files}
+        if found := next((there[near(file)] for file in missing if near(file) in there), None):
+            text += f"; {show(found)} is there: {remedy}"
+            break
     raise DataError(text)
 
 

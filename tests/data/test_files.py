@@ -293,7 +293,20 @@ def test_a_listed_file_that_is_there_in_another_unicode_form_is_no_riddle(tmp_pa
     """A Mac's archive has the umlaut as two code points, where a table has one: both print the same."""
     text = "file_name,label\nimg/K\u00e4fer.png,a\n".encode()
     said = refused(folder(tmp_path / "d", "img/Ka\u0308fer.png", **{"train.csv": text}))
-    assert said.endswith("; names there look the same but are spelt with other code points: write the list by them")
+    assert said.endswith(r" (img/Ka\u0308fer.png) is there: write it with its code points and capitals")
+
+
+@pytest.mark.parametrize(
+    ("written", "remedy"),
+    [
+        ("0.png", "'img/0.png' is there: write its folder too"),
+        ("img/0.PNG", "'img/0.png' is there: write it with its code points and capitals"),
+        ("img/0", "'img/0.png' is there: write its suffix too"),
+    ],
+)
+def test_a_listed_file_that_is_there_in_another_way_is_told(tmp_path, written, remedy):
+    said = refused(folder(tmp_path / "d", "img/0.png", **{"train.csv": f"path,class\n{written},a\n".encode()}))
+    assert said.endswith(f"add it, or remove its row; {remedy}")
 
 
 def test_a_list_with_the_line_ends_of_old_macs_is_read(tmp_path):
