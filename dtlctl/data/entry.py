@@ -189,9 +189,7 @@ def read(place: Path, image_size: int, streamed: bool) -> Entry | None:
     files = {name: place / f"{name}.npy" for name in _layout(0, image_size, streamed)}
     try:
         meta = json.loads((place / "meta.json").read_bytes())
-        arrays = {
-            name: Kept(path) if name == "pixels" else np.load(path, mmap_mode="r") for name, path in files.items()
-        }
+        arrays = {name: Kept(at) if name == "pixels" else np.load(at, mmap_mode="r") for name, at in files.items()}
         labels, (rule, said) = np.load(place / "labels.npy"), read_rule(place)
         classes, notes = tuple(meta["classes"]), [Note(*note) for note in meta["notes"]] + said
         entry = Entry(place, labels, classes, meta["dropped"], meta["name"], notes, rule, image_size, arrays)

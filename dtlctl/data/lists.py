@@ -81,10 +81,7 @@ def _refuse_missing(name: str, missing: list[str], files: Collection[str], path:
     base = posixpath.basename
     for near, remedy in (
         (base, "write its folder too"),
-        (
-            lambda file: unicodedata.normalize("NFC", base(file)).casefold(),
-            "write it with its code points and capitals",
-        ),
+        (lambda file: unicodedata.normalize("NFC", base(file)).casefold(), "write it as it is spelt there"),
         (lambda file: posixpath.splitext(base(file))[0], "write its suffix too"),
     ):
         there = {near(file): file for file in files}

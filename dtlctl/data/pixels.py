@@ -74,9 +74,7 @@ def decode(
         # Cuts the centre in the wanted proportion, then resizes it; does nothing at the right size.
         fitted = ImageOps.fit(_rgb(picture), (size, size), Image.Resampling.BICUBIC)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(
-            f"{place}: the image is too large to be decoded: {error}; make it smaller, or remove it"
-        ) from error
+        raise DataError(f"{place}: the image is too large to be decoded: {error}; reduce or remove it") from error
     except UnidentifiedImageError as error:  # PIL's own text has the address of the bytes
         assert isinstance(picture, bytes)
         raise DataError(f"{place}: the image cannot be decoded: {files.reason(picture)}") from error

@@ -78,13 +78,9 @@ def _opened(asked: Asked, tree: Tree, split: Split, splits: dict[str, list[str]]
         ("unread", unread, f"not read beside the shards{kinds(unread)}"),
     )
 
-    def read(row: int) -> bytes:
-        shard, member = members[row]
-        return _read(tree.root / shard, member)
-
     return Rows(
         *numbered(values),
-        lambda rows: [read(row) for row in rows],
+        lambda rows: [_read(tree.root / shard, member) for shard, member in (members[row] for row in rows)],
         lambda row: os.path.join(asked.dataset.path, members[row][0], members[row][1][0]),
         tuple(Note(kind, len(what), f"{asked.where(split)}: {text}") for kind, what, text in said if what),
         tuple(name or splits[""][0] for name in splits),

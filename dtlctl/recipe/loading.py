@@ -107,10 +107,9 @@ def _reason(error: Any) -> str:
     elif kind == "list_type" and isinstance(found, str):
         reason = f"it takes a list, as in {loc[-1]} = {json.dumps(parsed(found), ensure_ascii=False, default=str)}"
     elif kind in ("model_type", "dict_type", "model_attributes_type"):  # a union of kinds is the last
-        example = (
-            json.dumps(found, ensure_ascii=False) if kind == "model_attributes_type" and found == str(found) else ""
-        )
-        reason = f"it takes a table, not {found!r}" + (f"; write {{ kind = {example} }}" if example else "")
+        reason = f"it takes a table, not {found!r}"
+        if kind == "model_attributes_type" and isinstance(found, str):
+            reason += f"; write {{ kind = {json.dumps(found, ensure_ascii=False)} }}"
     elif kind == "value_error":
         reason = error["msg"].removeprefix("Value error, ")
     return reason

@@ -293,14 +293,14 @@ def test_a_listed_file_that_is_there_in_another_unicode_form_is_no_riddle(tmp_pa
     """A Mac's archive has the umlaut as two code points, where a table has one: both print the same."""
     text = "file_name,label\nimg/K\u00e4fer.png,a\n".encode()
     said = refused(folder(tmp_path / "d", "img/Ka\u0308fer.png", **{"train.csv": text}))
-    assert said.endswith(r" (img/Ka\u0308fer.png) is there: write it with its code points and capitals")
+    assert said.endswith(r" (img/Ka\u0308fer.png) is there: write it as it is spelt there")
 
 
 @pytest.mark.parametrize(
     ("written", "remedy"),
     [
         ("0.png", "'img/0.png' is there: write its folder too"),
-        ("img/0.PNG", "'img/0.png' is there: write it with its code points and capitals"),
+        ("img/0.PNG", "'img/0.png' is there: write it as it is spelt there"),
         ("img/0", "'img/0.png' is there: write its suffix too"),
     ],
 )
