@@ -14,7 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,8 @@ from dtlctl.data.entry import Entry, Images, Wanted
 from dtlctl.data.pixels import Depth, Rule, decide, decode, hashed
 from dtlctl.data.sources import Source
 from dtlctl.data.stream import Streamed
-from dtlctl.errors import DataError, one_line
+from dtlctl.errors import CheckpointError, DataError, one_line
+from dtlctl.storage import lock
 from dtlctl.storage.checkpoint import sync, write
 
 # Changing how images are chosen, decoded, resized or stored must change this number: it is part of the key.
@@ -59,20 +60,17 @@ def load(
     own = wanted if split == "train" else None
     streamed = _is_streamed(source, split, image_size, own)
     place = _place(source, split, image_size, streamed)
-    work = place.with_name(f"{place.name}.{platform.node()}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
     try:
-        _sweep(place)
-        rows = source.rows(split, image_size, _rows_of(place) if streamed else work / "scratch")
-        entry = entries.read(place, image_size, streamed)
-        if entry is None:
-            check_classes(rows, split, source.where(split))
-            entries.create(rows, work / "entry", image_size, source.where(split), streamed)
-            entry = _publish(work / "entry", place, image_size, streamed)
-        _decode(rows, entry, own, train_rule if split == "test" else None, progress)
+        with _workplace(place) as work:
+            rows = source.rows(split, image_size, _rows_of(place) if streamed else work / "scratch")
+            entry = entries.read(place, image_size, streamed)
+            if entry is None:
+                check_classes(rows, split, source.where(split))
+                entries.create(rows, work / "entry", image_size, source.where(split), streamed)
+                entry = _publish(work / "entry", place, image_size, streamed)
+            _decode(rows, entry, own, train_rule if split == "test" else None, progress)
     except OSError as error:
         raise DataError(f"cannot write the image cache {place.parent}: {error}; set DTLCTL_CACHE") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     found = cached(source, split, image_size, wanted)
     assert found
     return found
@@ -133,14 +131,22 @@ def _place(source: Source, split: Split, image_size: int, streamed: bool) -> Pat
     return folder() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-def _sweep(place: Path) -> None:
-    """Remove what processes of this machine left half-made when they died."""
-    from psutil import pid_exists
+@contextmanager
+def _workplace(place: Path) -> Iterator[Path]:
+    """A folder beside the place, removed at the end; before, those that others left half-made when they died.
 
-    for path in place.parent.glob(f"{place.name}.{platform.node()}.*.tmp"):
-        with suppress(ValueError, OverflowError):  # no number of a process
-            if not pid_exists(int(path.name.split(".")[-3])):
-                shutil.rmtree(path, ignore_errors=True)
+    Whose owner lives is told by locks: containers number their processes each for itself, and may share a name.
+    """
+    start = f"{place.name}.{platform.node()}"  # some file systems lock on one machine only
+    for left in place.parent.glob(f"{start}.*.tmp"):
+        with suppress(CheckpointError), lock.held(left):
+            shutil.rmtree(left, ignore_errors=True)
+    work = place.with_name(f"{start}.{uuid.uuid4().hex}.tmp")
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, work, ignore_errors=True)
+        with suppress(CheckpointError):  # of a file system that knows no locks, where nothing is removed either
+            stack.enter_context(lock.held(work))
+        yield work
 
 
 def _publish(work: Path, place: Path, image_size: int, streamed: bool) -> Entry:

@@ -1,4 +1,5 @@
 import os
+import platform
 import resource
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from dtlctl.data.dataset import Dataset
 from dtlctl.data.pixels import HASH
 from dtlctl.data.sources import Source
 from dtlctl.errors import DataError
+from dtlctl.storage import lock
 from tests.reliability.fork import together
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -279,6 +281,19 @@ def test_the_winner_of_a_race_is_used(tmp_path, cache_folder, monkeypatch):
     (entry,) = cache_folder.iterdir()
     assert (entry / "pixels.npy").stat().st_ino == theirs[1]
     assert ours.fingerprint == theirs[0].fingerprint
+
+
+def test_what_somebody_is_at_work_on_is_not_removed(tmp_path, cache_folder):
+    """In another container there is no process of its owner's number, and the machine may have the same name."""
+    dataset = image_folder(tmp_path / "d")
+    place = cache._place(Source(dataset), "train", 4, False)
+    work = place.with_name(f"{place.name}.{platform.node()}.7654321.0.tmp")
+    with lock.held(work):
+        cache.load(Source(dataset), "train", 4)
+        assert work.exists()
+    shutil.rmtree(place)
+    cache.load(Source(dataset), "train", 4)
+    assert list(cache_folder.iterdir()) == [place]
 
 
 def digits():

@@ -168,7 +168,7 @@ def test_other_unusable_paths(tmp_path):
     assert "holds '[', which reads as a pattern" in message(Dataset(path=str(tmp_path / "d[1")))
     dataset = image_folder(tmp_path / "d", "train/a/0.png")
     (tmp_path / "d/link").symlink_to("nowhere")
-    assert message(dataset) == f"data.source.path: {tmp_path}/d/link: No such file or directory"
+    assert message(dataset) == f"data.source.path: {tmp_path}/d/link: links to nothing; remove it"
 
 
 def test_a_hub_id_out_of_reach_is_one_line():
