@@ -214,7 +214,7 @@ def verify(
     found = card.verify(folder, _experiment(recipe, overrides, RUNS, quiet) if recipe else None)
     shown = {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in found.items()}
     print(json.dumps(found) if as_json else "\n".join(f"{name} {value}" for name, value in shown.items()))
-    measured = ", and Acc_t is what was measured here" if recipe else ""
+    measured = ", and Acc_t, but for rounding, is what was measured here" if recipe else ""
     say(f"{folder}: weights and config are those of the card's header{measured}; its text is not checked", quiet)
 
 

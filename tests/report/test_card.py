@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from base64 import b64decode
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -153,6 +154,19 @@ def test_verify_finds_what_was_changed(
     file.write_bytes(file.read_bytes().replace(old, new, 1))
     with pytest.raises(CheckpointError, match=words):
         card.verify(tmp_path / "release", experiment)
+
+
+@pytest.mark.parametrize(("images", "same"), [(1, True), (-1, True), (2, False), (-2, False)])
+def test_verify_forgives_an_image_that_another_processor_rounds_otherwise(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: int, same: bool
+):
+    export.publish(card.folder(experiment, "TL", summarise([experiment.folder])), tmp_path / "release")
+    said = card.verify(tmp_path / "release", experiment)
+    here = said["acc_t_card"] + 100 * images / len(experiment.data.images("target", "test").labels)
+    assert said["acc_t"] == said["acc_t_card"]
+    monkeypatch.setattr(experiment.trainer, "measured", lambda *_: {"acc_t": here})
+    with nullcontext() if same else pytest.raises(CheckpointError, match="Acc_t is"):
+        assert card.verify(tmp_path / "release", experiment)["acc_t"] == here
 
 
 def test_verify_refuses_a_network_that_the_card_does_not_know(experiment: Experiment, tmp_path: Path):
