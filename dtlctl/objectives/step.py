@@ -164,7 +164,8 @@ def _saved_bytes(student: Classifier, x: Tensor) -> int:
         sizes.setdefault(tensor.data_ptr(), tensor.nbytes)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), sdpa_kernel(SDPBackend.MATH):
+    watching = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with devices.forked(x.device), watching, sdpa_kernel(SDPBackend.MATH):
         features = student.embed(x)  # held meanwhile: freed memory would be used, and counted, again
     del features
     return sum(sizes.values())

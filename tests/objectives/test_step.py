@@ -153,9 +153,11 @@ def test_eight_chunks_on_any_number_of_processes(count, trained):
     assert moved
 
 
-def test_choosing_a_way_leaves_the_network_as_it_was():
-    """A run that is taken up again chooses anew: what it then leaves behind would make it another run."""
+def test_choosing_a_way_leaves_the_network_and_the_random_numbers_as_they_were():
+    """A run that is taken up again chooses anew: what it then leaves behind, or draws, would make it another run."""
     model = networks.build("resnet8", {"source": 3, "target": 2}, width=4, image_size=8).train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    forward.choose(model, torch.rand(8, 3, 8, 8), 2)
+    model.backbone.stages.append(nn.Dropout2d(0.5))
+    before, drawn = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
+    forward.choose(model, torch.zeros(8, 3, 8, 8), 2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), drawn)
