@@ -128,8 +128,10 @@ class NullSpace(OnePart):
         (total,) = step.all_reduce([answers.sum(0)])
         answers = answers - total / images
         (square,) = step.all_reduce([answers.T @ answers])
-        # Once for all stages: on an accelerator the eigenvalues behind it are waited for.
-        inverse = torch.linalg.pinv(devices.able(square), rtol=1e-5, hermitian=True).to(square.device)
+        # Once for all stages: on an accelerator the eigenvalues behind it are waited for. It raises for what is not
+        # finite, which is to reach the loss, so that the training is stopped and named as diverged.
+        finite = devices.able(square.nan_to_num(0, 0, 0))
+        inverse = torch.linalg.pinv(finite, rtol=1e-5, hermitian=True).to(square.device)
         parts = [_unexplained(map_.flatten(1), answers, inverse, step) for map_ in seen.maps[-count:]]
         scalars, values = zip(*parts, strict=True)
         return torch.stack(scalars).mean(), torch.stack(values).mean()

@@ -156,6 +156,12 @@ def test_null_space_gradient_is_that_of_least_squares_differentiated_through(pro
     assert torch.allclose(torch.cat(gradients).flatten(1).double(), gradient, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("answer", [torch.nan, torch.inf])
+def test_null_space_of_answers_that_are_not_finite_is_not_finite(answer):
+    """Then the training stops as diverged; torch's error about eigenvalues would name no remedy."""
+    assert not narrowed(torch.rand(24, 5), target=torch.full((24, 8), answer), stages=1)[1].isfinite()
+
+
 def test_null_space_says_what_it_lacks():
     with pytest.raises(RecipeError, match="batch_size is 8; 3 target classes need 9 or more"):
         narrowed(A[:, None], target=torch.rand(8, 3), stages=1)
