@@ -26,11 +26,11 @@ def remedy(settings: Any) -> str:
 
 def check_reports(state: State, step: int) -> None:
     """Raise DivergedError if anything that was reported since the last row is not finite."""
-    if all(math.isfinite(value) for value in state.sums.values()):
-        return
-    last = ", ".join(f"{k} {v:.4g}" for k, v in state.rows[-1].items()) if state.rows else "none yet"
-    norm = float(state.sums["gradient_norm"])
-    raise DivergedError(f"training diverged at step {step}: the gradient norm is {norm}; last finite report: {last}")
+    bad = [name for name, value in state.sums.items() if not math.isfinite(value)]
+    if bad:
+        last = ", ".join(f"{k} {v:.4g}" for k, v in state.rows[-1].items()) if state.rows else "none yet"
+        what = f"{' and '.join(bad)} not finite"
+        raise DivergedError(f"training diverged at step {step}: {what}; last finite report: {last}")
 
 
 def check_weights(model: nn.Module, step: int) -> None:

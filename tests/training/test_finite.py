@@ -11,6 +11,8 @@ from dtlctl.errors import DivergedError
 from dtlctl.recipe.settings import Training
 from dtlctl.training import engine as engine_module
 from dtlctl.training.engine import Engine
+from dtlctl.training.failures import check_reports
+from dtlctl.training.resume import State
 
 
 def train(slopes: list[float], lr: float) -> nn.Linear:
@@ -32,6 +34,15 @@ def test_a_gradient_that_is_not_finite_is_not_applied_even_where_nobody_looks(mo
     """As on a GPU between two reports: 1 - 0.5 * 1 - 0.5 * 0.5 = 0.25 without the infinite step in between."""
     monkeypatch.setattr(engine_module, "check_reports", lambda *_: None)
     assert train([1.0, float("inf"), 0.5], lr=0.5).weight.item() == 0.25
+
+
+def test_what_is_not_finite_is_named():
+    """The gradient may well be finite where a loss that is only reported is not."""
+    with pytest.raises(DivergedError, match="at step 2: loss and gradient_norm not finite; last finite report: none"):
+        train([1.0, float("inf")], lr=0.5)
+    state = State(sums={"gradient_norm": torch.tensor(1.0), "source_loss": torch.tensor(torch.nan)})
+    with pytest.raises(DivergedError, match="at step 7: source_loss not finite"):
+        check_reports(state, 7)
 
 
 def test_weights_that_the_last_step_made_infinite_are_refused():
