@@ -21,11 +21,12 @@ from dtlctl.attacks.features import EMBEDDING, logistic, nearest
 from dtlctl.attacks.tuning import WEIGHT_DECAY, Setting
 from dtlctl.data.dataset import Augment
 from dtlctl.errors import RecipeError
+from dtlctl.model.batchnorm import BatchNorm
 from dtlctl.model.networks import Classifier, renew
 from dtlctl.strict import Algorithm
 
 Weighted = nn.Linear | nn.Conv2d
-NORMS = nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm
+NORMS = (BatchNorm, nn.LayerNorm, nn.GroupNorm)
 """Normalisations with weights of their own."""
 ImageParts = Iterable[Tensor]
 Rate = Annotated[float, Field(gt=0, le=100)]
@@ -128,7 +129,7 @@ class _Renormalised(_Attacker):
         With batch normalisation behind it a rescaled convolution computes the same, and the effective learning rate,
         which goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350). Parts of the images weigh the same.
         """
-        if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        if not any(isinstance(module, BatchNorm) for module in model.modules()):
             raise RecipeError("piggyback.attackers: to renormalise needs a model with batch normalisation")
         for old, new in zip(model.backbone.modules(), fresh.backbone.modules(), strict=True):
             if isinstance(old, nn.Conv2d) and isinstance(new, nn.Conv2d):

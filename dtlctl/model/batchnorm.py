@@ -1,31 +1,57 @@
 """Batch normalisation over all processes."""
 
+from contextlib import nullcontext
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+BatchNorm: Any = nn.modules.batchnorm._BatchNorm
+"""The base of every batch normalisation: torch's own, of maps and of vectors, and timm's, some of which do more."""
 
 
-class GlobalBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation with the statistics of the global batch; torch's own SyncBatchNorm runs on GPUs only.
+def over_processes(norm: nn.Module) -> None:
+    """Let a batch normalisation take the statistics of the global batch in train mode; first derivatives only.
 
-    First derivatives only. An input of less precision than float32 is computed with in float32, as torch's own does.
+    Same state, same names: only `forward` differs. torch's own SyncBatchNorm runs on GPUs only.
     """
+    kind: Any = type(norm)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        x = input.to(torch.promote_types(input.dtype, torch.float32))
-        # One message for both.
-        total = _sum_over_processes(torch.cat([x.sum((0, 2, 3)), x.new_full((1,), x.numel() // x.shape[1])]))
-        count = total[-1].detach()
-        mean = total[:-1] / count
-        centred = x - mean[:, None, None]
-        variance = _sum_over_processes((centred**2).sum((0, 2, 3))) / count
-        with torch.no_grad():
-            for running, now in ((self.running_mean, mean), (self.running_var, variance * count / (count - 1))):
-                if running is not None and self.momentum is not None:
-                    running.lerp_(now, self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None]).to(input.dtype)
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        with _GlobalStatistics() if self.training else nullcontext():
+            return kind.forward(self, x)
+
+    norm.__class__ = type(f"Global{kind.__name__}", (kind,), {"forward": forward})
+
+
+class _GlobalStatistics(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_batch_norm if function is F.batch_norm else function)(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """torch's function in train mode, of [B, C, ...]; less precision than float32 is computed with in float32."""
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    places, beside = (0, *range(2, x.dim())), (-1, *(1,) * (x.dim() - 2))
+    # One message for both.
+    total = _sum_over_processes(torch.cat([x.sum(places), x.new_full((1,), x.numel() // x.shape[1])]))
+    count = total[-1].detach()
+    mean = total[:-1] / count
+    centred = x - mean.view(beside)
+    variance = _sum_over_processes((centred**2).sum(places)) / count
+    with torch.no_grad():
+        for running, now in ((running_mean, mean), (running_var, variance * count / (count - 1))):
+            if running is not None:
+                running.lerp_(now, momentum)
+    scale = (variance + eps).rsqrt()
+    if weight is None or bias is None:
+        return (centred * scale.view(beside)).to(input.dtype)
+    return torch.addcmul(bias.view(beside), centred, (weight * scale).view(beside)).to(input.dtype)
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv2d_weight
 
+from dtlctl.model.batchnorm import BatchNorm
 from dtlctl.model.small_maps import SmallMapConv2d, unfold, unfoldable
 from dtlctl.model.stages import hooked
 from dtlctl.objectives.collision import AllReduce, Collision, assemble, gradient, pairs_of, refuse_graph
@@ -53,7 +54,7 @@ class Tape:
 
 def batchable(model: nn.Module) -> bool:
     """Whether every parameter belongs to a layer that `record` knows."""
-    has_own = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d) or [*m.parameters(recurse=False)])
+    has_own = (m for m in model.modules() if isinstance(m, BatchNorm) or [*m.parameters(recurse=False)])
     return all(_known(module) for module in has_own)
 
 

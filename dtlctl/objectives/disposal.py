@@ -15,6 +15,7 @@ from torchvision.ops import StochasticDepth
 from dtlctl.console import devices
 from dtlctl.data.tensors import Batch
 from dtlctl.model import networks
+from dtlctl.model.batchnorm import BatchNorm
 from dtlctl.objectives.retain import Retain
 from dtlctl.objectives.step import GraphMode, Step, apart, choose, outputs
 from dtlctl.objectives.unlearn import Unlearn
@@ -127,5 +128,5 @@ def train_mode(model: nn.Module, batch_norm: str) -> None:
     model.train()
     if batch_norm == "frozen":
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, BatchNorm):
                 module.eval()

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtlctl.console import devices, machine
 from dtlctl.data.tensors import Batch, Share
+from dtlctl.model.batchnorm import BatchNorm
 from dtlctl.model.networks import Classifier, watched
 from dtlctl.objectives.batched import Tape, batchable, collide_batched, record
 from dtlctl.objectives.collision import Collision, collide
@@ -145,7 +146,7 @@ def _one(
     processes after the step, it does not matter how many processes share the chunks.
     """
     share = Share(number, chunks)
-    norms = [(m, m.momentum) for m in student.modules() if isinstance(m, nn.BatchNorm2d) and m.momentum is not None]
+    norms = [(m, m.momentum) for m in student.modules() if isinstance(m, BatchNorm) and m.momentum is not None]
     try:
         for norm, m in norms:
             norm.momentum = (m / chunks) / (1 - (chunks - 1 - number) * m / chunks) if moves else 0.0

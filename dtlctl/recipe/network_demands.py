@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from typing import Any
 
 from torch import nn
 
 from dtlctl.attacks.attackers import NORMS
 from dtlctl.errors import RecipeError, first_of, named
 from dtlctl.model import networks, weights
+from dtlctl.model.batchnorm import BatchNorm
 from dtlctl.objectives.batched import batchable
 from dtlctl.objectives.unlearn import GradientCollision, NullSpace
 from dtlctl.recipe.schema import Recipe
@@ -61,8 +61,7 @@ def _lacking(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _lacking_to_attackers(recipe: Recipe, backbone: Callable[[], nn.Module]) -> Iterator[tuple[str, str]]:
     if recipe.piggyback.search and not find_spec("optuna"):
         yield "piggyback.search", "needs the package optuna: pip install 'dtlctl[optuna]'; or leave it out, for grids"
-    batch_norms: Any = nn.modules.batchnorm._BatchNorm
-    needed = {"renorm": ("batch normalisation", batch_norms), "norms": ("normalisation", NORMS)}
+    needed = {"renorm": ("batch normalisation", BatchNorm), "norms": ("normalisation", NORMS)}
     for number, attacker in enumerate(recipe.piggyback.attackers):
         lacking, deepest = "", max(getattr(attacker, "stages", [0]))
         if deepest and deepest > len(networks.stages(backbone())):

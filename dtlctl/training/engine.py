@@ -26,7 +26,7 @@ from dtlctl.console.progress import Progress
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import DivergedError, RecipeError, Stopped
 from dtlctl.model import networks
-from dtlctl.model.batchnorm import GlobalBatchNorm
+from dtlctl.model.batchnorm import BatchNorm, over_processes
 from dtlctl.model.networks import Precision
 from dtlctl.recipe.settings import Training
 from dtlctl.training import surroundings
@@ -81,8 +81,8 @@ class Engine(Collectives):
         """The model on this device; with several processes, batch statistics over all of them or each one's own."""
         if self.processes > 1 and global_batch_norm:
             for module in model.modules():
-                if type(module) is nn.BatchNorm2d:
-                    module.__class__ = GlobalBatchNorm  # same state, same names: only `forward` differs
+                if isinstance(module, BatchNorm):
+                    over_processes(module)
         return model.to(self.device)
 
     def train(

@@ -170,6 +170,7 @@ def test_what_one_pass_cannot_do_is_refused():
     assert not batched.batchable(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
     assert not batched.batchable(nn.Conv2d(1, 1, 3, padding="same"))
     assert not batched.batchable(nn.BatchNorm2d(2, momentum=None))
+    assert not batched.batchable(nn.BatchNorm1d(2, affine=False))
     assert not batched.batchable(networks.build("vit_b_16", {"source": 2}, stem="imagenet"))
     assert batched.batchable(networks.build("resnet18", {"source": 2}))
     with pytest.raises(ValueError, match=r"not \[images, features\]"), batched.record(nn.Linear(2, 2), 2) as tape:

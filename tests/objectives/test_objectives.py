@@ -13,7 +13,7 @@ from dtlctl.errors import RecipeError
 from dtlctl.model import networks
 from dtlctl.model.networks import Classifier
 from dtlctl.objectives import step as forward
-from dtlctl.objectives.disposal import Disposal
+from dtlctl.objectives.disposal import Disposal, train_mode
 from dtlctl.objectives.retain import AveragedGem, Distill, TargetCrossEntropy
 from dtlctl.objectives.step import ChunkOutputs, Step
 from dtlctl.objectives.unlearn import (
@@ -355,18 +355,22 @@ def test_chunks_of_a_net_with_attention_collide():
     assert layer.self_attn.in_proj_weight.grad.norm() > 0
 
 
+@pytest.mark.parametrize("of", [nn.BatchNorm1d, nn.BatchNorm2d])
 @pytest.mark.parametrize("chunks", [1, 2, 4])
-def test_chunks_in_sequence_move_running_statistics_as_their_average(chunks):
+def test_chunks_in_sequence_move_running_statistics_as_their_average(chunks, of):
     """(1 - m) r0 + m · mean over chunks of the chunk's mean, and the same of its variance."""
     torch.manual_seed(0)
-    norm = nn.BatchNorm2d(3, momentum=0.3).double()
+    norm = of(3, momentum=0.3).double()
     nn.init.constant_(norm.running_mean, 5)
     x = torch.randn(3 * chunks, 3, 2, 2, dtype=torch.float64)
-    model = Classifier(nn.Sequential(norm, nn.Flatten()), 12, {"source": 3, "target": 2}).double()
+    first = nn.Flatten(2) if of is nn.BatchNorm1d else nn.Identity()
+    model = Classifier(nn.Sequential(first, norm, nn.Flatten()), 12, {"source": 3, "target": 2}).double()
     forward.apart(model, Batch(x, *2 * [torch.zeros(3 * chunks)]), chunks)
     seen = ((x - model.mean) / model.std).view(chunks, 3, 3, 2, 2)
     torch.testing.assert_close(norm.running_mean, 0.7 * 5 + 0.3 * seen.mean((1, 3, 4)).mean(0))
     torch.testing.assert_close(norm.running_var, 0.7 * 1 + 0.3 * seen.var((1, 3, 4)).mean(0))
+    train_mode(model, "frozen")
+    assert model.training and not norm.training
 
 
 class Line(nn.Module):

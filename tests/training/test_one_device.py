@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -148,7 +149,7 @@ def test_the_watch_sees_what_mixes_and_what_is_not_pinned(watch):
 
 def test_batch_norm_over_processes_stays_on_its_device(watch, monkeypatch):
     monkeypatch.setattr(batchnorm, "_sum_over_processes", lambda values: values)
-    norm = batchnorm.GlobalBatchNorm(3, device=META)
+    batchnorm.over_processes(norm := nn.BatchNorm2d(3, device=META))
     with watch, Made():
         norm(torch.ones(2, 3, 4, 4, device=META)).sum().backward()
 

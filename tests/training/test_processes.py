@@ -60,6 +60,19 @@ def test_two_processes_equal_one(recipe_file: Path, dtlctl, call, precision: str
             assert difference < tolerance, f"{job}: {name} differs by {difference:.1e}"
 
 
+def test_two_processes_equal_one_with_a_norm_that_is_not_torchs(recipe_file: Path, forked, call):
+    """timm's batch norm with an activation: for long each process took the statistics of its own images."""
+    pytest.importorskip("timm", reason="the extra timm is not installed")
+    network = 'arch = "timm:test_efficientnet"\nstem = "imagenet"\nimage_size = 32'
+    recipe_file.write_text(recipe_file.read_text().replace('arch = "resnet8"\nwidth = 4\nimage_size = 8', network))
+    changes = ("--set", 'precision="float64"', "--set", "pretrain.steps=3", "--quiet")
+    code, _, err = call("pretrain", recipe_file, *changes, "--set", "name=one")
+    assert code == 0, err
+    done = forked("pretrain", recipe_file, *changes, "--set", "name=two", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert max(differences(recipe_file.parent / "runs", "pretrain").values()) < 1e-10
+
+
 def test_two_processes_take_a_step_in_bfloat16_as_one_does(recipe_file: Path, forked, call):
     """A single step, since rounding to 8 bits grows. Batch statistics are sums in float32 on both sides, though of
     activations in bfloat16: only the order of additions differs."""
