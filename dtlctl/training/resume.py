@@ -115,7 +115,7 @@ class StateFile:
         """Take up the state if there is one for this key; returns when it was saved. Raises CheckpointError."""
         found = self._read()
         step = found[0].step if found else -1
-        if group.agree(step) != step:
+        if group.agree(step) != -group.agree(-step):  # in all of them, or the others would wait for this one
             raise CheckpointError(f"{self.path}: not the same on all processes; they must share the run's folder")
         if found is None:
             return None

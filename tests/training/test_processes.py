@@ -18,7 +18,7 @@ from dtlctl.objectives.unlearn import Uniform
 from dtlctl.recipe.settings import Dispose
 from dtlctl.stages.data_demands import local_chunks
 from tests.reliability.fork import together
-from tests.training.wait_in_processes import wait
+from tests.training.wait_in_processes import restore, wait
 
 # Retaining losses that need target batches, beside the tiny recipe's own two variants.
 MORE = """dispose={
@@ -148,3 +148,11 @@ def test_processes_wait_for_days_where_others_work_and_not_where_they_hang(tmp_p
             assert (first, second) == ("process 0 of 2 goes on", "process 1 of 2 goes on"), work
         else:  # the one that is late may see its own message through
             assert first == "process 0 of 2 waited in vain: True" and second.startswith("process 1 of 2 "), work
+
+
+def test_a_state_that_one_process_alone_has_is_refused_by_all(tmp_path: Path):
+    """Of folders that are not shared. The main process, whose message is read first, would go on to wait in vain."""
+    done = together(restore, tmp_path, 2)
+    assert done.returncode == 0, done.stderr
+    told = "safetensors: not the same on all processes; they must share the run's folder"
+    assert sorted(done.stdout.splitlines()) == [f"process {rank}: {rank}.{told}" for rank in (0, 1)]

@@ -2,12 +2,16 @@
 
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
+from dtlctl.errors import CheckpointError
 from dtlctl.training import collectives
 from dtlctl.training import engine as engine_module
+from dtlctl.training.collectives import Collectives
 from dtlctl.training.engine import Engine
+from dtlctl.training.resume import State, StateFile
 
 
 def wait(work: str) -> None:
@@ -32,3 +36,17 @@ def wait(work: str) -> None:
         print(f"{who} waited in vain: {is_loss(error)}\n", end="", flush=True)
     else:
         print(f"{who} goes on\n", end="", flush=True)
+
+
+def restore() -> None:
+    """Each process in a folder of its own, of which one has a state of step 3."""
+    engine, model = Engine(), torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    file = StateFile(Path(f"{engine.share.rank}.safetensors"), "key")
+    if engine.is_main:
+        file.save(Collectives(torch.device("cpu"), 0, 1), State(step=3), model, optimizer)
+    try:
+        file.restore(engine, State(), model, optimizer, schedule)
+    except CheckpointError as error:
+        print(f"process {engine.share.rank}: {error}\n", end="", flush=True)
