@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dtlctl.attacks.features import pooled
 from dtlctl.attacks.membership import Guess, Known
@@ -43,18 +44,26 @@ def by_pixels(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     if isinstance(model, networks.Classifier):
         model = copy.copy(model)  # of the same tensors
         model.precision = "float32"  # bfloat16 would round what tells images apart
+    constant = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        (found,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)
+        logits = functional_call(model, constant, (x,))
+        (found,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x)
     return found
 
 
 def by_weights(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Norms [B, layers] of each image's gradient by the weights of each layer, in the order of calls; no biases."""
+    """Norms [B, layers] of each image's gradient by the weights of each layer, in the order of calls; no biases.
+
+    Layers are those that are called with what is computed of the images: no positions, nor weights that a network
+    multiplies by itself, as attention often does.
+    """
     norms: list[Tensor] = []
     images, none = len(x), x.new_zeros(len(x))
 
     def watch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            return
         place, given = len(norms), inputs[0].detach()
         norms.append(none)
 
@@ -63,7 +72,7 @@ def by_weights(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
         output.register_hook(keep)  # sees the gradient by this output, also where an activation overwrites it
 
-    with hooked((m for m in model.modules() if isinstance(m, nn.Linear) or unfoldable(m)), watch):
+    with hooked((m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)), watch):
         by_pixels(model, x, y)
     return torch.stack(norms, 1)
 
@@ -73,6 +82,8 @@ def _squares(layer: nn.Module, inputs: Tensor, gradient: Tensor, images: int) ->
 
     Where places are few that is Σ_{t,u} (g_t · g_u) (a_t · a_u), the product of two Gram matrices, and costs less.
     """
+    if isinstance(layer, nn.Conv2d) and not (unfoldable(layer) and type(layer).forward is nn.Conv2d.forward):
+        return torch.stack([_one_square(layer, *one) for one in zip(inputs, gradient, strict=True)])
     if isinstance(layer, nn.Conv2d):  # [images * groups, taps, places] and [images * groups, outputs, places]
         a, g = (v.reshape(images * layer.groups, -1, v.shape[-1]) for v in (unfold(layer, inputs), gradient.flatten(2)))
     else:
@@ -81,6 +92,14 @@ def _squares(layer: nn.Module, inputs: Tensor, gradient: Tensor, images: int) ->
     few = places * (taps + outputs) < taps * outputs
     found = (a.mT @ a) * (g.mT @ g) if few else (g @ a.mT).square()
     return found.sum((1, 2)).view(images, -1).sum(1)
+
+
+def _one_square(conv: nn.Conv2d, x: Tensor, gradient: Tensor) -> Tensor:
+    """The same of one image, by torch: of a convolution that pads or treats its weight in a way of its own."""
+    weight, bare = nn.Parameter(conv.weight.detach()), copy.copy(conv)
+    bare._parameters = {**conv._parameters, "weight": weight}
+    with torch.enable_grad():
+        return torch.autograd.grad(bare.forward(x[None]), weight, gradient[None])[0].square().sum()
 
 
 def seven(gradient: Tensor) -> Tensor:

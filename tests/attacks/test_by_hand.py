@@ -93,6 +93,39 @@ def test_norms_of_gradients_by_weights_are_those_of_a_loop_over_images(arch: str
         torch.testing.assert_close(found[image], expected, rtol=1e-2, atol=1e-6)
 
 
+class Own(nn.Conv2d):
+    """A convolution that pads and scales its weight itself, as timm's `Conv2dSame` and `StdConv2d` do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight / self.weight.norm(), self.bias)
+
+
+class Placed(nn.Module):
+    """Those, one that reflects, and a layer that sees positions and no image, as in Swin transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.reflecting = Own(3, 4, 2), nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect")
+        self.positions, self.last = nn.Linear(1, 16), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.reflecting(self.own(x).relu()) + self.positions(torch.ones(1, 1)).view(4, 4)
+        return self.last(maps.flatten(1))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_norms_of_gradients_of_layers_unlike_torchs(trained: bool):
+    """The same as of a loop over images, whether the weights are to be trained or not; no norm for the positions."""
+    torch.manual_seed(0)
+    model = Placed().eval()
+    x, y = torch.rand(3, 3, 4, 4), torch.tensor([0, 2, 1])
+    found = whitebox.by_weights(model.requires_grad_(trained), x, y)
+    weights = [layer.weight.requires_grad_() for layer in (model.own, model.reflecting, model.last)]
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    expected = [[g.norm() for g in torch.autograd.grad(loss, weights, retain_graph=True)] for loss in losses]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
 def test_adversarial_distance_of_a_linear_model_is_the_distance_to_its_plane():
     """Logits ±w·(x - 1/2): the boundary is the plane w·(x - 1/2) = 0, at |w·(x - 1/2)| / ‖w‖₁ in L∞ and / ‖w‖₂ in L2.
 
