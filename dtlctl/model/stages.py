@@ -42,8 +42,10 @@ def stages(backbone: nn.Module) -> list[NetworkStage]:
             NetworkStage(f"stage{k}", third, third[-1], _weights(third) / total) for k, third in enumerate(thirds, 1)
         ]
     found: list[NetworkStage] = []
+    blocks = [*_blocks(backbone)]
     known = not {path for path, _ in backbone.named_modules()}.isdisjoint(_LANDMARKS)
-    for path, block in _blocks(backbone) if known else ():
+    # A list is no module in forward order: HRNet's are branches, of several outputs.
+    for path, block in blocks if known and not any(isinstance(block, nn.ModuleList) for _, block in blocks) else ():
         share = _weights([block]) / total
         if any(p.dim() > 1 for p in block.parameters()):
             found.append(NetworkStage(path, [block], block, share))
@@ -106,10 +108,18 @@ def renew(backbone: nn.Module, fresh: nn.Module, last: int) -> None:
 
 @contextmanager
 def hooked(modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    """Within, `hook(module, inputs, output)` is called after each module's forward pass."""
+    """Within, `hook(module, inputs, output)` is called after each module's forward pass.
+
+    Of several tensors, as timm's SelecSLS or MViT pass on, output is the first with one row an image.
+    """
+
+    def call(module: nn.Module, inputs: Any, output: Any) -> None:
+        tensors = [output] if isinstance(output, Tensor) else [part for part in output if isinstance(part, Tensor)]
+        hook(module, inputs, min(tensors, key=len))
+
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(module.register_forward_hook(hook))
+            stack.enter_context(module.register_forward_hook(call))
         yield
 
 

@@ -157,3 +157,30 @@ def test_renewing_the_last_stage_changes_its_share_of_the_weights_and_no_other(a
 )
 def test_of_other_networks_no_stages_are_known(backbone):
     assert stages(backbone) == [] and shares(backbone) == {}
+
+
+class Passing(nn.Linear):
+    """Passes on what it got beside what it makes, a row for each of several places, as timm's SelecSLS and TNT do."""
+
+    def forward(self, x):
+        rows = x[1] if isinstance(x, tuple) else x
+        return rows.repeat(3, 1), super().forward(rows), (1, 1)
+
+
+def test_of_several_outputs_the_one_with_a_row_an_image_is_watched():
+    backbone = nn.Sequential()
+    backbone.stages = nn.Sequential(nn.Linear(2, 2), Passing(2, 2), Passing(2, 2))
+    with watched(backbone) as seen:
+        backbone.stages(torch.rand(4, 2))
+    assert [tuple(output.shape) for output in seen] == [(4, 2)] * 2
+
+
+def test_stages_of_a_network_with_lists_of_branches_are_not_known():
+    """As HRNet's are: a list has no output, and what branches put out is no map."""
+    backbone = nn.Sequential()
+    backbone.stem, backbone.branches, backbone.stage4 = (
+        nn.Linear(2, 2),
+        nn.ModuleList([nn.Linear(2, 2)]),
+        nn.Linear(2, 2),
+    )
+    assert stages(backbone) == []
