@@ -21,20 +21,29 @@ from dtlctl.objectives.step import Step
 from dtlctl.strict import Algorithm
 
 
-class OnePart(Algorithm):
-    """A loss of the global batch in one part: there are no graphs to hold one by one."""
-
-    chunks: ClassVar[int] = 1
-    memory: ClassVar[Literal["keep"]] = "keep"
-    cosine: ClassVar[None] = None
+class _Unlearn(Algorithm):
     needs_maps: ClassVar[bool] = False
     """Whether `ChunkOutputs.maps` are wanted."""
     trains_source_head: ClassVar[bool] = True
     no_price: ClassVar[str] = ""
     """Why no λ can be found for a price, if none can."""
+    way_out: ClassVar[str] = ""
+    """Of `least_images`: what else to change, beside the images or the kind."""
+
+    def least_images(self, classes: int, processes: int) -> tuple[int, str]:
+        """Images that a batch needs with so many target classes on so many processes, and what needs them."""
+        return 2, "a step needs"
 
 
-class GradientCollision(Algorithm):
+class OnePart(_Unlearn):
+    """A loss of the global batch in one part: there are no graphs to hold one by one."""
+
+    chunks: ClassVar[int] = 1
+    memory: ClassVar[Literal["keep"]] = "keep"
+    cosine: ClassVar[None] = None
+
+
+class GradientCollision(_Unlearn):
     """GC, Eq. 8: the mean inner product of the gradients of the batch's chunks.
 
     See `collision.py` for the mathematics.
@@ -49,9 +58,6 @@ class GradientCollision(Algorithm):
     """Chunks in one pass, one by one with their graphs kept, or one graph at a time. The result is the same."""
     cosine: float | None = Field(None, gt=0, le=1)
     """Least cosine of the first batch's gradient to float64's, or the disposal stops. `bfloat16` requires it."""
-    trains_source_head: ClassVar[bool] = True
-    needs_maps: ClassVar[bool] = False
-    no_price: ClassVar[str] = ""
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         value, surrogate = step.collide(lambda c: F.cross_entropy(c.source, c.y), self_pairs=self.self_pairs)
@@ -110,16 +116,16 @@ class NullSpace(OnePart):
     needs_maps: ClassVar[bool] = True
     trains_source_head: ClassVar[bool] = False
 
-    @staticmethod
-    def least_images(classes: int) -> int:
-        """Images that a batch needs: with fewer, that many target classes explain much by chance."""
-        return 3 * classes
+    def least_images(self, classes: int, processes: int) -> tuple[int, str]:
+        # With fewer, that many target classes explain much by chance.
+        return 3 * classes, f"{classes} target classes need"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         (seen,) = step.chunks
         classes, images = seen.target.shape[1], len(seen.x) * step.processes
-        if images < (least := self.least_images(classes)):
-            raise RecipeError(f"null-space: batch_size is {images}; {classes} target classes need {least} or more")
+        least, what = self.least_images(classes, step.processes)
+        if images < least:
+            raise RecipeError(f"null-space: batch_size is {images}; {what} {least} or more")
         count = self.stages or max(1, len(seen.maps))
         if len(seen.maps) < count:
             raise RecipeError(f"null-space: stages = {count}, but only {len(seen.maps)} of this model are known")
@@ -169,16 +175,18 @@ class SimulatedAttacker(OnePart):
     lr: list[Annotated[float, Field(gt=0, le=10)]] = Field([0.003, 0.03, 0.3], min_length=1)
     """Learning rates of the attacker: one is drawn for each batch."""
     trains_source_head: ClassVar[bool] = False
+    way_out: ClassVar[str] = ", or take fewer steps"
 
-    def least_images(self, processes: int) -> int:
-        """Images that a batch needs: two in each part on each process."""
-        return 2 * (self.steps + 1) * processes
+    def least_images(self, classes: int, processes: int) -> tuple[int, str]:
+        # Two in each part on each process.
+        return 2 * (self.steps + 1) * processes, f"steps = {self.steps} needs"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         (seen,), student = step.chunks, step.student
         assert student is not None
-        if len(seen.x) * step.processes < (least := self.least_images(step.processes)):
-            raise RecipeError(f"simulated-attacker: steps = {self.steps} needs a batch_size of {least} or more")
+        least, what = self.least_images(seen.target.shape[1], step.processes)
+        if len(seen.x) * step.processes < least:
+            raise RecipeError(f"simulated-attacker: {what} a batch_size of {least} or more")
         # Drawn by the batch: the same on all processes, and again where a run goes on.
         (total,) = step.all_reduce([sent(seen.rows.sum(), seen.y.device) if step.processes > 1 else seen.rows.sum()])
         generator = torch.Generator().manual_seed(step.seed + int(total))

@@ -9,7 +9,6 @@ import numpy as np
 from dtlctl.attacks import tuning
 from dtlctl.attacks.attackers import SelfTraining
 from dtlctl.errors import DataError, RecipeError, counted
-from dtlctl.objectives.unlearn import NullSpace, SimulatedAttacker
 from dtlctl.recipe.plan import Job
 from dtlctl.recipe.settings import Dispose, Piggyback
 from dtlctl.run.experiment import Experiment
@@ -106,21 +105,15 @@ def _images_for_a_price(experiment: Experiment, job: Job[Dispose], allowed: floa
 def _images_for_a_loss(experiment: Experiment, job: Job[Dispose], size: int, processes: int) -> None:
     """size: images a step; of a source smaller than a batch there are fewer."""
     unlearn = job.settings.unlearn
-    if isinstance(unlearn, NullSpace):
-        classes = len(experiment.data.classes("target"))
-        least, what, other = unlearn.least_images(classes), f"{classes} target classes need", ""
-    elif isinstance(unlearn, SimulatedAttacker):
-        least, what = unlearn.least_images(processes), f"steps = {unlearn.steps} needs"
-        other = ", or take fewer steps"
-    else:
-        return
+    least, what = unlearn.least_images(len(experiment.data.classes("target")), processes)
     if size >= least:
         return
     key, remedy = f"dispose.{job.model}.batch_size", ""
     if size < job.settings.batch_size:
         key = "data.source.fraction"
         if experiment.recipe.data.source.fraction == 1:
-            key, remedy = f"dispose.{job.model}.unlearn", f"; the source has no more: take another kind{other}"
+            key = f"dispose.{job.model}.unlearn"
+            remedy = f"; the source has no more: take another kind{unlearn.way_out}"
     raise RecipeError(
         f"{experiment.source}: {key}: too few for {unlearn.kind} with {counted(size, 'image')} a step; "
         f"{what} {least} or more{remedy}"

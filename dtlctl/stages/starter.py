@@ -59,7 +59,8 @@ PRICE = 1.0
 LOOKED = 48
 """Images of a dataset that are opened for their size."""
 FIXED: dict[str, Any] = {"kept": KEPT, "usual": ATTACK, "recommended": PASSES, "audited": audit.LEAST, "price": PRICE}
-FIXED |= {"toml": partial(json.dumps, ensure_ascii=False), "batch": BATCH, "each_class": NullSpace.least_images(1)}
+FIXED |= {"toml": partial(json.dumps, ensure_ascii=False), "batch": BATCH}
+FIXED["each_class"], _ = NullSpace().least_images(1, 1)
 """What the template has whatever the data; `each_class`: images of a batch for a target class, for `null-space`."""
 
 
