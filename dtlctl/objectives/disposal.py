@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +43,7 @@ class Disposal:
     label_seed: int
     processes: int = 1
     all_reduce: Callable[[Sequence[Tensor]], list[Tensor]] = list
-    mode: GraphMode | None = None
-
-    def __post_init__(self) -> None:
-        self.mode = None if self.unlearn.memory == "auto" else self.unlearn.memory
+    mode: GraphMode | None = field(default=None, init=False)
 
     def __call__(self, source: Batch, target: Batch | None, unlearning: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """A scalar whose gradient, averaged over processes, is that of Eq. 1, and numbers to report, detached.
@@ -113,7 +110,8 @@ class Disposal:
         return probe
 
     def _look(self, source: Batch, target: Batch | None) -> Step:
-        self.mode = self.mode or choose(self.student, source.x, self.chunks)
+        told = self.unlearn.memory
+        self.mode = self.mode or (choose(self.student, source.x, self.chunks) if told == "auto" else told)
         seen, tape, again = outputs(self.student, source, self.chunks, self.mode, maps=self.unlearn.needs_maps)
         kept = apart(self.student, target, self.chunks) if target else ()
         parameters, more = list(self.student.parameters()), (self.processes, self.all_reduce, self.student, tape, again)
