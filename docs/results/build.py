@@ -37,7 +37,7 @@ LABELS = {
     "scratch": "new network", "TGT": "target alone", "TGT-500": "never saw the source, 500 images",
     "TGT-2500": "never saw the source, 2,500 images", "pre": "pre-trained", "gc": "gradient collision",
     "rand": "random labels", "unif": "uniform answers", "neg": "negative CE", "null": "null-space",
-    "null-3": "null-space, three passes",
+    "null-3": "null-space, three passes", "equal": "as good, never saw the source",
     "null-new": "null-space, new network, three passes",
     "control": "no unlearning loss", "distilled": "new network, distilled", "fresh": "fresh stages alone",
     "distilled-t4": "new network, distilled at T = 4", "rand-t4": "random labels at T = 4",
