@@ -30,7 +30,7 @@ ATTACKS: dict[str, Attack] = {
     "modified-entropy": Attack(lambda view, _: signals.modified_entropy(view), single),
     "max-softmax": Attack(lambda view, _: signals.max_softmax(view), single),
     "adv-dist": Attack(adversarial.distance, single),
-    "grad-w": Attack(lambda view, _: whitebox.grad_w(view), signals.logistic, revision=2),
+    "grad-w": Attack(lambda view, _: whitebox.grad_w(view), signals.logistic, revision=3),
     "grad-x": Attack(lambda view, _: whitebox.grad_x(view), signals.logistic),
-    "wb": Attack(lambda view, _: whitebox.observe(view), whitebox.infer, slow=True, revision=2),
+    "wb": Attack(lambda view, _: whitebox.observe(view), whitebox.infer, slow=True, revision=3),
 }
