@@ -569,7 +569,7 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
     held_out, tested = {"full": 60.0, "probe": 70.0}, {"full": 20.0, "probe": 10.0}
 
     class Fake:
-        stop, model, seed = threading.Event(), torch.nn.Identity(), 0
+        stop, model, seed, judges = threading.Event(), torch.nn.Identity(), 0, range(7)
 
         def __init__(self, experiment: Experiment, *_: object):
             self.experiment = experiment
@@ -585,7 +585,7 @@ def test_the_worst_case_is_the_best_on_held_out_images(recipe_file: Path, monkey
     monkeypatch.setattr(piggyback, "Repetition", Fake)
     metrics = piggyback._tuned(experiment, job, Parts(experiment.results.scratch(job), "key"), 55.0)
     assert [metrics[f"acc_pl_{name}"] for name in ("worst", "median", "max")] == [10.0, 15.0, 55.0]
-    assert [final["kind"] for final in metrics["chosen"]] == ["probe"]
+    assert [final["kind"] for final in metrics["chosen"]] == ["probe"] and metrics["judges"] == 7
 
 
 def test_an_attacker_whose_last_training_diverges_is_left_out(recipe_file: Path):
