@@ -139,10 +139,12 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Tables and plots from the sidecars of one run, or means and intervals over several seeds."""
-    say("report: reading the sidecars, and drawing", quiet)
+    from dtlctl.many.sweep import one_process
     from dtlctl.report import files, summary, tables
     from dtlctl.storage import checkpoint
 
+    one_process("report: start it as one process, without a launcher")
+    say("report: reading the sidecars, and drawing", quiet)
     if to is None and len(runs) > 1:
         raise RecipeError("report: with several runs say where the report goes: --to DIR")
     table = summary.summarise(runs)

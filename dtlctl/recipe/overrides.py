@@ -182,8 +182,7 @@ def with_lambda(text: str, variant: str, lam: float) -> str:
     wanted = tomllib.loads(text.removeprefix("\ufeff"))
     table = wanted.get("dispose", {}).get(variant, {})
     if "lambda" not in table:
-        remedy = f"write lambda = {lam:g} into it, instead of a price"
-        raise ValueError(f"[dispose.{variant}] has no lambda to change; {remedy}")
+        raise ValueError(f"[dispose.{variant}] has no lambda to change; write one into it, instead of a price")
     if table["lambda"] == lam:
         return text
     table["lambda"] = lam

@@ -113,11 +113,12 @@ def test_a_model_that_was_not_disposed_of_is_told(experiment: Experiment, call):
     assert code == 0 and "TL has not been disposed of: it holds all that it learned from the source\n" in err
 
 
-def test_a_launcher_is_refused(recipe_file: Path, call, monkeypatch: pytest.MonkeyPatch):
-    """Each of its processes would write the file."""
+@pytest.mark.parametrize("words", ["export recipe.toml --to x.safetensors", "report runs/tiny", "verify release"])
+def test_a_launcher_is_refused(call, monkeypatch: pytest.MonkeyPatch, words: str):
+    """Each of its processes would write the same files, or print the same."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = call("export", recipe_file, "--model", "gc", "--to", "gc.safetensors")
-    assert (code, err) == (2, "error: export: start it as one process, without a launcher\n")
+    code, _, err = call(*words.split())
+    assert (code, err) == (2, f"error: {words.split(maxsplit=1)[0]}: start it as one process, without a launcher\n")
 
 
 @pytest.mark.parametrize(
