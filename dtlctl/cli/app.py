@@ -4,6 +4,7 @@ import io
 import os
 import re
 import sys
+from contextlib import nullcontext, redirect_stdout
 from typing import Annotated
 
 import typer
@@ -57,13 +58,15 @@ def main() -> None:
     stop.listen()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a table with "?" for what the terminal lacks, such as "λ"
+    rank = os.environ.get("RANK", "0")
     try:
-        app(prog_name="dtlctl")
+        with nullcontext() if rank == "0" else redirect_stdout(io.StringIO()):  # the main process prints for all
+            app(prog_name="dtlctl")
     except Exception as error:
         foreseen = _foreseen(error)
         if foreseen is None or os.environ.get("DTLCTL_DEBUG"):
             raise
-        where = f"[process {rank}] " if (rank := os.environ.get("RANK", "0")) != "0" else ""
+        where = f"[process {rank}] " if rank != "0" else ""
         print(f"{where}error: {foreseen}", file=sys.stderr)
         sys.exit(foreseen.exit_code)
     finally:

@@ -69,7 +69,7 @@ def _tuned(experiment: Experiment, job: Job[Piggyback], parts: Parts, single: fl
             kinds = dict.fromkeys(trial.setting.kind for trial in tried)
             best = [tuning.choose([t for t in tried if t.setting.kind == kind]) for kind in kinds]
             finishing = [partial(repetition.finish, points[tried.index(trial)][0], trial) for trial in best if trial]
-            name = f"final-{seed}-{checkpoint.key({'what': [trial.document() for trial in best if trial]})[:12]}"
+            name = f"final-{seed}-{_digest([trial.document() for trial in best if trial])}"
             again = share_out(repetition, parts.each(name, Trial, finishing, repetition.stop.is_set))
             trials.extend(tried)
             finals.append(again)
@@ -100,8 +100,7 @@ def _tried(
     def attempt(points: list[Point], before: int) -> list[Trial]:
         name = f"trial-{repetition.seed}"
         if settings.search:
-            what = [[attacker.table(), setting] for attacker, setting in points]
-            name += f"-{before}-{checkpoint.key({'what': what})[:12]}"  # another Optuna may suggest others
+            name += f"-{before}-{_digest([[attacker.table(), setting] for attacker, setting in points])}"
         tasks = [partial(repetition.attempt, *point) for point in points]
         trying = parts.each(name, Trial, tasks, repetition.stop.is_set)
         return share_out(repetition, trying, lambda count: done(before + count, total))
@@ -110,6 +109,11 @@ def _tried(
         return repetition.grid, attempt(repetition.grid, 0)
     seed = repetition.experiment.recipe.stream(f"{repetition.tag}/search")
     return search(settings.attackers, repetition.stages, settings.search.trials, seed, attempt)
+
+
+def _digest(what: list[Any]) -> str:
+    """For the names of parts: another release of Optuna may suggest other settings."""
+    return checkpoint.key({"what": what})[:12]
 
 
 def start(experiment: Experiment, job: Job[Piggyback], head: str, *, alone: bool = False) -> Classifier:
