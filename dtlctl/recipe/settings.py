@@ -55,7 +55,6 @@ class Adoptable(Training):
     run's `pre`, an exported folder, or `torchvision:NAME`. Its keys of training are then for others (`rmia`, `TGT`)."""
     classes: list[str] | None = Field(None, min_length=1)
     """Of `weights`: the names of its head's outputs, in order. Without: those that the file names, or the data's."""
-
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """`adamw`, for networks that SGD does not train well, such as transformers. It has no `momentum`."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -105,10 +104,9 @@ PRICE, PASSES = 1.0, 10
 
 
 class Dispose(Training):
-    """One variant: minimises `(1 − lambda) · retain + lambda · unlearn` (Eq. 1). An empty table is the recommended
-    one, of 10 epochs of the source."""
+    """One variant: minimises `(1 − lambda) · retain + lambda · unlearn` (Eq. 1). Recommended: an empty table."""
 
-    revision: ClassVar[int] = 5
+    revision: ClassVar[int] = 6
     batch_size: int = Field(64, ge=2, le=65_536)
     """Images a step."""
     clip: float | None = Field(10.0, gt=0)
@@ -132,9 +130,9 @@ class Dispose(Training):
     """Where it starts: from a new network (`fresh`), or from `TL`, which is the default beside `fresh_stages`."""
     fresh_stages: int = Field(0, ge=0)
     """So many of the last stages of `TL`, and both heads, start anew."""
-    draw: int = Field(0, ge=0, le=1000)
-    """Another number draws the new network and its batches anew. With few target images draws differ by points: one
-    that missed its price may be drawn again."""
+    draws: int = Field(3, ge=1, le=100)
+    """With a `price`, of what starts anew: where its whole interval is above the price, but by 5 points at most, the
+    network and its batches are drawn anew, up to so many in all; the cheapest is kept. Few target images need it."""
     batch_norm: Literal["train", "frozen"] = "train"
     """Batch normalisation takes a batch's statistics, or (`frozen`) the running ones of the start."""
 
@@ -181,6 +179,10 @@ class Dispose(Training):
     def new_heads(self) -> bool:
         """Whether the source head starts anew: only an unlearning loss that uses it trains it then."""
         return self.init == "fresh" or self.fresh_stages > 0
+
+    @property
+    def most_draws(self) -> int:
+        return self.draws if self.price is not None and self.new_heads else 1
 
 
 class Piggyback(Training):

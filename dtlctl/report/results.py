@@ -78,7 +78,7 @@ def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
                 for what, value in _attack(job, sidecar).items():
                     row.setdefault(what, {})[job.dataset.partition(".")[2]] = value
             else:
-                row.update({name: float(value) for name, value in metrics.items() if name != "correct"})
+                row.update({name: float(value) for name, value in metrics.items() if name not in ("correct", "draws")})
                 if job.stage == "dispose":
                     trained = sidecar["history"][-1]["step"] * sidecar["batch"]["source"]
                     row["passes"] = trained / sidecar["data"]["source"]["images"]

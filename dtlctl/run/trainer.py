@@ -127,12 +127,14 @@ class Trainer:
         state: State | None = None,
         check: Callable[[int], dict[str, float]] = lambda step: {},
         done: Callable[[], bool] = lambda: False,
+        part: int = 0,
     ) -> tuple[History, dict[str, Any]]:
         """Train as the job's settings say, measuring {name: (head, role)} accuracies on the way and at the end.
 
         The metrics are those of the end, as `measured` has them. On the way only as often as no more images are tested
-        than trained on. State is saved in the job's scratch folder and taken up from there; `state` is for those who
-        read its rows on the way. After `also` so many steps there are more rows; each has what `check` returns too.
+        than trained on. State is saved in the job's scratch folder and taken up from there, each `part` of a job for
+        itself; `state` is for those who read its rows on the way. After `also` so many steps there are more rows; each
+        has what `check` returns too.
         With the settings' `patience`, the accuracy on images held out is measured after each epoch, and the model ends
         with the best one's weights.
         """
@@ -157,7 +159,7 @@ class Trainer:
             metrics.update(self.measured(model, measures))
             return {name: metrics[name] for name in measures}
 
-        file = self.results.scratch(job) / "state.safetensors"
+        file = self.results.scratch(job) / (f"state-{part}.safetensors" if part else "state.safetensors")
         resume = StateFile(file, self.results.key(job), self.recipe.checkpoint_minutes)
         with self.processes.progress(job.title, steps) as bar:
             history = self.processes.engine.train(

@@ -3,10 +3,12 @@
 theta is a new network by default, theta_tl in the paper; TL answers for what is retained.
 """
 
+from __future__ import annotations
+
 import math
 from contextlib import suppress
-from dataclasses import asdict
-from typing import cast
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +18,7 @@ from dtlctl.attacks import features
 from dtlctl.console.progress import say
 from dtlctl.data.dataset import Split
 from dtlctl.data.tensors import Batches
-from dtlctl.errors import CheckpointError, RecipeError, counted
+from dtlctl.errors import CheckpointError, DivergedError, RecipeError, counted
 from dtlctl.model.networks import Classifier, renew
 from dtlctl.objectives import balance
 from dtlctl.objectives.disposal import Disposal
@@ -27,26 +29,66 @@ from dtlctl.stages import data_demands
 from dtlctl.training.price import Price, images_to_tell, price, price_apart
 from dtlctl.training.resume import State
 
+if TYPE_CHECKING:
+    from dtlctl.training.engine import History
+
 PROBED = 8
 """Batches on which TL's source loss is measured before the disposal."""
 LOOKED_AT, LOOKED_AT_BY_PROBE = 1000, 600
 """Images that the price on the way, and the probe, look at, at most; where the price steers, it is measured on all."""
 PROBED_CLASSES = 10
 """Of the source, at most: so few images tell some classes apart, or a hundred not at all."""
+LUCK = 5.0
+"""Points: so far above the allowed price may be the draw's luck; what is dearer has another cause."""
+TOLD_OF_A_DRAW = ("price", "price_low", "price_high", "acc_t", "source_probe", "lambda")
+"""What a sidecar keeps of every draw, where there was more than one."""
 STILL = 1.0
 """Points within which a number that does not move stays."""
 
 
 def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
-    settings, engine = job.settings, experiment.engine
-    chunks = data_demands.local_chunks(settings, engine.processes, job.title)
+    settings = job.settings
     if job.model == next(iter(experiment.recipe.dispose)):
         _say_what_there_is_to_keep(experiment)
+    kept: tuple[dict[str, Any], History, Classifier] | None = None
+    draws, seconds, tell = list[dict[str, Any]](), 0.0, experiment.processes.say
+    while len(draws) < settings.most_draws and (kept is None or _bad_luck(settings, kept[0])):
+        if kept:
+            tell(f"{job.title}: draw {len(draws) + 1} of at most {settings.most_draws} begins; the cheapest is kept")
+        try:
+            metrics, history, student = _drawn(experiment, job, len(draws))
+        except DivergedError as error:
+            if kept is None:
+                raise
+            draws.append({"diverged": str(error)})
+            continue
+        seconds += history.seconds
+        draws.append({name: metrics[name] for name in TOLD_OF_A_DRAW if name in metrics})
+        if kept is None or metrics["price"] < kept[0]["price"]:
+            kept = metrics, history, student
+    assert kept
+    metrics, history, student = kept
+    if len(draws) > 1:
+        metrics["draws"] = draws
+        costs = ", ".join(f"{one['price']:.1f}" if "price" in one else "diverged" for one in draws)
+        tell(f"{job.title}: keeps the cheapest of {len(draws)} draws: {costs}")
+    experiment.results.publish(job, metrics, replace(history, seconds=seconds), student)
+
+
+def _bad_luck(settings: Dispose, metrics: dict[str, Any]) -> bool:
+    """Whether another draw may cost less: this one is shown to be above the price, but not by far."""
+    return settings.price is not None and 0 < metrics["price_low"] - settings.price <= LUCK
+
+
+def _drawn(experiment: Experiment, job: Job[Dispose], draw: int) -> tuple[dict[str, Any], History, Classifier]:
+    """One whole disposal: its metrics, its history and the network; other draws are independent of it."""
+    settings, engine = job.settings, experiment.engine
+    chunks = data_demands.local_chunks(settings, engine.processes, job.title)
     # Collisions need each chunk's own batch statistics; one chunk means the statistics of the global batch.
     how = {"global_batch_norm": settings.unlearn.chunks == 1}
     teacher = experiment.trainer.load_model("TL", **how).eval().requires_grad_(False)
-    student = _student(experiment, settings, teacher.outputs, how)
-    tag = _tag(settings)
+    tag = f"dispose/{draw}" if draw else "dispose"
+    student = _student(experiment, settings, teacher.outputs, tag, how)
     images, label_seed = experiment.data.images("source", "train").labels, experiment.recipe.stream(f"{tag}/labels")
     disposal = Disposal(
         settings.lam or 0.0, settings.unlearn, settings.retain, student, teacher, chunks=chunks,
@@ -69,7 +111,7 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
     measures = {"acc_s": ("source", "source"), "acc_t": ("target", "target")}
     history, metrics = experiment.trainer.train(
         job, student, objective, source, measures, also={repair_from, *checks.steps}, state=state, check=checks.check,
-        done=checks.settled,
+        done=checks.settled, part=draw,
     )  # fmt: skip
     metrics |= diagnose(history.rows, before) | exactness | checks.found()
     after = metrics.get("source_loss_unlearned", before)
@@ -79,7 +121,7 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
             "gradients are small in the source minimum too, and the network slides back into it; "
             f"try a larger {'price' if settings.price else 'lambda'} or lr"
         )
-    experiment.results.publish(job, metrics, history, student)
+    return metrics, history, student
 
 
 def _say_what_there_is_to_keep(experiment: Experiment) -> None:
@@ -93,16 +135,13 @@ def _say_what_there_is_to_keep(experiment: Experiment) -> None:
             )
 
 
-def _tag(settings: Dispose) -> str:
-    """Of the streams of randomness of a disposal."""
-    return f"dispose/{settings.draw}" if settings.draw else "dispose"
-
-
-def _student(experiment: Experiment, settings: Dispose, heads: dict[str, int], how: dict[str, bool]) -> Classifier:
+def _student(
+    experiment: Experiment, settings: Dispose, heads: dict[str, int], tag: str, how: dict[str, bool]
+) -> Classifier:
     """TL, TL with its last stages and heads drawn anew, or a new network."""
     if not settings.new_heads:
         return experiment.trainer.load_model("TL", **how)
-    fresh = experiment.trainer.new_model(heads, f"{_tag(settings)}/init", **how)
+    fresh = experiment.trainer.new_model(heads, f"{tag}/init", **how)
     if settings.init == "fresh":
         return fresh
     student = experiment.trainer.load_model("TL", **how)
@@ -218,8 +257,7 @@ class Checks:
             enough = images_to_tell(cost, self.allowed)
             kept, more = "not told from", f" (about {enough:,} would tell)" if enough else ""
         elif kept == "above":
-            again = f"dispose.{self.job.model}.draw = {self.job.settings.draw + 1}"
-            more = f"; more epochs may cost less, and so may another draw ({again})"
+            more = "; more epochs may cost less"
         where = f"{counted(cost.images, 'target image')} held back" + ", TL on the test images" * self.apart
         self.experiment.processes.say(
             f"{self.job.title}: costs {cost.points:.1f} points [{cost.low:.1f}, {cost.high:.1f}] on {where}, {kept} "

@@ -121,6 +121,7 @@ def _job(experiment: Experiment, job: Job[Any], data: dict[str, Any], clock: cos
         "weights": job.weights,
         "steps": steps,
         "batch_size": size,
+        "draws": getattr(job.settings, "most_draws", 1),
         "seconds": None if seconds is None else seconds.tolist(),
     }
 
