@@ -15,15 +15,13 @@ from safetensors.torch import save_file
 
 from dtlctl.attacks import features
 from dtlctl.console import stop
-from dtlctl.errors import DivergedError, RecipeError, Stopped, counted
+from dtlctl.errors import RecipeError, Stopped, counted
 from dtlctl.objectives import balance
 from dtlctl.recipe.loading import load
 from dtlctl.recipe.settings import Dispose
 from dtlctl.run.experiment import Experiment
-from dtlctl.stages import dispose
+from dtlctl.stages import checks
 from dtlctl.stages.runner import run
-from dtlctl.training import resume
-from dtlctl.training.engine import Engine
 from dtlctl.training.price import Price, price, price_apart
 
 
@@ -52,7 +50,7 @@ def test_a_price_is_measured_on_target_images_that_nothing_trains_on(recipe_file
     Every row of the history has the λ that its ratio and the gradients give. What is aimed at is what all images can
     resolve, though 50 of them may be all that a look in the first 70 % sees: their half width, by the root of how many.
     """
-    monkeypatch.setattr(dispose, "LOOKED_AT", looked_at)
+    monkeypatch.setattr(checks, "LOOKED_AT", looked_at)
     one = experiment(recipe_file)
     run(one, STAGES)
     found = sidecar(one, "dispose/gc")["metrics"]
@@ -79,115 +77,11 @@ def test_a_price_is_measured_on_target_images_that_nothing_trains_on(recipe_file
     assert all(balance.LEAST <= row["lambda"] <= balance.MOST for row in rows)
 
 
-NEW = "dispose.new={price=2.0, steps=2, batch_size=8, lr=0.02}"
-MADE = ("pre", "TL", "new")
-
-
-def costing(monkeypatch: pytest.MonkeyPatch, *prices: tuple[float, float]) -> list[dict[str, torch.Tensor]]:
-    """Makes the draws of a disposal cost these points, with the low ends of their intervals, in the order in which they
-    are finished; returns where their weights will be."""
-    given, weights, found = iter(prices), list[dict[str, torch.Tensor]](), dispose.Checks.found
-
-    def costs(self) -> dict[str, float]:
-        if self.job.model != "new":
-            return found(self)
-        points, low = next(given)
-        weights.append({name: p.detach().clone() for name, p in self.disposal.student.named_parameters()})
-        return {**found(self), "price": points, "price_low": low}
-
-    monkeypatch.setattr(dispose.Checks, "found", costs)
-    return weights
-
-
-def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Distance of two networks, by the norm of the first."""
-    whole = [torch.cat([p.detach().flatten() for p in weights.values()]) for weights in (one, other)]
-    return float((whole[0] - whole[1]).norm() / whole[0].norm())
-
-
-@pytest.mark.parametrize(
-    ("prices", "kept"),
-    [
-        ([(5.0, 3.0), (1.5, -0.5)], 1),  # the second is not told from 2
-        ([(5.0, 3.0), (4.5, 2.5), (4.8, 2.8)], 1),  # all are above: the cheapest of as many as are allowed
-        ([(5.0, 3.0), (20.0, 15.0), (1.0, 0.0)], 2),  # one that is far off costs a draw, no more
-        ([(4.0, 2.0)], 0),
-        ([(9.5, 7.1)], 0),  # more than luck
-    ],
-)
-def test_a_missed_price_is_drawn_anew_and_the_cheapest_kept(recipe_file: Path, monkeypatch, capsys, prices, kept: int):
-    """A price of 2 is missed where the low end of the interval is above it, and by luck up to 5 points above it."""
-    weights = costing(monkeypatch, *prices)
-    one = experiment(recipe_file, "runs", NEW)
-    one.processes.quiet = False
-    run(one, STAGES, only=MADE)
-    assert len(weights) == len(prices)
-    made, published = sidecar(one, "dispose/new"), dict(one.trainer.load_model("new").named_parameters())
-    assert apart(weights[kept], published) == 0
-    assert all(apart(weights[0], other) > 0.5 for other in weights[1:])  # other networks, not one after two steps
-    assert made["metrics"]["price"] == prices[kept][0]
-    assert [one["price"] for one in made["metrics"].get("draws", [])] == [p for p, _ in prices if len(prices) > 1]
-    said = capsys.readouterr().err
-    assert said.count("of at most 3 begins; the cheapest is kept") == len(prices) - 1
-    assert ("keeps the cheapest of" in said) == (len(prices) > 1)
-    one.processes.quiet = True
-    run(one, STAGES, only=MADE)  # done: nothing is drawn
-
-
-@pytest.mark.parametrize("keys", ["init='TL', price=2.0", "lambda=0.5", "price=2.0, draws=1"])
-def test_what_no_draw_changes_is_drawn_once(recipe_file: Path, monkeypatch, keys: str):
-    weights = costing(monkeypatch, (5.0, 3.0))
-    run(experiment(recipe_file, "runs", f"dispose={{new={{steps=2, batch_size=8, {keys}}}}}"), STAGES, only=MADE)
-    assert len(weights) == 1
-
-
-def test_a_second_draw_that_diverges_does_not_lose_the_first(recipe_file: Path, monkeypatch):
-    weights, drawn = costing(monkeypatch, (5.0, 3.0), (1.0, 0.0)), dispose._drawn
-
-    def diverges(experiment, job, draw: int):
-        if draw == 1:
-            raise DivergedError("training diverged")
-        return drawn(experiment, job, draw)
-
-    monkeypatch.setattr(dispose, "_drawn", diverges)
-    one = experiment(recipe_file, "runs", NEW)
-    run(one, STAGES, only=MADE)
-    assert apart(weights[1], dict(one.trainer.load_model("new").named_parameters())) == 0
-    first, second, third = sidecar(one, "dispose/new")["metrics"]["draws"]
-    assert (first["price"], second, third["price"]) == (5.0, {"diverged": "training diverged"}, 1.0)
-
-
-def test_a_second_draw_that_is_stopped_goes_on_and_the_first_is_not_made_again(recipe_file: Path, monkeypatch):
-    prices = ((5.0, 3.0), (1.0, 0.0))
-    monkeypatch.setattr(resume, "AT_END", 0.0)
-    costing(monkeypatch, *prices, *prices[:1], *prices)
-    whole, cut = (experiment(recipe_file, out, NEW, "dispose.new.steps=24") for out in ("whole", "cut"))
-    run(whole, STAGES, only=MADE)
-    run(cut, STAGES[:2])
-    taken, step = [], Engine._step
-    monkeypatch.setattr(Engine, "_step", lambda *given: (taken.append(1), step(*given)))
-    monkeypatch.setattr(stop, "pending", lambda: 143 if len(taken) == 30 else 0)
-    with pytest.raises(Stopped):
-        run(cut, STAGES, only=MADE)
-    assert {file.name for file in cut.folder.rglob("state*.safetensors")} == {
-        "state.safetensors",
-        "state-1.safetensors",
-    }
-    taken.append(1)
-    again = experiment(recipe_file, "cut", NEW, "dispose.new.steps=24")
-    run(again, STAGES, only=MADE)
-    assert len(taken) == 31 + 18  # the rest of the second draw
-    ours, theirs = (sidecar(one, "dispose/new") for one in (whole, again))
-    assert ours["weights_sha256"] == theirs["weights_sha256"]
-    assert ours["history"] == theirs["history"] and ours["metrics"] == theirs["metrics"]
-    assert not list(again.folder.rglob("state*.safetensors"))
-
-
 def test_on_its_way_the_price_is_that_of_the_mean_of_the_last_weights(recipe_file: Path, monkeypatch):
     """Made anew from the weights before each step: m <- m + (w - m) / 5 for 24 steps, whose twentieth is below 5."""
     means: list[dict[str, torch.Tensor]] = []
-    watched: list[dispose.Checks] = []
-    follow = dispose.Checks.follow
+    watched: list[checks.Checks] = []
+    follow = checks.Checks.follow
 
     def followed(self, student):
         follow(self, student)
@@ -199,7 +93,7 @@ def test_on_its_way_the_price_is_that_of_the_mean_of_the_last_weights(recipe_fil
                       for name, tensor in before.items()})  # fmt: skip
         watched.append(self)
 
-    monkeypatch.setattr(dispose.Checks, "follow", followed)
+    monkeypatch.setattr(checks.Checks, "follow", followed)
     one = experiment(recipe_file)
     run(one, STAGES)
     found = watched[-1].averaged.module.state_dict()
@@ -263,7 +157,7 @@ GIVEN = (
 
 def test_a_given_lambda_is_watched_too(recipe_file: Path, monkeypatch):
     """Each of six checks has λ, the price on the target's test images against TL, and the probe, here of 3 classes."""
-    monkeypatch.setattr(dispose, "PROBED_CLASSES", 3)
+    monkeypatch.setattr(checks, "PROBED_CLASSES", 3)
     one = experiment(recipe_file, "runs", GIVEN % (6, 0.02, 40))
     run(one, STAGES)
     made = sidecar(one, "dispose/gc")
@@ -321,24 +215,6 @@ def test_a_short_disposal_has_fewer_checks(recipe_file: Path, monkeypatch):
     assert len(looked) < 24
 
 
-@pytest.mark.parametrize(("tl", "tgt", "told"), [(31.5, 34.5, 1), (34.5, 34.5, 1), (40.0, 34.5, 0)])
-def test_a_source_that_brought_nothing_is_told_before_the_disposal(
-    recipe_file: Path, capsys, tl: float, tgt: float, told: int
-):
-    """Once, before the first of two variants; the accuracies are written into the sidecars here."""
-    rand = "dispose.rand={lambda=0.5, steps=1, batch_size=8, unlearn={kind='uniform'}}"
-    one = experiment(recipe_file, "runs", rand, "dispose.gc.steps=3")
-    run(one, STAGES[:2])
-    for path, accuracy in (("finetune", tl), ("target-only", tgt)):
-        file = one.folder / path / "model.json"
-        made = json.loads(file.read_text())
-        made["metrics"]["acc_t"] = accuracy
-        file.write_text(json.dumps(made))
-    one.processes.quiet = False
-    run(one, STAGES)
-    assert capsys.readouterr().err.count("publish TGT") == told
-
-
 def test_a_tl_from_outside_is_measured_on_images_that_it_cannot_have_learned(recipe_file: Path):
     """Its accuracy is that on the test images; the variant's is on those held back, which nothing here trains on."""
     one = experiment(recipe_file)
@@ -366,13 +242,13 @@ def test_a_tl_from_outside_is_measured_on_images_that_it_cannot_have_learned(rec
 def test_whether_a_price_is_kept_is_said(cost: Price, end: str):
     """One image tells 2 points from 0 +- 92.4 where there are 46.2^2 of it: 2,134.4. No number tells 2 from 2."""
     said = list[str]()
-    checks = SimpleNamespace(
+    one = SimpleNamespace(
         allowed=2.0, apart=False, probe_of_tl=9.0, disposal=SimpleNamespace(student=None), _probe=lambda student: 5.0,
         _price=lambda student, few: cost, lam=lambda: 0.1,
         job=SimpleNamespace(title="dispose/gc", model="gc", settings=Dispose()),
         experiment=SimpleNamespace(processes=SimpleNamespace(say=said.append)),
     )  # fmt: skip
-    metrics = dispose.Checks.found(checks)  # type: ignore[arg-type]
+    metrics = checks.Checks.found(one)  # type: ignore[arg-type]
     assert metrics["price"] == cost.points and metrics["lambda"] == 0.1
     held = f"{counted(cost.images, 'target image')} held back"
     told = f"{cost.points:.1f} points [{cost.low:.1f}, {cost.high:.1f}] on {held}"

@@ -181,7 +181,7 @@ def test_a_disposal_starts_from_tl_but_for_what_is_drawn_anew(recipe_file: Path,
     run(experiment, ("pretrain", "finetune"))
     (job,) = experiment.chosen(("dispose",), ("rand",))
     heads = {"source": 10, "target": 10}
-    student = stage._student(experiment, job.settings, heads, {"global_batch_norm": True}).state_dict()
+    student = stage._student(experiment, job.settings, heads, "dispose", {"global_batch_norm": True}).state_dict()
     tl = experiment.trainer.load_model("TL").state_dict()
     fresh = experiment.trainer.new_model(heads, "dispose/init").state_dict()
     drawn = tuple(f"backbone.stages.{number}." for number in anew if number != "s")
