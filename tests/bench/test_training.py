@@ -37,7 +37,10 @@ def measured(call, *options):
     return document, {(row["way"], row["workers"]): row for row in document["rows"]}
 
 
-@pytest.mark.parametrize(("layout", "other"), [((), "channels-last"), (("--channels-last",), "contiguous")])
+@pytest.mark.parametrize(
+    ("layout", "other"),
+    [((), "channels-last"), pytest.param(("--channels-last",), "contiguous", marks=pytest.mark.slow)],
+)
 def test_the_document_has_every_way_with_its_speed_and_its_ratios(layout, other, call, monkeypatch):
     """The ratio to the plain scripts is to the faster one of them."""
     monkeypatch.setattr(training, "cores", lambda: 2)
@@ -66,8 +69,8 @@ def test_the_document_has_every_way_with_its_speed_and_its_ratios(layout, other,
     [
         (Kept, "__getitem__", "dtlctl", 1),
         (Streamed, "_piece", "stream decode", 1),
-        (training, "_prepare", "plain", 1),
-        pytest.param(training.Encoded, "__getitem__", "timm", 1 / 16, marks=with_timm),
+        pytest.param(training, "_prepare", "plain", 1, marks=pytest.mark.slow),
+        pytest.param(training.Encoded, "__getitem__", "timm", 1 / 16, marks=[with_timm, pytest.mark.slow]),
     ],
     ids=["dtlctl", "stream", "plain", "timm"],
 )
