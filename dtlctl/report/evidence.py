@@ -9,13 +9,14 @@ from dtlctl.report.results import ATTACKS, NEVER_SAW_THE_SOURCE, Row
 Models = Mapping[str, Sequence[Row]]
 """Rows by model, one a seed."""
 Evidence = dict[str, Any]
-"""Of one model: {"acc_t", "accuracy", "images", "price", "gain", "passes", "attacks": {dataset: {...}}}, of what was
-measured.
+"""Of one model: {"acc_t", "accuracy", "images", "price", "gain", "passes", "draws", "attacks": {dataset: {...}}}, of
+what was measured.
 
 accuracy: Acc_t with its interval; price: points of it lost from TL; gain: points above TGT; passes: of its disposal
-over the source, in the seed that had fewest. An attack has the "accuracy" of the strongest attacker, "attacker", the
-"images" that judge it, "tuned" (whether any attacker tuned himself), "above": {scratch, TGT, TL: points above them}
-and "recovered". Each of these numbers is an `intervals.Figure`. Of `pre`, which nobody publishes, the attacks alone.
+over the source, in the seed that had fewest; draws: of it, in the seed that had most. An attack has the "accuracy" of
+the strongest attacker, "attacker", the "images" that judge it, "tuned" (whether any attacker tuned himself), "above":
+{scratch, TGT, TL: points above them} and "recovered". Each of these numbers is an `intervals.Figure`. Of `pre`, which
+nobody publishes, the attacks alone.
 """
 
 
@@ -55,7 +56,7 @@ def _target(models: Models, model: str) -> Evidence:
             both = [(a["answers"], b["answers"]) for a, b in pairs]
             found[name] = cost([row["acc_t"] for row in before], [row["acc_t"] for row in after], both).figure()
     if passes := [row["passes"] for row in own if "passes" in row]:
-        found["passes"] = min(passes)
+        found |= {"passes": min(passes), "draws": max(row.get("draws", 1) for row in own)}
     return {**found, "attacks": {}}
 
 

@@ -74,6 +74,16 @@ def test_who_pays_too_much_for_a_short_disposal_is_told_so(right: float, passes:
     assert ("longer" in " ".join(judged(*seeds).models["gc"]["reasons"])) is longer
 
 
+def test_the_cheapest_of_several_draws_is_called_so():
+    """Of two seeds the one that drew more often counts."""
+    seeds = [models() for _ in range(2)]
+    once = " ".join(judged(*seeds).sentences)
+    for seed, draws in zip(seeds, (1, 3), strict=True):
+        seed["gc"] |= {"passes": 10.0, "draws": draws}
+    assert ", the cheapest of 3 draws on images held back, over TGT" in " ".join(judged(*seeds).sentences)
+    assert "draws" not in once
+
+
 def test_a_price_is_paired_and_an_accuracy_has_wilsons_interval():
     """5 of 1,000 images lost, none gained: (6 - 1) / 1002 ± 1.96 sqrt((7 / 1002 - (5 / 1002)²) / 1002), in %.
 
