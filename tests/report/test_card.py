@@ -23,6 +23,7 @@ from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
 import dtlctl
+from dtlctl.data.pixels import decode
 from dtlctl.errors import CheckpointError
 from dtlctl.recipe.loading import load
 from dtlctl.report import card
@@ -76,6 +77,14 @@ def test_plain_torchvision_has_the_reports_accuracy_to_the_digit(
     assert "It was not attacked: it never saw the source." in text
     Image.fromarray(np.array(images.pixels[0]).transpose(1, 2, 0)).save("photo.png")
     exec(picture_of_it, scope)
+    size = config["size"]
+    half_clear = Image.new("RGBA", (size + 4, size), (0, 90, 200, 100))
+    for name, picture in [("RGBA", half_clear), ("P", half_clear.quantize()), ("L", half_clear.convert("L"))]:
+        picture.save("photo.png")
+        exec(picture_of_it, scope)
+        read = (scope["x"][0] * torch.tensor(config["std"]).view(3, 1, 1)) + torch.tensor(config["mean"]).view(3, 1, 1)
+        trained_on, *_ = decode(Path("photo.png").read_bytes(), size, name)
+        assert np.abs(255 * read.numpy() - trained_on).max() < 0.1, name
     assert card.verify(Path.cwd(), experiment)["acc_t"] == accuracy
 
 
