@@ -21,7 +21,7 @@ from dtlctl.console.progress import say
 from dtlctl.errors import DivergedError, RecipeError, counted, named
 from dtlctl.many.sweep import folder_name, one_process, perform
 from dtlctl.recipe.loading import load, validated
-from dtlctl.recipe.plan import Stage
+from dtlctl.recipe.plan import Stage, jobs
 from dtlctl.recipe.schema import Recipe
 from dtlctl.recipe.settings import Compare, Dispose
 from dtlctl.report import files, summary, tables, templates
@@ -55,7 +55,7 @@ def compare(
         return experiments
 
     def at(variant: str, lam: float) -> Dispose:
-        return base.dispose[variant].model_copy(update={"lam": lam, "price": None})
+        return at_lambda(base.dispose[variant], lam)
 
     outside = base.finetune.weights is not None
     tl = [answers(experiment, "TL", tested=outside) for experiment in made("search", {})]
@@ -84,6 +84,10 @@ def compare(
     return document, folder / "report"
 
 
+def at_lambda(variant: Dispose, lam: float) -> Dispose:
+    return variant.model_copy(update={"lam": lam, "price": None})
+
+
 def _comparable(experiment: Experiment, settings: Compare) -> tuple[list[str], int]:
     """The variants whose λ is to be found, and how many target images are held back for it; or RecipeError."""
     variants = [name for name, one in experiment.recipe.dispose.items() if one.unlearn.kind != "none"]
@@ -101,7 +105,9 @@ def _comparable(experiment: Experiment, settings: Compare) -> tuple[list[str], i
             f"lower data.target.fraction, set compare.tolerance = {math.ceil(10 * finest) / 10} or more, or a smaller "
             "compare.disagreement if compare.json has measured one"
         )
-    data_demands.check(experiment, experiment.jobs)
+    dispose = experiment.recipe.dispose
+    given = dispose | {name: at_lambda(dispose[name], FIRST) for name in variants}
+    data_demands.check(experiment, jobs(experiment.recipe.model_copy(update={"dispose": given})))
     return variants, images
 
 

@@ -153,13 +153,15 @@ def test_a_price_is_what_validation_loses_against_tl_of_the_same_seed(
     monkeypatch.setattr(comparison, "answers", validation)
     monkeypatch.setattr(summary, "summarise", lambda runs: [run.name for run in runs])
     change = "compare={target_drop=1.5, rounds=1, tolerance=2.8, seeds=[5, 6]}"
-    document, _ = comparison.compare(recipe_file, [change], recipe_file.parent, command="x")
+    dear = "dispose.rand.price=0.1"  # its interval is of no account where λ is given
+    document, _ = comparison.compare(recipe_file, [change, dear], recipe_file.parent, command="x")
     assert (document["table"], document["images"]) == (["matched-5", "matched-6"], 980)
     gc, rand = document["variants"]["gc"], document["variants"]["rand"]
     assert gc["tried"][0]["drops"] == pytest.approx([2.04, 1.02], abs=0.01)
     assert (gc["drop"], (gc["high"] - gc["low"]) / 2) == pytest.approx((1.53, 0.81), abs=0.01)
     assert (gc["reached"], rand["reached"], rand["drop"]) == ("yes", "no", 20.0)
     said = capsys.readouterr().err.splitlines()
+    assert not [line for line in said if "lambda is kept lower" in line]
     assert "gc-0.1: 2.0 ± 0.9, 1.0 ± 0.7 points below TL, by seed" in said
     assert "gc: λ = 0.1, 1.5 ± 0.8 points below TL; reached: yes" in said
     table = comparison._needed(document)
