@@ -78,14 +78,14 @@ _STARTS = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP",
 
 
 def reason(blob: bytes) -> str:
-    """Why the content of a file is no image that can be read."""
+    """Why the content of a file is no image that can be read, and what to do."""
     if not blob:
-        return "it is empty"
+        return "it is empty; replace or remove it"
     if blob[4:8] == b"ftyp":
         return "it is HEIF or AVIF; pip install pillow-heif, or -U pillow for AVIF"
     if name := next((name for start, name in _STARTS.items() if blob.startswith(start)), None):
-        return f"it is a {name} that is cut short or broken"
-    return f"it is no image of a known format (it begins with {blob[:12]!r})"
+        return f"it is a {name} that is cut short or broken; replace or remove it"
+    return f"it is no image of a known format (it begins with {blob[:12]!r}); replace or remove it"
 
 
 def opened(asked: Asked, tree: Tree, split: Split) -> Rows:

@@ -153,9 +153,10 @@ def test_folders_that_the_library_skips_are_classes(tmp_path):
 @pytest.mark.parametrize(
     ("blob", "says"),
     [
-        (b"", "it is empty"),
+        (b"", "it is empty; replace or remove it"),
+        (b"\xff\xd8\xff", "it is a JPEG that is cut short or broken; replace or remove it"),
         (b"\0\0\0\x18ftypheic", "it is HEIF or AVIF; pip install pillow-heif, or -U pillow for AVIF"),
-        (b"<html>", "it is no image of a known format (it begins with b'<html>')"),
+        (b"<html>", "it is no image of a known format (it begins with b'<html>'); replace or remove it"),
     ],
 )
 def test_a_broken_image_is_named_by_its_path(tmp_path, blob, says):
@@ -345,7 +346,7 @@ def test_a_row_is_named_by_its_file(tmp_path, capfd):
     rows.to_parquet(str(root / "b.parquet"))
     capfd.readouterr()
     text = refused(Dataset(path=str(tmp_path / "d")))
-    assert text == f"{root}/b.parquet, row 1: the image cannot be decoded: it is empty"
+    assert text == f"{root}/b.parquet, row 1: the image cannot be decoded: it is empty; replace or remove it"
     (root / "b.parquet").write_bytes(b"PAR1 or not")
     text = refused(Dataset(path=str(tmp_path / "d")))
     assert "could not be loaded" in text and "arquet" in text
