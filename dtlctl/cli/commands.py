@@ -159,7 +159,8 @@ def report(
 def export(
     recipe: RecipeFile,
     to: Annotated[str, typer.Option(
-        "--to", metavar="PLACE", help="A new folder, a .safetensors file, or hf:owner/name, on the hub.")],
+        "--to", metavar="PLACE",
+        help="A folder, new or of an earlier export, a .safetensors file, or hf:owner/name, on the hub.")],
     model: Annotated[str | None, typer.Option(
         "--model", help="TL, TGT or a variant; of a folder the default is the verdict's.")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="The network as model.onnx too, in a folder.")] = False,
