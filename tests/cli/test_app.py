@@ -13,6 +13,6 @@ def test_the_main_process_alone_prints_the_result(recipe_file: Path, call, monke
     code, alone, _ = call(*arguments)
     assert code == 0 and alone
     monkeypatch.setenv("RANK", "0")
-    assert call(*arguments)[1] == alone
+    assert call(*arguments)[1].splitlines()[:2] == alone.splitlines()[:2]  # `check` measures times too
     monkeypatch.setenv("RANK", "1")
     assert call(*arguments)[:2] == (0, "")
