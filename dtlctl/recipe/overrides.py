@@ -38,7 +38,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if "\n" in text or "\r" in text:
         raise RecipeError(f"--set {one_line(text)}: one key and one line each; repeat --set for another key")
-    if not equals or not key.strip():
+    if not equals or not key.strip() or key.lstrip().startswith("#"):  # to TOML that would be a comment
         raise RecipeError(f"--set {one_line(text)}: write key.path=value, for example --set finetune.lr=0.02")
     if value.strip().startswith(("{", "[", '"', "'")):
         words = re.sub(r"""\"[^"]*"|'[^']*'|[^][{}=,"']+(?!\s*=)(?=[],}])""", _quoted, value)

@@ -318,6 +318,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe_file: 
         ("dispose.*.odds=0,1", "dispose.gc.odds: 0 is no factor"),
         ("dispose.ngc.odds=2", "did you mean 'gc'"),
         (".=1", "not valid TOML"),
+        ("#seed=1,2", "write key.path=value"),
         ("dispose=1", "dispose: it takes a table, not 1"),
         ("dispose.odds=1", "dispose.odds"),
         ("a..odds=1", "not valid TOML"),
