@@ -45,10 +45,10 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
             tell(f"{job.title}: draw {len(draws) + 1} of at most {settings.most_draws} begins; the cheapest is kept")
         try:
             metrics, history, student = _drawn(experiment, job, len(draws))
-        except DivergedError as error:
+        except (DivergedError, RecipeError) as error:  # of a recipe that the first draw has met: its bound on exactness
             if kept is None:
                 raise
-            draws.append({"diverged": str(error)})
+            draws.append({"failed": str(error)})
             continue
         seconds += history.seconds
         draws.append({name: metrics[name] for name in TOLD_OF_A_DRAW if name in metrics})
@@ -58,7 +58,7 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
     metrics, history, student = kept
     if len(draws) > 1:
         metrics["draws"] = draws
-        costs = ", ".join(f"{one['price']:.1f}" if "price" in one else "diverged" for one in draws)
+        costs = ", ".join(f"{one['price']:.1f}" if "price" in one else "failed" for one in draws)
         tell(f"{job.title}: keeps the cheapest of {len(draws)} draws: {costs}")
     experiment.results.publish(job, metrics, replace(history, seconds=seconds), student)
 
@@ -142,7 +142,8 @@ def _exactness(experiment: Experiment, job: Job[Dispose], disposal: Disposal, so
     """How near the first batch's collision is to float64; RecipeError where the recipe's bound, if any, is missed."""
     if (bound := job.settings.unlearn.cosine) is None:
         return {}
-    found = disposal.cosine_to_float64(source[0])
+    # Of every process's share of the batch: all of them must decide the same.
+    found = min(experiment.engine.gather_objects([disposal.cosine_to_float64(source[0])]))
     if not found >= bound:
         raise RecipeError(
             f"{job.title}: the collision's gradient in {experiment.recipe.precision} has a cosine of {found:.4f} to "

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dtlctl.console import stop
-from dtlctl.errors import DivergedError, Stopped
+from dtlctl.errors import DivergedError, RecipeError, Stopped
 from dtlctl.objectives import balance
 from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
@@ -108,7 +108,21 @@ def test_a_second_draw_that_diverges_does_not_lose_the_first(recipe_file: Path, 
     run(one, STAGES, only=MADE)
     assert apart(weights[1], dict(one.trainer.load_model("new").named_parameters())) == 0
     first, second, third = sidecar(one, "dispose/new")["metrics"]["draws"]
-    assert (first["price"], second, third["price"]) == (5.0, {"diverged": "training diverged"}, 1.0)
+    assert (first["price"], second, third["price"]) == (5.0, {"failed": "training diverged"}, 1.0)
+
+
+def test_a_second_draw_that_misses_the_bound_on_exactness_does_not_lose_the_first(recipe_file: Path, monkeypatch):
+    """Whoever holds the bound may still be the cheapest; where the first misses it, the recipe is at fault."""
+    weights, cosines = costing(monkeypatch, (5.0, 3.0), (4.0, 2.5)), iter([0.99, 0.5, 0.98, 0.7])
+    monkeypatch.setattr(dispose.Disposal, "cosine_to_float64", lambda *_: next(cosines))
+    bound = "dispose.new.unlearn={kind='gradient-collision', chunks=2, cosine=0.9}"
+    one = experiment(recipe_file, "runs", NEW, bound)
+    run(one, STAGES, only=MADE)
+    assert apart(weights[1], dict(one.trainer.load_model("new").named_parameters())) == 0
+    found = sidecar(one, "dispose/new")["metrics"]
+    assert found["collision_cosine"] == 0.98 and "0.5000" in found["draws"][1]["failed"]
+    with pytest.raises(RecipeError, match=r"cosine of 0\.7000"):
+        run(one, STAGES, only=MADE, force=True)
 
 
 def test_a_second_draw_that_is_stopped_goes_on_and_the_first_is_not_made_again(recipe_file: Path, monkeypatch):
