@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtlctl.data.classes import show, some
-from dtlctl.data.dataset import Asked, unlabelled
+from dtlctl.data.dataset import USUAL, Asked, unlabelled
 from dtlctl.errors import DataError
 
 LISTS = (".csv", ".tsv", ".jsonl")
@@ -48,6 +48,7 @@ def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) ->
     if not rows:
         raise DataError(f"{name}: has no rows")
     image, label = (_column(asked, name, key, columns) for key in ("image", "label"))
+    _refuse_splits(asked, name, rows, [column for column in columns if column not in (image, label)])
     files, found = set(files), {}
     missing: list[str] = []
     kinds_of: dict[str, type] = {}
@@ -70,6 +71,18 @@ def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) ->
             raise DataError(f"{name}: the label {value} is there as a number and as text; write it in one way")
     _refuse_missing(name, missing, files, path)
     return found
+
+
+def _refuse_splits(asked: Asked, name: str, rows: list[dict[Any, Any]], columns: Iterable[Any]) -> None:
+    """A list is one split: where a column names several, what is to be tested on would be trained on."""
+    usual = {asked.dataset.train, str(asked.dataset.test), *sum(USUAL.values(), ())}
+    for column in columns:
+        values = {value for row in rows if isinstance(value := row.get(column), str)}
+        if len(found := sorted(value for value in values if value.strip().casefold() in usual or value in usual)) > 1:
+            raise DataError(
+                f"{name}: a list is one split, and its column {column!r} has rows of {some(found)}; "
+                "write a list of each, as train.csv and test.csv, or remove the column"
+            )
 
 
 def _refuse_missing(name: str, missing: list[str], files: Collection[str], path: str) -> None:

@@ -241,7 +241,9 @@ def test_a_list_of_files_and_labels(tmp_path, kind, inside):
 
 
 def test_two_lists_share_a_folder_of_images(tmp_path):
-    lists = {"train.csv": b"path,class,x\nimg/0.png,b,1\nimg/1.png,a,2\n", "test.csv": b"path,class\nimg/2.png,b\n"}
+    """Each may have a column that names its own split."""
+    train = b"path,class,x\nimg/0.png,b,train\nimg/1.png,a,train\n"
+    lists = {"train.csv": train, "test.csv": b"path,class\nimg/2.png,b\n"}
     dataset = folder(tmp_path / "d", "img/0.png", "img/1.png", "img/2.png", **lists)
     train, test = load(dataset), load(dataset, "test")
     assert seen(train) == [(0, "b"), (1, "a")] and seen(test) == [(2, "b")]
@@ -268,6 +270,7 @@ def test_lists_divide_the_images_of_class_folders(tmp_path):
         (b"file_name,label\n", "has no rows"),
         (b"file_name,label\n0.png,a,b\n", "the row of '0.png' has more fields than the header"),
         (b"file_name,label,label\n0.png,a,b\n1.png,b,a\n", "(columns: file_name, label, label)"),
+        (b"file_name,label,split\n0.png,a,train\n1.png,b,Test\n", "its column 'split' has rows of 'Test', 'train'; "),
         (b"\xff\xfe\x00", "it is not UTF-8; save it as UTF-8"),
         (b"file_name,label\n0.png,\xe9\n", "it is not UTF-8; save it as UTF-8"),
     ],
