@@ -161,7 +161,8 @@ class Trainer:
 
         file = self.results.scratch(job) / (f"state-{part}.safetensors" if part else "state.safetensors")
         resume = StateFile(file, self.results.key(job), self.recipe.checkpoint_minutes)
-        with self.processes.progress(job.title, steps) as bar:
+        title = f"{job.title}/draw-{part + 1}" if part else job.title  # to trackers too: steps begin anew
+        with self.processes.progress(title, steps) as bar:
             history = self.processes.engine.train(
                 model, objective, job.settings, steps, batches.batch_size, bar, evaluate, also=also, resume=resume,
                 state=state, done=lambda: done() if patience is None else state.step - state.best_step() >= patience,

@@ -125,7 +125,7 @@ def test_a_second_draw_that_misses_the_bound_on_exactness_does_not_lose_the_firs
         run(one, STAGES, only=MADE, force=True)
 
 
-def test_a_second_draw_that_is_stopped_goes_on_and_the_first_is_not_made_again(recipe_file: Path, monkeypatch):
+def test_a_second_draw_that_is_stopped_goes_on_and_the_first_is_not_made_again(recipe_file: Path, monkeypatch, capsys):
     prices = ((5.0, 3.0), (1.0, 0.0))
     monkeypatch.setattr(resume, "AT_END", 0.0)
     costing(monkeypatch, *prices, *prices[:1], *prices)
@@ -143,8 +143,11 @@ def test_a_second_draw_that_is_stopped_goes_on_and_the_first_is_not_made_again(r
     }
     taken.append(1)
     again = experiment(recipe_file, "cut", NEW, "dispose.new.steps=24")
+    again.processes.quiet = False
     run(again, STAGES, only=MADE)
     assert len(taken) == 31 + 18  # the rest of the second draw
+    said = capsys.readouterr().err
+    assert "dispose/new: goes on from step 24 of 24" in said and "dispose/new/draw-2: goes on from step 6 of 24" in said
     ours, theirs = (sidecar(one, "dispose/new") for one in (whole, again))
     assert ours["weights_sha256"] == theirs["weights_sha256"]
     assert ours["history"] == theirs["history"] and ours["metrics"] == theirs["metrics"]
