@@ -43,6 +43,8 @@ class Job(Generic[Settings]):
         idle = LATER - chosen.keys()
         if settings.get("patience", 0) is None:
             idle.add("held_out")
+        if settings.get("lambda") is not None:
+            idle.add("draws")
         if not settings.get("attackers", True):
             idle |= {"attackers", "attack_seeds", "held_out", "choose_on", "search"}
         for name in idle:

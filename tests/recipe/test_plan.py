@@ -78,6 +78,12 @@ def test_keys_of_training_that_are_left_out_change_no_result(recipe_file: Path):
     assert pre.described(recipe)["settings"].keys() & new == {"patience", "held_out"}
 
 
+def test_draws_count_where_a_price_decides_about_them(recipe_file: Path):
+    for keys, counts in (("lambda=0.1, draws=5", False), ("price=1.0, repair=0.0", True)):
+        gc, recipe = job(recipe_file, "dispose/gc", f"dispose.gc={{{keys}}}")
+        assert ("draws" in gc.described(recipe)["settings"]) is counts
+
+
 def test_references_beside_a_model_from_outside_are_in_the_key(recipe_file: Path):
     """No parent tells of their training, where `pre` or TL is adopted; a `pre` that is trained here does."""
     rmia = ("audit.references=2", 'audit.attacks=["rmia"]')
