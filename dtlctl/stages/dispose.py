@@ -45,7 +45,7 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
             tell(f"{job.title}: draw {len(draws) + 1} of at most {settings.most_draws} begins; the cheapest is kept")
         try:
             metrics, history, student = _drawn(experiment, job, len(draws))
-        except (DivergedError, RecipeError) as error:  # of a recipe that the first draw has met: its bound on exactness
+        except (DivergedError, RecipeError) as error:  # the latter: it misses `unlearn.cosine`, which another met
             if kept is None:
                 raise
             draws.append({"failed": str(error)})
