@@ -25,9 +25,10 @@ LEAST_RATIO, MOST_RATIO = 0.01, 10.0
 """The ratio stays between these: where the price cannot follow, it must not go so far that it takes long to return."""
 SMOOTH = 0.5
 """The share that a check has in log-odds of λ: a norm on one batch is noisy."""
-LEAST, MOST = 1e-4, 0.9
-"""λ stays between these: 1 - λ is part of how far a step goes for the target. Where an unlearning loss has what it
-wants its gradient vanishes, and an equal weight for it would leave the target none: a new network never forms."""
+LEAST, MOST, SPARE = 1e-4, 0.9, 0.97
+"""λ stays between the first two: 1 - λ is part of how far a step goes for the target. Where an unlearning loss has what
+it wants its gradient vanishes, and an equal weight for it would leave the target none: a new network never forms. Once
+the price leaves room, and so the ratio is above START, the odds of MOST rise with it, up to SPARE."""
 
 
 def aim(allowed: float, half_width: float) -> float:
@@ -52,4 +53,5 @@ def lam(rows: Sequence[Mapping[str, float]], ratio: float, retain: float, unlear
     log_odds = min(20.0, max(-20.0, log_odds))  # norms that are no numbers make λ as small as it gets
     if last := next((row["lambda"] for row in reversed(rows) if "lambda" in row), None):
         log_odds = (1 - SMOOTH) * math.log(last / (1 - last)) + SMOOTH * log_odds
-    return min(MOST, max(LEAST, 1 / (1 + math.exp(-log_odds))))
+    odds = MOST / (1 - MOST) * max(1.0, ratio / START)
+    return min(SPARE, odds / (1 + odds), max(LEAST, 1 / (1 + math.exp(-log_odds))))

@@ -29,6 +29,12 @@ def test_lambda_stays_between_its_bounds_where_a_gradient_vanishes_or_bursts(ret
     assert balance.lam([], 1.0, retain, unlearn) == pytest.approx(lam)
 
 
+def test_lambda_may_go_further_where_the_price_leaves_room():
+    """The odds of 0.9 are 9: twice that at r = 2, 18 / 19; at r = 10 it would be 90 / 91, which is above 0.97."""
+    found = [balance.lam([], r, retain=1e9, unlearn=1e-9) for r in (0.5, 1.0, 2.0, 10.0)]
+    assert found == pytest.approx([0.9, 0.9, 18 / 19, 0.97])
+
+
 def after(price: float, share: float, last: float = 2.0) -> float:
     """The ratio after a check, by how much: of 61 points there are to lose 1 may be lost at the end."""
     return balance.ratio([{"ratio": last}], share, price, wanted=1.0, whole=61.0) / last
