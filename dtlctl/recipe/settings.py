@@ -131,8 +131,8 @@ class Dispose(Training):
     fresh_stages: int = Field(0, ge=0)
     """So many of the last stages of `TL`, and both heads, start anew."""
     draws: int = Field(3, ge=1, le=100)
-    """With a `price`, of what starts anew: where its whole interval is above the price, but by 5 points at most, the
-    network and its batches are drawn anew, up to so many in all; the cheapest is kept. Few target images need it."""
+    """With a `price`, and a new network or fresh stages: where all of the interval is above the price, by 5 points at
+    most, network and batches are drawn anew, up to so many draws in all; the cheapest is kept."""
     batch_norm: Literal["train", "frozen"] = "train"
     """Batch normalisation takes a batch's statistics, or (`frozen`) the running ones of the start."""
 

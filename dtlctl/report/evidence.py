@@ -56,8 +56,8 @@ def _target(models: Models, model: str) -> Evidence:
             both = [(a["answers"], b["answers"]) for a, b in pairs]
             found[name] = cost([row["acc_t"] for row in before], [row["acc_t"] for row in after], both).figure()
     if passes := [row["passes"] for row in own if "passes" in row]:
-        found |= {"passes": min(passes), "draws": max(row.get("draws", 1) for row in own)}
-    return {**found, "attacks": {}}
+        found["passes"] = min(passes)
+    return {**found, "draws": max(row.get("draws", 1) for row in own), "attacks": {}}
 
 
 def _attacks(models: Models, name: str) -> dict[str, tuple[Number, dict[str, Any]]]:

@@ -82,7 +82,7 @@ def rows_of(results: Iterable[Result], recipe: Recipe) -> dict[str, Row]:
                 if job.stage == "dispose":
                     trained = sidecar["history"][-1]["step"] * sidecar["batch"]["source"]
                     row["passes"] = trained / sidecar["data"]["source"]["images"]
-                    row["draws"] = len(metrics.get("draws", ["one"]))
+                    row["draws"] = len(metrics.get("draws", ())) or 1
                 if answers := metrics.get("correct", {}).get("acc_t"):
                     row["answers"] = unpacked(answers, sidecar["data"]["target"]["test_images"])
     return {model: row for model, row in rows.items() if row["piggyback"] or row.keys() > {"model", "piggyback"}}

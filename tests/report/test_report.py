@@ -178,7 +178,7 @@ def test_a_table_is_shown_as_text_whatever_is_in_it():
     ]  # fmt: skip
     number = {"value": 1.0, "low": None, "high": None}
     attack = {"accuracy": number, "recovered": number}
-    model = {"acc_t": 1.0, "accuracy": number, "price": number, "attacks": {evil: attack}}
+    model = {"acc_t": 1.0, "accuracy": number, "price": number, "draws": 1, "attacks": {evil: attack}}
     disposal = {"init": "TL", "lambda": 0.1, "price": None, "unlearn": {"kind": evil}, "fresh_stages": 1}
     page = {"title": evil, "subtitle": evil, "attackers": [evil], "verdict": [evil, evil], "chosen": None}
     page |= {"evidence": {evil: model}, "dispose": {evil: disposal}, "reasons": {evil: [evil]}, "audited": evil}
