@@ -159,7 +159,7 @@ def tensors_of(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (OSError, SafetensorError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{weights}: not a safetensors file that can be read ({one_line(error)})") from None
     config = path.with_name("config.json")
-    if not said and os.path.isdir(weights) and config.is_file():
+    if not said and os.path.isdir(os.path.expanduser(weights)) and config.is_file():
         try:
             said = _of_timm(_Config.model_validate_json(config.read_bytes()))
         except ValidationError as error:

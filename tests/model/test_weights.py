@@ -212,6 +212,15 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path: Path, monkeypatch, name
         weights.read(name, TINY)
 
 
+def test_what_a_folder_below_home_says_is_read(tmp_path: Path, monkeypatch):
+    """By ~ as by its whole path: else no class names, and no word of a normalisation that is not the recipe's."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "hub").mkdir()
+    save_file({"fc.bias": torch.zeros(2)}, tmp_path / "hub" / "model.safetensors")
+    (tmp_path / "hub" / "config.json").write_text('{"label_names": ["b", "a"]}')
+    assert weights.tensors_of("~/hub")[1] == weights.tensors_of(str(tmp_path / "hub"))[1] == {"classes": ["b", "a"]}
+
+
 def test_torchvisions_registry(monkeypatch):
     """Names with and without the class; offline the failure is one line; what it gives is fetched without pickles."""
     entry = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
