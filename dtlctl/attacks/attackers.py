@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as pruning
 from torch.optim.swa_utils import update_bn
 
-from dtlctl.attacks.features import EMBEDDING, logistic, nearest
+from dtlctl.attacks.features import EMBEDDING, logistic
 from dtlctl.attacks.tuning import WEIGHT_DECAY, Setting
 from dtlctl.data.dataset import Augment
 from dtlctl.errors import RecipeError
@@ -270,7 +270,13 @@ class Knn(Frozen):
     """Numbers of neighbours to try."""
 
     def fit(self, features: np.ndarray, labels: np.ndarray, rate: float) -> Any:
-        return nearest(features, labels, int(rate))
+        from sklearn.neighbors import KNeighborsClassifier
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        # Each of them has a vote of 1 / distance.
+        voting = KNeighborsClassifier(min(int(rate), len(labels)), metric="cosine", weights="distance")
+        return make_pipeline(StandardScaler(), voting).fit(features, labels)
 
 
 Attacker = Annotated[

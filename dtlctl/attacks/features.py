@@ -1,10 +1,8 @@
 """What a network computes on the way to its answer; classifiers of it; and how like another network's it is."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +10,6 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer
 
 from dtlctl.model import networks
-
-if TYPE_CHECKING:
-    from sklearn.pipeline import Pipeline
 
 EMBEDDING = "embedding"
 """The name of what the heads see."""
@@ -68,8 +63,8 @@ def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.square(y.T @ x).sum() / own) if own > 0 else 0.0
 
 
-def logistic(features: np.ndarray, labels: np.ndarray, C: float = 1.0, scaler: Any = None) -> Pipeline:
-    """Multinomial logistic regression by at most 300 steps of L-BFGS; C: inverse strength of the L2 term.
+def logistic(features: np.ndarray, labels: np.ndarray, C: float = 1.0, scaler: Any = None) -> Any:
+    """scikit-learn's multinomial logistic regression: at most 300 steps of L-BFGS; C: inverse strength of the L2 term.
 
     features: float64 [N, F], finite, which are scaled to mean 0 and deviation 1, or by another scaler; labels: [N].
     """
@@ -85,16 +80,6 @@ def logistic(features: np.ndarray, labels: np.ndarray, C: float = 1.0, scaler: A
     alone = len(np.unique(labels)) == 1  # then there is nothing to tell apart, which is refused
     model = DummyClassifier() if alone else LogisticRegression(C=C, max_iter=300)
     return make_pipeline(scaler or StandardScaler(), model).fit(features, labels)
-
-
-def nearest(features: np.ndarray, labels: np.ndarray, k: int) -> Pipeline:
-    """The k nearest neighbours by the cosine of features scaled as above, each with a vote of 1 / distance."""
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    voting = KNeighborsClassifier(min(k, len(labels)), metric="cosine", weights="distance")
-    return make_pipeline(StandardScaler(), voting).fit(features, labels)
 
 
 def least_squares(features: np.ndarray, labels: np.ndarray) -> float:

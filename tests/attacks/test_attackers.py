@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from dtlctl.attacks import attackers, features, tuning
-from dtlctl.attacks.attackers import Compressed, Full, LastBlock, Lora, Norms, Renorm
-from dtlctl.attacks.features import logistic, nearest
+from dtlctl.attacks.attackers import Compressed, Full, Knn, LastBlock, Lora, Norms, Renorm
+from dtlctl.attacks.features import logistic
 from dtlctl.attacks.tuning import Evaluation, Setting, Trial
 from dtlctl.data.tensors import Batch
 from dtlctl.errors import DataError, RecipeError
@@ -253,11 +253,11 @@ def test_compression_brings_back_what_a_small_weight_hides():
 def test_the_nearest_by_cosine_by_hand():
     """Standardised, (3, 0.1) points nearest to (1, 0), although (0, 1) is closer; of three neighbours two outvote."""
     x, y = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]]), np.array([5, 6, 7, 8])
-    assert nearest(x, y, 1).predict(np.array([[3, 0.1], [0.1, -3], [0.02, 0.1]])).tolist() == [5, 8, 7]
+    assert Knn().fit(x, y, 1).predict(np.array([[3, 0.1], [0.1, -3], [0.02, 0.1]])).tolist() == [5, 8, 7]
     # At 10, -10 and 0 degrees, with quarter turns: scales of one. At 4.9, 1 / 4.9² < 1 / 5.1² + 1 / 14.9².
     angles = np.deg2rad(np.concatenate([np.array([10, -10, 0]) + turn for turn in (0, 90, 180, 270)]))
     x, query = np.stack([np.cos(angles), np.sin(angles)], 1), np.array([[np.cos(0.0855), np.sin(0.0855)]])
-    near, more = (nearest(x, np.array([0, 0, 1] + [2] * 9), k) for k in (1, 3))
+    near, more = (Knn().fit(x, np.array([0, 0, 1] + [2] * 9), k) for k in (1, 3))
     assert (near.predict(query), more.predict(query)) == (1, 0)
 
 
