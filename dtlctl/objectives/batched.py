@@ -13,7 +13,7 @@ A convolution is the same with its unfolded input; its rows are images times pla
 that to pay, g_m is formed, with small weights. The result is exact, at a cost that hardly depends on c.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -121,9 +121,11 @@ def _differentiate(total: Tensor, parameters: Sequence[Tensor], tape: Tape) -> t
         if seen and module.weight in whole:
             squares.append(_squares(module, *seen[0], tape.chunks))
         elif seen:
-            by_chunk[module.weight] = _sum(_weight_gradients(module, x, d, tape.chunks) for x, d in seen)
+            formed = [_weight_gradients(module, x, d, tape.chunks) for x, d in seen]
+            by_chunk[module.weight] = torch.stack(formed).sum(0)
         if seen and module.bias is not None:
-            by_chunk[module.bias] = _sum(_rows(d, tape.chunks).sum(1) for _, d in seen).to(module.bias.dtype)
+            sums = [_rows(d, tape.chunks).sum(1) for _, d in seen]
+            by_chunk[module.bias] = torch.stack(sums).sum(0).to(module.bias.dtype)
     for parameter, parts in by_chunk.items():
         whole[parameter] = parts.sum(0)
         squares.append(parts.square().sum())
@@ -159,10 +161,6 @@ def _rows(t: Tensor, chunks: int) -> Tensor:
     """[images, F], or [images, F, ...places] -> [chunks, rows of the chunk, F]."""
     rows = t.flatten(2).mT if t.dim() > 2 else t
     return rows.reshape(chunks, -1, t.shape[1])
-
-
-def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(tensors)).sum(0)
 
 
 def _remember(tape: Tape, module: Layer, inputs: tuple[Tensor], output: Tensor) -> None:

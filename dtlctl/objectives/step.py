@@ -123,7 +123,8 @@ def choose(student: Classifier, x: Tensor, chunks: int) -> GraphMode:
     """
     saved = chunks * _saved_bytes(student, x[: len(x) // chunks])
     weights = sum(p.nbytes for p in student.parameters())
-    room = _memory_bytes(x.device) / 2
+    known = devices.memory(x.device)
+    room = (known[1] if known else machine.memory()) / 2
     if batchable(student):
         return "batched" if 3 * saved + 4 * weights < room else "recompute"
     return "keep" if 3 * saved + (2 * chunks + 4) * weights < room else "recompute"
@@ -170,8 +171,3 @@ def _saved_bytes(student: Classifier, x: Tensor) -> int:
         features = student.embed(x)  # held meanwhile: freed memory would be used, and counted, again
     del features
     return sum(sizes.values())
-
-
-def _memory_bytes(device: torch.device) -> int:
-    known = devices.memory(device)
-    return known[1] if known else machine.memory()

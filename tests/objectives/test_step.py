@@ -77,7 +77,7 @@ def test_a_chunk_seen_again_meets_the_same_dropout():
     ],
 )
 def test_the_way_is_chosen_by_size(gigabytes, arch, expected, monkeypatch):
-    monkeypatch.setattr(forward, "_memory_bytes", lambda device: int(gigabytes * 1e9))
+    monkeypatch.setattr(forward.machine, "memory", lambda: int(gigabytes * 1e9))
     if arch == "resnet8":
         model, x = student(), batch().x
     else:
