@@ -6,7 +6,7 @@ import json
 import os
 import posixpath
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,8 @@ def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) ->
     if not rows:
         raise DataError(f"{name}: has no rows")
     image, label = (_column(asked, name, key, columns) for key in ("image", "label"))
-    _refuse_splits(asked, name, rows, [column for column in columns if column not in (image, label)])
+    others = [column for column in columns if column not in (image, label)]
+    refuse_splits(asked, name, "list", {column: [row.get(column) for row in rows] for column in others})
     files, found = set(files), {}
     missing: list[str] = []
     kinds_of: dict[str, type] = {}
@@ -73,15 +74,18 @@ def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) ->
     return found
 
 
-def _refuse_splits(asked: Asked, name: str, rows: list[dict[Any, Any]], columns: Iterable[Any]) -> None:
-    """A list is one split: where a column names several, what is to be tested on would be trained on."""
-    usual = {asked.dataset.train, str(asked.dataset.test), *sum(USUAL.values(), ())}
-    for column in columns:
-        values = {value for row in rows if isinstance(value := row.get(column), str)}
-        if len(found := sorted(value for value in values if value.strip().casefold() in usual or value in usual)) > 1:
+def refuse_splits(asked: Asked, name: str, kind: str, columns: Mapping[str, Iterable[Any]]) -> None:
+    """A list or table is one split: where a column names several, what is to be tested on would be trained on."""
+    usual, ending = (
+        {asked.dataset.train, str(asked.dataset.test), *sum(USUAL.values(), ())},
+        posixpath.splitext(name)[1],
+    )
+    for column, values in columns.items():
+        texts = {value for value in values if isinstance(value, str)}
+        if len(found := sorted(text for text in texts if text.strip().casefold() in usual or text in usual)) > 1:
             raise DataError(
-                f"{name}: a list is one split, and its column {column!r} has rows of {some(found)}; "
-                "write a list of each, as train.csv and test.csv, or remove the column"
+                f"{name}: a {kind} is one split, and its column {column!r} has rows of {some(found)}; "
+                f"write a {kind} of each, as train{ending} and test{ending}, or remove the column"
             )
 
 

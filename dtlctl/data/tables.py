@@ -20,7 +20,7 @@ from dtlctl.console import stop
 from dtlctl.data.classes import numbered, some
 from dtlctl.data.dataset import Asked, Dataset, Note, Rows, Split, unlabelled
 from dtlctl.data.files import Tree, kinds, read_file, suffixes
-from dtlctl.data.lists import LISTS
+from dtlctl.data.lists import LISTS, refuse_splits
 from dtlctl.data.shards import read_column, read_features
 from dtlctl.errors import DataError, DtlError, nearest, one_line
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 SUFFIXES = tuple(_BUILDERS)
 """Of files that hold rows of images."""
+_SPLIT_COLUMNS = ("split", "subset", "set", "partition", "phase", "usage")
+"""Names, in any case, of a column that may say which split a row is of."""
 
 
 class Files:
@@ -88,6 +90,7 @@ class Tables:
         table = self.tables[self.asked.name(split)]
         column = _columns(self.asked, table.features)[1]
         feature = table.features[column]
+        self._refuse_splits(table, column)
         values = (table if isinstance(table, Files) else table.data).column(column).to_pylist()
         labels = [None if unlabelled(value) else value for value in values]
         if isinstance(feature, ClassLabel):
@@ -102,6 +105,13 @@ class Tables:
             f"data.{self.asked.role}.label: {column!r} of {self.asked.dataset.path} is {feature}, not ClassLabel, "
             "integer or text"
         )
+
+    def _refuse_splits(self, table: Files | HubDataset, label: str) -> None:
+        """As a list is refused. A dataset of the hub is not: it says by itself which rows its splits have."""
+        if isinstance(table, Files):
+            named = [name for name in table.features if name != label and name.casefold() in _SPLIT_COLUMNS]
+            columns = {name: table.column(name).unique().to_pylist() for name in named}
+            refuse_splits(self.asked, table.files[0], "table", columns)
 
     def _place(self, split: Split) -> Callable[[int], str]:
         """How an error names a row: by its file and its number there, where that is known."""

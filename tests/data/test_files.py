@@ -466,9 +466,9 @@ def test_numbers_that_are_written_otherwise_are_classes_that_look_alike(tmp_path
 
 
 def test_a_text_none_and_no_label_stand_in_one_list(tmp_path):
-    """And text of JSON may hold U+2028, which Python takes for the end of a line."""
+    """And text of JSON may hold U+2028, which Python takes for the end of a line; other columns may hold anything."""
     labels = ["None", None, "a\u2028b"]
-    rows = ({"file_name": f"{n}.png", "label": label} for n, label in enumerate(labels))
+    rows = ({"file_name": f"{n}.png", "label": label, "box": [n]} for n, label in enumerate(labels))
     content = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
     images = load(folder(tmp_path / "d", "0.png", "1.png", "2.png", **{"train.jsonl": content}))
     assert seen(images) == [(0, "None"), (2, "a\u2028b")] and images.dropped == 1

@@ -108,6 +108,25 @@ def test_a_single_file_is_a_train_split(tmp_path, kind):
     assert "name another split" in message(Dataset(path=dataset.path, test="train"), "test")
 
 
+@pytest.mark.parametrize(("column", "values", "refused"), [
+    ("split", ["train", "Test", "train"], True),
+    ("Subset", ["train", "valid", None], True),
+    ("split", ["train", "train", "train"], False),  # it says what the file is
+    ("caption", ["train", "test", "a train"], False),  # of a picture of a train
+    ("set", [1, 2, 3], False),
+])  # fmt: skip
+def test_a_table_whose_rows_are_of_several_splits_is_refused(tmp_path, column, values, refused):
+    kind = Value("int64" if values[0] == 1 else "string")
+    table([0, 1, 1], **{column: (kind, values)}).to_parquet(str(tmp_path / "all.parquet"))
+    dataset = Dataset(path=str(tmp_path / "all.parquet"))
+    if refused:
+        assert f"all.parquet: a table is one split, and its column {column!r} has rows of " in message(dataset)
+        assert "write a table of each, as train.parquet and test.parquet, or remove the column" in message(dataset)
+        assert all(repr(value) in message(dataset) for value in values[:2])
+    else:
+        assert load(dataset).labels.tolist() == [0, 1, 1]
+
+
 def test_nothing_is_shown_and_nothing_is_left_elsewhere(tmp_path, capfd):
     dataset = parquet(tmp_path / "d", table([0, 1]), table([0, 1]))
     capfd.readouterr()
