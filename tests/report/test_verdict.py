@@ -11,16 +11,12 @@ import numpy as np
 import pytest
 
 from dtlctl.errors import EvidenceError
-from dtlctl.recipe.loading import load
-from dtlctl.recipe.plan import STAGES
 from dtlctl.recipe.settings import Publish
 from dtlctl.report import intervals, summary
 from dtlctl.report.evidence import evidence
 from dtlctl.report.results import unpacked
 from dtlctl.report.verdict import Verdict, demand, held, verdict
-from dtlctl.run.experiment import Experiment
 from dtlctl.run.trainer import packed
-from dtlctl.stages.runner import run
 
 IMAGES = 1000
 
@@ -265,38 +261,36 @@ def test_no_larger_share_is_advised_where_none_was_measured():
     assert "publish.recovered" not in str(told.value) and "lines deleted" in str(told.value)
 
 
-def test_run_and_export_hold_the_limits(recipe_file: Path, call):
+def test_run_and_export_hold_the_limits(finished: Path, call):
     """Everything is done and written, then the exit code is 5; without limits it is 0. A dozen steps show nothing.
 
     No training follows from another limit, and export holds the one that it is given.
     """
     limits = ("--set", "publish.price=0.5", "--set", "publish.recovered=0.01")
-    code, out, said = call("run", recipe_file, "-q", *limits, "--set", 'piggyback.models=["TL", "gc"]')
-    report = recipe_file.parent / "runs/tiny/report"
+    code, out, said = call("run", finished, "-q", *limits, "--set", 'piggyback.models=["TL", "gc"]')
+    report = finished.parent / "runs/tiny/report"
     assert code == 5 and said.count("error: ") == 1 and "[publish]" in said
     found = json.loads((report / "verdict.json").read_text())
     assert found["meets_limits"] is False
     assert out.strip().endswith(found["sentences"][-1])
-    code, out, said = call("run", recipe_file, "-q")
+    code, out, said = call("run", finished, "-q")
     assert code == 0 and "error" not in said
-    code, _, said = call("export", recipe_file, "--model", "gc", "--to", "gc.safetensors", *limits)
+    code, _, said = call("export", finished, "--model", "gc", "--to", "gc.safetensors", *limits)
     assert code == 5 and "not met by gc" in said and not Path("gc.safetensors").exists()
-    assert call("export", recipe_file, "--model", "gc", "--to", "gc.safetensors", "-q")[0] == 0
+    assert call("export", finished, "--model", "gc", "--to", "gc.safetensors", "-q")[0] == 0
 
 
-def test_a_run_keeps_which_images_were_answered_rightly(recipe_file: Path):
+def test_a_run_keeps_which_images_were_answered_rightly(finished: Path):
     """The paired price of the sidecars is the difference of their accuracies; an old attack is named, not used."""
-    experiment = Experiment(load(recipe_file, []), recipe_file.parent / "runs", quiet=True)
-    with experiment.results.opened():
-        run(experiment, STAGES)
-    table = summary.summarise([experiment.folder])
+    folder = finished.parent / "runs/tiny"
+    table = summary.summarise([folder])
     rows = {one["model"]: one for one in table["rows"]}
     gc = table["evidence"]["gc"]
     assert gc["price"]["value"] == pytest.approx(rows["TL"]["acc_t"] - rows["gc"]["acc_t"])
     assert gc["price"]["low"] < gc["price"]["value"] < gc["price"]["high"] and gc["images"] == 797
-    path = experiment.folder / "piggyback/gc/again.json"
+    path = folder / "piggyback/gc/again.json"
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "parent": {"gc": "0" * 64}}))
-    table = summary.summarise([experiment.folder])
+    table = summary.summarise([folder])
     assert table["older"] == ["piggyback/gc/again"]
     assert "piggyback/gc/again" in " ".join(table["verdict"]["sentences"])
