@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,8 +108,29 @@ def _finished(tmp_path_factory: pytest.TempPathFactory, _cache: None) -> Path:
 @pytest.fixture
 def finished(_finished: Path, recipe_file: Path) -> Path:
     """The tiny recipe as a file, and its finished run in `runs/tiny` beside it: what a test changes is made anew."""
-    shutil.copytree(_finished, recipe_file.parent / "runs" / "tiny")
+    shutil.copytree(_finished, recipe_file.parent / "runs" / "tiny", dirs_exist_ok=True)
     return recipe_file
+
+
+@pytest.fixture
+def begun(_finished: Path, tmp_path: Path) -> Path:
+    """`runs/tiny` beside the tiny recipe, with pre, TL and TGT of its finished run, and nothing that comes after."""
+    left_out = shutil.ignore_patterns("dispose", "piggyback", "audit")
+    return shutil.copytree(_finished, tmp_path / "runs" / "tiny", ignore=left_out, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are files without a drawing, which is most of what a report costs: for tests of what else is in one."""
+    from dtlctl.report import figures
+
+    def save(drawings: dict[str, Any], folder: Path) -> list[dict[str, str]]:
+        for path in (folder / f"{name}.{form}" for name in drawings for form in ("png", "svg")):
+            path.write_text("")
+        kinds = {name: name.partition("-")[0] for name in drawings}
+        return [{"kind": kinds[name], "svg": "<svg/>", "caption": text} for name, (_, text) in drawings.items()]
+
+    monkeypatch.setattr(figures, "save", save)
 
 
 COLLISION = '{kind="gradient-collision", chunks=2, memory="%s"}'

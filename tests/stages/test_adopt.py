@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ def sidecar(experiment: Experiment, place: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def trained(recipe_file: Path) -> Experiment:
+def trained(begun: Path, recipe_file: Path) -> Experiment:
     """pre and TL, and their files as torchvision would name the tensors: pre.safetensors and tl.safetensors."""
     experiment = new(recipe_file, out="first")
-    run(experiment, STAGES[:2], only=("pre", "TL"))
+    shutil.move(begun, experiment.folder)
     for model, head in (("pre", "source"), ("TL", "target")):
         tensors = experiment.trainer.load_model(model).plain_state(head)
         save_file({n: t.contiguous() for n, t in tensors.items()}, recipe_file.parent / f"{model.lower()}.safetensors")
@@ -54,6 +55,7 @@ def test_from_an_adopted_pre_everything_is_as_from_the_trained_one(trained: Expe
     assert run(second, STAGES[:2], only=("pre", "TL")) == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_adopted_tl_needs_no_pre(trained: Experiment, recipe_file: Path, call):
     """All stages and the report; the source head is fitted on features, which leaves the backbone as it is."""
     file = recipe_file.parent / "tl.safetensors"
@@ -88,6 +90,7 @@ def test_an_adopted_tl_needs_no_pre(trained: Experiment, recipe_file: Path, call
     assert "is adopted, not trained" in preview.text(plan)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_references_are_attacked_and_stand_beside(trained: Experiment, recipe_file: Path, call):
     """The same file as TL's gets exactly what TL gets; a reference has no accuracy of its own and is not audited."""
     file = recipe_file.parent / "tl.safetensors"

@@ -22,6 +22,7 @@ from dtlctl.stages import audit as auditing
 from dtlctl.stages import data_demands, reference
 from dtlctl.stages.runner import run
 
+pytestmark = pytest.mark.usefixtures("begun")
 EVERYTHING = (
     'audit={attacks=["loss", "entropy", "modified-entropy", "max-softmax", "adv-dist", "grad-w", "grad-x", "wb", '
     '"rmia", "lira"], modes=["as-is", "reprobe"], repeats=2, '
@@ -320,15 +321,12 @@ def test_a_head_that_was_never_trained_is_said_to_be_so(recipe_file: Path, start
     assert metrics(experiment, "TL")["source_head"] == "trained"
 
 
-def test_the_audits_shown_are_those_of_the_recipe(recipe_file: Path):
+def test_the_audits_shown_are_those_of_the_recipe(finished: Path, recipe_file: Path):
     """Neither audit.md nor the table has audits with other repeats, of a variant at another λ, or of one that is gone.
 
     The recipe is what the last command had; changed back, all are there again.
     """
     first, text = new_experiment(recipe_file), recipe_file.read_text()
-    stages = ("pretrain", "finetune", "dispose", "audit")
-    with first.results.opened():
-        run(first, stages)
     without_rand = text[: text.index("[dispose.rand]")] + text[text.index("[piggyback]") :]
     for changed, changes, shown in (
         (text, ["dispose.gc.lambda=0.9"], ["pre", "TL", "rand"]),
@@ -359,6 +357,7 @@ def test_two_processes_find_what_one_finds(recipe_file: Path, forked):
             assert two[attack]["auc"] == pytest.approx(one[attack]["auc"], abs=0.01)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_is_out_of_date_when_any_attack_says_something_else(recipe_file: Path, tmp_path: Path):
     """The table holds the AUC of the loss alone; audit.md and the curves hold all attacks."""
     experiment = pretrained(recipe_file)
@@ -376,6 +375,7 @@ def test_a_report_is_out_of_date_when_any_attack_says_something_else(recipe_file
     assert "0.123" in (tmp_path / "out" / "audit.md").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_one_name_in_two_places_both_show_their_audits(recipe_file: Path, tmp_path: Path):
     experiment = pretrained(recipe_file)
     run(experiment, ("audit",), only=("pre",))

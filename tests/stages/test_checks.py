@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,8 @@ from dtlctl.stages import checks
 from dtlctl.stages.runner import run
 from dtlctl.training.price import Price, price, price_apart
 
+pytestmark = pytest.mark.usefixtures("begun")
+
 
 @pytest.fixture(autouse=True)
 def after_each_step(monkeypatch: pytest.MonkeyPatch):
@@ -31,12 +34,15 @@ def after_each_step(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(balance, "APART", 1)
 
 
-STAGES = ("pretrain", "finetune", "dispose")
 PRICED = "dispose={gc={price=2.0, repair=0.0, steps=24, batch_size=8, lr=0.02, unlearn={kind='gradient-collision'}}}"
 
 
 def experiment(file: Path, out: str = "runs", *changes: str) -> Experiment:
     return Experiment(load(file, [PRICED, *changes]), file.parent / out, quiet=True)
+
+
+def dispose(one: Experiment) -> None:
+    run(one, ("dispose",), only=("gc",))
 
 
 def sidecar(one: Experiment, path: str) -> dict:
@@ -52,7 +58,7 @@ def test_a_price_is_measured_on_target_images_that_nothing_trains_on(recipe_file
     """
     monkeypatch.setattr(checks, "LOOKED_AT", looked_at)
     one = experiment(recipe_file)
-    run(one, STAGES)
+    dispose(one)
     found = sidecar(one, "dispose/gc")["metrics"]
     held = one.data.held_back("target")
     assert len(held) and not np.isin(held, one.data.index("target")).any()
@@ -85,8 +91,6 @@ def test_on_its_way_the_price_is_that_of_the_mean_of_the_last_weights(recipe_fil
 
     def followed(self, student):
         follow(self, student)
-        if self.job.model != "gc":
-            return
         weights = {name: tensor.clone() for name, tensor in student.state_dict().items()}
         before = means[-1] if means else weights
         means.append({name: tensor.lerp(weights[name], 0.2) if tensor.is_floating_point() else weights[name]
@@ -95,7 +99,7 @@ def test_on_its_way_the_price_is_that_of_the_mean_of_the_last_weights(recipe_fil
 
     monkeypatch.setattr(checks.Checks, "follow", followed)
     one = experiment(recipe_file)
-    run(one, STAGES)
+    dispose(one)
     found = watched[-1].averaged.module.state_dict()
     assert all(torch.allclose(found[name], tensor) for name, tensor in means[-1].items() if tensor.is_floating_point())
     row = next(row for row in sidecar(one, "dispose/gc")["history"] if row["step"] == 20)
@@ -106,24 +110,24 @@ def test_on_its_way_the_price_is_that_of_the_mean_of_the_last_weights(recipe_fil
 
 
 def test_a_priced_disposal_that_is_stopped_goes_on_to_the_same_weights(recipe_file: Path, monkeypatch):
-    whole, cut = experiment(recipe_file, "whole"), experiment(recipe_file, "cut")
-    run(whole, STAGES)
-    run(cut, STAGES[:2])
+    whole, cut = experiment(recipe_file), experiment(recipe_file, "cut")
+    shutil.copytree(whole.folder, cut.folder)
+    dispose(whole)
     steps = iter([0] * 11 + [143])
     monkeypatch.setattr(stop, "pending", lambda: next(steps, 0))
     with pytest.raises(Stopped):
-        run(cut, STAGES)
+        dispose(cut)
     again = experiment(recipe_file, "cut")
-    run(again, STAGES)
+    dispose(again)
     ours, theirs = (sidecar(one, "dispose/gc") for one in (whole, again))
     assert ours["weights_sha256"] == theirs["weights_sha256"]
     assert ours["history"] == theirs["history"]
 
 
 def test_without_images_to_measure_a_price_on_nothing_trains(recipe_file: Path):
-    one = experiment(recipe_file, "runs", "data.target.fraction=1.0")
+    one = experiment(recipe_file, "elsewhere", "data.target.fraction=1.0")
     with pytest.raises(RecipeError, match=r"dispose.gc.price: .* nothing trains on, .*data.target.fraction .* 0.8"):
-        run(one, STAGES)
+        run(one, ("pretrain", "finetune", "dispose"))
     assert not one.folder.exists()
 
 
@@ -159,7 +163,7 @@ def test_a_given_lambda_is_watched_too(recipe_file: Path, monkeypatch):
     """Each of six checks has λ, the price on the target's test images against TL, and the probe, here of 3 classes."""
     monkeypatch.setattr(checks, "PROBED_CLASSES", 3)
     one = experiment(recipe_file, "runs", GIVEN % (6, 0.02, 40))
-    run(one, STAGES)
+    dispose(one)
     made = sidecar(one, "dispose/gc")
     assert [row["lambda"] for row in made["history"]] == [0.5] * 6
     right = {m: one.engine.correct(one.trainer.load_model(m), "target", one.trainer.split("target", "test"))
@@ -182,7 +186,7 @@ def test_a_given_lambda_is_watched_too(recipe_file: Path, monkeypatch):
 def test_a_disposal_ends_where_nothing_moves(recipe_file: Path, lr: float, settle: int, end: int):
     """Twenty steps, a check after each: at next to no step size four more checks say what the first one said."""
     one = experiment(recipe_file, "runs", GIVEN % (20, lr, settle))
-    run(one, STAGES)
+    dispose(one)
     made = sidecar(one, "dispose/gc")
     last = made["history"][-1]["step"]
     assert last == end if lr < 1e-3 else last > settle + 1
@@ -209,7 +213,7 @@ def test_a_short_disposal_has_fewer_checks(recipe_file: Path, monkeypatch):
     """A check costs as much as some steps: of 24 steps there are checks after 10 and 20, and where a row is due."""
     monkeypatch.setattr(balance, "APART", 10)
     one = experiment(recipe_file)
-    run(one, STAGES)
+    dispose(one)
     assert {row["step"] for row in sidecar(one, "dispose/gc")["history"]} >= {10, 20, 24}
     looked = [row["step"] for row in sidecar(one, "dispose/gc")["history"] if "ratio" in row]
     assert len(looked) < 24
@@ -218,11 +222,10 @@ def test_a_short_disposal_has_fewer_checks(recipe_file: Path, monkeypatch):
 def test_a_tl_from_outside_is_measured_on_images_that_it_cannot_have_learned(recipe_file: Path):
     """Its accuracy is that on the test images; the variant's is on those held back, which nothing here trains on."""
     one = experiment(recipe_file)
-    run(one, STAGES[:2])
     tensors = one.trainer.load_model("TL").plain_state("target")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, recipe_file.parent / "tl.safetensors")
     other = experiment(recipe_file, "outside", f"finetune={{weights='{recipe_file.parent}/tl.safetensors'}}")
-    run(other, STAGES, only=("TL", "gc"))
+    run(other, ("finetune", "dispose"), only=("TL", "gc"))
     held = other.data.held_back("target")
     student = other.trainer.load_model("gc")
     before, after = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from dtlctl.training.engine import Engine
 STAGES = ("pretrain", "finetune", "dispose")
 NEW = "dispose.new={price=2.0, steps=2, batch_size=8, lr=0.02}"
 MADE = ("pre", "TL", "new")
+pytestmark = pytest.mark.usefixtures("begun")
 
 
 @pytest.fixture(autouse=True)
@@ -129,9 +131,9 @@ def test_a_second_draw_that_is_stopped_goes_on_and_the_first_is_not_made_again(r
     prices = ((5.0, 3.0), (1.0, 0.0))
     monkeypatch.setattr(resume, "AT_END", 0.0)
     costing(monkeypatch, *prices, *prices[:1], *prices)
-    whole, cut = (experiment(recipe_file, out, NEW, "dispose.new.steps=24") for out in ("whole", "cut"))
+    whole, cut = (experiment(recipe_file, out, NEW, "dispose.new.steps=24") for out in ("runs", "cut"))
+    shutil.copytree(whole.folder, cut.folder)
     run(whole, STAGES, only=MADE)
-    run(cut, STAGES[:2])
     taken, step = [], Engine._step
     monkeypatch.setattr(Engine, "_step", lambda *given: (taken.append(1), step(*given)))
     monkeypatch.setattr(stop, "pending", lambda: 143 if len(taken) == 30 else 0)
@@ -161,7 +163,6 @@ def test_a_source_that_brought_nothing_is_told_before_the_disposal(
     """Once, before the first of two variants; the accuracies are written into the sidecars here."""
     rand = "dispose.rand={lambda=0.5, steps=1, batch_size=8, unlearn={kind='uniform'}}"
     one = experiment(recipe_file, "runs", rand, "dispose.gc={price=2.0, repair=0.0, steps=3}")
-    run(one, STAGES[:2])
     for path, accuracy in (("finetune", tl), ("target-only", tgt)):
         file = one.folder / path / "model.json"
         made = json.loads(file.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,6 @@ from dtlctl.recipe import network_demands
 from dtlctl.recipe.loading import load
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import costs, preview
-from dtlctl.stages.runner import run
 
 
 def planned(recipe_file: Path, *overrides: str) -> dict:
@@ -37,13 +37,12 @@ def quickest(document: dict) -> dict[str, float]:
 
 
 @pytest.fixture
-def trained(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def trained(_finished: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny recipe after its disposals; nobody may start an engine. An image costs 1 to 2 s, in gc 4 to 8.
 
     An audit costs 5 to 10 s. The network has one stage of 8 features.
     """
-    experiment = Experiment(load(recipe_file), recipe_file.parent, quiet=True)
-    run(experiment, ("pretrain", "finetune", "dispose"))
+    shutil.copytree(_finished, recipe_file.parent / "tiny", ignore=shutil.ignore_patterns("piggyback", "audit"))
     monkeypatch.setattr(Experiment, "engine", property(lambda _: pytest.fail("an engine was started")))
     seconds = {"gc": np.array([4.0, 8.0])}
     fake = SimpleNamespace(

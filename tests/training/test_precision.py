@@ -106,6 +106,7 @@ def test_opening_an_experiment_sets_nothing(opened):
 BOUND = 'dispose.one.unlearn={kind="gradient-collision", cosine=%s}'
 
 
+@pytest.mark.usefixtures("begun")
 @pytest.mark.parametrize("precision", ["bfloat16", "tf32", "float32"])
 def test_a_collision_is_measured_against_the_recipe_s_bound(opened, precision):
     """Measured on the first batch; written down; in full precision it is 1 to seven digits."""
@@ -127,6 +128,7 @@ def test_a_collision_below_its_bound_stops_before_it_trains(opened):
     assert not (experiment.folder / "dispose/one/model.json").exists()
 
 
+@pytest.mark.usefixtures("begun")
 def test_without_a_bound_nothing_is_measured_and_bfloat16_is_refused(opened, recipe_file):
     experiment = opened()
     run(experiment, ["pretrain", "finetune", "dispose"], only=["pre", "TL", "one"])
