@@ -131,7 +131,7 @@ def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():
     assert stem[1].momentum == 0.1
     assert torch.allclose(old.train().embed(x), before, rtol=0.02, atol=0.02)
     with pytest.raises(RecipeError, match="needs a model with batch normalisation"):
-        plain = networks.build("vgg11", {}, stem="imagenet")
+        plain = networks.outline("vgg11", "imagenet", None, 32)
         Renorm().prepare(plain, plain, [x])
 
 

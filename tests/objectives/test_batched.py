@@ -171,7 +171,7 @@ def test_what_one_pass_cannot_do_is_refused():
     assert not batched.batchable(nn.Conv2d(1, 1, 3, padding="same"))
     assert not batched.batchable(nn.BatchNorm2d(2, momentum=None))
     assert not batched.batchable(nn.BatchNorm1d(2, affine=False))
-    assert not batched.batchable(networks.build("vit_b_16", {"source": 2}, stem="imagenet"))
+    assert not batched.batchable(networks.outline("vit_b_16", "imagenet", None, 32))
     assert batched.batchable(networks.build("resnet18", {"source": 2}))
     with pytest.raises(ValueError, match=r"not \[images, features\]"), batched.record(nn.Linear(2, 2), 2) as tape:
         next(iter(tape.calls))(torch.ones(4, 3, 2))

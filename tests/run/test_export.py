@@ -34,13 +34,13 @@ def experiment(finished: Path) -> Experiment:
     return Experiment(load(finished), finished.parent / "runs", source=str(finished), quiet=True)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "vgg11", "densenet121"])
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "alexnet", "densenet121"])
 def test_torchvisions_own_network_loads_it_and_answers_the_same(arch: str):
-    """resnet18's last layer is fc, mobilenet's classifier.3, vgg's classifier.6, densenet's classifier."""
-    model = networks.build(arch, {"source": 7, "target": 3}, stem="imagenet", image_size=32).eval()
+    """resnet18's last layer is fc, mobilenet's classifier.3, AlexNet's classifier.6, densenet's classifier."""
+    model = networks.build(arch, {"source": 7, "target": 3}, stem="imagenet", image_size=64).eval()
     theirs = torchvision.models.get_model(arch, weights=None, num_classes=3)
     theirs.load_state_dict(model.plain_state("target"), strict=True)
-    x = torch.rand(2, 3, 32, 32)
+    x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.allclose(theirs.eval()((x - MEAN) / STD), model(x, "target"), atol=1e-5)
 
