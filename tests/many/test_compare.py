@@ -186,6 +186,7 @@ def test_a_tl_from_outside_answers_the_test_images(recipe_file: Path, monkeypatc
     assert gc["high"] - gc["low"] > 2 * 5  # 490 and 980 images: 196 sqrt(0.24 / 490 + 0.24 / 980) = 5.3 points
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_matches_on_held_back_images_and_reports(recipe_file: Path, call):
     change = "compare={target_drop=1.0, rounds=2, tolerance=3.0, seeds=[0, 1]}"
     code, shown, said = call("compare", recipe_file, "--set", change, "--json", "--quiet")

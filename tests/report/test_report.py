@@ -111,6 +111,7 @@ def put(path: Path, **metrics: object) -> None:
     path.write_text(json.dumps(document))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_cell_is_what_its_sidecar_says(recipe_file: Path):
     """One seed, another number in every sidecar; differences, and the share of the stronger attacker on gc, by hand:
 
@@ -276,6 +277,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_refused(recipe_file: Path):
         summary.summarise([first, second])
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_runs_that_saw_other_images_are_not_averaged(recipe_file: Path, call, split: str):
     """The same folder with other files in it, for one seed; that every seed draws another subset is no difference."""
@@ -317,6 +319,7 @@ def test_an_attack_that_one_seed_lacks_is_left_out_and_not_called_never_made(rec
     assert "Never attacked" not in " ".join(table["verdict"]["sentences"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_seed_counts_once(recipe_file: Path, call):
     """The run itself again, or a run of another name with its seed: its interval of ± 0.0 would be no interval."""
     runs = [fake_run(recipe_file, name, seed, 70.0) for name, seed in (("a", 0), ("b", 1), ("again", 0))]
@@ -370,6 +373,7 @@ def test_a_model_has_one_colour_in_every_figure():
     assert [line.get_color() for line in figure.axes[0].lines[:2]] == ["#000002", "#000001"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_card_has_the_references_beside_every_number(recipe_file: Path):
     """Tuned, 10 from scratch, 70 from TL, 25 from gc: a quarter is recovered; rand was never attacked."""
     run = fake_run(recipe_file, "cards", 0, 70.0, *TUNED)
@@ -617,6 +621,7 @@ def html(table: dict, folder: Path) -> str:
     return unescape((folder / "report.html").read_text())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_nothing_is_recovered_from_who_never_saw_the_source(recipe_file: Path):
     """TGT gets 48 % of what TL has above scratch: in no table, card, document or caption is that called recovered."""
     run = fake_run(recipe_file, "never", 0, 70.0, *TUNED, 'piggyback.models=["scratch", "TGT", "pre", "TL", "gc"]')
@@ -633,6 +638,7 @@ def test_nothing_is_recovered_from_who_never_saw_the_source(recipe_file: Path):
     assert "recovered" not in cards(page)["TGT"] and "48%" not in page + checkpoint.dump(table)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("choose_on", "chosen"),
     [("own", "held-out images of his own"), ("test", "half of the test images, and judged by the other half")],

@@ -261,6 +261,7 @@ def test_no_larger_share_is_advised_where_none_was_measured():
     assert "publish.recovered" not in str(told.value) and "lines deleted" in str(told.value)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_run_and_export_hold_the_limits(finished: Path, call):
     """Everything is done and written, then the exit code is 5; without limits it is 0. A dozen steps show nothing.
 

@@ -92,6 +92,7 @@ def test_a_run_says_it_before_it_trains_and_keeps_it(photos: Path, call):
     assert kinds["imbalance"] == 6 and kinds["test-in-train"] == 1 and kinds["unread"] >= 3
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_test_split_that_is_the_train_split_is_refused(photos: Path, call):
     import shutil
 
