@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from dtlctl.recipe.loading import load
 from dtlctl.recipe.overrides import parse_value
 from dtlctl.run.experiment import Experiment
 from dtlctl.storage import checkpoint
+from tests.reliability.fork import Started
 
 
 def test_values_are_toml_or_plain_words():
@@ -89,6 +93,7 @@ def test_a_sweep_trains_shared_parents_once_and_resumes(recipe_file: Path, call)
     assert (other / "dispose/gc/model.safetensors").samefile(b / "dispose/gc/model.safetensors")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_takes_over_what_a_sweep_has_made(recipe_file: Path, call):
     """One with the point's settings; `--force` makes it anew, and what has other settings is made."""
     assert call("sweep", recipe_file, "--over", "dispose.gc.lambda=0.5")[0] == 0
@@ -107,6 +112,7 @@ def test_a_run_takes_over_what_a_sweep_has_made(recipe_file: Path, call):
     assert code == 0 and "taken over" not in said
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_lines_of_a_plan_make_the_sweep(recipe_file: Path, call):
     """Each is a command of its own, for a cluster; the pre-training that the points share is made by the first."""
     words = ["sweep", recipe_file, "--over", "dispose.gc.lambda=0.1,0.5"]
@@ -145,16 +151,33 @@ def test_only_whole_checkpoints_are_taken_over(tmp_path: Path):
     assert {path.name for path in ours.iterdir()} == {"model.json", "model.safetensors"}
 
 
-def test_a_sweep_over_seeds_in_parallel_is_the_report_of_the_runs(recipe_file: Path, call):
+def import_nothing(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
+    """Start the processes of a sweep, but for the first ones, from the server that has imported what they need."""
+    start, count = sweep._start, itertools.count()
+
+    def begin(*given: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            if next(count) >= after:
+                patch.setattr("subprocess.Popen", Started)
+            return start(*given)
+
+    monkeypatch.setattr(sweep, "_start", begin)
+
+
+def test_a_sweep_over_seeds_in_parallel_is_the_report_of_the_runs(
+    _finished: Path, recipe_file: Path, call, monkeypatch: pytest.MonkeyPatch
+):
     """All but the attacks is there already, made as two runs: the attacks are left to two processes.
 
-    What they say is said under their names, as it comes, each line once.
+    What they say is said under their names, as it comes, each line once. One of them is started as a sweep does it; the
+    other has nothing to import.
     """
+    import_nothing(monkeypatch, after=1)
     runs = [recipe_file.parent / f"runs/tiny-sweep/seed-{seed}" for seed in (0, 1)]
-    for seed, folder in enumerate(runs):
-        where = ("--set", f"seed={seed}", "--set", f"name={folder.name}", "--out", folder.parent, "--quiet")
-        for stage in ("pretrain", "finetune", "dispose", "audit"):
-            assert call(stage, recipe_file, *where)[0] == 0
+    shutil.copytree(_finished, runs[0], ignore=shutil.ignore_patterns("piggyback"))
+    where = ("--set", "seed=1", "--set", f"name={runs[1].name}", "--out", runs[1].parent, "--quiet")
+    for stage in ("pretrain", "finetune", "dispose", "audit"):
+        assert call(stage, recipe_file, *where)[0] == 0
     before = [path.stat().st_mtime_ns for folder in runs for path in sorted(folder.rglob("*.safetensors"))]
     code, table, said = call("sweep", recipe_file, "--over", "seed=0,1", "--jobs", "2")
     assert code == 0, said
@@ -293,7 +316,8 @@ def test_a_warning_of_a_quiet_run_is_no_error(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "r0: dispose/gc: a warning\n"
 
 
-def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, call):
+def test_a_failing_point_is_named_with_its_own_exit_code(recipe_file: Path, call, monkeypatch: pytest.MonkeyPatch):
+    import_nothing(monkeypatch)
     change = "pretrain={lr=100.0, steps=200, schedule='constant'}"
     code, _, said = call("sweep", recipe_file, "--over", "seed=0,1", "--set", change, "--jobs", "2", "--quiet")
     assert code == 3, said

@@ -9,12 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from tests.reliability.driver import sabotage
 
@@ -88,6 +89,34 @@ def together(
         process.join()
     out, err = ("".join(path.read_text() for path in of_all) for of_all in zip(*paths, strict=True))
     return subprocess.CompletedProcess([], next((p.exitcode for p in running if p.exitcode), 0), out, err)
+
+
+class Started:
+    """In the place of `subprocess.Popen([python, "-m", "dtlctl", ...])`: a child of the server; both streams are kept.
+
+    What it says is there to be read once it has ended.
+    """
+
+    def __init__(self, command_line: list[str], env: dict[str, str], **_: object):
+        work, self.folder = partial(command, *command_line[3:]), tempfile.TemporaryDirectory()
+        paths = [Path(self.folder.name, stream) for stream in ("stdout", "stderr")]
+        self.child = SERVER.Process(target=_be, args=(work, Path.cwd(), paths, env))
+        self.child.start()
+
+    @property
+    def stderr(self) -> TextIO:
+        self.child.join()
+        return Path(self.folder.name, "stderr").open()
+
+    def wait(self) -> int | None:
+        self.child.join()
+        return self.child.exitcode
+
+    def poll(self) -> int | None:
+        return self.child.exitcode
+
+    def terminate(self) -> None:
+        self.child.terminate()
 
 
 def _be(work: Callable[[], None], folder: Path, paths: list[Path], environment: dict[str, str] | None = None) -> None:

@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +31,7 @@ from dtlctl.storage import checkpoint, lock
 from dtlctl.training.engine import Engine
 from dtlctl.training.resume import StateFile
 from tests.conftest import TINY
+from tests.reliability.fork import together
 
 ROOT = Path(__file__).parents[2]
 
@@ -160,14 +159,14 @@ def test_a_half_written_file_of_a_dead_process_with_our_number_is_in_nobodys_way
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
+def killed_while_it_decodes() -> None:
+    cache._decode = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    cache.load(Source(Dataset(path="builtin:digits")), "train", 8)
+
+
 def test_a_dead_process_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "cache"))
-    program = (
-        "import os, signal; from dtlctl.data import cache, dataset, sources\n"
-        "cache._decode = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "cache.load(sources.Source(dataset.Dataset(path='builtin:digits')), 'train', 8)"
-    )
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
+    assert together(killed_while_it_decodes, tmp_path).returncode == -9
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {"", ".tmp"}
     cache.load(Source(Dataset(path="builtin:digits")), "train", 8)
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [""]
