@@ -143,6 +143,7 @@ def test_a_damaged_copy_of_the_recipe_is_made_again_or_named(call, recipe_file: 
     assert "recipe.json: cannot be written: Is a directory" in err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_terminal_that_lacks_a_letter_shows_the_table(call, recipe_file: Path):
     """The report has dashes that ASCII does not have."""
     assert call("pretrain", recipe_file, "--quiet")[0] == 0
@@ -188,7 +189,7 @@ def test_a_signal_ends_the_run_with_its_code_and_keeps_finished_results(recipe_f
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signum)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert "stopped by a signal" in err
     assert "Traceback" not in err
