@@ -23,7 +23,7 @@ from dtlctl.model import networks
 
 WITH_TIMM = find_spec("timm") is not None
 with_timm = pytest.mark.skipif(not WITH_TIMM, reason="timm is not installed")
-BATCH = 300  # of about 1,000 images: turns go through more than one epoch
+BATCH = 150  # of 1,000 images: the 7 steps of a way, 3 to warm up, go through more than one epoch
 TINY = (
     *("bench", "--train", "--quiet", "--json", "--data", "builtin:digits", "--arch", "resnet8", "--stem", "small"),
     *("--image-size", 8, "--batch-size", BATCH, "--steps", 2, "--repeats", 2),
