@@ -162,10 +162,10 @@ def test_training_stays_on_its_device(opened, watch, elsewhere):
     assert "meta" in watch.seen
 
 
-@pytest.mark.usefixtures("begun")
 @pytest.mark.parametrize(("loss", "retain"), EVERY_LOSS)
 def test_a_disposal_stays_on_its_device(opened, watch, elsewhere, loss, retain):
     experiment = opened(f"dispose.one.unlearn={loss}", f'dispose.one.retain={{kind="{retain}"}}')
+    run(experiment, ["pretrain", "finetune"], only=["pre", "TL"])
     elsewhere(experiment)
     run(experiment, ["dispose"], only=["one"])
     assert "meta" in watch.seen
