@@ -1,6 +1,6 @@
 """Steps of gradient collision with eight chunks, shared by the processes; each way in turn.
 
-`everything(FOLDER)` runs it on 1, 2 and 8 processes (gloo), and writes value, gradient and weights.
+`everything(FOLDER)` runs it on 1, 2, 4 and 8 processes (gloo), and writes value, gradient and weights.
 """
 
 import torch
@@ -14,7 +14,7 @@ from dtlctl.objectives.step import Step
 from dtlctl.objectives.unlearn import GradientCollision
 
 CHUNKS = 8
-WAYS, STEPS = ("batched", "keep", "recompute"), 3
+STEPS = {"batched": 10, "keep": 3, "recompute": 3}
 
 
 def all_reduce(tensors):
@@ -32,7 +32,7 @@ def train(memory, share, out):
     parameters = list(student.parameters())
     out.update(weights(student, f"before/{memory}"))
     local = CHUNKS // share.processes
-    for number in range(STEPS):
+    for number in range(STEPS[memory]):
         generator = torch.Generator().manual_seed(number)
         x, y = torch.rand(32, 3, 8, 8, generator=generator), torch.randint(3, (32,), generator=generator)
         batch = Batch(share.of(x), share.of(y), share.of(torch.arange(32)))
@@ -68,7 +68,7 @@ def work(rank, processes, folder):
     dist.init_process_group("gloo", f"file://{folder}/store-{processes}", rank=rank, world_size=processes)
     assert dist.get_world_size() == processes
     found = {}
-    for memory in WAYS:
+    for memory in STEPS:
         train(memory, Share(rank, processes), found)
     if rank == 0:
         save_file(found, f"{folder}/{processes}.safetensors")
@@ -77,7 +77,7 @@ def work(rank, processes, folder):
 
 def everything(folder):
     context = torch.multiprocessing.get_context("fork")  # importing torch anew costs far more than the work
-    for processes in (1, 2, 8):
+    for processes in (1, 2, 4, 8):
         running = [context.Process(target=work, args=(rank, processes, folder)) for rank in range(processes)]
         for process in running:
             process.start()
