@@ -34,11 +34,14 @@ from dtlctl.model import networks
 from dtlctl.objectives.supervised import cross_entropy
 from dtlctl.recipe.settings import Training
 from dtlctl.training.engine import Engine
+from dtlctl.training.resume import State
 
 WARM_UP = 3  # steps of every way before any is timed
 IMAGES = 1 << 14  # of the plain script: enough for any number of steps, and their files fit in memory
 Turn = Callable[[int, int], float]
 """(number of the first step, steps) -> seconds that the steps took, to the end of what the device was given."""
+Flow = tuple[Turn, int]
+"""Turns, and how many batches are decoded ahead of them."""
 
 
 class Ready(Batches):
@@ -81,29 +84,27 @@ def run(setup: Setup, data: str, steps: int) -> dict[str, Any]:
     more: Any = {"batch_size": size, "augment": "crop-flip", "seed": 0, "device": engine.device}
     batches, streamed = (Batches(one.pixels, one.labels, np.arange(count), **more) for one in (kept, looked_at))
     ready, other = Ready(batches[0]), "ready-contiguous" if setup.channels_last else "ready-channels-last"
-    turns: dict[Way, Turn] = {
-        ("ready", None): ours(ready),
-        (other, None): ours(ready, not setup.channels_last),
-        ("dtlctl", None): ours(batches),
-        ("stream", None): _in_flow(ours(streamed)),
-        ("decode", None): _in_flow(_timed(streamed.__getitem__, engine.device)),
+    ways: dict[Way, Flow] = {
+        ("ready", None): (ours(ready), 0),
+        (other, None): (ours(ready, not setup.channels_last), 0),
+        ("dtlctl", None): (ours(batches), 0),
+        ("stream", None): (ours(streamed), AHEAD),
+        ("decode", None): (_timed(streamed.__getitem__, engine.device), AHEAD),
     }
     images = _table(sources[0], setup)
     for way, workers in product(("plain", "timm") if find_spec("timm") else ("plain",), sorted({0, cores() - 1})):
-        turns[way, workers] = _plain(images, setup, classes, workers, plan, engine.device, by_timm=way == "timm")
-    seconds = setup.seconds({way: partial(_a_step, turn, steps) for way, turn in turns.items()})
+        ways[way, workers] = _plain(images, setup, classes, workers, plan, engine.device, by_timm=way == "timm")
+    seconds = setup.seconds({way: partial(_a_step, *turn, steps) for way, turn in ways.items()})
     told = {"data": data, "images": count, "steps": steps}
     return told | setup.document(engine.device, compared(seconds, size), cores=cores())
 
 
 def _turn(engine: Engine, model: networks.Classifier, batches: Batches, plan: Training) -> Turn:
-    objective, silent = cross_entropy(model, "source", batches), Progress("", 0, enabled=False)
+    objective, silent, size = cross_entropy(model, "source", batches), Progress("", 0, enabled=False), plan.batch_size
 
     def turn(first: int, steps: int) -> float:
-        def onwards(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-            return objective(first + step)  # no turn sees the images of the one before again
-
-        return engine.train(model, onwards, plan, steps, plan.batch_size, silent, lambda _: {}, reports=1).seconds
+        begun: Any = {"reports": 1, "state": State(step=first)}  # no turn sees the images of the one before again
+        return engine.train(model, objective, plan, first + steps, size, silent, lambda _: {}, **begun).seconds
 
     return turn
 
@@ -118,21 +119,12 @@ def _timed(step: Callable[[int], object], device: torch.device) -> Turn:
     return turn
 
 
-def _in_flow(turn: Turn, ahead: int = AHEAD) -> Turn:
-    """Batches that were decoded before the turn are used up untimed; no two turns have a batch in common."""
-
-    def later(first: int, steps: int) -> float:
-        start = first * (1 + ahead)
-        turn(start, ahead)
-        return turn(start + ahead, steps)
-
-    return later
-
-
-def _a_step(turn: Turn, steps: int, number: int) -> float:
-    """Seconds a step of one turn; no two of them have a step in common."""
-    length = steps if number else WARM_UP
-    return turn(number * steps, length) / length
+def _a_step(turn: Turn, ahead: int, steps: int, number: int) -> float:
+    """Seconds a step of one turn. Batches that may be decoded ahead are used up untimed; no two turns have one."""
+    first, length = number * (steps + 2 * ahead), steps if number else WARM_UP
+    if ahead:
+        turn(first, ahead)
+    return turn(first + ahead, length) / length
 
 
 def plain_network(setup: Setup, classes: int) -> nn.Module:
@@ -158,7 +150,7 @@ def _table(source: Source, setup: Setup) -> Any:
 
 def _plain(
     images: Any, setup: Setup, classes: int, workers: int, plan: Training, device: torch.device, by_timm: bool = False
-) -> Turn:
+) -> Flow:
     """What torch's and torchvision's own tutorials do: a DataLoader over images that are transformed one by one."""
     from torchvision import transforms as T
 
@@ -189,7 +181,7 @@ def _plain(
         loss.backward()
         optimizer.step()
 
-    return _in_flow(_timed(step, device), ahead=2 * workers + on_gpu)  # a DataLoader's, and one of timm's prefetcher
+    return _timed(step, device), 2 * workers + on_gpu  # a DataLoader's, and one of timm's prefetcher
 
 
 def _of_timm(images: Any, setup: Setup, transforms: list[Any], device: torch.device, options: Any) -> Any:
