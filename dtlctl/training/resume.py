@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -91,20 +91,13 @@ class StateFile:
 
     def save(self, group: Collectives, state: State, model: nn.Module, optimizer: Optimizer) -> None:
         """By all processes, written by the main one. Raises CheckpointError; the earlier state is intact."""
-        tensors = {
-            "random": group.gather(_random(group.device)[None]),
-            **{f"model/{name}": tensor for name, tensor in model.state_dict().items()},
-            **{f"best/{name}": tensor for name, tensor in state.best.items()},
-            **{
-                f"beside/{name}": tensor for name, tensor in (state.beside.state_dict() if state.beside else {}).items()
-            },
-            **{
-                f"optimizer/{number}/{name}": value
-                for number, own in optimizer.state_dict()["state"].items()
-                for name, value in own.items()
-                if isinstance(value, Tensor)  # what else it keeps for a weight it makes again
-            },
-        }
+        parts: dict[str, Mapping[str, Any]] = {"model": model.state_dict(), "best": state.best}
+        if state.beside:
+            parts["beside"] = state.beside.state_dict()
+        for number, own in optimizer.state_dict()["state"].items():
+            parts[f"optimizer/{number}"] = {k: v for k, v in own.items() if isinstance(v, Tensor)}  # it makes the rest
+        tensors = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
+        tensors["random"] = group.gather(_random(group.device)[None])
         sums = group.gather_objects([{name: float(value) for name, value in state.sums.items()}])
         group.by_main(lambda: self._write(tensors, sums, state, optimizer))
         self._saved = time.monotonic()
