@@ -1,6 +1,6 @@
 """What a recipe demands of its network, looked at before anything trains."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 from torch import nn
@@ -32,42 +32,42 @@ def check(recipe: Recipe, source: str) -> None:
 
 def _lacking(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, reason) of every variant or attacker that asks for stages, layers or a way that the network has not."""
-    spec, arch = recipe.model, recipe.model.arch
-    outlined = arch, spec.stem, spec.width, spec.image_size
-
-    def backbone() -> nn.Module:  # built only if something is demanded of it: most recipes need not wait for it
-        return networks.outline(*outlined).backbone
-
+    arch = recipe.model.arch
     for name, settings in recipe.dispose.items():
         twice = isinstance(settings.unlearn, GradientCollision)
-        if twice and (operation := networks.no_second_derivative(*outlined)):
+        if twice and (operation := networks.no_second_derivative(*recipe.model.shape)):
             reason = f"gradient-collision is differentiated twice, and torch cannot with {operation}, which {arch} has"
             yield f"dispose.{name}.unlearn", f'{reason}; write {{ kind = "random-labels" }}, or take another network'
-        if settings.unlearn.memory == "batched" and not batchable(backbone()):
+        if settings.unlearn.memory == "batched" and not batchable(_backbone(recipe)):
             reason = f"{arch} has other layers than convolutions, linear layers and batch norms"
             yield f"dispose.{name}.unlearn.memory", f'"batched": {reason}; write "auto", "keep" or "recompute"'
         asked = {"fresh_stages": settings.fresh_stages}
         if isinstance(settings.unlearn, NullSpace):
             asked["unlearn.stages"] = settings.unlearn.stages or 1
         for key, count in asked.items():
-            if count and count > (known := len(networks.stages(backbone()))):
+            if count and count > (known := len(networks.stages(_backbone(recipe)))):
                 reason = f"{count}, but {arch} has {known} stages; write {known} or less"
                 if not known:
                     reason = f"the stages of {arch} are not known; choose another network or variant"
                 yield f"dispose.{name}.{key}", reason
-    yield from _lacking_to_attackers(recipe, backbone)
+    yield from _lacking_to_attackers(recipe)
 
 
-def _lacking_to_attackers(recipe: Recipe, backbone: Callable[[], nn.Module]) -> Iterator[tuple[str, str]]:
+def _backbone(recipe: Recipe) -> nn.Module:
+    """Asked for only where something is demanded of it: most recipes need not wait until it is built."""
+    return networks.outline(*recipe.model.shape).backbone
+
+
+def _lacking_to_attackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.piggyback.search and not find_spec("optuna"):
         yield "piggyback.search", "needs the package optuna: pip install 'dtlctl[optuna]'; or leave it out, for grids"
     needed = {"renorm": ("batch normalisation", BatchNorm), "norms": ("normalisation", NORMS)}
     for number, attacker in enumerate(recipe.piggyback.attackers):
         lacking, deepest = "", max(getattr(attacker, "stages", [0]))
-        if deepest and deepest > len(networks.stages(backbone())):
+        if deepest and deepest > len(networks.stages(_backbone(recipe))):
             lacking = f"{deepest} known stages"
         for word, (layers, kinds) in needed.items():
-            if word in attacker.kind and not any(isinstance(module, kinds) for module in backbone().modules()):
+            if word in attacker.kind and not any(isinstance(module, kinds) for module in _backbone(recipe).modules()):
                 lacking = layers
         if lacking:
             reason = f'kind "{attacker.kind}" needs {lacking}, which {recipe.model.arch} does not have; leave it out'

@@ -62,11 +62,16 @@ class Model(Strict):
 
     @model_validator(mode="after")
     def _exists(self) -> Model:
-        networks.check(self.arch, self.stem, self.width, self.image_size)
+        networks.check(*self.shape)
         if self.channels_last and (self.width or 16) < 16:
             # A strided 1x1 convolution of fewer channels than a vector has writes past its memory (oneDNN#6035).
             raise ValueError(f"channels_last needs a width of 16 or more, not {self.width}: torch crashes on narrower")
         return self
+
+    @property
+    def shape(self) -> tuple[str, str, int | None, int]:
+        """What `networks.outline` and its like ask for."""
+        return self.arch, self.stem, self.width, self.image_size
 
     def described(self) -> dict[str, Any]:
         """What results depend on."""

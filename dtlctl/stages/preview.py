@@ -40,7 +40,7 @@ def plan(
     for role, notes in experiment.data.notes(decoded).items():
         data[role]["notes"] = list(dict.fromkeys([*data[role]["notes"], *(note.text for note in notes)]))
     data_demands.check(experiment, [job for job in experiment.jobs if {*job.roles} <= {*decoded}])
-    crowded, clock, spec = costs.crowded(), costs.Clock(recipe), recipe.model
+    crowded, clock = costs.crowded(), costs.Clock(recipe)
     rows = [_job(experiment, job, data, clock) for job in experiment.jobs]
     audits = [row for row in rows if row["stage"] == "audit" and row["state"] != "done"]
     if audits:
@@ -53,7 +53,7 @@ def plan(
     return {
         "recipe": recipe.name,
         "parameters": clock.parameters,
-        "stages": networks.shares(networks.outline(spec.arch, spec.stem, spec.width, spec.image_size).backbone),
+        "stages": networks.shares(networks.outline(*recipe.model.shape).backbone),
         "data": list(data.values()),
         "jobs": rows,
         "busy": crowded or busy(),
