@@ -22,8 +22,7 @@ import torch
 from dtlctl import __version__
 from dtlctl.console import devices, stop
 from dtlctl.console.progress import say
-from dtlctl.data.dataset import Dataset, Note
-from dtlctl.data.entry import Images
+from dtlctl.data.dataset import Note
 from dtlctl.errors import CheckpointError
 from dtlctl.model import networks, weights
 from dtlctl.recipe.plan import Job, references
@@ -132,7 +131,7 @@ class Results:
             "history": history.rows,
             "wall_seconds": round(history.seconds, 3),
             "images_per_second": round(history.images_per_second, 1),
-            "datasets": {r: origin(self.recipe.data.of(r), self.data.images(r, "train")) for r in job.roles},
+            "datasets": {role: self._origin(role) for role in job.roles},
             "notes": {role: [n._asdict() for n in notes] for role, notes in notes.items()},
             **circumstances(engine.device, engine.processes),
         }
@@ -148,6 +147,12 @@ class Results:
             engine.agree(0, patient=True)  # nobody is still at work on it
             engine.by_main(write)
 
+    def _origin(self, role: str) -> dict[str, Any]:
+        """The dataset's table in the recipe, and the sizes of the classes of its whole train split."""
+        table, train = self.recipe.data.of(role), self.data.images(role, "train")
+        counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
+        return {"table": table.model_dump(mode="json"), "class_images": counts}
+
     def _inputs(self, job: Job[Any]) -> dict[str, Any]:
         identities = {role: self.data.identity(role, beyond=role == job.beyond) for role in job.roles}
         return {
@@ -157,12 +162,6 @@ class Results:
             "batch": job.batches({role: one["images"] for role, one in identities.items()}, self.processes.count),
             "parent": {job.parent: self.require(job.parent).get("weights_sha256")} if job.parent else {},
         }
-
-
-def origin(dataset: Dataset, train: Images) -> dict[str, Any]:
-    """One dataset for a sidecar: its table in the recipe, and the sizes of its whole train split."""
-    counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
-    return {"table": dataset.model_dump(mode="json"), "class_images": counts}
 
 
 def circumstances(device: torch.device, processes: int) -> dict[str, Any]:

@@ -147,17 +147,14 @@ class Trainer:
         also = {*also, *range(epoch, steps, epoch)} if patience else also
 
         def evaluate(step: int) -> dict[str, float]:
-            found = {**check(step), **tests(step)}
+            found = {**check(step)}
+            last = next((row["step"] for row in reversed(state.rows) if measures.keys() <= row.keys()), 0)
+            if step == steps or step - last >= max(tested / batches.batch_size, steps // REPORTS):
+                metrics.update(self.measured(model, measures))
+                found |= {name: metrics[name] for name in measures}
             if patience and (step % epoch == 0 or step == steps):
                 found[HELD_OUT] = 100 * float(self.right(model, job.dataset, "train", held).mean())
             return found
-
-        def tests(step: int) -> dict[str, float]:
-            last = next((row["step"] for row in reversed(state.rows) if measures.keys() <= row.keys()), 0)
-            if step < steps and step - last < max(tested / batches.batch_size, steps // REPORTS):
-                return {}
-            metrics.update(self.measured(model, measures))
-            return {name: metrics[name] for name in measures}
 
         file = self.results.scratch(job) / (f"state-{part}.safetensors" if part else "state.safetensors")
         resume = StateFile(file, self.results.key(job), self.recipe.checkpoint_minutes)
