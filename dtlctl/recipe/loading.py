@@ -3,6 +3,7 @@
 import codecs
 import json
 import re
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,5 @@ def _place(raw: Any, error: Any) -> str:
 
 def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
     """The keys that the table at this place may have."""
-    kind: Any = Recipe
-    for part in loc:
-        kind = within(kind, part)
     like = ["like"] if loc[:2] == ("data", "piggyback") and len(loc) == 3 else []
-    return sorted([*like, *fields(kind)])
+    return sorted([*like, *fields(reduce(within, loc, Recipe))])

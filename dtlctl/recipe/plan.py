@@ -1,6 +1,6 @@
 """What a recipe asks for, in order, and what each result depends on. Pure data: nothing here trains or loads."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 from dtlctl.attacks.attackers import SelfTraining
@@ -119,15 +119,10 @@ class Job(Generic[Settings]):
         return self.path.removesuffix(".json").removesuffix("/model")
 
 
-def pretraining(recipe: Recipe) -> Job[Any]:
-    """How the source is learned."""
-    return Job("pretrain", "pre", "pretrain/model.json", recipe.pretrain, ("source",), None)
-
-
 def references(recipe: Recipe) -> Job[Any]:
     """How the references of rmia and lira learn it: as `pre` does, or would if it were not from outside."""
     trained = recipe.pretrain.model_copy(update={"weights": None, "classes": None})
-    return replace(pretraining(recipe), settings=trained)
+    return Job("pretrain", "pre", "pretrain/model.json", trained, ("source",), None)
 
 
 def jobs(recipe: Recipe) -> list[Job[Any]]:
@@ -137,7 +132,7 @@ def jobs(recipe: Recipe) -> list[Job[Any]]:
         length = {} if tgt.epochs or tgt.steps else {"epochs": Recipe.model_fields["finetune"].default.epochs}
         tgt = tgt.model_copy(update={"weights": None, "classes": None, **length})
     plan: list[Job[Any]] = [
-        *([] if adopted else [pretraining(recipe)]),
+        *([] if adopted else [Job("pretrain", "pre", "pretrain/model.json", recipe.pretrain, ("source",), None)]),
         Job("finetune", "TGT", "target-only/model.json", tgt, ("target",), None),
         Job("finetune", "TL", "finetune/model.json", recipe.finetune, ("target", "source"), None if adopted else "pre"),
     ]
