@@ -102,7 +102,7 @@ def stage(name: Stage) -> Callable[..., None]:
             if not experiment.processes.is_main:
                 return
             paths = [experiment.folder / job.path for job in experiment.chosen((name,), only or ())]
-            documents = [json.loads(path.read_text()) for path in paths if as_json]
+            documents = [json.loads(path.read_bytes()) for path in paths if as_json]
         print(json.dumps(documents) if as_json else "\n".join(map(str, paths)))
 
     return command
