@@ -122,7 +122,7 @@ class Entry(NamedTuple):
         content.update(hashes[rows].tobytes())
         frames, broken = int((state[rows] == FRAMES).sum()), int((state == BROKEN).sum()) if len(state) <= WHOLE else 0
         error, streamed = self.place / SAID, isinstance(pixels, Streamed)
-        one = f" ({error.read_text()})" if error.exists() else ""
+        one = f" ({error.read_text('utf-8')})" if error.exists() else ""
         said = (
             ("frames", frames, f"of {frames} images with several frames or pages only the first is read"),
             ("broken", broken, f"{broken} images that cannot be decoded are outside of the subset{one}"),
