@@ -189,7 +189,7 @@ def advice(
         else:
             said.append(templates.said("advice", document["compare"], variant, one))
     if reached:
-        changes = [text for text in overrides if not re.search(r"\.(lambda|odds|price) *=", text)]
+        changes = [text for text in overrides if not re.match(r"\s*dispose\b.*\.(lambda|odds|price) *=", text)]
         if not written or len(changes) < len(overrides):
             keys = {json.dumps(variant) if "." in variant else variant: lam for variant, lam in reached.items()}
             changes += [f"dispose.{key}.lambda={lam:g}" for key, lam in keys.items()]

@@ -238,6 +238,16 @@ def test_a_variant_with_a_long_name_is_compared_like_any_other(recipe_file: Path
     assert len(seen) == len(set(seen)) == 4 and max(map(len, seen)) <= 64
 
 
+def test_the_final_model_keeps_every_change_but_those_of_lambda():
+    """A limit of [publish] is no price of a disposal."""
+    document = {"variants": {"gc": {"reached": "yes", "lambda": 0.2}}}
+    changes = ["publish.price=2.0", "dispose.gc.price=1.0", "dispose.*.odds=2", "dispose.rand.lambda =0.1", "seed=3"]
+    (said,) = comparison.advice(document, Path("r.toml"), changes, Path("runs"), written=True)
+    _, *words = shlex.split(said.partition(": ")[2])
+    kept = ["publish.price=2.0", "seed=3", "dispose.gc.lambda=0.2", "data.target.fraction=1", "name=final"]
+    assert [word for word in words if "=" in word] == kept
+
+
 def test_the_recipes_of_a_comparison_are_validated(recipe_file: Path):
     base = load(recipe_file)
     made = comparison._changed(base, "r.toml", "search-7", 7, {"gc-0.2": base.dispose["gc"]})
