@@ -54,9 +54,6 @@ def compare(
         perform(experiments, ("pretrain", "finetune", *stages))
         return experiments
 
-    def at(variant: str, lam: float) -> Dispose:
-        return at_lambda(base.dispose[variant], lam)
-
     outside = base.finetune.weights is not None
     tl = [answers(experiment, "TL", tested=outside) for experiment in made("search", {})]
     cost = price_apart if outside else price
@@ -67,7 +64,7 @@ def compare(
         def prices(lam: float, variant: str = variant) -> list[Price]:
             name = folder_name(f"{variant}-{lam:.4g}", {variant: lam})
             with named(f"dispose.{name}"):
-                disposed = made("search", {name: at(variant, lam)}, "dispose")
+                disposed = made("search", {name: at_lambda(base.dispose[variant], lam)}, "dispose")
             found = [cost(before, answers(one, name)) for before, one in zip(tl, disposed, strict=True)]
             by_seed = ", ".join(f"{one.points:.1f} ± {one.half_width:.1f}" for one in found)
             say(f"{name}: {by_seed} points below TL, by seed", quiet)
@@ -75,7 +72,7 @@ def compare(
 
         found = search(prices, base.dispose[variant].lam or FIRST, settings)
         document["variants"][variant] = found
-        matched[variant] = at(variant, found["lambda"])
+        matched[variant] = at_lambda(base.dispose[variant], found["lambda"])
         told = f"λ = {found['lambda']:g}, {_points(found)} points below TL; reached: {found['reached']}"
         say(f"{variant}: {told}", quiet)
     final = made("matched", matched, "dispose", "piggyback")
@@ -114,8 +111,9 @@ def _comparable(experiment: Experiment, settings: Compare) -> tuple[list[str], i
 def search(prices: Callable[[float], list[Price]], first: float, settings: Compare) -> dict[str, Any]:
     """The λ whose mean price is `settings.target_drop`, looked for as `following` says. prices(λ): one of each seed.
 
-    {"lambda", "drop", "low", "high", "reached", "tried": [what `_numbers` returns]}. `reached` is "yes"; "no" where no
-    λ was near enough, of which the best is returned; or "not resolved" where the interval is wider than the tolerance.
+    {"lambda", "drop", "low", "high", "reached", "tried": [...]}, with points of accuracy below TL and their 95 %
+    interval, over the seeds (`mean_price`) and, of each that was tried, by seed. `reached` is "yes"; "no" where no λ
+    was near enough, of which the best is returned; or "not resolved" where the interval is wider than the tolerance.
     A λ that diverges is too dear, and kept with a drop of None. Raises DivergedError where all of them did.
     """
 
@@ -126,10 +124,14 @@ def search(prices: Callable[[float], list[Price]], first: float, settings: Compa
     lam = rounded(first)
     while len(tried) < settings.rounds and lam not in [one["lambda"] for one in tried]:  # again: the range has ended
         try:
-            tried.append(_numbers(lam, prices(lam)))
+            found = prices(lam)
         except DivergedError as error:
             failure = error
             tried.append({"lambda": lam, "drop": None, "drops": None})
+        else:
+            whole, by_seed = asdict(mean_price(found)), [asdict(one) for one in found]
+            drops = [one.points for one in found]
+            tried.append({"lambda": lam, "drop": whole.pop("points"), **whole, "drops": drops, "by_seed": by_seed})
         if abs(over(tried[-1])) <= settings.tolerance:
             break
         lam = rounded(following([(one["lambda"], one["drop"]) for one in tried], settings.target_drop))
@@ -141,12 +143,6 @@ def search(prices: Callable[[float], list[Price]], first: float, settings: Compa
     if abs(over(best)) <= settings.tolerance:
         reached = "yes" if (best["high"] - best["low"]) / 2 <= settings.tolerance else "not resolved"
     return {**{name: best[name] for name in ("lambda", "drop", "low", "high")}, "reached": reached, "tried": tried}
-
-
-def _numbers(lam: float, found: list[Price]) -> dict[str, Any]:
-    """Points of accuracy below TL at one λ with their 95 % interval: over the seeds (`mean_price`), and of each."""
-    whole, own = asdict(mean_price(found)), [asdict(one) for one in found]
-    return {"lambda": lam, "drop": whole.pop("points"), **whole, "drops": [one.points for one in found], "by_seed": own}
 
 
 def following(tried: Sequence[tuple[float, float | None]], wanted: float) -> float:

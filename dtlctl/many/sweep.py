@@ -121,8 +121,6 @@ class Task(NamedTuple):
 
 
 class Child(NamedTuple):
-    """A task that a process of its own is at."""
-
     process: subprocess.Popen[str]
     folder: Path
     keys: set[str]
