@@ -62,7 +62,6 @@ def plan(
 
 
 def text(document: dict[str, Any]) -> str:
-    """The plan for a person."""
     said: set[str] = set()
     for row in document["data"]:  # roles that share a dataset share its notes
         row["fresh"] = [note for note in row["notes"] if note not in said]
@@ -148,6 +147,7 @@ def _references(experiment: Experiment, source: dict[str, Any], clock: costs.Clo
     count, settings = experiment.recipe.audit.references, experiment.recipe.pretrain
     if not count:
         return np.zeros(2)
+    if source["decoded"]:  # else their key is not known, and all are counted
+        count = missing(experiment, count)
     half = (source["images"] + source["test_images"]) // 2
-    images = settings.total_steps(half) * min(settings.batch_size, half)
-    return clock.image() * missing(experiment, count) * images
+    return clock.image() * count * settings.total_steps(half) * min(settings.batch_size, half)

@@ -90,6 +90,26 @@ def test_nothing_is_decoded(trained: Path, tmp_path: Path, monkeypatch: pytest.M
     assert sorted((tmp_path / "half").iterdir()) == before
 
 
+def test_nothing_is_decoded_for_the_cost_of_references(recipe_file: Path, tmp_path: Path, monkeypatch):
+    """File names tell 4 images to train and 4 to test on: each of two references takes 12 steps of 4, a second each.
+
+    Which of them are there nobody knows without the images.
+    """
+    monkeypatch.setenv("DTLCTL_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(costs, "audit", lambda *_: np.array([5.0, 10.0]))
+    fake = SimpleNamespace(parameters=1, features=8, stages=1, image=lambda variant="": np.array([1.0, 2.0]))
+    monkeypatch.setattr(costs, "Clock", lambda _: fake)
+    for number in range(8):
+        path = tmp_path / "photos" / ("train", "test")[number % 2] / "ab"[number // 4] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number,) * 3).save(path)
+    source = (f"data.source.path={tmp_path / 'photos'}", "data.source.fraction=1")
+    found = planned(recipe_file, *source, 'audit.attacks=["rmia"]', "audit.references=2")
+    (seconds,) = [row["seconds"] for row in found["jobs"] if row["title"] == "audit/pre"]
+    assert seconds == [5 + 2 * 12 * 4, 2 * (5 + 2 * 12 * 4)]
+    assert not (tmp_path / "empty").exists()
+
+
 def test_the_cost_counts_references_once_and_nothing_that_is_done(trained: Path):
     """In images, each a second; 1,000 digits to train on, 797 to test on. `source` has 100, `target` 20, `again` 30.
 
