@@ -53,15 +53,15 @@ def across(data: Mapping[str, tuple[Images, Images]]) -> dict[str, list[Note]]:
     Of training images in two roles the later role is told; roles that share one dataset are one (`like = "source"`).
     """
     found: dict[str, list[Note]] = {role: [] for role in data}
+    marks = {role: {train.split, train.fingerprint} for role, (train, _) in data.items()}
     for role, (own, test) in data.items():
-        compared = {own.split, own.fingerprint}
+        compared = {*marks[role]}
         for other, (train, _) in data.items():
-            same = {own.split, own.fingerprint} & {train.split, train.fingerprint}
-            if same and (role, other) == ("target", "source"):
+            if (role, other) == ("target", "source") and marks[role] & marks[other]:
                 found[role].append(Note("same-as-source", len(own.rows), SAME))
-            if compared & {train.split, train.fingerprint}:
+            if compared & marks[other]:
                 continue
-            compared |= {train.split, train.fingerprint}
+            compared |= marks[other]
             splits = {"test": test} if [*data].index(role) < [*data].index(other) else {"test": test, "train": own}
             for name, images in splits.items():
                 if both := int(among(images.known, train.known).sum()):
