@@ -1,11 +1,9 @@
 """Batches as tensors: taken from decoded images, or from those that a stream decodes, augmented on the device."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
 
 import numpy as np
 import torch
@@ -139,11 +137,11 @@ def evaluation_batches(
     batch_size = batch_size or min(512, 512 * 64**2 // pixels.shape[-1] ** 2 + 1)
     chosen = torch.arange(len(labels)) if rows is None else torch.from_numpy(rows)
     parts, ahead = share.of(chosen).split(batch_size), AHEAD * isinstance(pixels, Streamed)
-    coming, begun = iter(parts), deque[Callable[[], np.ndarray]]()
-    for part in parts:
-        for later in islice(coming, ahead + 1 - len(begun)):
-            begun.append(_begin([pixels], later.numpy()))
-        x, y = (sent(torch.from_numpy(values), device) for values in (begun.popleft()(), labels[part.numpy()]))
+    begun: dict[int, Callable[[], np.ndarray]] = {}
+    for number, part in enumerate(parts):
+        due = range(number, min(number + ahead + 1, len(parts)))
+        begun = {place: begun.get(place) or _begin([pixels], parts[place].numpy()) for place in due}
+        x, y = (sent(torch.from_numpy(values), device) for values in (begun[number](), labels[part.numpy()]))
         yield Batch(_scaled(x), y, part)
 
 
