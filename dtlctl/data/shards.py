@@ -1,18 +1,48 @@
 """Parquet and arrow files as they lie on the disk: what they say of themselves before the rows are read."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 from dtlctl.errors import DataError, one_line
 
 
-def read_column(files: Sequence[str], column: str) -> Any:
-    """One column of these files, as arrow has it."""
-    import pyarrow
+class Files:
+    """Those of one split. Their labels are read where they lie; their images need a copy, which `tables` makes."""
 
-    return pyarrow.concat_tables([_opened(file)[1](column) for file in files]).column(column)
+    def __init__(self, role: str, files: list[str]):
+        self.role, self.files = role, files
+
+    @cached_property
+    def features(self) -> Mapping[str, Any]:
+        """The columns, as the library describes them, which takes the class names of the first file.
+
+        Raises DataError unless all name their classes alike.
+        """
+        from datasets import ClassLabel, Features
+
+        found: dict[str, Mapping[str, Any]] = {}
+        for file in self.files:
+            try:
+                found[file] = Features.from_arrow_schema(_opened(file)[0])
+            except Exception as error:  # pyarrow raises OSError, ValueError and its own
+                raise DataError(f"data.{self.role}.path: {file} could not be loaded: {one_line(error)}") from error
+            names, first = (
+                {name: column.names for name, column in found[one].items() if isinstance(column, ClassLabel)}
+                for one in (file, self.files[0])
+            )
+            if names != first:
+                said = "other class names, or in another order, than in"
+                raise DataError(f"{file}: {said} {self.files[0]}: {names}, there {first}")
+        return found[self.files[0]]
+
+    def column(self, name: str) -> Any:
+        """As arrow has it, and with what pyarrow raises."""
+        import pyarrow
+
+        return pyarrow.concat_tables([_opened(file)[1](name) for file in self.files]).column(name)
 
 
 def _opened(file: str) -> tuple[Any, Callable[[str], Any]]:
@@ -28,29 +58,6 @@ def _opened(file: str) -> tuple[Any, Callable[[str], Any]]:
     except (OSError, pyarrow.ArrowInvalid):  # arrow has a format for files too
         table = pyarrow.ipc.open_file(pyarrow.memory_map(file)).read_all()
     return table.schema, lambda column: table.select([column])
-
-
-def read_features(role: str, files: Sequence[str]) -> Mapping[str, Any]:
-    """The columns of a split's files, as the library describes them, which takes the class names of the first file.
-
-    Raises DataError unless all name their classes alike.
-    """
-    from datasets import ClassLabel, Features
-
-    found: dict[str, Mapping[str, Any]] = {}
-    for file in files:
-        try:
-            found[file] = Features.from_arrow_schema(_opened(file)[0])
-        except Exception as error:  # pyarrow raises OSError, ValueError and its own
-            raise DataError(f"data.{role}.path: {file} could not be loaded: {one_line(error)}") from error
-        names, first = (
-            {name: column.names for name, column in found[one].items() if isinstance(column, ClassLabel)}
-            for one in (file, files[0])
-        )
-        if names != first:
-            said = "other class names, or in another order, than in"
-            raise DataError(f"{file}: {said} {files[0]}: {names}, there {first}")
-    return found[files[0]]
 
 
 def files_in(file: str, image: str | None) -> set[str]:

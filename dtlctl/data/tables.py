@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,36 +21,16 @@ from dtlctl.data.classes import numbered, some
 from dtlctl.data.dataset import Asked, Dataset, Note, Rows, Split, unlabelled
 from dtlctl.data.files import Tree, kinds, read_file, suffixes
 from dtlctl.data.lists import LISTS, refuse_splits
-from dtlctl.data.shards import read_column, read_features
+from dtlctl.data.shards import Files
 from dtlctl.errors import DataError, DtlError, nearest, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset as HubDataset
 
-_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
-SUFFIXES = tuple(_BUILDERS)
+SUFFIXES = (".parquet", ".arrow")
 """Of files that hold rows of images."""
 _SPLIT_COLUMNS = ("split", "subset", "set", "partition", "phase", "usage")
 """Names, in any case, of a column that may say which split a row is of."""
-
-
-class Files:
-    """The rows of some local files: labels are read where they lie, images once they are converted in a folder."""
-
-    def __init__(self, asked: Asked, files: list[str]):
-        self.asked, self.files = asked, files
-
-    @cached_property
-    def features(self) -> Mapping[str, Any]:
-        return read_features(self.asked.role, self.files)
-
-    def column(self, name: str) -> Any:
-        with _library(self.asked):
-            return read_column(self.files, name)
-
-    def images(self, scratch: Path) -> Any:
-        kind = _BUILDERS[Path(self.files[0]).suffix.lower()]
-        return _build(self.asked, path=kind, data_files={"rows": self.files}, cache_dir=str(scratch))["rows"]
 
 
 class Tables:
@@ -78,7 +58,11 @@ class Tables:
         rows = Rows(numbers, classes, lambda rows: [], place, notes, splits)
         if not scratch:
             return rows
-        loaded = table.images(scratch) if isinstance(table, Files) else table
+        loaded: Any = table
+        if isinstance(table, Files):
+            kind = Path(table.files[0]).suffix.lower().removeprefix(".")
+            files, folder = {"rows": table.files}, str(scratch)
+            loaded = _build(self.asked, path=kind, data_files=files, cache_dir=folder)["rows"]
         return rows._replace(pictures=_reader(self.asked, loaded, _columns(self.asked, table.features)[0], place))
 
     def _labels(self, split: Split) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -91,7 +75,8 @@ class Tables:
         column = _columns(self.asked, table.features)[1]
         feature = table.features[column]
         self._refuse_splits(table, column)
-        values = (table if isinstance(table, Files) else table.data).column(column).to_pylist()
+        with _library(self.asked):
+            values = (table if isinstance(table, Files) else table.data).column(column).to_pylist()
         labels = [None if unlabelled(value) else value for value in values]
         if isinstance(feature, ClassLabel):
             numbers = np.array([-1 if label is None else label for label in labels], np.int64)
@@ -110,7 +95,8 @@ class Tables:
         """As a list is refused. A dataset of the hub is not: it says by itself which rows its splits have."""
         if isinstance(table, Files):
             named = [name for name in table.features if name != label and name.casefold() in _SPLIT_COLUMNS]
-            columns = {name: table.column(name).unique().to_pylist() for name in named}
+            with _library(self.asked):
+                columns = {name: table.column(name).unique().to_pylist() for name in named}
             refuse_splits(self.asked, table.files[0], "table", columns)
 
     def _place(self, split: Split) -> Callable[[int], str]:
@@ -139,10 +125,10 @@ def from_hub(asked: Asked) -> Tables:
 
 def from_file(asked: Asked, root: Path) -> Tables:
     """A parquet or arrow file: the split "train"."""
-    if root.suffix.lower() not in _BUILDERS:
+    if root.suffix.lower() not in SUFFIXES:
         hint = "; write the folder that holds it" if root.suffix.lower() in (*LISTS, ".tar") else kinds([root.name])
         raise DataError(f"data.{asked.role}.path: {root} is neither a folder nor a .parquet or .arrow file{hint}")
-    return Tables(asked, {"train": Files(asked, [str(root)])})
+    return Tables(asked, {"train": Files(asked.role, [str(root)])})
 
 
 def from_folder(asked: Asked, tree: Tree) -> Tables | None:
@@ -167,8 +153,8 @@ def from_folder(asked: Asked, tree: Tree) -> Tables | None:
     data_files = {"data_files": {name: f"{name}/**" for name in splits}} if splits else {}
     with tempfile.TemporaryDirectory() as aside, _library(asked):
         builder = _builder(dataset, path=str(root), cache_dir=aside, **data_files)
-    tables = {str(name): Files(asked, files) for name, files in builder.config.data_files.items()}
-    known = {*_BUILDERS, *suffixes()}
+    tables = {str(name): Files(asked.role, files) for name, files in builder.config.data_files.items()}
+    known = {*SUFFIXES, *suffixes()}
     read = {os.path.realpath(file) for table in tables.values() for file in table.files}
     unread = [f for f in inside if Path(f).suffix.lower() in known and os.path.realpath(root / f) not in read]
     said = f"{dataset.path}: not read beside the tables{kinds(unread)}"
