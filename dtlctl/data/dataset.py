@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dtlctl.data import builtin
-from dtlctl.errors import NoSplit, nearest
+from dtlctl.errors import DataError, NoSplit, nearest, one_line
 from dtlctl.strict import Strict
 
 if TYPE_CHECKING:
@@ -52,6 +52,13 @@ def unlabelled(value: object) -> bool:
         return not float(text) >= 0  # nan, too, is not
     except ValueError:
         return not text
+
+
+def label_text(value: object, place: str) -> str | None:
+    """What a list or a JSON says of an image's class; None: nothing. Raises DataError, naming `place`, for no label."""
+    if isinstance(value, bool | float | list | dict):
+        raise DataError(f"{place} has the label {one_line(repr(value))}, which is neither text nor an integer")
+    return None if unlabelled(value) else str(value)
 
 
 # What people call their splits. One of the second group is offered where the test split is missing.
@@ -142,6 +149,11 @@ class Asked(NamedTuple):
 
     dataset: Dataset
     role: str
+
+    @property
+    def usual(self) -> set[str]:
+        """What its splits may be called: as the recipe says, or as people do."""
+        return {self.dataset.train, str(self.dataset.test), *USUAL["train"], *USUAL["test"]}
 
     def name(self, split: Split) -> str:
         return getattr(self.dataset, split)

@@ -12,7 +12,7 @@ from stat import S_ISREG
 from PIL import Image
 
 from dtlctl.data.classes import numbered, some
-from dtlctl.data.dataset import USUAL, Asked, Dataset, Note, Rows, Split
+from dtlctl.data.dataset import Asked, Note, Rows, Split
 from dtlctl.data.lists import LISTS, Place, read_list
 from dtlctl.errors import DataError, NoSplit, one_line
 
@@ -94,7 +94,7 @@ def opened(asked: Asked, tree: Tree, split: Split) -> Rows:
     The split NAME is NAME/CLASS/image; or what a list names: NAME.csv (.tsv, .jsonl), or the only list in NAME/. A
     folder without splits is the split "train".
     """
-    dataset, splits, place = asked.dataset, _splits(asked.dataset, tree), asked.where(split)
+    splits, place = _splits(asked, tree), asked.where(split)
     _check_layout(asked, split, tree, splits)
     here = splits.get("") or splits[asked.name(split)]
     start, depth = (f"{here.folder}/", 1) if here.folder else ("", 0)
@@ -122,12 +122,12 @@ def opened(asked: Asked, tree: Tree, split: Split) -> Rows:
     )
 
     def path(row: int) -> str:
-        return os.path.join(dataset.path, images[row])
+        return os.path.join(asked.dataset.path, images[row])
 
     tops = {file.partition("/")[0]: "/" in file for file in tree.files if _suffix(file) in suffixes()}
     loose = [top for top, inside in tops.items() if here.folder and not here.list and not inside]
     # Beside lists, a folder is where their images are.
-    holding = {top for top in tops if not here.list or top.casefold() in sum(USUAL.values(), ())}
+    holding = {top for top in tops if not here.list or top.casefold() in asked.usual}
     return Rows(
         numbers,
         classes,
@@ -138,14 +138,14 @@ def opened(asked: Asked, tree: Tree, split: Split) -> Rows:
     )
 
 
-def _splits(dataset: Dataset, tree: Tree) -> dict[str, Place]:
+def _splits(asked: Asked, tree: Tree) -> dict[str, Place]:
     """By name. A folder in which nothing is named as a split usually is, is one split: ""."""
     folders = [folder for folder in tree.folders if "/" not in folder and not hidden(folder)]
     lists: dict[str, list[str]] = {}
     for file in tree.lists:
         lists.setdefault(posixpath.dirname(file), []).append(file)
     named = {posixpath.splitext(file)[0]: file for file in lists.get("", ())}
-    usual = _usual(dataset)
+    usual = asked.usual
     if not any(name.casefold() in usual or name in usual for name in (*folders, *named)):
         only = next(iter(named.values())) if len(named) == 1 else ""
         if only or any(image.count("/") < 2 for image in _sort(tree, "")[0]):
@@ -165,10 +165,6 @@ def _named(asked: Asked, tree: Tree, splits: dict[str, Place], here: Place) -> t
     return {name for place, rows in read.items() for name in (place.list, *rows)}, read[here]
 
 
-def _usual(dataset: Dataset) -> set[str]:
-    return {dataset.train, str(dataset.test), *USUAL["train"], *USUAL["test"]}
-
-
 def _check_layout(asked: Asked, split: Split, tree: Tree, splits: dict[str, Place]) -> None:
     """Raise DataError where a split is not there, with what is to be done about it."""
     name, path, role = asked.name(split), asked.dataset.path, f"data.{asked.role}"
@@ -186,7 +182,7 @@ def _check_layout(asked: Asked, split: Split, tree: Tree, splits: dict[str, Plac
     if packed:
         raise DataError(f"{role}.{split}: {os.path.join(path, packed[0])} is an archive; unpack it")
     inner = [folder for folder in tree.folders if folder.count("/") == 1 and not hidden(folder)]
-    if inner and all(folder.split("/")[1] in _usual(asked.dataset) for folder in inner):
+    if inner and all(folder.split("/")[1] in asked.usual for folder in inner):
         raise DataError(
             f"{role}.path: {path} holds CLASS/SPLIT/image, as in {inner[0]}; move the splits to the top: "
             "SPLIT/CLASS/image"
@@ -250,9 +246,12 @@ def _opens(path: Path) -> bool:
     return True
 
 
-def read_file(path: Path, name: str) -> bytes:
+def read_file(path: Path, name: str, start: int = 0, size: int = -1) -> bytes:
+    """A file, or of one so many bytes from `start` on. Raises DataError that calls it `name`."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(size)
     except OSError as error:
         raise DataError(f"{name}: {error.strerror}") from error
 

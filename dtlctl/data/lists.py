@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtlctl.data.classes import show, some
-from dtlctl.data.dataset import USUAL, Asked, unlabelled
+from dtlctl.data.dataset import Asked, label_text
 from dtlctl.errors import DataError
 
 LISTS = (".csv", ".tsv", ".jsonl")
@@ -65,10 +65,8 @@ def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) ->
             raise DataError(f"{name}: {written!r} is named twice")
         if None in row:
             raise DataError(f"{name}: the row of {written!r} has more fields than the header")
-        if isinstance(value, bool | float | list | dict):
-            raise DataError(f"{name}: {written!r} has the label {value!r}, which is neither text nor an integer")
-        found[file] = None if unlabelled(value) else str(value)
-        if found[file] and kinds_of.setdefault(str(value), type(value)) is not type(value):
+        found[file] = known = label_text(value, f"{name}: {written!r}")
+        if known and kinds_of.setdefault(known, type(value)) is not type(value):
             raise DataError(f"{name}: the label {value} is there as a number and as text; write it in one way")
     _refuse_missing(name, missing, files, path)
     return found
@@ -76,10 +74,7 @@ def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) ->
 
 def refuse_splits(asked: Asked, name: str, kind: str, columns: Mapping[str, Iterable[Any]]) -> None:
     """A list or table is one split: where a column names several, what is to be tested on would be trained on."""
-    usual, ending = (
-        {asked.dataset.train, str(asked.dataset.test), *sum(USUAL.values(), ())},
-        posixpath.splitext(name)[1],
-    )
+    usual, ending = asked.usual, posixpath.splitext(name)[1]
     for column, values in columns.items():
         texts = {value for value in values if isinstance(value, str)}
         if len(found := sorted(text for text in texts if text.strip().casefold() in usual or text in usual)) > 1:
@@ -111,14 +106,13 @@ def _refuse_missing(name: str, missing: list[str], files: Collection[str], path:
 def _column(asked: Asked, name: str, key: str, known: Iterable[Any]) -> str:
     """The recipe's, or the only one with a usual name."""
     wanted = getattr(asked.dataset, key)
-    found = [column for column in known if (column == wanted if wanted else str(column).casefold() in _COLUMNS[key])]
-    if len(found) != 1:
-        columns = ", ".join(map(str, known))
-        names = (wanted,) if wanted else _COLUMNS[key]
-        if blank := [column for column in known if str(column) != (bare := str(column).strip()) and bare in names]:
-            raise DataError(f"{name}: the column {blank[0]!r} has blanks around its name; remove them")
-        said = f"no single column named {' or '.join(names)}"
-        if wanted:
-            said = f"{len(found) or 'no'} column{'s' * bool(found)} {wanted!r}"
-        raise DataError(f"{name} has {said}; set data.{asked.role}.{key} (columns: {columns})")
-    return found[0]
+    names = (wanted,) if wanted else _COLUMNS[key]
+    found = [column for column in known if (column if wanted else str(column).casefold()) in names]
+    if len(found) == 1:
+        return found[0]
+    if blank := [column for column in known if str(column) != (bare := str(column).strip()) and bare in names]:
+        raise DataError(f"{name}: the column {blank[0]!r} has blanks around its name; remove them")
+    said = f"no single column named {' or '.join(names)}"
+    if wanted:
+        said = f"{len(found) or 'no'} column{'s' * bool(found)} {wanted!r}"
+    raise DataError(f"{name} has {said}; set data.{asked.role}.{key} (columns: {', '.join(map(str, known))})")

@@ -10,7 +10,7 @@ from dtlctl.errors import DataError, one_line
 
 
 class Files:
-    """Those of one split. Their labels are read where they lie; their images need a copy, which `tables` makes."""
+    """Those of one split. Columns are read where they lie; rows of images need a copy, which `tables` makes."""
 
     def __init__(self, role: str, files: list[str]):
         self.role, self.files = role, files

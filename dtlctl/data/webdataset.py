@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dtlctl.data.classes import numbered, some
-from dtlctl.data.dataset import USUAL, Asked, Note, Rows, Split, unlabelled
-from dtlctl.data.files import Tree, hidden, kinds, suffixes
+from dtlctl.data.dataset import Asked, Note, Rows, Split, label_text
+from dtlctl.data.files import Tree, hidden, kinds, read_file, suffixes
 from dtlctl.errors import DataError, one_line
 
 Member = tuple[str, int, int]
@@ -41,8 +41,8 @@ def from_folder(asked: Asked, tree: Tree) -> Callable[[Split], Rows] | None:
     samples = _samples(tree.root / first)
     if not any(_images(asked, one) and {asked.dataset.label or "cls", "json"} & {*one} for one in samples.values()):
         return None
-    names = {asked.dataset.train, str(asked.dataset.test), *sum(USUAL.values(), ())}
-    named = re.compile(rf"(?<![^\W_])({'|'.join(map(re.escape, names))})(?![^\W_])", re.IGNORECASE)
+    names = "|".join(map(re.escape, asked.usual))
+    named = re.compile(rf"(?<![^\W_])({names})(?![^\W_])", re.IGNORECASE)
     splits: dict[str, list[str]] = {}
     for file in shards:
         found = named.search(file)
@@ -129,17 +129,9 @@ def _label(asked: Asked, shard: Path, parts: dict[str, Member]) -> str | None:
         value = text if own else json.loads(text).get(wanted or "label")
     except (ValueError, AttributeError) as error:
         raise DataError(f"{shard}: {member[0]!r} cannot be read: {one_line(error)}") from error
-    if isinstance(value, bool | float | list | dict):
-        said = f"{member[0]!r} has the label {value!r}, which is neither text nor an integer"
-        raise DataError(f"{shard}: {one_line(said)}")
-    return None if unlabelled(value) else str(value)
+    return label_text(value, f"{shard}: {member[0]!r}")
 
 
 def _read(shard: Path, member: Member) -> bytes:
     name, start, size = member
-    try:
-        with open(shard, "rb") as file:
-            file.seek(start)
-            return file.read(size)
-    except OSError as error:
-        raise DataError(f"{shard}: {name}: {error.strerror}") from error
+    return read_file(shard, f"{shard}: {name}", start, size)
