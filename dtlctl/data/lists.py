@@ -43,7 +43,7 @@ def read_list(asked: Asked, root: Path, files: Collection[str], place: Place) ->
             rows, columns = list(reader), [*(reader.fieldnames or ())]
     except UnicodeDecodeError:
         raise DataError(f"{name}: it is not UTF-8; save it as UTF-8") from None
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
         raise DataError(f"{name}: cannot be read: {error}") from error
     if not rows:
         raise DataError(f"{name}: has no rows")

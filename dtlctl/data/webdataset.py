@@ -70,7 +70,7 @@ def _opened(asked: Asked, tree: Tree, split: Split, splits: dict[str, list[str]]
     if not any(label is not None for label in labels):
         wanted = f"{asked.dataset.label!r}" if asked.dataset.label else "`.cls`, and no JSON with `label`"
         raise DataError(f"data.{asked.role}.label: {asked.where(split)}: no image has a {wanted}; name the label's")
-    numbers = all(label is None or re.fullmatch(r"0|[1-9]\d*", label) for label in labels)
+    numbers = all(label is None or re.fullmatch(r"0|[1-9]\d{0,999}", label) for label in labels)
     values = [None if label is None else int(label) if numbers else label for label in labels]
     unread = [file for file in tree.files if hidden(file) or not file.lower().endswith(".tar")]
     said = (
@@ -127,7 +127,7 @@ def _label(asked: Asked, shard: Path, parts: dict[str, Member]) -> str | None:
     try:
         text = _read(shard, member).decode().strip()
         value = text if own else json.loads(text).get(wanted or "label")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{shard}: {member[0]!r} cannot be read: {one_line(error)}") from error
     return label_text(value, f"{shard}: {member[0]!r}")
 

@@ -313,6 +313,11 @@ def test_a_listed_file_that_is_there_in_another_way_is_told(tmp_path, written, r
     assert said.endswith(f"add it, or remove its row; {remedy}")
 
 
+def test_a_list_of_too_many_brackets_is_named(tmp_path):
+    said = refused(folder(tmp_path / "d", "0.png", **{"train.jsonl": b"[" * 99_999}))
+    assert f"{tmp_path}/d/train.jsonl: cannot be read: " in said
+
+
 def test_a_list_with_the_line_ends_of_old_macs_is_read(tmp_path):
     text = b"file_name,label\r0.png,a\r1.png,b\r"
     assert seen(load(folder(tmp_path / "d", "0.png", "1.png", **{"train.csv": text}))) == [(0, "a"), (1, "b")]

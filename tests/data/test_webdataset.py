@@ -93,6 +93,7 @@ def test_shards_are_the_same_dataset_as_a_folder(tmp_path, decode):
     [
         ("cls", ["10", "2", "10"], {}, ["10", "2", "10"]),
         ("cls", ["cat\n", "2", "cat"], {}, ["cat", "2", "cat"]),
+        ("cls", ["9" * 5000, "2", "2"], {}, ["9" * 5000, "2", "2"]),
         ("json", ['{"label": 1}', '{"label": 0}', '{"label": 1}'], {}, ["1", "0", "1"]),
         ("json", ['{"what": "b"}', '{"what": "a"}', '{"what": "b"}'], {"label": "what"}, ["b", "a", "b"]),
         ("txt", ["b", "a", "b"], {"label": "txt"}, ["b", "a", "b"]),
@@ -185,6 +186,7 @@ def test_a_tar_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         ({**samples(["a", "b"]), "some/000.png": b""}, {}, "'some/000.png' is there twice"),
         (samples(["{", "{"], "json"), {}, "train.tar: 'some/000.json' cannot be read: "),
         (samples(["[]", "1"], "json"), {}, "train.tar: 'some/000.json' cannot be read: "),
+        (samples(["[" * 99_999, "1"], "json"), {}, "train.tar: 'some/000.json' cannot be read: "),
         (samples(['{"label": [1]}'], "json"), {}, "has the label [1], which is neither text nor an integer"),
         (samples(['{"kind": 1}'], "json"), {}, "data.source.label: "),
         ({"0.png": b"broken", "0.cls": "a", **samples(["a", "b"])}, {}, "train.tar/0.png: the image cannot be decoded"),
