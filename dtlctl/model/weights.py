@@ -37,13 +37,18 @@ class Given(NamedTuple):
 def identity(weights: str, arch: str) -> dict[str, str]:
     """What tells these weights from others: {"sha256": of the file}, or {"torchvision": name, "url": address}.
 
-    Nothing is fetched. Raises CheckpointError for no file or registry's entry that could be used.
+    "config_sha256" too of a folder with a config.json, as that may name classes and preprocessing. Nothing is fetched.
+    Raises CheckpointError for no file or registry's entry that could be used.
     """
     if weights.startswith(REGISTRY):
         entry = _entry(weights, arch)
         return {"torchvision": str(entry), "url": entry.url}
-    path = _file(weights)
-    return {"sha256": _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)}
+    files = {"sha256": _file(weights)} | ({"config_sha256": config} if (config := _config(weights)) else {})
+    try:
+        stats = {name: (path, path.stat()) for name, path in files.items()}
+        return {name: _sha256(path, stat.st_size, stat.st_mtime_ns) for name, (path, stat) in stats.items()}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}") from None
 
 
 def read(weights: str, network: dict[str, Any], classes: Sequence[str] | None = None) -> Given:
@@ -158,8 +163,7 @@ def tensors_of(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError("its header is not one of ours")
     except (OSError, SafetensorError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{weights}: not a safetensors file that can be read ({one_line(error)})") from None
-    config = path.with_name("config.json")
-    if not said and os.path.isdir(os.path.expanduser(weights)) and config.is_file():
+    if not said and (config := _config(weights)):
         try:
             said = _of_timm(_Config.model_validate_json(config.read_bytes()))
         except ValidationError as error:
@@ -169,6 +173,12 @@ def tensors_of(weights: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         except OSError as error:
             raise CheckpointError(f"{config}: {error.strerror}") from None
     return tensors, said
+
+
+def _config(weights: str) -> Path | None:
+    """timm's, beside the weights, where a folder is given that has one."""
+    path = Path(os.path.expanduser(weights)) / "config.json"
+    return path if path.is_file() else None
 
 
 class _Pretrained(BaseModel):

@@ -246,3 +246,18 @@ def test_torchvisions_registry(monkeypatch):
     given = weights.read("torchvision:DEFAULT", LARGE)
     assert given.classes and len(given.classes) == 1000 and given.classes[0] == "tench"
     assert len(given.notes) == 1 and "224" in given.notes[0] and "bilinear" in given.notes[0]
+
+
+def test_a_config_of_other_classes_makes_other_weights(tmp_path: Path):
+    """It names the head's outputs: what was made by the old names must not be taken for up to date."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"of no matter")
+    alone = weights.identity(str(folder), "resnet8")
+    assert alone == weights.identity(str(folder / "model.safetensors"), "resnet8")
+    found = [alone]
+    for classes in ('["a", "bc"]', '["b", "c"]'):
+        (folder / "config.json").write_text(f'{{"label_names": {classes}}}')
+        found.append(weights.identity(str(folder), "resnet8"))
+        assert weights.identity(str(folder / "model.safetensors"), "resnet8") == alone
+    assert len({json.dumps(one) for one in found}) == 3
