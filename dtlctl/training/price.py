@@ -9,6 +9,8 @@ import numpy as np
 
 Z = NormalDist().inv_cdf(0.975)
 """Half widths of 95 % intervals are so many standard errors: 1.96."""
+LEAST = 1e-6
+"""Points below which images are counted as for these: nobody has as many, and the count would overflow."""
 EXPECTED = 0.2
 """The share of images that one of TL and a variant alone answers rightly, where none was measured yet."""
 
@@ -73,11 +75,12 @@ def resolution(images: int, disagreement: float) -> float:
 
 def images_for(points: float, disagreement: float) -> int:
     """The fewest images whose `resolution` is so many points or better."""
-    return math.ceil(disagreement * (100 * Z / points) ** 2)
+    return math.ceil(disagreement * (100 * Z / max(points, LEAST)) ** 2)
 
 
 def images_to_tell(cost: Price, allowed: float) -> int | None:
     """About how many images of this kind would tell such a price from an allowed one, of which it is not told; more
     than these. None where both are the same."""
     apart = abs(allowed - cost.points)
-    return max(cost.images + 1, math.ceil(cost.images * (cost.half_width / apart) ** 2)) if apart else None
+    more = math.ceil(cost.images * (cost.half_width / max(apart, LEAST)) ** 2)
+    return max(cost.images + 1, more) if apart else None

@@ -96,3 +96,10 @@ def test_what_has_not_told_is_not_enough():
     assert found.low <= 1.0 < found.high and images_for(1.0, found.disagreement) < 2000
     enough = images_to_tell(found, 1.0)
     assert enough is not None and enough > 20_000
+
+
+@pytest.mark.parametrize("points", [1e-7, 1e-200, 1e-320])
+def test_a_price_that_no_images_could_resolve_is_counted_all_the_same(points: float):
+    """A recipe may allow any price above 0; 1.96² · 0.2 / 1e-8² = 7.68e15 images are for the least that is counted."""
+    assert images_for(points, 0.2) == images_for(1e-6, 0.2) == pytest.approx(7.683e15, rel=1e-3)
+    assert images_to_tell(price(*answers(10, 10, 80)), points) > 1e12
