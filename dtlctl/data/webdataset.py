@@ -125,7 +125,7 @@ def _label(asked: Asked, shard: Path, parts: dict[str, Member]) -> str | None:
     if (member := own or parts.get("json")) is None:
         return None
     try:
-        text = _read(shard, member).decode().strip()
+        text = _read(shard, member).decode("utf-8-sig").strip()
         value = text if own else json.loads(text).get(wanted or "label")
     except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{shard}: {member[0]!r} cannot be read: {one_line(error)}") from error

@@ -95,6 +95,8 @@ def test_shards_are_the_same_dataset_as_a_folder(tmp_path, decode):
         ("cls", ["cat\n", "2", "cat"], {}, ["cat", "2", "cat"]),
         ("cls", ["9" * 5000, "2", "2"], {}, ["9" * 5000, "2", "2"]),
         ("json", ['{"label": 1}', '{"label": 0}', '{"label": 1}'], {}, ["1", "0", "1"]),
+        ("cls", ["\ufeffb", "a", "b\r\n"], {}, ["b", "a", "b"]),  # as editors on Windows write
+        ("json", ['\ufeff{"label": "b"}', '{"label": "a"}', '{"label": "b"}'], {}, ["b", "a", "b"]),
         ("json", ['{"what": "b"}', '{"what": "a"}', '{"what": "b"}'], {"label": "what"}, ["b", "a", "b"]),
         ("txt", ["b", "a", "b"], {"label": "txt"}, ["b", "a", "b"]),
     ],
