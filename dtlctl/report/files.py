@@ -1,5 +1,7 @@
 """A report's files in its folder: tables, figures, and a page with all of them that fetches nothing from anywhere."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,28 +41,39 @@ def publish(
     document: dict[str, Any], folder: Path, command: str, page: dict[str, Any], drawings: dict[str, Drawing]
 ) -> None:
     """Write table.json, table.md, figures, report.html and, if there are any, audit.md and verdict.json; those of an
-    earlier report there that this one has not are removed. page: what `page.html.j2` shows."""
+    earlier report there that this one has not are removed, once all of this one is written. page: what `page.html.j2`
+    shows."""
     page = {"verdict": [], "evidence": {}, "audited": "", "audits": [], **page}
+    work = folder / ".report.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "table.json").exists():  # elsewhere, a file of such a name is somebody's own
-            drawings_there = [f"{name}.{form}" for name in figures.NAMES for form in ("svg", "png")]
-            for name in ("table.json", "audit.md", "verdict.json", *drawings_there):
-                for path in folder.glob(name):
-                    path.unlink()
-        drawn = figures.save(drawings, folder)
+        shutil.rmtree(work, ignore_errors=True)  # of one that was killed
+        work.mkdir(parents=True)
+        drawn = figures.save(drawings, work)
         texts = {
             "report.html": templates.render("page.html.j2", **page, command=command, figures=drawn),
             "table.md": tables.render(page["tables"], [*page["verdict"], *page["caveats"]]),
             "audit.md": tables.render(page["audits"]) if page["audits"] else "",
             "verdict.json": checkpoint.dump(document["verdict"]) if "verdict" in document else "",
-            "table.json": checkpoint.dump(document),  # last: it vouches for the others
+            "table.json": checkpoint.dump(document),
         }
         for name, text in texts.items():
             if text:
-                checkpoint.write(folder / name, text.encode())
+                checkpoint.write(work / name, text.encode())
+        if (folder / "table.json").exists():  # elsewhere, a file of such a name is somebody's own
+            drawings_there = [f"{name}.{form}" for name in figures.NAMES for form in ("svg", "png")]
+            for name in ("table.json", "audit.md", "verdict.json", *drawings_there):
+                for path in folder.glob(name):
+                    path.unlink()
+        for path in sorted(work.iterdir(), key=lambda path: path.name == "table.json"):  # last: it vouches for the rest
+            os.replace(path, folder / path.name)
+        checkpoint.sync(folder)
+    except CheckpointError as error:
+        error.args = (str(error).replace(f"{work}{os.sep}", f"{folder}{os.sep}"),)
+        raise
     except OSError as error:
         raise CheckpointError(f"{folder}: the report cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def is_current(document: dict[str, Any], folder: Path) -> bool:

@@ -245,6 +245,31 @@ def test_results_of_another_recipe_or_another_parent_are_left_out(recipe_file: P
     assert table["TL"]["acc_t"] == 70.0
 
 
+def test_a_report_that_does_not_fit_on_the_disk_leaves_the_earlier_one_whole(recipe_file: Path, monkeypatch):
+    """No room for the first file, or for the third."""
+    folder = fake_run(recipe_file, "older", 0, 70.0)
+    report, write, room = folder / "report", checkpoint.write, [0]
+    files.write(summary.summarise([folder]), report, "dtlctl report", [folder])
+    before = {path.name: path.read_bytes() for path in report.iterdir()}
+    assert {"table.json", "table.md", "report.html", "verdict.json"} <= before.keys()
+
+    def short(path: Path, blob: bytes) -> None:
+        room[0] -= 1
+        write(path if room[0] >= 0 else Path("/dev/full") / path.relative_to("/"), blob)
+
+    monkeypatch.setattr(checkpoint, "write", short)
+    changed = summary.summarise([fake_run(recipe_file, "newer", 0, 71.0)])
+    for fits in (0, 2):
+        room[0] = fits
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            files.write(changed, report, "dtlctl report", [folder])
+        assert {path.name: path.read_bytes() for path in report.iterdir()} == before
+    room[0] = 9
+    files.write(changed, report, "dtlctl report", [folder])
+    assert files.is_current(changed, report) and (report / "report.html").read_bytes() != before["report.html"]
+    assert not [path for path in report.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize("changed", ["index", "test"])
 def test_attacks_with_different_data_are_not_put_into_one_table(recipe_file: Path, changed: str):
     """A larger subset, or other test images, for one model: which of the two the recipe means cannot be told."""
