@@ -156,8 +156,9 @@ class Trainer:
                 found[HELD_OUT] = 100 * float(self.right(model, job.dataset, "train", held).mean())
             return found
 
-        file = self.results.scratch(job) / (f"state-{part}.safetensors" if part else "state.safetensors")
-        resume = StateFile(file, self.results.key(job), self.recipe.checkpoint_minutes)
+        own = f"-{part}" if part else ""  # in the key too: one draw's state is not another's
+        file = self.results.scratch(job) / f"state{own}.safetensors"
+        resume = StateFile(file, self.results.key(job) + own, self.recipe.checkpoint_minutes)
         title = f"{job.title}/draw-{part + 1}" if part else job.title  # to trackers too: steps begin anew
         with self.processes.progress(title, steps) as bar:
             history = self.processes.engine.train(

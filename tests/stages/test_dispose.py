@@ -156,6 +156,27 @@ def test_a_second_draw_that_is_stopped_goes_on_and_the_first_is_not_made_again(r
     assert not list(again.folder.rglob("state*.safetensors"))
 
 
+def test_the_state_of_one_draw_is_not_taken_for_that_of_another(recipe_file: Path, monkeypatch):
+    """A copy of the first draw's state in the place of the second's would make the second draw the first again."""
+    monkeypatch.setattr(resume, "AT_END", 0.0)
+    prices = (5.0, 3.0), (1.0, 0.0)
+    costing(monkeypatch, *prices, *prices)
+    whole, mixed = (experiment(recipe_file, out, NEW) for out in ("whole", "mixed"))
+    run(whole, STAGES, only=MADE)
+    drawn = dispose._drawn
+
+    def copies(experiment, job, draw: int):
+        if draw == 1:
+            folder = experiment.results.scratch(job)
+            shutil.copy(folder / "state.safetensors", folder / "state-1.safetensors")
+        return drawn(experiment, job, draw)
+
+    monkeypatch.setattr(dispose, "_drawn", copies)
+    run(mixed, STAGES, only=MADE)
+    ours, theirs = (sidecar(one, "dispose/new") for one in (whole, mixed))
+    assert ours["weights_sha256"] == theirs["weights_sha256"] and ours["history"] == theirs["history"]
+
+
 @pytest.mark.parametrize(("tl", "tgt", "told"), [(31.5, 34.5, 1), (34.5, 34.5, 1), (40.0, 34.5, 0)])
 def test_a_source_that_brought_nothing_is_told_before_the_disposal(
     recipe_file: Path, capsys, tl: float, tgt: float, told: int
