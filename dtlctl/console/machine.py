@@ -17,7 +17,7 @@ def busy() -> str | None:
     load, *_ = os.getloadavg()
     if load <= cores():
         return None
-    return f"the machine is busy (load {load:.1f} on {cores()} cores): less when it is idle"
+    return f"the machine is busy (load {load:.1f} on {cores()} cores): a run takes less when it is idle"
 
 
 def memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:

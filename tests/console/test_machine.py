@@ -40,7 +40,8 @@ def test_the_smallest_limit_above_a_process_is_its_memory(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("load", "said"), [(9.0, "the machine is busy (load 9.0 on 2 cores): less when it is idle"), (0.5, None)]
+    ("load", "said"),
+    [(9.0, "the machine is busy (load 9.0 on 2 cores): a run takes less when it is idle"), (0.5, None)],
 )
 def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch, load: float, said: str | None):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
