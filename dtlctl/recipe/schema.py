@@ -194,11 +194,16 @@ class Recipe(Strict):
     def stream(self, tag: str) -> int:
         """A 32-bit seed for one use of randomness, independent of every other tag's."""
         shared = self.pretrain.seed if tag.startswith(("pretrain/", "subset/source")) else None
-        return zlib.crc32(f"{self.seed if shared is None else shared}/{tag}".encode())
+        return stream(self.seed if shared is None else shared, tag)
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, under the names the file uses."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+def stream(seed: int, tag: str) -> int:
+    """A 32-bit seed for one use of a recipe's seed."""
+    return zlib.crc32(f"{seed}/{tag}".encode())
 
 
 def json_schema() -> dict[str, Any]:

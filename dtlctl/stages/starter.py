@@ -30,6 +30,7 @@ from dtlctl.objectives.unlearn import NullSpace
 from dtlctl.recipe.loading import validated
 from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.plan import jobs
+from dtlctl.recipe.schema import stream
 from dtlctl.recipe.settings import PASSES
 from dtlctl.stages import audit, costs
 from dtlctl.stages.costs import Clock
@@ -39,8 +40,8 @@ from dtlctl.training.price import EXPECTED, resolution
 MINUTES, PLANNED = 30, 0.6
 """What a run may take, and what training and attackers may of it by the quickest steps: real ones were seen to take a
 quarter longer, and images to read and the audit come on top."""
-HELD_OUT = 0.2
-"""Of each class, for testing, where there is no test split."""
+HELD_OUT, SEED = 0.2, stream(0, "subset/source")
+"""Of each class, for testing, where there is no test split; and by which seed, that of the recipe that is written."""
 EPOCHS = 2
 """Of pre-training for each pass of the disposal over the source: it is the disposal that a short run starves, first of
 target accuracy. What ten passes leave goes to pre-training."""
@@ -76,7 +77,7 @@ def write(
     if arch:  # what no data can make right is told before they are read
         with refused("init"):
             networks.check(arch, "small" if arch in networks.DEPTHS else "imagenet", None, size)
-    seconds = 60 * PLANNED * minutes
+    seconds, crowded = 60 * PLANNED * minutes, costs.crowded()
     paths = {"source": source, "target": target, "piggyback.attacker": attacker}
     seen = {role: look(path, role) for role, path in paths.items() if path is not None}
     own, theirs, device = seen["source"], seen["target"], torch.device(devices.kind())
@@ -91,7 +92,6 @@ def write(
     usual = re.sub(r"[^\w.-]+", "-", folders, flags=re.ASCII).strip("-._")[:64]
     each = max(4, min(20, min(own["counts"]) // 20))
     side, names = _side(max(own["side"], theirs["side"]), size, gpu), (own["classes"], theirs["classes"])
-    crowded = costs.crowded()
     network, stage, trained = adopted(weights, arch, side, *names, size is not None) if weights else ({}, "", None)
     told: dict[str, Any] = {
         **FIXED,
@@ -166,7 +166,7 @@ def look(path: str, role: str) -> dict[str, Any]:
         for split in ("train", "test"):
             dataset, found[split] = _opened(dataset, split, role, Path(folder))
         if dataset.test != "test":  # then images of the train split, or what is said of it, are others
-            found["train"] = Source(dataset, role).rows("train", SIDES[0], Path(folder))
+            found["train"] = Source(dataset, role, SEED).rows("train", SIDES[0], Path(folder))
         train, test = found["train"], found["test"]
         cache.check_classes(train, "train", f"data.{role}.path: {path}")
         chosen = np.flatnonzero(train.labels >= 0)
@@ -189,12 +189,12 @@ def look(path: str, role: str) -> dict[str, Any]:
 def _opened(dataset: Dataset, split: Split, role: str, scratch: Path) -> tuple[Dataset, Rows]:
     """A split, and the dataset with the name that this split has, or with a test split held out where it has none."""
     try:
-        return dataset, Source(dataset, role).rows(split, SIDES[0], scratch)
+        return dataset, Source(dataset, role, SEED).rows(split, SIDES[0], scratch)
     except NoSplit as error:
         if not error.usual and split == "train":
             raise
         dataset = dataset.model_copy(update={split: error.usual[0] if error.usual else HELD_OUT})
-        return dataset, Source(dataset, role).rows(split, SIDES[0], scratch)
+        return dataset, Source(dataset, role, SEED).rows(split, SIDES[0], scratch)
 
 
 def _picture(rows: Rows, row: int, role: str) -> tuple[tuple[int, int], str]:

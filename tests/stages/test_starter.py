@@ -16,6 +16,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 
+from dtlctl.data.sources import Source
 from dtlctl.errors import CheckpointError, DataError, RecipeError
 from dtlctl.model import networks
 from dtlctl.recipe import network_demands
@@ -409,6 +410,22 @@ def test_folders_without_a_test_split_have_a_part_held_out(clock, tmp_path: Path
     recipe = written(tmp_path)
     assert recipe.data.source.test == recipe.data.target.test == 0.2
     assert "16 training images of 2 classes, 8 of each; 4 test images" in (tmp_path / "recipe.toml").read_text()
+
+
+def test_what_is_held_out_is_what_a_run_holds_out(clock, tmp_path: Path):
+    """Copies of an image go to one side, so that the seed decides how many images are held out."""
+    random, pixels = np.random.default_rng(0), np.empty(0)
+    for role, name in [("s", "a"), ("s", "b"), ("t", "a"), ("t", "b")]:
+        (tmp_path / role / name).mkdir(parents=True)
+        for number in range(40):  # in each class of the source, one image in four is twice there
+            if role == "t" or number % 4 < 3:
+                pixels = random.integers(0, 256, (20, 20), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / role / name / f"{number}.png")
+    recipe = written(tmp_path)
+    source = Source(recipe.data.source, "source", recipe.stream("subset/source"))
+    train, test = (len(source.rows(split, 16, tmp_path / "scratch").labels) for split in ("train", "test"))
+    said = (tmp_path / "recipe.toml").read_text().partition("[data.target]")[0]
+    assert f"# {train} training images of 2 classes" in said and f"; {test} test images" in said
 
 
 @pytest.mark.parametrize(("classes", "table"), [(3, "finetune"), (2, "pretrain"), (5, "pretrain")])
