@@ -121,6 +121,8 @@ def _fitted(
         hint = f'; its first layer is that of stem = "{stem}"' if stem not in (None, network["stem"]) else ""
         if of_a_run and len(heads) > 2:
             hint = "; it is of a run, and has two heads: give what dtlctl export makes of it, or pre, which has one"
+        if [*wrong] == ["unknown"] and all(name.startswith(f"{like.readout}.") for name in wrong["unknown"]):
+            hint = _of_layers(like.readout, wrong["unknown"])
         raise ValueError(f"tensors do not fit {network['arch']}: {said}{hint}")
     floats = {name for name in tensors if name in names or own[name].is_floating_point()}
     if other := [name for name in sorted(floats) if tensors[name].dtype not in FLOATS]:
@@ -131,6 +133,14 @@ def _fitted(
     if kinds := {str(t.dtype) for t in tensors.values() if t.is_floating_point()} - {"torch.float32"}:
         notes.append(f"tensors of {', '.join(sorted(kinds))} are converted to the run's type")
     return backbone, (head[0], head[1]) if head else None
+
+
+def _of_layers(readout: str, names: Sequence[str]) -> str:
+    """What to do about a head of several modules, such as a dropout and a linear layer, by the names of its tensors."""
+    layer, *others = sorted({name.rpartition(".")[0] for name in names})
+    if others:
+        return "; its head has several layers, and one is taken: leave them out, and for the source one is fitted"
+    return f"; its head is {layer}: where it has but dropout beside it, rename {layer}.* to {readout}.*"
 
 
 def _three(names: Sequence[str]) -> str:

@@ -253,18 +253,18 @@ def adopted(
     failures: list[Exception] = []
     for stem, name, size in product(stems, archs, sides):
         keys = {"arch": name, "stem": stem, "image_size": size, **own}
-        network = {"width": None, "mean": networks.MEAN, "std": networks.STD, **keys}
         try:
-            networks.check(name, stem, network["width"], size)
-            given = read(weights, network)
+            networks.check(name, stem, keys.get("width"), size)
+            given = read(weights, {"width": None, "mean": networks.MEAN, "std": networks.STD, **keys})
         except (CheckpointError, ValueError, TypeError) as error:  # a header may hold anything
             failures.append(error)
         else:
             return keys, _replaced(weights, given, source, target), next(iter([*trained, *built]), None)
-    fitted = [error for error in failures if isinstance(error, CheckpointError)] or failures
+    fitted = [str(error) for error in failures if isinstance(error, CheckpointError)] or [*map(str, failures)]
+    text = min(fitted, key=lambda text: "its head" not in text)  # then all else of that network fits
     hint = "\nwhere it is no ResNet, name it: --arch mobilenet_v3_small, --arch timm:NAME"
-    more = hint * (not told and "do not fit" in str(fitted[0]))
-    raise CheckpointError(f"{weights}: {str(fitted[0]).removeprefix(f'{weights}: ')}{more}")
+    more = hint * (not told and "do not fit" in text and "its head" not in text)
+    raise CheckpointError(f"{weights}: {text.removeprefix(f'{weights}: ')}{more}")
 
 
 def _replaced(weights: str, given: Given, source: Sequence[str], target: Sequence[str]) -> str:

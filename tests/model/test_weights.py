@@ -95,6 +95,12 @@ def of_a_run(tensors: dict[str, Tensor], *heads: str) -> dict[str, Tensor]:
     }
 
 
+def in_a_sequence(tensors: dict[str, Tensor], *places: str) -> dict[str, Tensor]:
+    """With the head as a torch.nn.Sequential has it, of dropouts and linear layers, at these places of it."""
+    heads = {f"fc.{place}.{kind}": tensors[f"fc.{kind}"].clone() for place in places for kind in ("weight", "bias")}
+    return without(tensors, "fc.weight", "fc.bias") | heads
+
+
 def test_a_run_s_model_with_one_head_is_taken_as_it_is(tmp_path: Path):
     tensors = saved(tmp_path / "a.safetensors")
     save_file(of_a_run(tensors, "source"), tmp_path / "pre.safetensors")
@@ -121,6 +127,11 @@ def test_a_run_s_model_with_one_head_is_taken_as_it_is(tmp_path: Path):
             lambda t: of_a_run(t, "source", "target"),
             r"; it is of a run, and has two heads: give what dtlctl export makes of it, or pre, which has one$",
         ),
+        (
+            lambda t: in_a_sequence(t, "1"),
+            r"2 unknown \(fc.1.bias, fc.1.weight\); its head is fc.1: where it has but dropout .* fc.1.\* to fc.\*$",
+        ),
+        (lambda t: in_a_sequence(t, "0", "3"), r"; its head has several layers, and one is taken: leave them out"),
         (lambda t: {"é\n": torch.zeros(1)}, r"missing \(.*, \.\.\.\); 1 unknown \(\\xe9\\n\)"),
     ],
 )

@@ -428,6 +428,22 @@ def test_what_is_held_out_is_what_a_run_holds_out(clock, tmp_path: Path):
     assert f"# {train} training images of 2 classes" in said and f"; {test} test images" in said
 
 
+@pytest.mark.parametrize(("arch", "places", "told"), [
+    ("resnet18", "1", "fc.1: where it has but dropout"), ("resnet34", "1", "its head is fc.1"),
+    ("resnet18", "03", "has several layers"),
+])  # fmt: skip
+def test_a_head_of_several_modules_is_told_of_the_network_that_it_is_of(clock, tmp_path: Path, arch, places, told):
+    """And not that the network may be another one."""
+    images(tmp_path / "s", 2, 4, 1)
+    images(tmp_path / "t", 2, 6, 1)
+    state = networks.build(arch, {}, stem="imagenet").backbone.state_dict()
+    state |= {f"fc.{place}.bias": torch.zeros(2) for place in places}
+    save_file(state, tmp_path / "pre.safetensors")
+    with pytest.raises(CheckpointError, match=f"do not fit {arch}: .*{told}") as error:
+        written(tmp_path, None, str(tmp_path / "pre.safetensors"))
+    assert "--arch" not in str(error.value)
+
+
 @pytest.mark.parametrize(("classes", "table"), [(3, "finetune"), (2, "pretrain"), (5, "pretrain")])
 def test_weights_are_adopted_where_their_head_fits(clock, tmp_path: Path, classes: int, table: str):
     """2 classes of the source, 3 of the target: a head of 3 is a transfer-learned model's."""
