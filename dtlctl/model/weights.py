@@ -140,7 +140,7 @@ def _of_layers(readout: str, names: Sequence[str]) -> str:
     layer, *others = sorted({name.rpartition(".")[0] for name in names})
     if others:
         return "; its head has several layers, and one is taken: leave them out, and for the source one is fitted"
-    return f"; its head is {layer}: where it has but dropout beside it, rename {layer}.* to {readout}.*"
+    return f"; its head is {layer}: if only dropout stands beside it, rename {layer}.* to {readout}.*"
 
 
 def _three(names: Sequence[str]) -> str:

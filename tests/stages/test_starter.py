@@ -429,7 +429,7 @@ def test_what_is_held_out_is_what_a_run_holds_out(clock, tmp_path: Path):
 
 
 @pytest.mark.parametrize(("arch", "places", "told"), [
-    ("resnet18", "1", "fc.1: where it has but dropout"), ("resnet34", "1", "its head is fc.1"),
+    ("resnet18", "1", "fc.1: if only dropout"), ("resnet34", "1", "its head is fc.1"),
     ("resnet18", "03", "has several layers"),
 ])  # fmt: skip
 def test_a_head_of_several_modules_is_told_of_the_network_that_it_is_of(clock, tmp_path: Path, arch, places, told):
