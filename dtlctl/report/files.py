@@ -63,7 +63,8 @@ def publish(
             drawings_there = [f"{name}.{form}" for name in figures.NAMES for form in ("svg", "png")]
             for name in ("table.json", "audit.md", "verdict.json", *drawings_there):
                 for path in folder.glob(name):
-                    path.unlink()
+                    if not (work / path.name).exists():
+                        path.unlink()
         for path in sorted(work.iterdir(), key=lambda path: path.name == "table.json"):  # last: it vouches for the rest
             os.replace(path, folder / path.name)
         checkpoint.sync(folder)

@@ -68,10 +68,11 @@ def run(
             raise DtlError(f"{experiment.source}: {shortage(job)}") from error
         done.append(job)
         sidecar = checkpoint.read_sidecar(experiment.results.path(job)) or {}
-        numbers = [f"{name} {n:.4g}" for name, n in sidecar.get("metrics", {}).items() if isinstance(n, float)]
-        told = ", ".join(numbers) or "done"
+        metrics = sidecar.get("metrics", {})
+        told = ", ".join(f"{name} {n:.4g}" for name, n in metrics.items() if isinstance(n, float)) or "done"
+        seconds = sidecar.get("wall_seconds", 0) + metrics.get("attack_seconds", 0)
         place = f"; {number} of {len(chosen)}" * (len(chosen) > 1)
-        experiment.processes.say(f"{job.title}: {told} ({sidecar.get('wall_seconds', 0):.0f} s{place})")
+        experiment.processes.say(f"{job.title}: {told} ({seconds:.0f} s{place})")
     return done
 
 

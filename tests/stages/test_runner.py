@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from dtlctl.recipe.loading import load
 from dtlctl.recipe.settings import Dispose, Pretrain
 from dtlctl.run.experiment import Experiment
 from dtlctl.stages import dispose as stage
+from dtlctl.stages import piggyback
 from dtlctl.stages.runner import run
 from dtlctl.storage import checkpoint
 from dtlctl.training.failures import remedy
@@ -81,6 +85,15 @@ def test_the_command_that_is_missing_is_for_this_run(recipe_file: Path, call):
     assert code == 4
     remedy = err.strip().partition("run: dtlctl ")[2]
     assert shlex.split(remedy) == ["finetune", *map(str, (recipe_file, *changes))]
+
+
+def test_what_an_attack_took_counts_its_attackers_too(finished: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Which take 1,000 s by this clock, and one step of the paper's setting next to nothing."""
+    clock = itertools.count(0, 1000)
+    monkeypatch.setattr(piggyback, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    experiment = Experiment(load(finished, ['piggyback={steps=1, attackers=[{kind="knn"}]}']), finished.parent / "runs")
+    run(experiment, ("piggyback",), only=("TL",))
+    assert re.search(r"piggyback/TL/again: .* \(10\d\d s\)", capsys.readouterr().err)
 
 
 def test_a_change_redoes_only_what_depends_on_it(finished: Path):
