@@ -337,8 +337,11 @@ def test_an_exported_folder_is_adopted(experiment: Experiment, recipe_file: Path
     made, before = (json.loads((e.folder / "finetune/model.json").read_text()) for e in (again, experiment))
     assert made["metrics"]["acc_t"] == before["metrics"]["acc_t"]
     assert any("matched by name" in note["text"] for note in made["notes"]["weights"])
-    sha = hashlib.sha256((tmp_path / "release/model.safetensors").read_bytes()).hexdigest()
-    assert made["weights"] == {"sha256": sha}
+    sha, config = (
+        hashlib.sha256((tmp_path / "release" / n).read_bytes()).hexdigest()
+        for n in ("model.safetensors", "config.json")
+    )
+    assert made["weights"] == {"sha256": sha, "config_sha256": config}
     with again.results.opened():
         text = card.folder(again, "TL", summarise([again.folder]))["README.md"].decode()
     assert f"weights from outside that TL is: `{sha}`" in text and "matched by name" not in text
