@@ -46,7 +46,9 @@ class Tables:
         names: Sequence[str] = (),  # of splits, where they are others than of tables
         notes: Sequence[Note] = (),
         others: Sequence[str] = (),  # files and folders of tables or images that belong to no split of the recipe
+        of_hub: bool = False,
     ):
+        self.of_hub = of_hub
         self.asked, self.tables, self.names, self.notes, self.others = asked, tables, names, tuple(notes), others
         self.labels, self.place = cache(self._labels), cache(self._place)
 
@@ -74,7 +76,8 @@ class Tables:
         table = self.tables[self.asked.name(split)]
         column = _columns(self.asked, table.features)[1]
         feature = table.features[column]
-        self._refuse_splits(table, column)
+        if not self.of_hub:  # it says by itself which rows its splits have
+            self._refuse_splits(table, column)
         with _library(self.asked):
             values = (table if isinstance(table, Files) else table.data).column(column).to_pylist()
         labels = [None if unlabelled(value) else value for value in values]
@@ -92,12 +95,17 @@ class Tables:
         )
 
     def _refuse_splits(self, table: Files | HubDataset, label: str) -> None:
-        """As a list is refused. A dataset of the hub is not: it says by itself which rows its splits have."""
-        if isinstance(table, Files):
-            named = [name for name in table.features if name != label and name.casefold() in _SPLIT_COLUMNS]
-            with _library(self.asked):
-                columns = {name: table.column(name).unique().to_pylist() for name in named}
-            refuse_splits(self.asked, table.files[0], "table", columns)
+        """As a list is refused."""
+        columns = {}
+        for name, feature in table.features.items():
+            names = dict(enumerate(getattr(feature, "names", ())))  # of a ClassLabel
+            text = names or getattr(feature, "dtype", None) in ("string", "large_string")
+            if text and name != label and name.casefold() in _SPLIT_COLUMNS:
+                with _library(self.asked):
+                    values = (table if isinstance(table, Files) else table.data).column(name).unique().to_pylist()
+                columns[name] = [names.get(value, value) for value in values]
+        place = table.files[0] if isinstance(table, Files) else self.asked.dataset.path
+        refuse_splits(self.asked, place, "table", columns)
 
     def _place(self, split: Split) -> Callable[[int], str]:
         """How an error names a row: by its file and its number there, where that is known."""
@@ -120,7 +128,7 @@ def from_hub(asked: Asked) -> Tables:
     """Raises DataError, as all here do."""
     hint, dataset = "; check the id, config and revision, the network, and HF_HUB_OFFLINE and HF_HOME", asked.dataset
     found = _build(asked, hint, path=dataset.path, name=dataset.config, revision=dataset.revision)
-    return Tables(asked, {str(name): table for name, table in found.items()})
+    return Tables(asked, {str(name): table for name, table in found.items()}, of_hub=True)
 
 
 def from_file(asked: Asked, root: Path) -> Tables:

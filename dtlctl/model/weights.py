@@ -139,7 +139,7 @@ def _of_layers(readout: str, names: Sequence[str]) -> str:
     """What to do about a head of several modules, such as a dropout and a linear layer, by the names of its tensors."""
     layer, *others = sorted({name.rpartition(".")[0] for name in names})
     if others:
-        return "; its head has several layers, and one is taken: leave them out, and for the source one is fitted"
+        return "; its head has several layers: leave them out of the file, and a head of one is fitted to the source"
     return f"; its head is {layer}: if only dropout stands beside it, rename {layer}.* to {readout}.*"
 
 

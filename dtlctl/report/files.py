@@ -44,9 +44,9 @@ def publish(
     earlier report there that this one has not are removed, once all of this one is written. page: what `page.html.j2`
     shows."""
     page = {"verdict": [], "evidence": {}, "audited": "", "audits": [], **page}
-    work = folder / ".report.tmp"
+    work = folder / f".report.{os.getpid()}.tmp"  # two may write at once
     try:
-        shutil.rmtree(work, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(work, ignore_errors=True)  # of a dead process with our number
         work.mkdir(parents=True)
         drawn = figures.save(drawings, work)
         texts = {

@@ -10,7 +10,7 @@ import numpy as np
 Z = NormalDist().inv_cdf(0.975)
 """Half widths of 95 % intervals are so many standard errors: 1.96."""
 LEAST = 1e-6
-"""Points below which images are counted as for these: nobody has as many, and the count would overflow."""
+"""Points: for a smaller difference the images are counted as for this one, or their number would overflow."""
 EXPECTED = 0.2
 """The share of images that one of TL and a variant alone answers rightly, where none was measured yet."""
 

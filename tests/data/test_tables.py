@@ -108,21 +108,28 @@ def test_a_single_file_is_a_train_split(tmp_path, kind):
     assert "name another split" in message(Dataset(path=dataset.path, test="train"), "test")
 
 
-@pytest.mark.parametrize(("column", "values", "refused"), [
-    ("split", ["train", "Test", "train"], True),
-    ("Subset", ["train", "valid", None], True),
-    ("split", ["train", "train", "train"], False),  # it says what the file is
-    ("caption", ["train", "test", "a train"], False),  # of a picture of a train
-    ("set", [1, 2, 3], False),
+TEXT, ROLE = Value("string"), ClassLabel(names=["train", "test"])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+@pytest.mark.parametrize(("column", "feature", "values", "refused"), [
+    ("split", TEXT, ["train", "Test", "train"], True),
+    ("Subset", TEXT, ["train", "valid", None], True),
+    ("split", ROLE, [0, 1, None], True),
+    ("split", TEXT, ["train", "train", "train"], False),  # it says what the file is
+    ("caption", TEXT, ["train", "test", "a train"], False),  # of a picture of a train
+    ("set", Value("int64"), [1, 2, 3], False),
+    ("set", [Value("string")], [["train"], ["test"], []], False),  # of words
 ])  # fmt: skip
-def test_a_table_whose_rows_are_of_several_splits_is_refused(tmp_path, column, values, refused):
-    kind = Value("int64" if values[0] == 1 else "string")
-    table([0, 1, 1], **{column: (kind, values)}).to_parquet(str(tmp_path / "all.parquet"))
-    dataset = Dataset(path=str(tmp_path / "all.parquet"))
+def test_a_table_whose_rows_are_of_several_splits_is_refused(tmp_path, kind, column, feature, values, refused):
+    rows, ending = table([0, 1, 1], **{column: (feature, values)}), ".parquet" if kind == "parquet" else ""
+    (rows.to_parquet if ending else rows.save_to_disk)(str(tmp_path / f"all{ending}"))
+    dataset = Dataset(path=str(tmp_path / f"all{ending}"), label="label")
     if refused:
-        assert f"all.parquet: a table is one split, and its column {column!r} has rows of " in message(dataset)
-        assert "write a table of each, as train.parquet and test.parquet, or remove the column" in message(dataset)
-        assert all(repr(value) in message(dataset) for value in values[:2])
+        said = message(dataset)
+        assert f"all{ending}: a table is one split, and its column {column!r} has rows of " in said
+        assert f"write a table of each, as train{ending} and test{ending}, or remove the column" in said
+        assert "'train'" in said
     else:
         assert load(dataset).labels.tolist() == [0, 1, 1]
 

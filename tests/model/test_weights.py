@@ -131,7 +131,7 @@ def test_a_run_s_model_with_one_head_is_taken_as_it_is(tmp_path: Path):
             lambda t: in_a_sequence(t, "1"),
             r"2 unknown \(fc.1.bias, fc.1.weight\); its head is fc.1: if only dropout .* fc.1.\* to fc.\*$",
         ),
-        (lambda t: in_a_sequence(t, "0", "3"), r"; its head has several layers, and one is taken: leave them out"),
+        (lambda t: in_a_sequence(t, "0", "3"), r"; its head has several layers: leave them out of the file, "),
         (lambda t: {"é\n": torch.zeros(1)}, r"missing \(.*, \.\.\.\); 1 unknown \(\\xe9\\n\)"),
     ],
 )
