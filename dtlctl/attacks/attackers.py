@@ -7,7 +7,8 @@ one is a class here and its name in `Attacker`.
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import chain
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from dtlctl.attacks.features import EMBEDDING, logistic
 from dtlctl.attacks.tuning import WEIGHT_DECAY, Setting
 from dtlctl.data.dataset import Augment
 from dtlctl.errors import RecipeError
-from dtlctl.model.batchnorm import BatchNorm
+from dtlctl.model.batchnorm import BatchNorm, scale_invariant
 from dtlctl.model.networks import Classifier, renew
 from dtlctl.strict import Algorithm
 
@@ -124,31 +125,34 @@ class LastBlock(_Trained):
 class _Renormalised(_Attacker):
     @torch.no_grad()
     def prepare(self, model: Classifier, fresh: Classifier, images: ImageParts, amount: float | None = None) -> None:
-        """Give every convolution the norm that a new one has, and batch normalisation the images' statistics.
+        """Give scale-invariant convolutions the norm of new ones, and batch normalisation the images' statistics.
 
-        With batch normalisation behind it a rescaled convolution computes the same, and the effective learning rate,
-        which goes with 1 / |w|^2, is that of a new network (arXiv:1706.05350). Parts of the images weigh the same.
+        Rescaled they compute the same, and the effective learning rate, which goes with 1 / |w|^2, is that of a new
+        network (arXiv:1706.05350). Others stay as they are. Parts of the images weigh the same.
         """
         if not any(isinstance(module, BatchNorm) for module in model.modules()):
             raise RecipeError("piggyback.attackers: to renormalise needs a model with batch normalisation")
-        for old, new in zip(model.backbone.modules(), fresh.backbone.modules(), strict=True):
-            if isinstance(old, nn.Conv2d) and isinstance(new, nn.Conv2d):
-                # By a power of two first, which is exact: no square leaves the range of the type, however small it is.
-                power = math.frexp(float(old.weight.abs().max()))[1]
-                for parameter in old.parameters():
-                    parameter.mul_(2.0 ** -max(-126, min(126, power)))
-                scale = new.weight.norm() / old.weight.norm().clamp(min=1e-12)
-                for parameter in old.parameters():
-                    parameter.mul_(scale)
-        update_bn(images, model)
+        parts = iter(images)
+        first = next(parts)
+        for name in scale_invariant(fresh, first.shape[1:]):
+            old, new = (cast(nn.Conv2d, network.backbone.get_submodule(name)) for network in (model, fresh))
+            # By a power of two first, which is exact: no square leaves the range of the type, however small it is.
+            power = math.frexp(float(old.weight.abs().max()))[1]
+            for parameter in old.parameters():
+                parameter.mul_(2.0 ** -max(-126, min(126, power)))
+            scale = new.weight.norm() / old.weight.norm().clamp(min=1e-12)
+            for parameter in old.parameters():
+                parameter.mul_(scale)
+        update_bn(chain([first], parts), model)
 
 
 class Renorm(_Renormalised, _Trained):
-    """Convolutions get the norm of new ones and batch statistics are taken anew, then all weights are trained.
+    """Convolutions before batch normalisation get the norm of new ones, and it new statistics; then all are trained.
 
     This undoes what only hides knowledge under batch normalisation (`renormalise`), without which it is refused.
     """
 
+    revision: ClassVar[int] = 3
     kind: Literal["renorm"] = "renorm"
 
 
@@ -230,6 +234,7 @@ class Probe(_Linear):
 class RenormProbe(_Renormalised, _Linear):
     """A linear classifier on the features of a model that is prepared as `renorm` does. Needs batch normalisation."""
 
+    revision: ClassVar[int] = 5
     kind: Literal["renorm-probe"] = "renorm-probe"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -180,6 +181,7 @@ def export(
     place, hub, limits, chosen = to, to.startswith("hf:"), experiment.recipe.publish, model
     if not hub:
         exports.refuse(experiment, Path(to))
+    replaces = not hub and os.path.exists(to)
     if not hub and to.endswith(exports.SUFFIX):
         if onnx:
             raise RecipeError(f"--onnx: the network stands beside its weights in a folder; --to {to} is a file")
@@ -195,6 +197,8 @@ def export(
         place = exports.push(files, to.removeprefix("hf:")) if hub else exports.publish(files, Path(to))
         if model != "TGT" and not document["evidence"][model]["attacks"]:
             say(f"{model} was never attacked: nothing is known of what it gives away", quiet)
+    if replaces:
+        say(f"export: it replaces an earlier one in {to}", quiet)
     if model == "TL":
         say("TL has not been disposed of: it holds all that it learned from the source", quiet)
     elif not chosen:

@@ -109,7 +109,8 @@ def _samples(shard: Path) -> Samples:
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("it is cut short or broken")
     except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{shard}: the shard cannot be read: {one_line(error)}") from error
+        remedy = "; pack it again, whole and not compressed, or take it out" * isinstance(error, tarfile.TarError)
+        raise DataError(f"{shard}: the shard cannot be read: {one_line(error)}{remedy}") from error
     return found
 
 

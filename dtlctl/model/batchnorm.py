@@ -1,6 +1,8 @@
-"""Batch normalisation over all processes."""
+"""Batch normalisation: over all processes, and which convolutions are scale-invariant by it."""
 
+import copy
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,6 +12,32 @@ from torch.overrides import TorchFunctionMode
 
 BatchNorm: Any = nn.modules.batchnorm._BatchNorm
 """The base of every batch normalisation: torch's own, of maps and of vectors, and timm's, some of which do more."""
+
+
+@lru_cache(maxsize=2)  # an attacker asks before each of his trials
+@torch.enable_grad()
+def scale_invariant(network: nn.Module, size: tuple[int, ...]) -> set[str]:
+    """Names of a backbone's convolutions whose weights, all times one factor, give the same answers in train mode.
+
+    Batch normalisation takes the factor out again, and their gradients are orthogonal to their weights
+    (arXiv:1706.05350); not so in squeeze-and-excitation, or where a shortcut begins before the normalisation.
+    network: a new one, whose weights are sane; size: [3, H, W] of an image.
+    """
+    seen: Any = copy.deepcopy(network).cpu().double().eval().requires_grad_(True)
+    for norm in (module for module in seen.modules() if isinstance(module, BatchNorm)):
+        norm.train().eps = 1e-20
+        if norm.weight is not None:  # which begins as zero where a branch is to open later
+            nn.init.ones_(norm.weight)
+    seen.precision, random = "float32", torch.Generator().manual_seed(0)
+    noise = torch.rand(8, *size, generator=random, dtype=torch.float64)
+    answers = seen.embed(noise)
+    (answers * torch.randn(answers.shape, generator=random, dtype=torch.float64)).sum().backward()
+    weights = {name: module.weight for name, module in seen.backbone.named_modules() if isinstance(module, nn.Conv2d)}
+    return {
+        name
+        for name, weight in weights.items()
+        if weight.grad is not None and (weight * weight.grad).sum().abs() < 1e-4 * weight.norm() * weight.grad.norm()
+    }
 
 
 def over_processes(norm: nn.Module) -> None:

@@ -62,6 +62,8 @@ def refuse(experiment: Experiment, to: Path) -> None:
         raise RecipeError(f"--to {to}: within the run's folder, whose files are the run's own; choose another place")
     if to.suffix == SUFFIX and os.path.isdir(to):
         raise RecipeError(f"--to {to}: is a folder; name the file, as in --to {to / f'model{SUFFIX}'}")
+    if to.suffix == SUFFIX and os.path.lexists(to) and not _is_our_file(to):
+        raise RecipeError(f"--to {to}: is there, and not an export; choose another name")
     if to.suffix != SUFFIX and os.path.lexists(to) and (to.is_symlink() or not is_ours(to)):
         example = to / "release" if os.path.isdir(to) else f"{to}-release"
         raise RecipeError(f"--to {to}: is there, and not only an export; name a new folder, as in --to {example}")
@@ -95,6 +97,13 @@ def is_ours(folder: Path) -> bool:
         ours = {"README.md", "config.json", f"model{SUFFIX}"}
         return ours <= names <= {*ours, "model.onnx"} and described["made_by"] == "dtlctl"
     except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_our_file(path: Path) -> bool:
+    try:
+        return "classes" in weights.tensors_of(str(path))[1]
+    except CheckpointError:
         return False
 
 

@@ -5,6 +5,7 @@ theta is a new network by default, theta_tl in the paper; TL answers for what is
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -43,11 +44,13 @@ def dispose(experiment: Experiment, job: Job[Dispose]) -> None:
     while len(draws) < settings.most_draws and (kept is None or _bad_luck(settings, kept[0])):
         if kept:
             tell(f"{job.title}: draw {len(draws) + 1} of at most {settings.most_draws} begins; the cheapest is kept")
+        began = time.perf_counter()
         try:
             metrics, history, student = _drawn(experiment, job, len(draws))
         except (DivergedError, RecipeError) as error:  # the latter: it misses `unlearn.cosine`, which another met
             if kept is None:
                 raise
+            seconds += time.perf_counter() - began
             draws.append({"failed": str(error)})
             continue
         seconds += history.seconds

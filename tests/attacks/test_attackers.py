@@ -135,6 +135,20 @@ def test_renorm_gives_new_norms_the_same_function_and_the_images_statistics():
         Renorm().prepare(plain, plain, [x])
 
 
+def test_renorm_leaves_squeeze_and_excitation_alone():
+    """Its convolutions have no batch normalisation behind them: rescaled, the model is another one."""
+    torch.manual_seed(0)
+    old, new = (networks.build("mobilenet_v3_small", {"a": 2}, stem="imagenet", image_size=32) for _ in range(2))
+    weights = {name: module for name, module in old.backbone.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    with torch.no_grad():
+        for module in weights.values():
+            module.weight.mul_(3)
+    before = {name: module.weight.clone() for name, module in weights.items()}
+    Renorm().prepare(old, new, [torch.rand(8, 3, 32, 32)])
+    alone = {name for name, weight in before.items() if torch.equal(weights[name].weight, weight)}
+    assert alone == {name for name in weights if ".fc" in name} and len(alone) == 18
+
+
 @pytest.mark.parametrize("factor", [2.0**-100, 2.0**70])
 def test_renorm_undoes_a_scale_of_any_size(factor: float):
     """The square of 2^-100 is 0 in float32, that of 2^70 infinite. A power of two changes no digit: all stays equal."""

@@ -1,5 +1,6 @@
 """Webdataset shards: the images and classes of the same folder; what is broken, or is none, is said by its name."""
 
+import gzip
 import io
 import tarfile
 import tracemalloc
@@ -153,6 +154,7 @@ def test_what_has_no_label_or_no_image_is_said_and_counted(tmp_path):
         (lambda blob: blob[: blob.index(b"some/002.PNG") + 512 + 300], "unexpected end of data"),  # within an image
         (lambda blob: blob[: blob.index(b"some/002.cls") + 512 + 512 + 100], "cut short or broken"),
         (lambda blob: blob.replace(b"some/001.cls", b"some/0Ol.cls"), "cut short or broken"),  # a wrong check sum
+        (gzip.compress, ""),
         (lambda blob: b"no tar at all", "truncated header"),
         (lambda blob: b"", "empty file"),
     ],
@@ -163,6 +165,7 @@ def test_a_shard_that_cannot_be_read_is_named(tmp_path, damage, reason):
     other.write_bytes(damage(other.read_bytes()))
     text = refused(Dataset(path=str(tmp_path / "d")))
     assert f"{other}: the shard cannot be read" in text and reason in text
+    assert text.endswith("pack it again, whole and not compressed, or take it out")
 
 
 def test_a_tar_that_may_not_be_read_is_named(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dtlctl.model import batchnorm
+from dtlctl.model import batchnorm, networks
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +49,22 @@ def test_outputs_gradients_and_running_statistics_are_torchs(norm: nn.Module, si
 def test_a_norm_of_timm_keeps_its_activation():
     layers = pytest.importorskip("timm.layers", reason="the extra timm is not installed")
     same_as_torch(layers.BatchNormAct2d(3, act_layer=nn.SiLU).double(), 4, 3, 5, 5)
+
+
+def test_a_convolution_is_scale_invariant_where_nothing_passes_its_batch_normalisation_by():
+    """By hand: a -> (bn -> b -> bn) + a. A factor of `a` stays in the sum, one of `b` is taken out."""
+
+    class PreActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, bias=False)
+            self.before, self.behind = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            nn.init.zeros_(self.behind.weight)  # as branches begin that are to open later
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            maps = self.a(x)
+            return (self.behind(self.b(self.before(maps).relu())) + maps).mean((2, 3))
+
+    network = networks.Classifier(PreActivation(), 4, {"a": 2})
+    assert batchnorm.scale_invariant(network, (3, 6, 6)) == {"b"}
+    assert all(p.grad is None for p in network.parameters()) and network.training

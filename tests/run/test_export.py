@@ -151,6 +151,19 @@ def test_what_cannot_be_exported_is_one_line(
     assert weights.read_bytes() == before and not Path("a.safetensors").exists()
 
 
+def test_only_an_export_is_replaced_and_it_is_said(experiment: Experiment, call):
+    """Weights of somebody's own, or another run's, may lie at the place."""
+    Path("own.safetensors").write_bytes((experiment.folder / "dispose/rand/model.safetensors").read_bytes())
+    code, _, err = call("export", experiment.source, "--model", "rand", "--to", "own.safetensors", "--quiet")
+    assert (code, err) == (2, "error: --to own.safetensors: is there, and not an export; choose another name\n")
+    for to in ("twice.safetensors", "twice"):
+        said = [call("export", experiment.source, "--model", model, "--to", to) for model in ("TGT", "rand")]
+        assert [(code, f"export: it replaces an earlier one in {to}\n" in err) for code, _, err in said] == [
+            (0, False),
+            (0, True),
+        ]
+
+
 @pytest.mark.parametrize("spoil", ["cut", "other", "arch", "tensor"])
 def test_a_file_that_export_did_not_write_is_refused(experiment: Experiment, tmp_path: Path, spoil: str):
     path = tmp_path / "rand.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,7 @@ def test_a_second_draw_that_diverges_does_not_lose_the_first(recipe_file: Path, 
 
     def diverges(experiment, job, draw: int):
         if draw == 1:
+            time.sleep(2)
             raise DivergedError("training diverged")
         return drawn(experiment, job, draw)
 
@@ -109,8 +111,10 @@ def test_a_second_draw_that_diverges_does_not_lose_the_first(recipe_file: Path, 
     one = experiment(recipe_file, "runs", NEW)
     run(one, STAGES, only=MADE)
     assert apart(weights[1], dict(one.trainer.load_model("new").named_parameters())) == 0
-    first, second, third = sidecar(one, "dispose/new")["metrics"]["draws"]
+    made = sidecar(one, "dispose/new")
+    first, second, third = made["metrics"]["draws"]
     assert (first["price"], second, third["price"]) == (5.0, {"failed": "training diverged"}, 1.0)
+    assert made["wall_seconds"] > 2
 
 
 def test_a_second_draw_that_misses_the_bound_on_exactness_does_not_lose_the_first(recipe_file: Path, monkeypatch):
