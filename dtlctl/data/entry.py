@@ -6,12 +6,14 @@ same whoever decodes it, so any number of processes may fill an entry at once, a
 `rule.json` is there where an image of more than 8 bits is: then all rows were looked at, as one rule holds for all.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ import numpy as np
 from dtlctl.data.dataset import Note, Rows
 from dtlctl.data.pixels import HASH, Rule
 from dtlctl.data.stream import Streamed
+from dtlctl.errors import DataError
 from dtlctl.storage.checkpoint import sync
 
 RULE, SAID = "rule.json", "broken.txt"
@@ -185,7 +188,26 @@ def create(source: Rows, work: Path, image_size: int, name: str, streamed: bool)
 
 
 def read(place: Path, image_size: int, streamed: bool) -> Entry | None:
-    """A sound entry, or None. Content is not verified: only a crash of the machine could have changed it."""
+    """A sound entry, or None. Content is not verified: only a crash of the machine could have changed it.
+
+    Runs of one process that read the same, as a sweep's, share it: its files stay open. DataError where too many are.
+    """
+    try:
+        return _read(place, image_size, streamed, tuple(map(_stamp, [place, *sorted(place.glob("*"))])))
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise DataError(f"{place}: {error.strerror}; allow more: ulimit -n 8192") from error
+        return None
+
+
+def _stamp(path: Path) -> tuple[str, int, int, int]:
+    found = path.stat()
+    return path.name, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _read(place: Path, image_size: int, streamed: bool, stamps: tuple[tuple[str, int, int, int], ...]) -> Entry | None:
+    """As `read`, of files that are as the stamps say. Raises OSError."""
     files = {name: place / f"{name}.npy" for name in _layout(0, image_size, streamed)}
     try:
         meta = json.loads((place / "meta.json").read_bytes())
@@ -193,7 +215,7 @@ def read(place: Path, image_size: int, streamed: bool) -> Entry | None:
         labels, (rule, said) = np.load(place / "labels.npy"), read_rule(place)
         classes, notes = tuple(meta["classes"]), [Note(*note) for note in meta["notes"]] + said
         entry = Entry(place, labels, classes, meta["dropped"], meta["name"], notes, rule, image_size, arrays)
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
+    except (EOFError, ValueError, KeyError, TypeError):
         return None
     found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     return entry if found == _layout(len(labels), image_size, streamed) and labels.dtype == np.int64 else None

@@ -1,4 +1,4 @@
-"""Eq. 1 as one object: (1 − λ) · retain + λ · unlearn, by the `lam` that the caller sets before a step."""
+"""Eq. 1 as one object: (1 − λ) · retain + λ · unlearn, by the `lam` and `number` that the caller sets before a step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Disposal:
     student, teacher: the network that is trained, from TL's weights or new, and TL, frozen, in eval mode. chunks: of
     this process. batch_norm: "train", or "frozen" for the running statistics of the start. images: rows of the source
     dataset; label_seed: of the labels that RAND draws for them. all_reduce sums tensors over `processes`. mode: how the
-    chunks' graphs are held, chosen at the first step where the recipe does not say.
+    chunks' graphs are held, chosen at the first step where the recipe does not say. number: of the step, for what an
+    unlearning loss draws.
     """
 
     lam: float
@@ -44,6 +45,7 @@ class Disposal:
     processes: int = 1
     all_reduce: Callable[[Sequence[Tensor]], list[Tensor]] = list
     mode: GraphMode | None = field(default=None, init=False)
+    number: int = field(default=0, init=False)
 
     def __call__(self, source: Batch, target: Batch | None, unlearning: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """A scalar whose gradient, averaged over processes, is that of Eq. 1, and numbers to report, detached.
@@ -115,7 +117,7 @@ class Disposal:
         seen, tape, again = outputs(self.student, source, self.chunks, self.mode, maps=self.unlearn.needs_maps)
         kept = apart(self.student, target, self.chunks) if target else ()
         parameters, more = list(self.student.parameters()), (self.processes, self.all_reduce, self.student, tape, again)
-        return Step(seen, kept, self._answers, parameters, self.images, self.label_seed, *more)
+        return Step(seen, kept, self._answers, parameters, self.images, self.label_seed, *more, number=self.number)
 
     @torch.no_grad()
     def _answers(self, x: Tensor) -> Tensor:

@@ -63,6 +63,8 @@ class Step:
     """Where `chunks` came out of one pass: its record."""
     again: Callable[[int], ChunkOutputs] | None = None
     """Where graphs are not to be held: computes one chunk anew."""
+    number: int = 0
+    """Of this step in its training."""
 
     def gradient(self, scalar: Tensor) -> list[Tensor]:
         """The global gradient of what is a mean over this process's share, whose graph is kept."""

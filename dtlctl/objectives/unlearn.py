@@ -4,6 +4,7 @@ Each kind is one class: its recipe fields and its loss. A new one is a class her
 """
 
 import math
+import zlib
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal
 
@@ -169,11 +170,12 @@ class SimulatedAttacker(OnePart):
     Raises RecipeError for a batch whose parts would be below two images on a process.
     """
 
+    revision: ClassVar[int] = 2
     kind: Literal["simulated-attacker"] = "simulated-attacker"
     steps: int = Field(3, ge=1, le=100)
     """Steps of the attacker, each on a part of the batch."""
     lr: list[Annotated[float, Field(gt=0, le=10)]] = Field([0.003, 0.03, 0.3], min_length=1)
-    """Learning rates of the attacker: one is drawn for each batch."""
+    """Learning rates of the attacker: one is drawn for each step."""
     trains_source_head: ClassVar[bool] = False
     way_out: ClassVar[str] = ", or take fewer steps"
 
@@ -187,9 +189,8 @@ class SimulatedAttacker(OnePart):
         least, what = self.least_images(seen.target.shape[1], step.processes)
         if len(seen.x) * step.processes < least:
             raise RecipeError(f"simulated-attacker: {what} a batch_size of {least} or more")
-        # Drawn by the batch: the same on all processes, and again where a run goes on.
-        (total,) = step.all_reduce([sent(seen.rows.sum(), seen.y.device) if step.processes > 1 else seen.rows.sum()])
-        generator = torch.Generator().manual_seed(step.seed + int(total))
+        # Drawn by the step: the same on all processes, and again where a run goes on.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{step.seed}/{step.number}".encode()))
         weights = {name: p.detach().requires_grad_() for name, p in student.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
         for name in ("heads.source.weight", "heads.source.bias"):  # as nn.Linear begins

@@ -193,7 +193,7 @@ class Recipe(Strict):
 
     def stream(self, tag: str) -> int:
         """A 32-bit seed for one use of randomness, independent of every other tag's."""
-        shared = self.pretrain.seed if tag.startswith(("pretrain/", "subset/source")) else None
+        shared = self.pretrain.seed if tag.startswith(("pretrain/", "pre/", "subset/source")) else None
         return stream(self.seed if shared is None else shared, tag)
 
     def resolved(self) -> dict[str, Any]:

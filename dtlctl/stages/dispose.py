@@ -93,7 +93,7 @@ def _drawn(experiment: Experiment, job: Job[Dispose], draw: int) -> tuple[dict[s
     checks = Checks(experiment, job, disposal, source, target, state)
 
     def objective(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        disposal.lam = checks.lam()
+        disposal.lam, disposal.number = checks.lam(), step
         checks.follow(student)
         return disposal(source[step], target[step] if target else None, step < repair_from)
 

@@ -61,7 +61,7 @@ class Parts:
         theirs = Parts(folder, self.key)
         for path in sorted(folder.glob("*.json")):
             with suppress(CheckpointError):  # damaged there, or not to be written here: then it is made anew
-                if not self._path(path.stem).exists() and theirs.has(path.stem, Any):
+                if not self.has(path.stem, Any) and theirs.has(path.stem, Any):
                     checkpoint.write(self._path(path.stem), path.read_bytes())
 
     def _path(self, name: str) -> Path:

@@ -18,3 +18,8 @@ def test_a_line_tells_the_pace_and_what_is_left(monkeypatch: pytest.MonkeyPatch,
             bar.advance(1, images=64)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("pretrain 451/1000") and lines[0].endswith("2 min left")
+
+
+def test_a_path_is_said_as_it_is(capsys: pytest.CaptureFixture[str]):
+    progress.say("/data/x:dog: [red]")
+    assert capsys.readouterr().err == "/data/x:dog: [red]\n"

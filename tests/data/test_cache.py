@@ -1,3 +1,4 @@
+import errno
 import os
 import platform
 import resource
@@ -343,3 +344,27 @@ def test_real_data():
         assert images.pixels.shape == (20 * each, 3, 32, 32)
         assert np.bincount(images.labels).tolist() == [each] * 20
         assert 90 < images.pixels[:].mean() < 130 and images.pixels[:].std(0).min() > 20
+
+
+def test_who_reads_the_same_in_one_process_shares_its_open_files(tmp_path):
+    """A sweep holds its points' images, and a process may have 1,024 files open."""
+    dataset = image_folder(tmp_path / "d")
+    kept = [cache.load(Source(dataset), "train", 8)]
+    before = len(os.listdir("/proc/self/fd"))
+    kept += [cache.load(Source(dataset), "train", 8) for _ in range(5)]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_entry_that_cannot_be_opened_for_too_many_open_files_stays(tmp_path, cache_folder, monkeypatch):
+    source = Source(image_folder(tmp_path / "d"))
+    cache.load(source, "train", 8)
+    before = sorted(cache_folder.rglob("*"))
+    entry._read.cache_clear()
+
+    def full(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(np, "load", full)
+    with pytest.raises(DataError, match="Too many open files; allow more: ulimit -n"):
+        cache.load(source, "train", 8)
+    assert sorted(cache_folder.rglob("*")) == before

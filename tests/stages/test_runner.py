@@ -403,6 +403,9 @@ def test_pre_training_stops_where_held_out_images_say_so(recipe_file: Path, caps
     assert (len(kept), len(held)) == (60, 10)
     assert np.bincount(labels[held]).tolist() == [1] * 10 and not set(kept) & set(held)
     assert sorted([*kept, *held]) == experiment.data.index("source").tolist()
+    same, shared = "pretrain.seed=0", ("seed=1", "pretrain.seed=0")  # one pre-training for every seed of the recipe
+    others = [new_experiment(recipe_file, table, "data.source.fraction=0.0695", *s) for s in ([same], shared)]
+    assert [other.trainer.rows(job)[1].tolist() for other in others] == [held.tolist()] * 2
     run(experiment, ("pretrain",))
     made = json.loads((experiment.folder / "pretrain/model.json").read_text())
     assert (made["metrics"]["kept_step"], made["history"][-1]["step"]) == (3, 9)

@@ -247,3 +247,11 @@ def test_a_model_of_finite_answers_and_endless_gradients_is_not_audited(attack: 
     monkeypatch.setattr(Trainer, "load_model", steep)
     with pytest.raises(DivergedError, match=r"^audit/pre: .* to \d+ of 40 images, or their gradients, are not finite"):
         run(experiment, ("audit",), only=("pre",))
+
+
+def test_a_part_of_another_key_is_replaced_by_what_another_folder_has_for_ours(tmp_path: Path):
+    for folder, key, part in (("own", "old", 1), ("theirs", "new", 2)):
+        Parts(tmp_path / folder, key)._write("0", part)
+    own = Parts(tmp_path / "own", "new")
+    own.adopt(tmp_path / "theirs")
+    assert own._read("0", int) == 2

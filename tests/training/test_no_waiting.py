@@ -81,6 +81,6 @@ def test_no_step_of_a_disposal_waits(opened, monkeypatch, unlearn, retain):
     assert asked.operations["convolution"] > 0 and asked.operations["_fused_sgd_"] >= 3
     known = {"_local_scalar_dense": 6}  # a disposal's mean of weights has its count on the CPU, whatever the device
     known["_local_scalar_dense"] += 3 if "recompute" in unlearn else 0  # seeds, there too
-    known["_local_scalar_dense"] += 6 if "simulated" in unlearn else 0  # what the batch draws, there too
+    known["_local_scalar_dense"] += 3 if "simulated" in unlearn else 0  # what the step draws, there too
     known |= {"linalg_pinv": 3} if "null-space" in unlearn else {}  # one a step, of a matrix of classes x classes
     assert asked.waits() == known
