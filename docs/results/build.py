@@ -47,7 +47,7 @@ LABELS = {
     "rand-fresh": "random labels, fresh stages, both", "null-both": "null-space, fresh stages, both",
     "lr-0.01": "learning rate 0.01", "lr-0.1": "learning rate 0.1", "gc-src-kd": "distilled on source images",
     "gc-tgt-kd": "distilled on target images", "gc-tgt-ce": "target labels",
-    "gc-0.9": "gradient collision, λ ≤ 0.9",
+    "gc-0.9": "gradient collision, λ ≤ 0.9", "gc-6": "gradient collision, six passes",
     "gc-chunks": "gradient collision, two chunks", "gc-t1": "gradient collision, T = 1",
     "gc-3": "gradient collision, three passes", "gc-two": "gradient collision, two fresh stages",
     "gc-tl": "gradient collision, from TL", "sim": "simulated attacker", "regrown": "no unlearning loss, grown anew",
@@ -72,7 +72,7 @@ class Seeds(dict[int, float]):
     """A number by seed; printed as its mean ± the half width of the 95 % t interval, or alone for one seed."""
 
     def __sub__(self, other: Seeds) -> Seeds:
-        if self.keys() != other.keys():
+        if not self.keys() <= other.keys():
             raise ValueError(f"seeds {sorted(self)} against {sorted(other)}")
         return Seeds({seed: value - other[seed] for seed, value in self.items()})
 

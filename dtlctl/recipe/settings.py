@@ -117,7 +117,7 @@ class Dispose(Training):
     """Points of target accuracy that it may cost, instead of `lambda`: the run finds λ, by the target images that
     `data.target.fraction` leaves out; a `TL` from outside is measured on test images. Default, without `lambda`: 1."""
     unlearn: Unlearn = GradientCollision(chunks=4)
-    """The unlearning loss: what drives the source out."""
+    """What drives the source out; default: gradient collision. On photographs `null-space` left less: try both."""
     retain: Retain = Distill(on="both", temperature=4.0)
     """The retaining loss: what keeps the target."""
     repair: float = Field(0.0, ge=0, lt=1)
