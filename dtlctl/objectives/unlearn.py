@@ -31,9 +31,13 @@ class _Unlearn(Algorithm):
     way_out: ClassVar[str] = ""
     """Of `least_images`: what else to change, beside the images or the kind."""
 
-    def least_images(self, classes: int, processes: int) -> tuple[int, str]:
-        """Images that a batch needs with so many target classes on so many processes, and what needs them."""
+    def least_images(self, processes: int) -> tuple[int, str]:
+        """Images that a batch needs on so many processes, and what needs them."""
         return 2, "a step needs"
+
+    def remark(self, classes: int, images: int) -> str:
+        """What to say of so many target classes and images a step; empty if nothing."""
+        return ""
 
 
 class OnePart(_Unlearn):
@@ -106,9 +110,10 @@ class NullSpace(OnePart):
 
     H is a stage's output on the source images of the global batch, flattened, Z their target logits (detached), both
     less their means. What Z explains of H linearly is Z M, with M = argmin |H - Z M|^2; the loss is
-    |H - Z M|^2 / |H|^2, averaged over the stages. Scaling a stage does not change it.
+    |H - Z M|^2 / |H|^2, averaged over the stages. Scaling a stage does not change it. Of many target classes the
+    leading principal components of Z count, one for three images of the batch: all of them would explain any H.
 
-    Raises RecipeError for a backbone with fewer stages, or a batch in which Z explains much by chance.
+    Raises RecipeError for a backbone with fewer stages.
     """
 
     kind: Literal["null-space"] = "null-space"
@@ -117,16 +122,17 @@ class NullSpace(OnePart):
     needs_maps: ClassVar[bool] = True
     trains_source_head: ClassVar[bool] = False
 
-    def least_images(self, classes: int, processes: int) -> tuple[int, str]:
-        # With fewer, that many target classes explain much by chance.
-        return 3 * classes, f"{classes} target classes need"
+    def remark(self, classes: int, images: int) -> str:
+        if (most := components(images)) >= classes - 1:
+            return ""
+        return (
+            f"of the answers for {classes} target classes the {most} leading components count with {images} images a "
+            f"step; {3 * (classes - 1)} would keep all"
+        )
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         (seen,) = step.chunks
-        classes, images = seen.target.shape[1], len(seen.x) * step.processes
-        least, what = self.least_images(classes, step.processes)
-        if images < least:
-            raise RecipeError(f"null-space: batch_size is {images}; {what} {least} or more")
+        images = len(seen.x) * step.processes
         count = self.stages or max(1, len(seen.maps))
         if len(seen.maps) < count:
             raise RecipeError(f"null-space: stages = {count}, but only {len(seen.maps)} of this model are known")
@@ -138,16 +144,24 @@ class NullSpace(OnePart):
         # Once for all stages: on an accelerator the eigenvalues behind it are waited for. It raises for what is not
         # finite, which is to reach the loss, so that the training is stopped and named as diverged.
         finite = devices.able(square.nan_to_num(0, 0, 0))
-        inverse = torch.linalg.pinv(finite, rtol=1e-5, hermitian=True).to(square.device)
+        sizes, axes = torch.linalg.eigh(finite)  # ascending
+        sizes, axes = sizes[-components(images) :], axes[:, -components(images) :]
+        inverse = ((axes * torch.where(sizes > 1e-5 * sizes[-1], 1 / sizes, 0)) @ axes.T).to(square.device)
         parts = [_unexplained(map_.flatten(1), answers, inverse, step) for map_ in seen.maps[-count:]]
         scalars, values = zip(*parts, strict=True)
         return torch.stack(scalars).mean(), torch.stack(values).mean()
 
 
+def components(images: int) -> int:
+    """How many principal components of the target's answers to so many images may explain the representation."""
+    return max(1, images // 3)  # by chance they explain a third then
+
+
 def _unexplained(rows: Tensor, by: Tensor, inverse: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     """|H - Z M|^2 / |H|^2 of this process's share of H [B, F] and Z [B, K], over the global batch: scalar and value.
 
-    Z has no mean; inverse: (Z'Z)^-1 [K, K]. Means and M are constants: both sums are least there.
+    Z has no mean; inverse: (Z'Z)^-1 [K, K] of its leading components. Means and M are constants: both sums are least
+    there.
     """
     rows = rows.to(by.dtype)
     (total,) = step.all_reduce([rows.detach().sum(0)])
@@ -179,14 +193,14 @@ class SimulatedAttacker(OnePart):
     trains_source_head: ClassVar[bool] = False
     way_out: ClassVar[str] = ", or take fewer steps"
 
-    def least_images(self, classes: int, processes: int) -> tuple[int, str]:
+    def least_images(self, processes: int) -> tuple[int, str]:
         # Two in each part on each process.
         return 2 * (self.steps + 1) * processes, f"steps = {self.steps} needs"
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor]:
         (seen,), student = step.chunks, step.student
         assert student is not None
-        least, what = self.least_images(seen.target.shape[1], step.processes)
+        least, what = self.least_images(step.processes)
         if len(seen.x) * step.processes < least:
             raise RecipeError(f"simulated-attacker: {what} a batch_size of {least} or more")
         # Drawn by the step: the same on all processes, and again where a run goes on.

@@ -48,7 +48,8 @@ def _lacking(recipe: Recipe) -> Iterator[tuple[str, str]]:
             if count and count > (known := len(networks.stages(_backbone(recipe)))):
                 reason = f"{count}, but {arch} has {known} stages; write {known} or less"
                 if not known:
-                    reason = f"the stages of {arch} are not known; choose another network or variant"
+                    other = "leave it out" if key == "fresh_stages" else 'write unlearn = { kind = "random-labels" }'
+                    reason = f"the stages of {arch} are not known; {other}, or take another network"
                 yield f"dispose.{name}.{key}", reason
     yield from _lacking_to_attackers(recipe)
 

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from dtlctl.data.dataset import Dataset
 from dtlctl.errors import suggest
 from dtlctl.model import networks
+from dtlctl.objectives.unlearn import NullSpace
 from dtlctl.recipe.settings import Audit, Compare, Dispose, Finetune, Piggyback, Pretrain, Publish, Reference, Track
 from dtlctl.strict import Strict
 
@@ -67,6 +68,11 @@ class Model(Strict):
             # A strided 1x1 convolution of fewer channels than a vector has writes past its memory (oneDNN#6035).
             raise ValueError(f"channels_last needs a width of 16 or more, not {self.width}: torch crashes on narrower")
         return self
+
+    @property
+    def ends_small(self) -> bool:
+        """Whether it is a ResNet whose last maps are 2 x 2 or smaller."""
+        return self.arch.startswith("resnet") and self.stem == "imagenet" and self.image_size <= 64
 
     @property
     def shape(self) -> tuple[str, str, int | None, int]:
@@ -141,6 +147,14 @@ class Recipe(Strict):
         if value in ("float16", "fp16", "half"):
             raise ValueError("float16 needs its loss scaled, which a product of two gradients squares; use bfloat16")
         return value
+
+    @model_validator(mode="after")
+    def _recommended(self) -> Recipe:
+        """Give a disposal that names no loss the one of its network."""
+        for name, settings in self.dispose.items():
+            if self.model.ends_small and "unlearn" not in settings.model_fields_set:
+                self.dispose[name] = settings.model_copy(update={"unlearn": NullSpace()})
+        return self
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:

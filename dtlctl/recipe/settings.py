@@ -14,10 +14,7 @@ from dtlctl.strict import Algorithm, Strict
 
 
 class Training(Algorithm):
-    """How a stage optimises, by SGD with momentum. All values are global: processes only change the speed.
-
-    A table that is there gives either `epochs` or `steps`.
-    """
+    """How a stage optimises, by SGD with momentum. All values are global: processes only change the speed."""
 
     epochs: int | None = Field(None, ge=1, le=100_000)
     """Length in passes over the training set; a rest smaller than a batch is left out. Either this or `steps`."""
@@ -62,8 +59,7 @@ class Adoptable(Training):
     layer_decay: float | None = Field(None, gt=0, lt=1)
     """Of `adamw`: the head has `lr`, each stage before it this share of the next one's; for trained networks."""
     patience: int | None = Field(None, ge=1, le=100_000)
-    """Stop after so many epochs without a better accuracy on images that are held out, and keep the best weights.
-    References of an audit train to the end."""
+    """Stop after so many epochs without a better accuracy on held-out images; the best weights count. Not in audits."""
     held_out: float = Field(0.1, gt=0, le=0.5)
     """With `patience`: this share of the smallest class's training images, of every class, is not trained on."""
 
@@ -99,8 +95,8 @@ class Reference(Algorithm):
     """A `.safetensors` file, an exported folder or `torchvision:NAME`, of the recipe's architecture."""
 
 
-PRICE, PASSES = 1.0, 10
-"""Of a disposal that says neither price nor λ, and no length: points of target accuracy, passes over the source."""
+PRICE, PASSES, STEPS = 1.0, 6, 1200
+"""Of a disposal that says neither price nor λ, and no length: points of target accuracy, passes, least steps."""
 
 
 class Dispose(Training):
@@ -117,22 +113,25 @@ class Dispose(Training):
     """Points of target accuracy that it may cost, instead of `lambda`: the run finds λ, by the target images that
     `data.target.fraction` leaves out; a `TL` from outside is measured on test images. Default, without `lambda`: 1."""
     unlearn: Unlearn = GradientCollision(chunks=4)
-    """What drives the source out; default: gradient collision. On photographs `null-space` left less: try both."""
+    """What drives the source out. Default: gradient collision; `null-space` for a ResNet that ends in maps of 2×2 or
+    less: with ImageNet's stem, on images of 64 pixels or fewer."""
     retain: Retain = Distill(on="both", temperature=4.0)
     """The retaining loss: what keeps the target."""
+    least_steps: int = Field(0, ge=0, le=10_000_000)
+    """Steps, however few images `epochs` pass over: a new network needs some. Without a length: 6 epochs, 1,200."""
     repair: float = Field(0.0, ge=0, lt=1)
     """The last share of the steps trains on the retaining loss alone."""
     settle: int | None = Field(None, ge=2, le=40)
-    """End early: where at so many checks in a row neither price nor probe moved by more than a point (some 40 a run,
-    and its eight reports). With a price to find λ for, after 70 % of the steps. The probe looks at test images of the
-    source, and without a `price` the price so far at those of the target: report that the run saw them."""
+    """End early: where at so many checks in a row (of some 40) neither price nor probe moved by more than a point; with
+    a price to find λ for, after 70 % of the steps. The probe looks at test images of the source, and without a `price`
+    the price so far at those of the target: report that the run saw them."""
     init: Literal["TL", "fresh"] = "fresh"
     """Where it starts: from a new network (`fresh`), or from `TL`, which is the default beside `fresh_stages`."""
     fresh_stages: int = Field(0, ge=0)
     """So many of the last stages of `TL`, and both heads, start anew."""
     draws: int = Field(3, ge=1, le=100)
-    """With a `price`, and a new network or fresh stages: where all of the interval is above the price, by 5 points at
-    most, network and batches are drawn anew, up to so many draws in all; the cheapest is kept."""
+    """Of a new network or fresh stages with a `price`: where all of its interval is above, by 5 points at most, it is
+    drawn anew, up to so many draws in all; the cheapest is kept."""
     batch_norm: Literal["train", "frozen"] = "train"
     """Batch normalisation takes a batch's statistics, or (`frozen`) the running ones of the start."""
 
@@ -142,7 +141,8 @@ class Dispose(Training):
         """With the defaults that depend on what else the table says."""
         if not isinstance(table, dict):
             return table
-        filled: dict[str, Any] = {} if {"epochs", "steps"} & table.keys() else {"epochs": PASSES}
+        length = {"epochs": PASSES, "least_steps": STEPS}
+        filled: dict[str, Any] = {} if {"epochs", "steps"} & table.keys() else length
         if table.get("fresh_stages"):
             filled["init"] = "TL"
         if not {"lambda", "price"} & table.keys():
@@ -169,6 +169,9 @@ class Dispose(Training):
         if self.init == "fresh" and self.fresh_stages:
             raise ValueError(f'init = "fresh" starts everything anew; fresh_stages = {self.fresh_stages} is for TL')
         return self
+
+    def total_steps(self, images: int) -> int:
+        return self.steps or max(self.least_steps, super().total_steps(images))
 
     def equal_parts(self, images: int, processes: int) -> int:
         """How many of that many images a step takes: equal chunks on equal processes, 0 where there are too few."""
@@ -215,8 +218,7 @@ class Audit(Algorithm):
     """Membership inference, and two readouts beside it."""
 
     attacks: list[AttackName] = Field(["loss", "modified-entropy", "grad-x"], min_length=1)
-    """The attacks. Defaults cost seconds, `grad-w`, `adv-dist` and `wb` minutes, `rmia` and `lira` a pre-training for
-    each reference."""
+    """Defaults cost seconds, `grad-w`, `adv-dist`, `wb` minutes, `rmia` and `lira` a pre-training each reference."""
     modes: list[Literal["as-is", "reprobe", "target"]] = Field(["as-is", "reprobe"], min_length=1)
     """Attack the source head as it is, or one fitted anew on the features; or ask the target head who of the *target's*
     images was trained on, which takes 20 and as many test images, and no `rmia` or `lira`."""
@@ -253,9 +255,8 @@ class Audit(Algorithm):
 class Compare(Strict):
     """How `dtlctl compare` finds for every unlearning loss the λ that costs the same target accuracy (section 4.2).
 
-    It makes real disposals: at the variant's own `lambda`, then at steps away from it that double until the price is
-    passed, then half-way. The accuracy that steers it is measured on what `data.target.fraction` leaves out, which
-    must be something. A disposal that diverges counts as too dear. Then all are attacked at the λ found.
+    By real disposals: at the variant's own `lambda`, at steps from it that double until the price is passed, then
+    half-way, by target images that `data.target.fraction` leaves out. One that diverges is too dear. All are attacked.
     """
 
     target_drop: float = Field(2.0, gt=0, le=100)
@@ -289,9 +290,8 @@ class Track(Strict):
 class Publish(Strict):
     """Limits for the model that is published, which the exit code of `dtlctl run` and of `dtlctl export` holds.
 
-    `run` does and writes everything, and ends with exit code 5 where the model that its verdict recommends misses one,
-    or where it recommends none; `export` refuses the model. A limit is met where the whole 95 % interval is within it,
-    and by TGT, which was not disposed of, unless it is shown to be beyond it.
+    `run` ends with exit code 5 where the model that its verdict recommends misses one, or it recommends none; `export`
+    refuses it. Met is a limit with the whole 95 % interval within; by TGT, unless it is shown to be beyond it.
     """
 
     price: float | None = Field(None, ge=0, le=100)

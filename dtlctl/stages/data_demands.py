@@ -105,7 +105,9 @@ def _images_for_a_price(experiment: Experiment, job: Job[Dispose], allowed: floa
 def _images_for_a_loss(experiment: Experiment, job: Job[Dispose], size: int, processes: int) -> None:
     """size: images a step; of a source smaller than a batch there are fewer."""
     unlearn = job.settings.unlearn
-    least, what = unlearn.least_images(len(experiment.data.classes("target")), processes)
+    least, what = unlearn.least_images(processes)
+    if remark := unlearn.remark(len(experiment.data.classes("target")), size):
+        experiment.processes.say(f"{job.title}: {remark}")
     if size >= least:
         return
     key, remedy = f"dispose.{job.model}.batch_size", ""

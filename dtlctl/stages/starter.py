@@ -26,11 +26,10 @@ from dtlctl.data.sources import Source
 from dtlctl.errors import CheckpointError, DataError, NoSplit, counted, one_line, refused
 from dtlctl.model import networks
 from dtlctl.model.weights import REGISTRY, Given, read, tensors_of
-from dtlctl.objectives.unlearn import NullSpace
 from dtlctl.recipe.loading import validated
 from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.plan import jobs
-from dtlctl.recipe.schema import stream
+from dtlctl.recipe.schema import Model, stream
 from dtlctl.recipe.settings import PASSES
 from dtlctl.stages import audit, costs
 from dtlctl.stages.costs import Clock
@@ -44,7 +43,7 @@ HELD_OUT, SEED = 0.2, stream(0, "subset/source")
 """Of each class, for testing, where there is no test split; and by which seed, that of the recipe that is written."""
 EPOCHS = 2
 """Of pre-training for each pass of the disposal over the source: it is the disposal that a short run starves, first of
-target accuracy. What ten passes leave goes to pre-training."""
+target accuracy. What all recommended passes leave goes to pre-training."""
 MOST = 40
 """Epochs of pre-training: more are left to whoever has the time."""
 LEAST, STEPS = 4, 400
@@ -61,8 +60,7 @@ LOOKED = 48
 """Images of a dataset that are opened for their size."""
 FIXED: dict[str, Any] = {"kept": KEPT, "usual": ATTACK, "recommended": PASSES, "audited": audit.LEAST, "price": PRICE}
 FIXED |= {"toml": partial(json.dumps, ensure_ascii=False), "batch": BATCH}
-FIXED["each_class"], _ = NullSpace().least_images(1, 1)
-"""What the template has whatever the data; `each_class`: images of a batch for a target class, for `null-space`."""
+"""What the template has whatever the data."""
 
 
 def write(
@@ -225,13 +223,13 @@ def _networks(side: int, arch: str | None, gpu: bool, fixed: bool) -> Iterator[d
 
 
 def _able(model: dict[str, Any]) -> dict[str, Any]:
-    """What a network cannot differentiate twice, its stages, whether it has batch norms. RecipeError if unknown."""
+    """What a network cannot differentiate twice, whether its maps end small and it has batch norms. RecipeError."""
     spec = [{"width": None, **model}[key] for key in ("arch", "stem", "width", "image_size")]
     with refused("init"):
         networks.check(*spec)
     backbone = networks.outline(*spec).backbone
     normed = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in backbone.modules())
-    return {"lacking": networks.no_second_derivative(*spec), "stages": len(networks.stages(backbone)), "normed": normed}
+    return {"lacking": networks.no_second_derivative(*spec), "small": Model(**model).ends_small, "normed": normed}
 
 
 def adopted(

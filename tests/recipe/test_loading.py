@@ -383,3 +383,28 @@ def test_a_key_of_thousands_of_parts_is_one_line(recipe_file: Path):
         load(recipe_file)
     # Python 3.13 gets past the depth, to the name.
     assert re.fullmatch(r".*/tiny\.toml: a( key is nested too deeply|: unknown table .*)", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "kind"),
+    [
+        ("resnet18", [], "gradient-collision"),
+        ("resnet18", ["model.stem=imagenet", "model.image_size=64"], "null-space"),
+        ("resnet18", ["model.stem=imagenet", "model.image_size=65"], "gradient-collision"),
+        ("resnet50", ["model.stem=imagenet", "precision=bfloat16"], "null-space"),
+        ("vgg11", ["model.stem=imagenet", "model.image_size=32"], "gradient-collision"),
+        ("resnet18", ["model.stem=imagenet", "dispose.new.unlearn={kind='uniform'}"], "uniform"),
+    ],
+)
+def test_an_empty_table_is_the_disposal_recommended_for_the_network(
+    recipe_file: Path, network: str, changes: list[str], kind: str
+):
+    """In six passes over the source, and 1,200 steps where these are fewer, which is not asked of a given length."""
+    text = recipe_file.read_text().replace('arch = "resnet8"\nwidth = 4', f'arch = "{network}"')
+    recipe_file.write_text(re.sub(r"\[dispose.gc\].*?(?=\[piggyback\])", "[dispose.new]\n", text, flags=re.DOTALL))
+    free = ["piggyback.models=['TL', 'new']", "audit.models=[]"]
+    new = load(recipe_file, [*free, *changes]).dispose["new"]
+    assert (new.unlearn.kind, new.price, new.init, new.lam) == (kind, 1.0, "fresh", None)
+    assert [new.total_steps(images) for images in (64, 640, 64_000)] == [1200, 1200, 6000]
+    given = load(recipe_file, [*free, *changes, "dispose.new.epochs=2"]).dispose["new"]
+    assert [given.total_steps(images) for images in (64, 64_000)] == [2, 2000]
