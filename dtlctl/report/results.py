@@ -187,5 +187,5 @@ def reading(path: Path, what: str) -> Iterator[None]:
     """Whatever a sidecar of another form makes Python raise becomes a CheckpointError."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         raise CheckpointError(f"{path}: not the {what}; delete it") from None

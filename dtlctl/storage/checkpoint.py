@@ -8,6 +8,7 @@ the weights and the key of everything they were made from.
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from contextlib import suppress
@@ -131,7 +132,7 @@ def settle(folder: Path) -> None:
 def read_sidecar(path: Path) -> dict[str, Any] | None:
     """The document, or None where there is none. Raises CheckpointError for one that is not ours."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        document = json.loads(path.read_text(encoding="utf-8"), parse_float=finite, parse_constant=finite)
         defaults = Sidecar.model_validate(document).model_dump(include={"key", "parent", "metrics", "history"})
         return {**document, **defaults, **document}  # in the document's order
     except FileNotFoundError:
@@ -207,9 +208,11 @@ def _cannot_write(path: Path, error: OSError) -> NoReturn:
     raise CheckpointError(f"{path}: cannot be written: {error.strerror}; the earlier state is intact") from None
 
 
-def refuse(constant: str) -> NoReturn:
-    """NaN and Infinity, which Python's JSON would take."""
-    raise ValueError(f"{constant} is not JSON")
+def finite(number: str) -> float:
+    """NaN, Infinity and 1e999, which Python's JSON would take, are refused."""
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number} is not a finite number")
+    return value
 
 
 def sync(path: Path) -> None:

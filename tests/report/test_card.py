@@ -182,6 +182,14 @@ def test_verify_forgives_an_image_that_another_processor_rounds_otherwise(
         assert card.verify(tmp_path / "release", experiment)["acc_t"] == here
 
 
+def test_an_accuracy_that_is_no_number_is_another(experiment: Experiment, tmp_path: Path):
+    export.publish(card.folder(experiment, "TL", summarise([experiment.folder])), tmp_path / "release")
+    page = tmp_path / "release/README.md"
+    page.write_text(re.sub(r"(value: )[\d.]+", r"\1.nan", page.read_text(), count=1))
+    with pytest.raises(CheckpointError, match="not nan"):
+        card.verify(tmp_path / "release", experiment)
+
+
 def test_verify_refuses_a_network_that_the_card_does_not_know(experiment: Experiment, tmp_path: Path):
     export.publish(card.folder(experiment, "TL", summarise([experiment.folder])), tmp_path / "release")
     (tmp_path / "release/model.onnx").write_bytes(b"another")

@@ -748,6 +748,23 @@ def test_metrics_of_another_form_are_refused_by_the_files_name(recipe_file: Path
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ('[{"step": 100}]', "[]", "not the metrics of dispose"),
+        ('"images": 640', '"images": 0', "not the metrics of dispose"),
+        ('"acc_t": 10.0', '"acc_t": 1e999', "1e999 is not a finite number"),
+        ('"acc_t": 10.0', '"acc_t": -Infinity', "-Infinity is not a finite number"),
+    ],
+)
+def test_a_disposal_without_steps_images_or_a_number_is_refused_in_a_line(recipe_file: Path, call, old, new, what: str):
+    run = fake_run(recipe_file, "edited", 0, 70.0)
+    for path in run.glob("dispose/*/model.json"):  # of one alone the images would be others
+        path.write_text(path.read_text().replace(old, new))
+    code, _, said = call("report", run, "-q")
+    assert code == 4 and said.count("\n") == 1 and what in said
+
+
+@pytest.mark.parametrize(
     ("held_out", "choose_on", "told"),
     [((90.0, 86.0), "own", True), ((90.0, 69.0), "own", False), ((90.0, 86.0), "test", False)],
 )
