@@ -189,9 +189,11 @@ def _lineage(experiment: Experiment, model: str, hashes: dict[str, str]) -> dict
     found = {f"SHA-256 of {name}": digest for name, digest in zip((WEIGHTS, CONFIG), hashes.values(), strict=True)}
     found |= {"SHA-256 of the recipe, every setting": _hash(recipe), "key of the result": own["key"]}
     found |= {f"SHA-256 of the weights of {parent}": digest for parent, digest in own["parent"].items()}
-    adopted = {one: sidecars[one]["weights"] for one in sidecars if "weights" in sidecars[one]}
-    for one in [one for one in adopted if one in (model, "TL", "pre")]:
-        found[f"weights from outside that {one} is"] = adopted[one].get("sha256") or adopted[one]["torchvision"]
+    one: str | None = model
+    while one:  # it, what it was made from, and so on: TGT has nothing from TL
+        if adopted := sidecars[one].get("weights"):
+            found[f"weights from outside that {one} is"] = adopted.get("sha256") or adopted["torchvision"]
+        one = next(iter(sidecars[one]["parent"]), None)
     for role, one in own["data"].items():
         found |= {f"images of the {role}, {split}": one[split] for split in ("train", "test")}
     return found

@@ -341,7 +341,7 @@ def test_an_exported_folder_is_adopted(experiment: Experiment, recipe_file: Path
     again = Experiment(
         load(recipe_file, [f"finetune.weights='{tmp_path / 'release'}'"]), tmp_path / "again", quiet=True
     )
-    runner.run(again, ("finetune",), only=("TL",))
+    runner.run(again, ("finetune",))
     made, before = (json.loads((e.folder / "finetune/model.json").read_text()) for e in (again, experiment))
     assert made["metrics"]["acc_t"] == before["metrics"]["acc_t"]
     assert any("matched by name" in note["text"] for note in made["notes"]["weights"])
@@ -351,8 +351,10 @@ def test_an_exported_folder_is_adopted(experiment: Experiment, recipe_file: Path
     )
     assert made["weights"] == {"sha256": sha, "config_sha256": config}
     with again.results.opened():
-        text = card.folder(again, "TL", summarise([again.folder]))["README.md"].decode()
+        table = summarise([again.folder])
+        text, apart = (card.folder(again, model, table)["README.md"].decode() for model in ("TL", "TGT"))
     assert f"weights from outside that TL is: `{sha}`" in text and "matched by name" not in text
+    assert "from outside" not in apart  # TGT was trained here, of nothing else
     shutil.rmtree(tmp_path / "release")
     with pytest.raises(CheckpointError, match="does not exist"):
         Experiment(again.recipe, tmp_path / "again", quiet=True)
