@@ -104,7 +104,7 @@ def stage(name: Stage) -> Callable[..., None]:
                 return
             paths = [experiment.folder / job.path for job in experiment.chosen((name,), only or ())]
             documents = [json.loads(path.read_bytes()) for path in paths if as_json]
-        print(json.dumps(documents) if as_json else "\n".join(map(str, paths)))
+        print(json.dumps(documents) + "\n" if as_json else "".join(f"{path}\n" for path in paths), end="")
 
     return command
 

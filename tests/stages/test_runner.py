@@ -76,6 +76,7 @@ def test_a_stage_names_the_command_that_is_missing(recipe_file: Path, call):
     assert f"run: dtlctl finetune {recipe_file}\n" in err
     assert len(err.strip().splitlines()) == 1
     assert out == ""
+    assert call("audit", recipe_file, "-q", "--set", "audit.models=[]")[:2] == (0, "")  # no job, no path, no line
 
 
 def test_the_command_that_is_missing_is_for_this_run(recipe_file: Path, call):
