@@ -17,7 +17,7 @@ def shared(attack: dict[str, Any]) -> str:
     """How much an attack recovers, with its interval."""
     if part := attack.get("recovered"):
         return f"{span(part, '.0%')} recovered"
-    return "no share recovered" if attack else "never attacked"
+    return "an unknown share recovered" if attack else "never attacked"
 
 
 def span(one: Figure, form: str, unit: str = "") -> str:

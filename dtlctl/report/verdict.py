@@ -110,12 +110,15 @@ def _against(found: dict[str, Evidence], model: str, limits: Publish) -> list[st
     """What speaks against publishing a model, by the rules of the verdict."""
     own, leaks = found[model], _leaks(found)
     if model == "TGT":
-        better = [other for other, one in found.items() if _positive(one.get("gain"))]
-        return [f"shown to be better on the target: {', '.join(better)}"] if better else []
+        gains = {other: one["gain"] for other, one in found.items() if "gain" in one}
+        better = [other for other, gain in gains.items() if _positive(gain)]
+        unknown = [other for other, gain in gains.items() if gain["low"] is None]
+        why = [f"shown to be better on the target: {', '.join(better)}"] * bool(better)
+        return why + [f"not known to be best on the target: no interval for {', '.join(unknown)}"] * bool(unknown)
     if model == "TL":
         return ["it was not disposed of"] if leaks else ["what it gives away is not shown, nor shown to be nothing"]
     why = [] if _positive(own["gain"]) else [f"not shown to be better on the target than TGT ({points(own['gain'])})"]
-    why += [] if leaks else ["no attack shows anything to dispose of"]
+    why += [] if leaks else ["no attack on TL shows anything to dispose of"]
     for name in leaks:
         if name not in own["attacks"]:
             why.append(f"not attacked on {name}")

@@ -253,6 +253,25 @@ def test_references_are_held_to_the_limits_too():
     demand(table, None, Publish(), "r")
 
 
+def test_what_a_variant_gives_beyond_a_tl_that_gives_nothing_is_not_called_nothing():
+    """gc gives 30 % where scratch gives 20 and TL 22: no share of TL's 2 points is known, and something is recovered."""
+    found = judged(models(TL=(70.0, 22.0)), limits=Publish(recovered=0.5))
+    (gc,) = [text for text in found.sentences if text.startswith("gc: ")]
+    assert ", an unknown share recovered, +5.0 points" in gc and "no attack on TL shows anything" in gc
+    ((state, told),) = held(found.models, "gc", Publish(recovered=0.5))[:1]
+    assert state == "not resolved" and "an unknown share recovered" in told
+
+
+def test_where_nothing_is_recommended_something_is_said_against_each():
+    """Without the answers to single images no difference on the target has an interval: TGT may be the best or not."""
+    rows = models()
+    for one in rows.values():
+        one.pop("answers", None)
+    found = judged(rows)
+    assert "something speaks against each" in found.sentences[0]
+    assert all(one["reasons"] for one in found.models.values())
+
+
 def test_no_larger_share_is_advised_where_none_was_measured():
     """TL gives no more than scratch: nothing can be said of what is recovered, whatever the limit."""
     table = document(models(TL=(60.0, 10.0)))
