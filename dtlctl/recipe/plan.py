@@ -52,8 +52,8 @@ class Job(Generic[Settings]):
         for attacker, named in zip(settings.get("attackers", []), chosen.get("attackers", []), strict=True):
             for name in LATER_OF_ATTACKERS - named.keys():
                 attacker.pop(name, None)
-        if "cka" in settings:  # the others that it is compared with made this one
-            settings["compared"] = (recipe.target_only or recipe.finetune).model_dump(mode="json")
+        if "cka" in settings:  # the others that it is compared with made this one; weights from outside are no path
+            settings["compared"] = {**(recipe.target_only or recipe.finetune).model_dump(mode="json"), "weights": None}
         if settings.get("references") and (recipe.pretrain.weights or recipe.finetune.weights):
             settings["referenced"] = references(recipe).described(recipe)  # no parent tells of it
         own_seed = settings.pop("seed", None)

@@ -155,9 +155,11 @@ class Results:
 
     def _inputs(self, job: Job[Any]) -> dict[str, Any]:
         identities = {role: self.data.identity(role, beyond=role == job.beyond) for role in job.roles}
+        said, tgt = job.described(self.recipe), self.recipe.target_only and self.recipe.target_only.weights
+        outside = {"weights": job.weights, "compared": tgt if "compared" in said["settings"] else None}
         return {
-            **job.described(self.recipe),
-            **({"weights": weights.identity(job.weights, self.recipe.model.arch)} if job.weights else {}),
+            **said,
+            **{name: weights.identity(one, self.recipe.model.arch) for name, one in outside.items() if one},
             "data": identities,
             "batch": job.batches({role: one["images"] for role, one in identities.items()}, self.processes.count),
             "parent": {job.parent: self.require(job.parent).get("weights_sha256")} if job.parent else {},

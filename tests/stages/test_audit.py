@@ -292,6 +292,21 @@ def test_cka_shows_the_stages_that_a_variant_kept(recipe_file: Path):
     assert [row[:2] for row in table.rows[3:]] == [["rand", other] for other in ("TL", "TGT", "pre", "scratch")]
 
 
+def test_cka_is_made_again_for_another_tgt_from_outside_wherever_it_lies(begun: Path, recipe_file: Path):
+    """The file at the same place became another; the same file lies elsewhere."""
+
+    def key() -> str:
+        experiment = new_experiment(recipe_file, "audit.cka=true", f"target-only.weights='{tgt}'")
+        return experiment.results.key(next(job for job in experiment.jobs if job.title == "audit/TL"))
+
+    tgt = shutil.copy(begun / "target-only/model.safetensors", recipe_file.parent / "tgt.safetensors")
+    before = key()
+    tgt = shutil.move(tgt, recipe_file.parent / "elsewhere.safetensors")
+    assert key() == before
+    shutil.copy(begun / "pretrain/model.safetensors", tgt)
+    assert key() != before
+
+
 def test_splits_that_were_prepared_differently_are_refused(recipe_file: Path, monkeypatch):
     """Test images a third darker than training images: no attack on the model is needed to tell them apart."""
     experiment = pretrained(recipe_file)
