@@ -189,11 +189,11 @@ def _lineage(experiment: Experiment, model: str, hashes: dict[str, str]) -> dict
     found = {f"SHA-256 of {name}": digest for name, digest in zip((WEIGHTS, CONFIG), hashes.values(), strict=True)}
     found |= {"SHA-256 of the recipe, every setting": _hash(recipe), "key of the result": own["key"]}
     found |= {f"SHA-256 of the weights of {parent}": digest for parent, digest in own["parent"].items()}
-    one: str | None = model
-    while one:  # it, what it was made from, and so on: TGT has nothing from TL
-        if adopted := sidecars[one].get("weights"):
-            found[f"weights from outside that {one} is"] = adopted.get("sha256") or adopted["torchvision"]
-        one = next(iter(sidecars[one]["parent"]), None)
+    maker: str | None = model
+    while maker:  # it, what it was made from, and so on: TGT has nothing from TL
+        if adopted := sidecars[maker].get("weights"):
+            found[f"weights from outside that {maker} is"] = adopted.get("sha256") or adopted["torchvision"]
+        maker = next(iter(sidecars[maker]["parent"]), None)
     for role, one in own["data"].items():
         found |= {f"images of the {role}, {split}": one[split] for split in ("train", "test")}
     return found

@@ -254,7 +254,7 @@ def test_references_are_held_to_the_limits_too():
 
 
 def test_what_a_variant_gives_beyond_a_tl_that_gives_nothing_is_not_called_nothing():
-    """gc gives 30 % where scratch gives 20 and TL 22: no share of TL's 2 points is known, and something is recovered."""
+    """gc gives 30 % where scratch gives 20 and TL 22: no share of TL's 2 points is known, yet it gives more."""
     found = judged(models(TL=(70.0, 22.0)), limits=Publish(recovered=0.5))
     (gc,) = [text for text in found.sentences if text.startswith("gc: ")]
     assert ", an unknown share recovered, +5.0 points" in gc and "no attack on TL shows anything" in gc
