@@ -195,7 +195,7 @@ def _caveats(document: dict[str, Any]) -> list[str]:
     steps = [one["steps"] for one in (table, *table.get("attackers", ())) if one.get("steps")]
     curves = [curve for row in document.get("rows", ()) for curve in row.get("curves", {}).values() if curve]
     if (steps := [*steps, *(curve[-1][0] for curve in curves)]) and min(steps) < ENOUGH:
-        caveats.append(f"Attackers had as few as {min(steps)} steps: with more they may get more.")
+        caveats.append(f"Attackers had as few as {counted(min(steps), 'step')}: with more they may get more.")
     names = dict.fromkeys(name for name, _ in attacks)
     saw = [model for model, one in found.items() if model not in NEVER_SAW_THE_SOURCE and "acc_t" in one]
     lacks = {model: [name for name in names if name not in found[model]["attacks"]] for model in saw}

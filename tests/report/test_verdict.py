@@ -203,6 +203,8 @@ def test_weak_missing_and_old_evidence_is_named():
     rows = [{"curves": {"letters": [[2, 10.0], [4, 12.0]]}}]
     found = verdict({**document(models()), "recipe": recipe, "rows": rows}, None)
     assert "as few as 4 steps" in " ".join(found.caveats)
+    found = verdict({**document(models()), "recipe": recipe, "rows": [{"curves": {"letters": [[1, 10.0]]}}]}, None)
+    assert "as few as 1 step:" in " ".join(found.caveats)
 
 
 def test_the_strongest_attacker_counts_but_not_the_one_whom_nobody_can_choose():
