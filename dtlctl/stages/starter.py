@@ -30,7 +30,7 @@ from dtlctl.recipe.loading import validated
 from dtlctl.recipe.overrides import tomllib
 from dtlctl.recipe.plan import jobs
 from dtlctl.recipe.schema import Model, stream
-from dtlctl.recipe.settings import PASSES
+from dtlctl.recipe.settings import PASSES, STEPS
 from dtlctl.stages import audit, costs
 from dtlctl.stages.costs import Clock
 from dtlctl.stages.preview import rendered, words
@@ -46,8 +46,8 @@ EPOCHS = 2
 target accuracy. What all recommended passes leave goes to pre-training."""
 MOST = 40
 """Epochs of pre-training: more are left to whoever has the time."""
-LEAST, STEPS = 4, 400
-"""Passes of a disposal, and steps where half of the time gives them: with fewer, a new network does not reach TL."""
+LEAST, SHORT = 4, 400
+"""Passes of a disposal, and steps: with fewer, a new network does not reach TL. Recommended ones get half of the time."""
 BATCH = 64
 ATTACK, WEAKEST = 150, 30
 """Steps that an attacker gets; fewer, but not fewer than so many, where all of them would take a third of the time."""
@@ -114,7 +114,7 @@ def write(
         room = seconds - rest - attacks * told["attack"] / ATTACK
         told |= lengths(max(room, seconds / 4), sum(own["counts"]), epoch, step)
         whole = (told["fraction"], told["attack"]) == (1, ATTACK) and room >= seconds / 4
-        if whole and told["steps"] >= STEPS * told["two"]:
+        if whole and told["steps"] >= SHORT * told["two"]:
             break
     total = told["epochs"] * told["fraction"] * spent["pretrain"] + told["steps"] * spent["dispose"] + spent["rest"]
     told["minutes"] = words(total / 60, "min") + (f" ({note})" if (note := crowded or busy()) else "")
@@ -131,8 +131,8 @@ def _say(told: dict[str, Any], seconds: np.ndarray, note: str | None, quiet: boo
         say(f"init: data.target: {SAME}", quiet)
     if trained not in (None, size):
         say(f"init: the weights were trained at {trained} pixels; image_size is {size} (--size {trained})", quiet)
-    if steps < STEPS:
-        short = f"{steps:,} steps of disposal fit; with fewer than {STEPS} a new network may not get as far as TL"
+    if steps < SHORT:
+        short = f"{steps:,} steps of disposal fit; with fewer than {SHORT} a new network may not get as far as TL"
         time, smaller = words((seconds / 60).tolist(), "min"), " or --arch" * (not told["weights"])
         say(f"init: {time} here; {short}: more --minutes, or a smaller --size{smaller}", quiet)
 

@@ -126,7 +126,7 @@ def test_lengths_follow_the_machine(clock, tmp_path: Path, capsys: pytest.Captur
 
     fine-tuning twice, max(60, 100/2) = 60 steps of 64, of 80 images: 7,680. Three models: 150 steps of 40 images (2 x
     20), three trainings of `full` and two of `renorm`, each again 150 steps of 40: 6 x 6,000 = 36,000 a model: 108,000.
-    An epoch: 1000 // 64 = 15 steps of 64 = 960; 400 steps of disposal: 25,600.
+    An epoch: 1000 // 64 = 15 steps of 64 = 960; 1,200 steps of disposal: 76,800.
     """
     images(tmp_path / "s", 2, 500, 1)
     images(tmp_path / "t", 2, 50, 1)
@@ -134,15 +134,15 @@ def test_lengths_follow_the_machine(clock, tmp_path: Path, capsys: pytest.Captur
     assert [*written(tmp_path).dispose] == ["gc", "rand"]
     why = "a second variant beside it, by another loss, does not fit into 30 minutes"
     assert why not in (tmp_path / "recipe.toml").read_text()
-    clock(0.003)  # 18 minutes are 360,000 images: (360,000 - 115,680 - 25,600) / 960 = 228 epochs
+    clock(0.003)  # 18 minutes are 360,000 images: (360,000 - 115,680 - 76,800) / 960 = 174 epochs
     recipe = written(tmp_path)
     assert (recipe.model.arch, recipe.model.image_size, recipe.pretrain.epochs) == ("resnet20", 16, 40)
-    assert (recipe.dispose["gc"].steps, recipe.data.source.fraction) == (400, 1)  # 25.6 passes: no fewer steps
+    assert (recipe.dispose["gc"].steps, recipe.data.source.fraction) == (1200, 1)  # 76.8 passes: no fewer steps
     assert recipe.data.piggyback["source"].fraction == 0.04  # a twentieth, at most 20 of each class
     assert [one.steps for one in recipe.piggyback.attackers[:2]] == [150, 150]
     text = (tmp_path / "recipe.toml").read_text()
     assert why in text and [*recipe.dispose] == ["gc"]
-    assert "takes 9.0 to 18 min" in text  # (141,280 + 40 * 960) images at 0.003 and 0.006 s: 8.98 and 17.97
+    assert "takes 12 to 23 min" in text  # (192,480 + 40 * 960) images at 0.003 and 0.006 s: 11.5 and 23.1
     clock(0.02)  # 54,000 images: a third are 25 steps of attackers; with 30 they see 21,600; so the smaller network
     recipe = written(tmp_path)  # 24,720 are left; half of them are 193 steps, 12,352; (24,720 - 12,352) / 960 = 12.9
     assert (recipe.model.arch, recipe.pretrain.epochs, recipe.data.source.fraction) == ("resnet8", 12, 1)
@@ -175,7 +175,7 @@ def test_the_disposal_comes_before_more_pre_training(room: float, fraction: floa
 
 
 def test_fewer_images_than_a_batch_are_a_pass_each_step():
-    assert starter.lengths(1e6, 40, 1.0, 1.0)["passes"] == 400
+    assert starter.lengths(1e6, 40, 1.0, 1.0)["passes"] == 1200
 
 
 @pytest.mark.parametrize(
