@@ -42,7 +42,7 @@ def within(role: str, train: Images, test: Images) -> list[Note]:
     ]
     for name, images in (("train", train), ("test", test)):
         again = len(images.rows) - len(set(images.known.tolist()))
-        text = f"{again:,} of {len(images.rows):,} {name} images are there twice"
+        text = f"{again:,} of {len(images.rows):,} {name} images {'is' if again == 1 else 'are'} there twice"
         notes.append(Note(f"twice-in-{name}", again, text))
     return [note for note in notes if note.number]
 

@@ -57,7 +57,7 @@ class Source:
                 )
         notes = list(whole.notes)
         if moved := int((held != drawn).sum()):
-            text = f"{self.where('train')}: {moved:,} copies of images went to the side of test = {share:g} where the "
+            text = f"{self.where('train')}: {moved:,} {'copy' if moved == 1 else 'copies'} of images went to the side of test = {share:g} where the "
             notes.append(Note("copies-beside", moved, text + "image is"))
         chosen = np.flatnonzero(held if split == "test" else ~held)
         pictures, place = whole.pictures, whole.place

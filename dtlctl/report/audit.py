@@ -102,7 +102,9 @@ def conclusion(audits: Sequence[Audit]) -> str:
         found.setdefault(one.model, []).extend(attack for attack in attacks if "auc_low" in attack)
     best = [(model, max(attacks, key=lambda attack: attack["auc"])) for model, attacks in found.items() if attacks]
     said = ", ".join(f"{_auc(one)} on {model}" for model, one in best)
-    who = "Who was a training image of the source: the strongest membership attack has an AUC of"
+    runs = len(audits) // max(1, len({one.model for one in audits}))
+    which = f"the strongest membership attack of any of {runs} runs" if runs > 1 else "the strongest membership attack"
+    who = f"Who was a training image of the source: {which} has an AUC of"
     return f"{who} {said}; 0.5 is chance, 1 knows all." if said else ""
 
 

@@ -423,6 +423,8 @@ def test_an_audit_is_folded_away_under_one_sentence_with_its_interval():
     weak = {**strong, "source_head": "never trained", "reprobe": {"loss": {**row, "auc": 0.55}}}
     said = audit.conclusion([audit.Audit("", "TL", strong), audit.Audit("", "gc", weak)])
     assert "0.700 [0.500, 0.750] on TL" in said and "0.550 [0.500, 0.750] on gc" in said
+    two = audit.conclusion([audit.Audit(run, "TL", one) for run, one in (("1", strong), ("2", weak))])
+    assert "strongest membership attack of any of 2 runs has an AUC of 0.700" in two
     assert audit.conclusion([]) == ""
     target = {**AUDIT, "target": {"loss": {**row, "auc": 0.9}}}
     assert audit.conclusion([audit.Audit("", "TL", target)]) == ""  # it is not about the source's images
