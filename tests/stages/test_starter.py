@@ -449,6 +449,8 @@ def test_weights_are_adopted_where_their_head_fits(clock, tmp_path: Path, classe
     given = {"pretrain": recipe.pretrain and recipe.pretrain.weights, "finetune": recipe.finetune.weights}
     assert {name for name, weights in given.items() if weights} == {table}
     assert recipe.model.arch == "resnet18"
+    # With ImageNet's stem and images so small its maps end small.
+    assert [*recipe.dispose] == ["null", "gc"] and recipe.dispose["null"].unlearn.kind == "null-space"
 
 
 @pytest.mark.parametrize(("names", "table"), [(("a", "b"), "pretrain"), (("b", "c"), "finetune"), ((), "pretrain")])
