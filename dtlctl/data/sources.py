@@ -57,8 +57,9 @@ class Source:
                 )
         notes = list(whole.notes)
         if moved := int((held != drawn).sum()):
-            text = f"{self.where('train')}: {moved:,} {'copy' if moved == 1 else 'copies'} of images went to the side of test = {share:g} where the "
-            notes.append(Note("copies-beside", moved, text + "image is"))
+            copies = f"{moved:,} {'copy' if moved == 1 else 'copies'} of images"
+            text = f"{self.where('train')}: {copies} went to the side of test = {share:g} where the image is"
+            notes.append(Note("copies-beside", moved, text))
         chosen = np.flatnonzero(held if split == "test" else ~held)
         pictures, place = whole.pictures, whole.place
         return whole._replace(

@@ -47,7 +47,7 @@ target accuracy. What all recommended passes leave goes to pre-training."""
 MOST = 40
 """Epochs of pre-training: more are left to whoever has the time."""
 LEAST, SHORT = 4, 400
-"""Passes of a disposal, and steps: with fewer, a new network does not reach TL. Recommended ones get half of the time."""
+"""Passes of a disposal, and steps: with fewer, a new network does not reach TL. Recommended ones get half the time."""
 BATCH = 64
 ATTACK, WEAKEST = 150, 30
 """Steps that an attacker gets; fewer, but not fewer than so many, where all of them would take a third of the time."""
