@@ -59,7 +59,7 @@ class Adoptable(Training):
     layer_decay: float | None = Field(None, gt=0, lt=1)
     """Of `adamw`: the head has `lr`, each stage before it this share of the next one's; for trained networks."""
     patience: int | None = Field(None, ge=1, le=100_000)
-    """Stop after so many epochs without a better accuracy on held-out images; the best weights count. Not in audits."""
+    """Stop after so many epochs without a better accuracy on held-out images; the best weights are kept."""
     held_out: float = Field(0.1, gt=0, le=0.5)
     """With `patience`: this share of the smallest class's training images, of every class, is not trained on."""
 
@@ -231,7 +231,7 @@ class Audit(Algorithm):
     adv_steps: int = Field(20, ge=1, le=10_000)
     """Steps of the search for an adversarial example."""
     references: int = Field(0, ge=0, le=1024)
-    """Reference models of `rmia` and `lira`, trained in pairs: an even number; 0 without either. Better: 4 or more."""
+    """Reference models of `rmia` and `lira`: an even number, better 4 or more, trained to the end; 0 without either."""
     relearn_steps: int = Field(100, ge=0, le=1_000_000)
     """Budget of the relearning readout, in steps of 64 images; 0 leaves it out."""
     relearn_lr: float = Field(0.02, gt=0, le=100)
@@ -256,7 +256,7 @@ class Compare(Strict):
     """How `dtlctl compare` finds for every unlearning loss the λ that costs the same target accuracy (section 4.2).
 
     By real disposals: at the variant's own `lambda`, at steps from it that double until the price is passed, then
-    half-way, by target images that `data.target.fraction` leaves out. One that diverges is too dear. All are attacked.
+    half-way, by target images that `data.target.fraction` leaves out. A diverged one is too dear. Then all are attacked.
     """
 
     target_drop: float = Field(2.0, gt=0, le=100)
@@ -291,7 +291,7 @@ class Publish(Strict):
     """Limits for the model that is published, which the exit code of `dtlctl run` and of `dtlctl export` holds.
 
     `run` ends with exit code 5 where the model that its verdict recommends misses one, or it recommends none; `export`
-    refuses it. Met is a limit with the whole 95 % interval within; by TGT, unless it is shown to be beyond it.
+    refuses it. A limit is met by a whole 95 % interval within it, and by TGT unless it is shown to be beyond.
     """
 
     price: float | None = Field(None, ge=0, le=100)

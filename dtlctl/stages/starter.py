@@ -59,7 +59,7 @@ PRICE = 1.0
 LOOKED = 48
 """Images of a dataset that are opened for their size."""
 FIXED: dict[str, Any] = {"kept": KEPT, "usual": ATTACK, "recommended": PASSES, "audited": audit.LEAST, "price": PRICE}
-FIXED |= {"toml": partial(json.dumps, ensure_ascii=False), "batch": BATCH}
+FIXED["toml"] = partial(json.dumps, ensure_ascii=False)
 """What the template has whatever the data."""
 
 
