@@ -256,7 +256,7 @@ class Compare(Strict):
     """How `dtlctl compare` finds for every unlearning loss the λ that costs the same target accuracy (section 4.2).
 
     By real disposals: at the variant's own `lambda`, at steps from it that double until the price is passed, then
-    half-way, by target images that `data.target.fraction` leaves out. A diverged one is too dear. Then all are attacked.
+    half-way, by target images that `data.target.fraction` leaves out. One that diverges is too dear. Attacks follow.
     """
 
     target_drop: float = Field(2.0, gt=0, le=100)
