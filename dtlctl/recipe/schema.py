@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 import zlib
+from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -12,7 +13,6 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from dtlctl.data.dataset import Dataset
 from dtlctl.errors import suggest
 from dtlctl.model import networks
-from dtlctl.objectives.unlearn import NullSpace
 from dtlctl.recipe.settings import Audit, Compare, Dispose, Finetune, Piggyback, Pretrain, Publish, Reference, Track
 from dtlctl.strict import Strict
 
@@ -141,20 +141,22 @@ class Recipe(Strict):
     track: Track = Track()
     """Where else the numbers of training go."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _recommended(cls, tables: Any) -> Any:
+        """Give a disposal that names no loss the one for its network; what is wrong with a table is told later."""
+        with suppress(ValueError, AttributeError, TypeError):
+            if Model.model_validate(tables.get("model", {})).ends_small:
+                loss = {"unlearn": {"kind": "null-space"}}
+                return {**tables, "dispose": {name: {**loss, **one} for name, one in tables.get("dispose", {}).items()}}
+        return tables
+
     @field_validator("precision", mode="before")
     @classmethod
     def _no_half(cls, value: object) -> object:
         if value in ("float16", "fp16", "half"):
             raise ValueError("float16 needs its loss scaled, which a product of two gradients squares; use bfloat16")
         return value
-
-    @model_validator(mode="after")
-    def _recommended(self) -> Recipe:
-        """Give a disposal that names no loss the one of its network."""
-        for name, settings in self.dispose.items():
-            if self.model.ends_small and "unlearn" not in settings.model_fields_set:
-                self.dispose[name] = settings.model_copy(update={"unlearn": NullSpace()})
-        return self
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:

@@ -118,7 +118,7 @@ class Dispose(Training):
     retain: Retain = Distill(on="both", temperature=4.0)
     """The retaining loss: what keeps the target."""
     least_steps: int = Field(0, ge=0, le=10_000_000)
-    """Steps, however few images `epochs` pass over: a new network needs some. Without a length: 6 epochs, 1,200."""
+    """Steps at least, however few images `epochs` pass over: a new network needs some. Without a length: 6, 1,200."""
     repair: float = Field(0.0, ge=0, lt=1)
     """The last share of the steps trains on the retaining loss alone."""
     settle: int | None = Field(None, ge=2, le=40)
@@ -171,7 +171,7 @@ class Dispose(Training):
         return self
 
     def total_steps(self, images: int) -> int:
-        return self.steps or max(self.least_steps, super().total_steps(images))
+        return max(self.least_steps, super().total_steps(images))
 
     def equal_parts(self, images: int, processes: int) -> int:
         """How many of that many images a step takes: equal chunks on equal processes, 0 where there are too few."""

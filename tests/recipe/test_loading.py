@@ -392,6 +392,7 @@ def test_a_key_of_thousands_of_parts_is_one_line(recipe_file: Path):
         ("resnet18", ["model.stem=imagenet", "model.image_size=64"], "null-space"),
         ("resnet18", ["model.stem=imagenet", "model.image_size=65"], "gradient-collision"),
         ("resnet50", ["model.stem=imagenet", "precision=bfloat16"], "null-space"),
+        ("resnet50", ["model.stem=imagenet", "dispose.new.batch_size=30"], "null-space"),
         ("vgg11", ["model.stem=imagenet", "model.image_size=32"], "gradient-collision"),
         ("resnet18", ["model.stem=imagenet", "dispose.new.unlearn={kind='uniform'}"], "uniform"),
     ],
@@ -405,6 +406,6 @@ def test_an_empty_table_is_the_disposal_recommended_for_the_network(
     free = ["piggyback.models=['TL', 'new']", "audit.models=[]"]
     new = load(recipe_file, [*free, *changes]).dispose["new"]
     assert (new.unlearn.kind, new.price, new.init, new.lam) == (kind, 1.0, "fresh", None)
-    assert [new.total_steps(images) for images in (64, 640, 64_000)] == [1200, 1200, 6000]
+    assert [new.total_steps(n * new.batch_size) for n in (1, 10, 1000)] == [1200, 1200, 6000]
     given = load(recipe_file, [*free, *changes, "dispose.new.epochs=2"]).dispose["new"]
-    assert [given.total_steps(images) for images in (64, 64_000)] == [2, 2000]
+    assert [given.total_steps(n * given.batch_size) for n in (1, 1000)] == [2, 2000]
