@@ -118,7 +118,7 @@ class Dispose(Training):
     retain: Retain = Distill(on="both", temperature=4.0)
     """The retaining loss: what keeps the target."""
     least_steps: int = Field(0, ge=0, le=10_000_000)
-    """Steps at least, however few images `epochs` pass over: a new network needs some. Without a length: 6, 1,200."""
+    """Steps at least, however few images `epochs` pass over: a new network needs some. Without a length 1,200."""
     repair: float = Field(0.0, ge=0, lt=1)
     """The last share of the steps trains on the retaining loss alone."""
     settle: int | None = Field(None, ge=2, le=40)
