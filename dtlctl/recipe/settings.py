@@ -218,7 +218,7 @@ class Audit(Algorithm):
     """Membership inference, and two readouts beside it."""
 
     attacks: list[AttackName] = Field(["loss", "modified-entropy", "grad-x"], min_length=1)
-    """Defaults cost seconds, `grad-w`, `adv-dist`, `wb` minutes, `rmia` and `lira` a pre-training each reference."""
+    """Defaults cost seconds, `grad-w`, `adv-dist`, `wb` minutes, `rmia`, `lira` a pre-training for each reference."""
     modes: list[Literal["as-is", "reprobe", "target"]] = Field(["as-is", "reprobe"], min_length=1)
     """Attack the source head as it is, or one fitted anew on the features; or ask the target head who of the *target's*
     images was trained on, which takes 20 and as many test images, and no `rmia` or `lira`."""
